@@ -1,0 +1,436 @@
+"""Acceptance of drafted tokens as pure functions on tensors: chains, groups and trees, at T = 0 and at T > 0.
+
+The same functions serve training, evaluation and decoding, so that what is measured is what is served. Knows token
+ids, probabilities and uniform random numbers; knows nothing about models, caches, text or random generators: every
+random number is an argument.
+
+Shapes: `...` stands for any leading batch dimensions, W for the window, V for the vocabulary, C for the candidates of
+a group, N for the nodes of a tree. P is the target's distribution, Q the drafter's: exactly the one that the draft
+token was drawn from, after every logits processor. Half precision is computed in float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How close two distributions are
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def acceptance_probability(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """Probability alpha that a token drawn from Q is kept: sum_x min(P(x), Q(x)) = 1 - TV(P, Q).
+
+    `[..., V]`, `[..., V]` -> `[...]`. Differentiable. Source: Leviathan et al. 2211.17192, corollary 3.6.
+    """
+    _require_shape("draft_probs", draft_probs, target_probs.shape, "the shape of target_probs")
+    return torch.minimum(_at_least_float32(target_probs), _at_least_float32(draft_probs)).sum(-1)
+
+
+def total_variation(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """TV(P, Q) = half the sum of |P - Q|, in [0, 1]: the probability that a token drawn from Q is rejected.
+
+    `[..., V]`, `[..., V]` -> `[...]`. Differentiable.
+    """
+    _require_shape("draft_probs", draft_probs, target_probs.shape, "the shape of target_probs")
+    return 0.5 * (_at_least_float32(target_probs) - _at_least_float32(draft_probs)).abs().sum(-1)
+
+
+def kl_divergence(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
+    """KL(P || Q) in nats, over the whole vocabulary, with 0 log 0 = 0.
+
+    `[..., V]`, `[..., V]` -> `[...]`. Both must be normalised (log-softmax). +inf, never NaN, where Q = 0 < P; tokens
+    with P = 0 count nothing and pass no gradient. Rounding can leave about -1e-7 where P = Q: clamp before a root.
+    """
+    _require_shape("draft_log_probs", draft_log_probs, target_log_probs.shape, "the shape of target_log_probs")
+    target_log_probs, draft_log_probs = _at_least_float32(target_log_probs), _at_least_float32(draft_log_probs)
+    # The support is where exp() is positive, not where the logarithm is finite: exp(-200) is 0 in float32, and
+    # 0 * inf would be NaN. Replacing the rest before the product keeps NaN out of the gradient as well.
+    support = target_log_probs.exp() > 0
+    target_log_probs = target_log_probs.masked_fill(~support, 0.0)
+    draft_log_probs = draft_log_probs.masked_fill(~support, 0.0)
+    return (target_log_probs.exp() * (target_log_probs - draft_log_probs)).masked_fill(~support, 0.0).sum(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of normalised log-probabilities, with 0 log 0 = 0: `[..., V]` -> `[...]`."""
+    log_probs = _at_least_float32(log_probs)
+    log_probs = log_probs.masked_fill(log_probs.exp() == 0, 0.0)  # exp(0) * 0 = 0, and no NaN in the gradient
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def confidence(log_probs: Tensor, vocab_size: int | None = None) -> Tensor:
+    """C(P) = 1 - H(P) / log |V|, in [0, 1]: 1 for a certain distribution, 0 for a uniform one.
+
+    `[..., V]` -> `[...]`. `vocab_size` (`int`, *optional*, defaults to V) is |V|: give the number of real tokens where
+    the logits are padded. Source: ADAW [paper, arXiv 2605.14978].
+    """
+    size = log_probs.shape[-1] if vocab_size is None else vocab_size
+    if size < 2:
+        raise ValueError(f"vocab_size: {size} given, but log |V| must be positive. Pass at least 2 tokens.")
+    return (1 - entropy(log_probs) / math.log(size)).clamp(0, 1)
+
+
+def divergence_priority(target_log_probs: Tensor, draft_log_probs: Tensor, vocab_size: int | None = None) -> Tensor:
+    """v = C(P) * KL(P || Q), large where a confident target is missed: `[..., V]`, `[..., V]` -> `[...]`.
+
+    0 where P is uniform, +inf where Q = 0 < P otherwise. `vocab_size` as in `confidence`. A window's priority is the
+    mean over its positions. Source: ADAW [paper, arXiv 2605.14978].
+    """
+    certainty = confidence(target_log_probs, vocab_size)
+    divergence = kl_divergence(target_log_probs, draft_log_probs)
+    return certainty * divergence.masked_fill(certainty == 0, 0.0)  # 0 * inf would be NaN
+
+
+def expected_accepted(acceptance_probs: Tensor) -> Tensor:
+    """Expected number of accepted draft tokens, sum_j prod_{i<=j} alpha_i, the bonus token not counted.
+
+    `acceptance_probs` `[..., W]` holds each position's probability of being kept, given that all before it were kept.
+    Returns `[...]`, differentiable; 0 for W = 0. Source: Leviathan et al. 2211.17192, equation 1, unequal alphas.
+    """
+    return _at_least_float32(acceptance_probs).cumprod(-1).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chains at T = 0
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def greedy_accepted_counts(draft_ids: Tensor, target_choices: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Number of leading draft tokens that are the target's own choice.
+
+    Args:
+        draft_ids (`[..., W]`): the drafted tokens; W may be 0.
+        target_choices (`[..., W]`): the target's choice at each position, given the draft tokens before it. Not the
+            W + 1st, which is the bonus token.
+        valid (`[..., W]` bool, *optional*): False at positions beyond a row's own window, which count as rejected.
+
+    Returns accepted counts k `[...]`, int64, 0 <= k <= W.
+    """
+    _require_shape(
+        "target_choices", target_choices, draft_ids.shape, "the shape of draft_ids; leave the bonus position out"
+    )
+    return _leading_trues(draft_ids == target_choices, valid)
+
+
+def first_rejection_mask(accepted_counts: Tensor, window: int) -> Tensor:
+    """True at the positions whose verdict was reached: 0..k, the first rejected token included; all W when k = W.
+
+    `accepted_counts` `[...]` -> bool `[..., window]`. Positions after the first rejection were conditioned on a token
+    that the target did not keep, so they tell nothing about acceptance.
+    """
+    if window < 0:
+        raise ValueError(f"window: {window} given. Pass the number of draft tokens per round, 0 or more.")
+    return torch.arange(window, device=accepted_counts.device) <= accepted_counts.unsqueeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chains at T > 0: rejection sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_from_uniform(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """One token id per row by the inverse distribution function: the first x with P(0) + ... + P(x) > u.
+
+    Args:
+        probs (`[..., V]`): non-negative, of positive sum; need not be normalised.
+        uniforms (`[...]`): random numbers in [0, 1). float32 numbers have steps of 6e-8, coarser than rare tokens of a
+            large vocabulary: draw them in float64 where that matters.
+
+    Returns ids `[...]`, int64; never a token of probability zero, whatever the rounding. Raises `ValueError` when a
+    row has no mass or holds NaN (one wait for the device, far cheaper than a text of token 0).
+    """
+    _require_shape("uniforms", uniforms, probs.shape[:-1], "one number per row of probs")
+    exact_dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
+    probs, uniforms = probs.detach().to(exact_dtype), uniforms.to(exact_dtype)
+    # A parallel cumulative sum need not be monotonic in its last bit, so tokens of probability zero are taken out
+    # explicitly, and the threshold is kept below the total: then some token of positive probability exceeds it.
+    cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
+    total = cumulative.amax(-1)
+    threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total))).clamp(min=0)
+    exceeds = cumulative > threshold.unsqueeze(-1)
+    if not bool(exceeds.any(-1).all()):
+        rows = int((~exceeds.any(-1)).sum())
+        raise ValueError(
+            f"probs: {rows} row(s) have no positive mass, or NaN in probs or uniforms. Pass probabilities with a "
+            "positive, finite sum; NaN usually comes from a float16 overflow or a row of logits that are all -inf."
+        )
+    return exceeds.to(torch.uint8).argmax(-1)
+
+
+def residual_distribution(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """What to draw from after a rejection: norm(max(P - Q, 0)), `[..., V]`, `[..., V]` -> `[..., V]`.
+
+    Where the residual has no mass (P = Q up to rounding, where a rejection has probability zero) it is P itself.
+    Source: Leviathan et al. 2211.17192, section 2.3.
+    """
+    _require_shape("draft_probs", draft_probs, target_probs.shape, "the shape of target_probs")
+    target_probs = _at_least_float32(target_probs)
+    excess = (target_probs - _at_least_float32(draft_probs)).clamp(min=0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 0, excess / mass.masked_fill(mass == 0, 1.0), target_probs)
+
+
+def rejection_accepted_counts(
+    draft_ids: Tensor,
+    draft_token_probs: Tensor,
+    target_token_probs: Tensor,
+    uniforms: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Number of leading draft tokens that rejection sampling keeps: x_j is kept if u_j < P(x_j) / Q(x_j).
+
+    For training, where only the probabilities of the drafted tokens are at hand; same verdicts as
+    `rejection_sample_chain`.
+
+    Args:
+        draft_ids (`[..., W]`): the drafted tokens; W may be 0. Only the shape is used.
+        draft_token_probs (`[..., W]`): Q(x_j), of the distribution that x_j was drawn from.
+        target_token_probs (`[..., W]`): P(x_j).
+        uniforms (`[..., W]`): random numbers in [0, 1).
+        valid (`[..., W]` bool, *optional*): False at positions beyond a row's own window, which count as rejected.
+
+    Returns accepted counts k `[...]`, int64. Source: Leviathan et al. 2211.17192, algorithm 1.
+    """
+    _require_shape("draft_token_probs", draft_token_probs, draft_ids.shape, "the shape of draft_ids")
+    _require_shape("target_token_probs", target_token_probs, draft_ids.shape, "the shape of draft_ids")
+    _require_shape("uniforms", uniforms, draft_ids.shape, "the shape of draft_ids")
+    return _leading_trues(_accepts(target_token_probs, draft_token_probs, uniforms), valid)
+
+
+def rejection_sample_chain(
+    draft_ids: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    uniforms: Tensor,
+    next_uniforms: Tensor,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One round of lossless verification: the accepted prefix and the one token after it are distributed as P.
+
+    Args:
+        draft_ids (`[..., W]`): the drafted tokens, int64; W may be 0.
+        draft_probs (`[..., W, V]`): the distribution Q that each was drawn from.
+        target_probs (`[..., W + 1, V]`): P at each drafted position and at the one after the window.
+        uniforms (`[..., W]`): random numbers in [0, 1), one verdict each.
+        next_uniforms (`[...]`): random numbers in [0, 1) for the token after the accepted prefix.
+        valid (`[..., W]` bool, *optional*): False at positions beyond a row's own window; nothing was drafted there,
+            so a row that reaches its end draws the bonus token from P at that position.
+
+    Returns accepted counts k `[...]` and next ids `[...]`: drawn from the residual at the first rejection, or from P
+    after a window that was wholly kept. Source: Leviathan et al. 2211.17192, algorithm 1; `valid` [ours].
+    """
+    batch, window, vocabulary = draft_ids.shape[:-1], draft_ids.shape[-1], target_probs.shape[-1]
+    _require_shape("draft_probs", draft_probs, (*batch, window, vocabulary), "[..., W, V]")
+    _require_shape("target_probs", target_probs, (*batch, window + 1, vocabulary), "[..., W + 1, V]: one row more")
+    draft_token_probs = draft_probs.gather(-1, draft_ids.unsqueeze(-1)).squeeze(-1)  # [..., W]
+    target_token_probs = target_probs[..., :window, :].gather(-1, draft_ids.unsqueeze(-1)).squeeze(-1)  # [..., W]
+    accepted_counts = rejection_accepted_counts(draft_ids, draft_token_probs, target_token_probs, uniforms, valid)
+
+    next_probs = _row(target_probs, accepted_counts)  # [..., V]
+    if window > 0:
+        own_windows = _leading_trues(torch.ones_like(draft_ids, dtype=torch.bool), valid)
+        rejected = (accepted_counts < own_windows).unsqueeze(-1)
+        residual = residual_distribution(next_probs, _row(draft_probs, accepted_counts.clamp(max=window - 1)))
+        next_probs = torch.where(rejected, residual, next_probs)
+    return accepted_counts, sample_from_uniform(next_probs, next_uniforms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups: several windows for one prefix, the longest kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def longest_of_group(accepted_counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The longest accepted prefix of C candidates and its index, the first of the longest.
+
+    `[..., C]` -> counts `[...]`, indices `[...]`. Lossless at T = 0 only: at T > 0 the longest of several sampled
+    windows is not distributed as P; verify them as a tree with `rejection_sample_tree`.
+    """
+    if accepted_counts.shape[-1] == 0:
+        raise ValueError("accepted_counts: a group without candidates given. Pass [..., C] with C at least 1.")
+    best_index = accepted_counts.argmax(-1)  # the first of equal maxima
+    return accepted_counts.gather(-1, best_index.unsqueeze(-1)).squeeze(-1), best_index
+
+
+def greedy_accepted_group(
+    draft_ids: Tensor, target_choices: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`greedy_accepted_counts` of each candidate, then `longest_of_group`.
+
+    `[..., C, W]`, `[..., C, W]`, *optional* `[..., C, W]` bool -> counts `[...]`, indices `[...]`.
+    """
+    return longest_of_group(greedy_accepted_counts(draft_ids, target_choices, valid))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trees: node i holds token_ids[i] and follows node parents[i], which comes before it; -1 is the context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chain_parents(window: int) -> Tensor:
+    """Parents `[W]` of one chain: -1, 0, 1, ..."""
+    return group_parents(1, window)
+
+
+def group_parents(candidates: int, window: int) -> Tensor:
+    """Parents `[C * W]` of C chains side by side, candidate by candidate: node c * W + j is token j of candidate c."""
+    if candidates < 0 or window < 0:
+        raise ValueError(f"candidates, window: {candidates}, {window} given. Pass numbers that are 0 or more.")
+    parents = torch.arange(-1, candidates * window - 1)
+    return parents.masked_fill((parents + 1) % max(window, 1) == 0, -1)
+
+
+def tree_depths(parents: Tensor) -> Tensor:
+    """Depth of each node, 0 for the children of the context: `[N]` -> `[N]` int64. A node's position id is the
+    context's length plus its depth."""
+    return tree_attention_mask(parents).sum(-1) - 1
+
+
+def tree_attention_mask(parents: Tensor) -> Tensor:
+    """`mask[i, j]` is True where node i attends to node j: itself and its ancestors. `[N]` -> bool `[N, N]`.
+
+    Every node attends to the whole context as well, which is not part of the mask.
+    """
+    _require_tree(parents)
+    nodes = torch.arange(len(parents), device=parents.device)
+    mask = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
+    ancestors = parents.long()
+    while bool((below_context := ancestors >= 0).any()):  # once per level
+        nodes, ancestors = nodes[below_context], ancestors[below_context]
+        mask[nodes, ancestors] = True
+        ancestors = parents.long()[ancestors]
+    return mask
+
+
+def greedy_accepted_path(
+    token_ids: Tensor, parents: Tensor, root_choice: int | Tensor, node_choices: Tensor
+) -> list[int]:
+    """Nodes of the longest accepted path, from the context outwards, at T = 0.
+
+    Args:
+        token_ids (`[N]`): the drafted token of each node.
+        parents (`[N]`): the node that each follows, -1 for the context.
+        root_choice (`int`): the target's choice after the context.
+        node_choices (`[N]`): the target's choice after each node.
+
+    Returns node indices; empty when no child of the context is the target's choice. A node is accepted if its parent
+    is and its token is the target's choice there; among paths of equal length (siblings with the same token) the one
+    whose last node comes first. The token to append after the path is `node_choices[path[-1]]`, or `root_choice`.
+    """
+    _require_tree(parents)
+    _require_shape("token_ids", token_ids, parents.shape, "the shape of parents")
+    _require_shape("node_choices", node_choices, parents.shape, "the shape of parents")
+    tokens, parent_of, choices = token_ids.tolist(), parents.tolist(), node_choices.tolist()
+    accepted_lengths: list[int] = []  # of the path that ends at a node, 0 where it is rejected
+    for token, parent in zip(tokens, parent_of, strict=True):
+        if parent == -1:
+            accepted_lengths.append(int(token == int(root_choice)))
+        else:
+            reached = accepted_lengths[parent] > 0 and token == choices[parent]
+            accepted_lengths.append(accepted_lengths[parent] + 1 if reached else 0)
+    if max(accepted_lengths, default=0) == 0:
+        return []
+    path = [accepted_lengths.index(max(accepted_lengths))]
+    while parent_of[path[-1]] != -1:
+        path.append(parent_of[path[-1]])
+    return path[::-1]
+
+
+def rejection_sample_tree(
+    token_ids: Tensor,
+    parents: Tensor,
+    draft_probs: Tensor,
+    root_target_probs: Tensor,
+    node_target_probs: Tensor,
+    uniforms: Tensor,
+    next_uniform: float | Tensor,
+) -> tuple[list[int], int]:
+    """One round of lossless verification of a tree: the tokens of the path and the one after it are distributed as P.
+
+    At each node the children are tried in the order of their indices: child x is kept if u < P(x) / Q(x); after a
+    rejection P becomes norm(max(P - Q, 0)) for the next child. When all are rejected the next token is drawn from what
+    P has become, at a node without children from P.
+
+    Args:
+        token_ids (`[N]`): the drafted token of each node.
+        parents (`[N]`): the node that each follows, -1 for the context.
+        draft_probs (`[N, V]`): the distribution Q that each node's own token was drawn from. Siblings are drawn
+            independently, with replacement; they may have different Q (a candidate that was not drawn but chosen, such
+            as the drafter's greedy token, has all its mass on that token). Neither their number nor their order may
+            depend on the tokens drawn. Siblings drawn without replacement need another rule.
+        root_target_probs (`[V]`): P after the context.
+        node_target_probs (`[N, V]`): P after each node.
+        uniforms (`[N]`): random numbers in [0, 1), one verdict each.
+        next_uniform (`float`): random number in [0, 1) for the token after the path.
+
+    Returns the path's node indices, from the context outwards, and the next token id. Source: SpecInfer 2305.09781,
+    section 4.3 (multi-step speculative sampling); unequal Q among siblings [ours].
+    """
+    _require_tree(parents)
+    nodes, vocabulary = len(parents), root_target_probs.shape[-1]
+    _require_shape("token_ids", token_ids, (nodes,), "the shape of parents")
+    _require_shape("draft_probs", draft_probs, (nodes, vocabulary), "[N, V]")
+    _require_shape("root_target_probs", root_target_probs, (vocabulary,), "[V]")
+    _require_shape("node_target_probs", node_target_probs, (nodes, vocabulary), "[N, V]")
+    _require_shape("uniforms", uniforms, (nodes,), "the shape of parents")
+    tokens = token_ids.tolist()
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(parents.tolist()):
+        children.setdefault(parent, []).append(node)
+
+    path: list[int] = []
+    probs = _at_least_float32(root_target_probs)
+    to_try = list(children.get(-1, []))
+    while to_try:
+        node = to_try.pop(0)
+        if bool(_accepts(probs[tokens[node]], draft_probs[node, tokens[node]], uniforms[node])):
+            path.append(node)
+            probs = _at_least_float32(node_target_probs[node])
+            to_try = list(children.get(node, []))
+        else:
+            probs = residual_distribution(probs, draft_probs[node])
+    next_uniform = torch.as_tensor(next_uniform, dtype=uniforms.dtype, device=probs.device)
+    return path, int(sample_from_uniform(probs, next_uniform))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _accepts(target_token_probs: Tensor, draft_token_probs: Tensor, uniforms: Tensor) -> Tensor:
+    # As a quotient: u * Q < P would reject a token with P = Q when u * Q rounds up to Q. 0 / 0 is NaN, hence False.
+    return uniforms < _at_least_float32(target_token_probs) / _at_least_float32(draft_token_probs)
+
+
+def _leading_trues(verdicts: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is not None:
+        _require_shape("valid", valid, verdicts.shape, "the shape of draft_ids")
+        verdicts = verdicts & valid
+    return verdicts.long().cumprod(-1).sum(-1)
+
+
+def _row(probs: Tensor, positions: Tensor) -> Tensor:
+    index = positions[..., None, None].expand(*positions.shape, 1, probs.shape[-1])
+    return probs.gather(-2, index).squeeze(-2)  # [..., W, V] at [...] -> [..., V]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _require_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} given, {tuple(shape)} expected ({meaning}).")
+
+
+def _require_tree(parents: Tensor) -> None:
+    order = torch.arange(parents.numel(), device=parents.device)
+    if parents.dim() != 1 or bool(((parents < -1) | (parents >= order)).any()):
+        raise ValueError(
+            f"parents: {parents.tolist()} given. Pass one index per node, -1 for a child of the context, and each "
+            "parent before its children."
+        )

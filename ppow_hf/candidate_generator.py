@@ -1,0 +1,389 @@
+"""`target.generate(**inputs, assistant_model=drafter)`: drafting inside transformers' assisted generation.
+
+`KLAdaptiveCandidateGenerator` drafts each round's window; `install_hook` lets `generate` accept a PPOWDrafter, which
+transformers has no public way for. Knows the stock loop's contract; knows nothing about training.
+"""
+
+import functools
+import inspect
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessor, MaxLengthCriteria
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.configuration_utils import GenerationMode
+
+from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
+from .trace import GenerationTrace, RoundTrace
+from .windowing import MAX_KL, AcceptanceEstimator, CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
+
+SUPPORTED = "transformers>=5.17,<6"
+
+
+class KLAdaptiveCandidateGenerator(CandidateGenerator):
+    """Drafts windows with a PPOWDrafter, as long as its window rule wants them.
+
+    Drafting loops directly over the drafter with its own cache. A draft ends before the first token that would satisfy
+    a stopping criterion, so that this token comes as the target's own and output never runs on. When sampling, dropping
+    such a token after it was drawn would bias the output (Leviathan et al. 2023 need every drawn token verified): it is
+    verified as the target's own token instead, by [`PendingTokenVerifier`].
+
+    Args:
+        drafter ([`PPOWDrafter`] or [`DrafterView`]): the drafter, with the window settings of this call.
+        logits_processor (`LogitsProcessorList`): the call's processors, applied to draft logits as to target logits.
+        stopping_criteria (`StoppingCriteriaList`): the call's criteria.
+        generation_config (`GenerationConfig`): the call's configuration.
+        target_width (`int`): width of the target's logits.
+        context_length (`int`, *optional*): longest sequence the target can take.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(
+        self,
+        drafter: PPOWDrafter | DrafterView,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        target_width: int,
+        context_length: int | None = None,
+    ):
+        settings = dict(drafter.settings) if isinstance(drafter, DrafterView) else {}
+        self.model = drafter.drafter if isinstance(drafter, DrafterView) else drafter
+        config = self.model.config
+        settings = {
+            name: settings.get(name, getattr(config, name))
+            for name in ("window", "max_window", "cost_ratio", "verification_cost")
+        }
+        self.do_sample = bool(generation_config.do_sample)
+        self.logits_processor = logits_processor
+        self.eos_token_ids = _eos_token_ids(generation_config)
+        # Length and EOS are foreseen without asking; anything else is asked after each drafted token.
+        self.other_criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self.max_length = generation_config.max_length
+        self.context_length = context_length
+        self.session = self.model.start_session(target_width)
+        # Only eagle reads states; a standalone drafter spares the target the trouble of returning them.
+        self.model_kwargs_overrides = {"output_hidden_states": True} if config.target_layer_ids else {}
+        costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], _stored_costs(config))
+        self.rule = make_window_rule(
+            settings["window"], settings["max_window"], costs, config.calibration, self.do_sample
+        )
+        self.trace = GenerationTrace(window_rule=settings["window"])
+        drafter.last_trace = self.trace
+        self.pending: tuple[int, int, torch.Tensor] | None = None  # sequence length, token, its distribution
+        self._unread_states: list[torch.Tensor] = []
+        self._unread_from: int | None = None  # position of the first committed token the drafter has not read
+        self._draft_logits: torch.Tensor | None = None
+        self._prefilled = False
+        self._round: RoundTrace | None = None
+        self._verify_from = 0.0
+
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any] | None = None,
+        model_outputs: Any = None,
+        is_first_iteration: bool = False,
+        n_last_matches: int = 0,
+        **kwargs,
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """`[1, n]` -> `[1, n + W]` and the processed draft logits `[1, W, V]` (`None` for an empty window)."""
+        started = time.perf_counter()
+        self.pending = None
+        self._draft_logits = None
+        self._round = RoundTrace(0, 0, [])
+        if not is_first_iteration:
+            self._take_states(input_ids, model_outputs, int(n_last_matches))
+        longest = 0 if is_first_iteration else self.rule.start(self._room(input_ids.shape[1]))
+        candidates = input_ids
+        if longest > 0:
+            candidates = self._draft(input_ids, longest, self._round)
+        now = time.perf_counter()
+        self._round.draft_seconds = now - started
+        self._verify_from = now
+        return candidates, self._draft_logits
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits, of which `num_matches` were met."""
+        this_round = self._round
+        assert this_round is not None
+        this_round.accepted = min(int(num_matches), this_round.window)
+        this_round.verify_seconds = time.perf_counter() - self._verify_from
+        if self._draft_logits is not None:
+            verified = min(this_round.accepted + 1, this_round.window)
+            target = scores[0, :verified].float().log_softmax(-1)
+            draft = self._draft_logits[0, :verified].log_softmax(-1).to(target.device)
+            terms = target.exp() * (target - draft)
+            kl = terms.masked_fill(target == -torch.inf, 0.0).sum(-1)
+            this_round.kl = [min(max(value, 0.0), MAX_KL) if value == value else MAX_KL for value in kl.tolist()]
+        if self._prefilled:  # the prompt's forward says nothing about the cost of a round
+            self.rule.costs.observe_verification(this_round.window, this_round.verify_seconds)
+        self._prefilled = True
+        self.rule.update(this_round.window, this_round.draft_steps, this_round.accepted, this_round.kl)
+        self.trace.rounds.append(this_round)
+        self.trace.speculation_pays = self.rule.pays
+        costs = self.rule.costs.model
+        self.trace.cost_ratio, self.trace.verification_cost = costs.cost_ratio, costs.verification_cost
+
+    def _room(self, length: int) -> int:
+        """Longest window that fits: its round commits one token more, and the target must be able to read it."""
+        room = self.max_length - length - 1 if self.max_length is not None else self.rule.max_window
+        if self.context_length is not None:
+            room = min(room, self.context_length - length)
+        return max(room, 0)
+
+    def _take_states(self, input_ids: torch.Tensor, model_outputs: Any, n_last_matches: int) -> None:
+        """Keep the target's states of the tokens committed by the last forward, until the drafter reads them."""
+        layers = self.model.config.target_layer_ids
+        if layers is None:
+            if self._unread_from is None:
+                self._unread_from = 0
+            return
+        states = collect_target_states(model_outputs.hidden_states, layers)
+        if self._unread_from is None:
+            # All of the prompt, or what was not in a cache handed to generate; its last state is that of token n - 2.
+            self._unread_from = input_ids.shape[1] - states.shape[1]
+        else:
+            states = states[:, : n_last_matches + 1]
+        self._unread_states.append(states.to(self.model.device))
+
+    def _draft(self, input_ids: torch.LongTensor, longest: int, this_round: RoundTrace) -> torch.LongTensor:
+        device = self.model.device
+        states = torch.cat(self._unread_states, dim=1) if self._unread_states else None
+        first_read = not self.trace.rounds or self.session.is_empty
+        unread = input_ids[:, self._unread_from :].to(device)
+        started = time.perf_counter()
+        self.session.observe(unread, states, self._unread_from)
+        self._unread_states, self._unread_from = [], input_ids.shape[1]
+        if first_read:
+            started = time.perf_counter()  # reading the prompt is no draft step
+        logits = self.session.first_logits()
+        steps = 1
+        ids, drafted, kept_scores = input_ids, 0, []
+        while True:
+            scores = self.logits_processor(ids, logits.float().to(ids.device))
+            log_probs = scores.log_softmax(-1)
+            top = log_probs.max(-1)
+            entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
+            top_probability, entropy_nats = torch.stack([top.values.exp()[0], entropy[0]]).tolist()
+            if not top_probability > 0:  # NaN: nothing can be drawn from this distribution
+                break
+            features = AcceptanceEstimator.features(top_probability, entropy_nats, self.rule.lagged_kl, drafted)
+            if not self.rule.include(drafted, features):
+                break
+            token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else top.indices[:, None]
+            extended = torch.cat([ids, token], dim=-1)
+            if self._would_stop(extended):
+                if self.do_sample:
+                    self.pending = (ids.shape[1], int(token), log_probs.exp())
+                break
+            ids = extended
+            kept_scores.append(scores)
+            this_round.draft_ids.append(int(token))
+            this_round.features.append(features)
+            if isinstance(self.rule, KLAdaptiveWindow):
+                this_round.acceptance_probabilities.append(self.rule.estimator.probability(features))
+            drafted += 1
+            if drafted >= longest or not self.rule.go_on(drafted):
+                break
+            logits = self.session.next_logits(token.to(device), drafted - 1)
+            steps += 1
+        if not first_read or steps > 1:
+            self.rule.costs.observe_drafting(steps - first_read, time.perf_counter() - started)
+        this_round.window, this_round.draft_steps = drafted, steps
+        if kept_scores:
+            self._draft_logits = torch.stack(kept_scores, dim=1)
+        return ids
+
+    def _would_stop(self, ids: torch.LongTensor) -> bool:
+        if self.eos_token_ids and int(ids[0, -1]) in self.eos_token_ids:
+            return True
+        return any(bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in self.other_criteria)
+
+
+class PendingTokenVerifier(LogitsProcessor):
+    """Verifies a drawn token that would end the generation, at the position where the target's own token is drawn.
+
+    The token x was drawn from Q. With P now known, the draw there is made to be x with probability min(1, P(x)/Q(x))
+    and a draw from norm(max(P - Q, 0)) otherwise, which together are distributed as P. Last of a call's processors.
+    """
+
+    def __init__(self, generator: KLAdaptiveCandidateGenerator):
+        self.generator = generator
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        pending = self.generator.pending
+        if pending is None or input_ids.shape[1] != pending[0]:
+            return scores
+        _, token, draft_probs = pending
+        target_probs = scores.softmax(-1)
+        draft_probs = draft_probs.to(target_probs)
+        ratio = target_probs[0, token] / draft_probs[0, token]
+        if bool(torch.rand((), device=scores.device) < ratio):
+            decided = torch.full_like(scores, -torch.inf)
+            decided[0, token] = 0.0
+            return decided
+        residual = (target_probs - draft_probs).clamp_min(0.0)
+        return residual.log() if bool(residual.sum() > 0) else scores
+
+
+def _eos_token_ids(generation_config: GenerationConfig) -> set[int]:
+    eos = generation_config.eos_token_id
+    return set() if eos is None else set(eos) if isinstance(eos, list | tuple) else {int(eos)}
+
+
+def _stored_costs(config) -> CostModel:
+    """Costs to begin with before any is measured: those of the machine that calibrated the drafter, if any did."""
+    stored = (config.calibration or {}).get("costs") or {}
+    return CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
+
+
+def _is_ours(assistant: Any) -> bool:
+    return isinstance(assistant, PPOWDrafter | DrafterView)
+
+
+def check_call(target: Any, drafter: PPOWDrafter | DrafterView, generation_config: GenerationConfig) -> None:
+    """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed."""
+    config = drafter.config
+    text = target.config.get_text_config()
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"assistant_model: a PPOWDrafter drafts for decoder-only targets; {type(target).__name__} has an encoder."
+        )
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(
+            f"num_beams: {generation_config.num_beams} beams given, but speculative decoding verifies one sequence. "
+            "Pass num_beams=1, or leave out assistant_model."
+        )
+    if generation_config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            "assistant_ensemble_weight: it changes the target's output, which a PPOWDrafter never does. Leave it out."
+        )
+    check_width(config.vocab_size, target_width(target))
+    if config.target_layer_ids and config.target_hidden_size != text.hidden_size:
+        raise ValueError(
+            f"assistant_model: this eagle drafter reads hidden states of size {config.target_hidden_size}, and the "
+            f"target's have {text.hidden_size}. Use a drafter trained for this target"
+            f"{' (this one was for ' + config.target_name_or_path + ')' if config.target_name_or_path else ''}."
+        )
+    if config.target_layer_ids and max(config.target_layer_ids) > text.num_hidden_layers:
+        raise ValueError(
+            f"assistant_model: this eagle drafter reads the target's layers {config.target_layer_ids}, but the target "
+            f"has {text.num_hidden_layers}. Use a drafter trained for this target."
+        )
+
+
+def target_width(target: Any) -> int:
+    """Width of the target's logits, which may be padded beyond its tokenizer."""
+    head = target.get_output_embeddings()
+    if head is not None and getattr(head, "out_features", None):
+        return head.out_features
+    return target.config.get_text_config().vocab_size
+
+
+_ORIGINALS: dict[str, Any] = {}
+
+
+def install_hook() -> None:
+    """Let `generate(assistant_model=)` take a PPOWDrafter. Done when ppow_hf is imported; doing it again changes nothing.
+
+    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Raises
+    `RuntimeError` when this transformers does not have them as expected.
+    """
+    if _ORIGINALS:
+        return
+    expected = {
+        "_get_candidate_generator": {"generation_config", "input_ids", "logits_processor", "assistant_model"},
+        "_assisted_decoding": {"input_ids", "logits_processor", "stopping_criteria", "generation_config"},
+        "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
+    }
+    for name, parameters in expected.items():
+        method = getattr(GenerationMixin, name, None)
+        if method is None or not parameters <= set(inspect.signature(method).parameters):
+            raise RuntimeError(
+                f"transformers {transformers.__version__} has no GenerationMixin.{name} with {sorted(parameters)}, which "
+                f"assisted generation with a PPOWDrafter builds on. Install {SUPPORTED}."
+            )
+    for name, wrap in (
+        ("_get_candidate_generator", _wrap_get_candidate_generator),
+        ("_assisted_decoding", _wrap_assisted_decoding),
+        ("_validate_generation_mode", _wrap_validate_generation_mode),
+    ):
+        original = getattr(GenerationMixin, name)
+        _ORIGINALS[name] = original
+        setattr(GenerationMixin, name, wrap(original))
+
+
+def remove_hook() -> None:
+    """Undo [`install_hook`]: `GenerationMixin` gets its own methods back."""
+    for name, original in _ORIGINALS.items():
+        setattr(GenerationMixin, name, original)
+    _ORIGINALS.clear()
+
+
+def _wrap_get_candidate_generator(original):
+    @functools.wraps(original)
+    def _get_candidate_generator(self, *args, **kwargs):
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, KLAdaptiveCandidateGenerator):
+            return assistant  # made by the wrapped _assisted_decoding, which knows the stopping criteria
+        return original(self, *args, **kwargs)
+
+    return _get_candidate_generator
+
+
+def _wrap_assisted_decoding(original):
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def _assisted_decoding(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        call = bound.arguments
+        drafter = call.get("assistant_model")
+        if not _is_ours(drafter):
+            return original(self, *args, **kwargs)
+        if call["input_ids"].shape[0] > 1:
+            raise ValueError(
+                f"input_ids: {call['input_ids'].shape[0]} sequences given, but assisted generation in transformers takes "
+                "one at a time. Call generate for each prompt, or generate the batch without assistant_model."
+            )
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        generator = KLAdaptiveCandidateGenerator(
+            drafter,
+            call["logits_processor"],
+            call["stopping_criteria"],
+            call["generation_config"],
+            target_width(self),
+            context,
+        )
+        if generator.do_sample:
+            call["logits_processor"] = LogitsProcessorList(
+                [*call["logits_processor"], PendingTokenVerifier(generator)]
+            )
+        call["assistant_model"] = generator
+        return original(*bound.args, **bound.kwargs)
+
+    return _assisted_decoding
+
+
+def _wrap_validate_generation_mode(original):
+    @functools.wraps(original)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        drafter = generation_mode_kwargs.get("assistant_model")
+        if not _is_ours(drafter):
+            return original(self, generation_mode, generation_config, generation_mode_kwargs)
+        check_call(self, drafter, generation_config)
+        if generation_mode != GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                f"assistant_model: speculative decoding works with greedy search and sampling, not with {generation_mode}. "
+                "Leave out assistant_model, or the options that select that mode."
+            )
+        # The stock check compares configurations and refuses padded vocabularies; ours has been made.
+        others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+        return original(self, generation_mode, generation_config, others)
+
+    return _validate_generation_mode

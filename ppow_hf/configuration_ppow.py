@@ -1,0 +1,146 @@
+"""The drafter's configuration: what it is, which target it belongs to, and how its windows are chosen.
+
+Knows no tensors. Travels to the Hub with the drafter's code, so it imports transformers only.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+ARCHITECTURES = ("eagle", "standalone")
+WINDOWS = ("kl", "fixed", "heuristic")
+
+
+def vocabulary_fingerprint(tokenizer) -> str:
+    """Sixteen hexadecimal digits that stand for a tokenizer's vocabulary (tokens and their ids)."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def default_target_layers(num_layers: int) -> list[int]:
+    """The three target layers an eagle drafter reads: k means the output of k decoder layers, `hidden_states[k]`.
+
+    (2, N//2, N-3) as in EAGLE-3 for eight layers and more; spread evenly below the last layer on smaller targets. The
+    last id N is avoided: it is after the final norm in transformers and before it in vLLM.
+    """
+    if num_layers >= 8:
+        return [2, num_layers // 2, num_layers - 3]
+    top = max(num_layers - 1, 0)
+    return [top // 3, (2 * top) // 3, top]
+
+
+class PPOWDrafterConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`PPOWDrafter`].
+
+    Args:
+        architecture (`str`, *optional*, defaults to `"eagle"`):
+            `"eagle"`: the EAGLE-3 computation over the target's hidden states; `"standalone"`: a causal language model
+            of its own.
+        draft_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the drafter's own transformer. For `"eagle"` a Llama configuration whose one layer's shape
+            is used; for `"standalone"` the configuration of any causal language model.
+        vocab_size (`int`, *optional*, defaults to `32000`):
+            Width of the target's logits.
+        draft_vocab_size (`int`, *optional*):
+            Width of the drafter's own logits. `eagle` may have fewer tokens than the target (`d2t` maps them).
+        target_hidden_size (`int`, *optional*): width of the target's hidden states (eagle).
+        target_layer_ids (`list[int]`, *optional*):
+            Target states that an eagle drafter reads; id k is transformers' `hidden_states[k]`.
+        target_name_or_path, target_revision, target_model_type (`str`, *optional*): the target it was trained for.
+        target_vocabulary_fingerprint (`str`, *optional*): see [`vocabulary_fingerprint`].
+        context_length (`int`, *optional*): longest sequence that drafter and target take together.
+
+        > Settings of the window; each can be overridden for a call with [`PPOWDrafter.with_settings`].
+
+        window (`str`, *optional*, defaults to `"kl"`):
+            `"kl"`: adaptive, by calibrated acceptance probabilities and cost [ours]; `"fixed"`: always `max_window`;
+            `"heuristic"`: transformers' rule, two more after a fully accepted window and one fewer otherwise.
+        max_window (`int`, *optional*, defaults to `10`): longest window K [paper].
+        cost_ratio (`float`, *optional*):
+            gamma, seconds of a draft step over seconds of a one-token target forward. `None`: measured while decoding.
+        verification_cost (`float`, *optional*):
+            How much each further token adds to a target forward, in one-token forwards: v(W) = 1 + verification_cost *
+            W. `None`: measured while decoding.
+        calibration (`dict`, *optional*):
+            Weights of the acceptance estimate for `"greedy"` and `"sampling"`, fitted at the end of training, see
+            [`~ppow_hf.windowing.AcceptanceEstimator`].
+    """
+
+    model_type = "ppow_drafter"
+    sub_configs = {"draft_config": AutoConfig}
+
+    def __init__(
+        self,
+        architecture: str = "eagle",
+        draft_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vocab_size: int = 32000,
+        draft_vocab_size: int | None = None,
+        target_hidden_size: int | None = None,
+        target_layer_ids: list[int] | None = None,
+        target_name_or_path: str | None = None,
+        target_revision: str | None = None,
+        target_model_type: str | None = None,
+        target_vocabulary_fingerprint: str | None = None,
+        context_length: int | None = None,
+        window: str = "kl",
+        max_window: int = 10,
+        cost_ratio: float | None = None,
+        verification_cost: float | None = None,
+        calibration: dict[str, Any] | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs,
+    ):
+        if isinstance(draft_config, dict):
+            draft_config = AutoConfig.for_model(**draft_config)
+        elif draft_config is None:
+            draft_config = AutoConfig.for_model("llama", num_hidden_layers=1, vocab_size=vocab_size)
+        self.architecture = architecture
+        self.draft_config = draft_config
+        self.vocab_size = vocab_size
+        self.draft_vocab_size = draft_vocab_size
+        self.target_hidden_size = target_hidden_size
+        self.target_layer_ids = target_layer_ids
+        self.target_name_or_path = target_name_or_path
+        self.target_revision = target_revision
+        self.target_model_type = target_model_type
+        self.target_vocabulary_fingerprint = target_vocabulary_fingerprint
+        self.context_length = context_length
+        self.window = window
+        self.max_window = max_window
+        self.cost_ratio = cost_ratio
+        self.verification_cost = verification_cost
+        self.calibration = calibration
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        kwargs.setdefault("tie_word_embeddings", bool(getattr(draft_config, "tie_word_embeddings", False)))
+        super().__init__(**kwargs)
+        check_settings(architecture=architecture)
+        check_settings(
+            window=window, max_window=max_window, cost_ratio=cost_ratio, verification_cost=verification_cost
+        )
+
+
+def check_settings(**settings: Any) -> None:
+    """Raise `ValueError` for a setting that is unknown or out of range, naming it and what is accepted."""
+    for name, value in settings.items():
+        if name == "architecture":
+            if value not in ARCHITECTURES:
+                raise ValueError(f"architecture: {value!r} is not one of {list(ARCHITECTURES)}.")
+        elif name == "window":
+            if value not in WINDOWS:
+                raise ValueError(f"window: {value!r} is not one of {list(WINDOWS)}.")
+        elif name == "max_window":
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"max_window: {value!r} is not a whole number of at least 1 draft token.")
+        elif name in ("cost_ratio", "verification_cost"):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
+        else:
+            raise ValueError(
+                f"{name}: not a setting of a call; accepted are window, max_window, cost_ratio, verification_cost."
+            )

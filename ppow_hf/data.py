@@ -1,0 +1,816 @@
+"""Prompts, texts and chats become the token sequences that the trainer reads; the target writes completions anew.
+
+Knows tokenizers, and of the target only its `generate`; knows nothing about drafters or rewards. The `datasets`
+package is not needed: whatever yields dicts will do.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT_VERSION = 1
+# The first entry whose columns a dataset has decides how its rows are read; its other columns are ignored.
+SEQUENCE_COLUMNS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",), ("prompt",))
+PROMPT_COLUMNS = (("messages",), ("prompt",), ("text",))
+TEXTS_PER_TOKENIZER_CALL = 1000
+ELEMENTS_PER_PARAMETER = 32  # sampled to recognise a target by its weights
+
+
+class SequenceDataset(Dataset):
+    """Token sequences, and which of their tokens are learned and which the target wrote.
+
+    Item `i` is `{"input_ids": LongTensor [S], "loss_mask": BoolTensor [S], "target_written": BoolTensor [S],
+    "index": i}`. `loss_mask[t]` is true where token `t` is to be learned, hence never at `t = 0`, which nothing
+    precedes. `target_written[t]` is true where the target itself wrote token `t` greedily (T = 0).
+
+    Args:
+        sequences (`list[list[int]]` or `list[torch.Tensor]`): token ids of each sequence.
+        loss_masks (`list[list[bool]]` or `list[torch.Tensor]`): of the same lengths.
+        target_written (`list[list[bool]]` or `list[torch.Tensor]`, *optional*): of the same lengths; by default the
+            target wrote nothing.
+    """
+
+    def __init__(self, sequences: list, loss_masks: list, target_written: list | None = None):
+        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.long)
+        self._ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])  # [N + 1]
+        self._token_ids = _flatten(sequences, torch.int32)  # [T], all sequences end to end
+        self._loss_mask = _flatten(loss_masks, torch.bool)
+        if target_written is None:
+            self._target_written = torch.zeros_like(self._loss_mask)
+        else:
+            self._target_written = _flatten(target_written, torch.bool)
+        if not len(self._token_ids) == len(self._loss_mask) == len(self._target_written):
+            raise ValueError(
+                f"loss_masks, target_written: {len(self._loss_mask)} and {len(self._target_written)} entries given "
+                f"for {len(self._token_ids)} tokens. Give one entry per token."
+            )
+        self._loss_mask[self._ends[:-1][lengths > 0]] = False
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: {index} given, but the dataset holds {len(self)} sequences.")
+        index %= len(self)
+        span = slice(int(self._ends[index]), int(self._ends[index + 1]))
+        return {
+            "input_ids": self._token_ids[span].long(),
+            "loss_mask": self._loss_mask[span].clone(),
+            "target_written": self._target_written[span].clone(),
+            "index": index,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the token ids and of where sequences end, for the provenance record."""
+        digest = hashlib.sha256(self._ends.numpy().astype("<i8").tobytes())
+        digest.update(self._token_ids.numpy().astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def read_rows(source: Any, argument: str) -> list[dict]:
+    """All rows of `source` as dicts.
+
+    Args:
+        source (`str`, `os.PathLike`, `datasets.Dataset` or iterable of `dict`): a path is to a `.jsonl` or `.jsonl.gz`
+            file (one row per line; blank lines are skipped) or a `.txt` file (one `text` row, the whole file).
+        argument (`str`): name of the argument that the user passed `source` as, for the errors.
+
+    Raises `FileNotFoundError` for a missing file, and `ValueError` for a damaged line (named by file and line), for
+    anything that does not yield dicts, and for a source without rows.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        rows = _read_file(Path(source), argument)
+    elif isinstance(source, Mapping):
+        raise ValueError(
+            f"{argument}: a {type(source).__name__} with the keys {list(source)} was given. Pass one split of it, "
+            "such as `dataset['train']`, or a list of dicts, one per row."
+        )
+    elif isinstance(source, Iterable) or callable(getattr(source, "__getitem__", None)):
+        rows = list(source)
+    else:
+        raise ValueError(
+            f"{argument}: {type(source).__name__} given. Pass a dataset, a list of dicts, or the path of a .jsonl, "
+            ".jsonl.gz or .txt file."
+        )
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{argument}: row {number} is a {type(row).__name__}. Every row is a dict, such as "
+                '`{"text": "..."}` or `{"prompt": "...", "completion": "..."}`.'
+            )
+    if not rows:
+        raise ValueError(f"{argument}: the dataset has no rows. Pass one with at least one row.")
+    return [dict(row) for row in rows]
+
+
+def prepare_sequences(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    packing: bool = True,
+    min_length: int = 8,
+    argument: str = "train_dataset",
+) -> SequenceDataset:
+    """Token sequences of at most `max_length` tokens from a dataset of texts, completions, chats or token ids.
+
+    Columns, the first of these that the dataset has:
+
+    - `input_ids`, with optional `loss_mask` and `target_written`: taken as they are.
+    - `messages`: through the chat template; loss on the assistant's turns only.
+    - `prompt` and `completion`: loss on the completion and the end-of-sequence token after it.
+    - `text`: loss on every token but an opening `bos_token` that is not also the `eos_token`.
+
+    A text is opened by the `bos_token`, or closed by the `eos_token` where the tokenizer has no bos. Only texts are
+    packed; other rows are cut at the right, and dropped with one warning where no learned token is left.
+
+    Args:
+        source: what [`read_rows`] reads.
+        tokenizer (`PreTrainedTokenizerBase`): the target's tokenizer.
+        max_length (`int`): tokens in the longest sequence.
+        packing (`bool`, *optional*, defaults to `True`): whether texts are joined end to end and cut into sequences of
+            exactly `max_length` tokens. Otherwise each text is a sequence of its own, cut at `max_length`.
+        min_length (`int`, *optional*, defaults to `8`): with packing, the last sequence is kept if it is this long.
+        argument (`str`, *optional*, defaults to `"train_dataset"`): name of the argument in errors and warnings.
+
+    Raises `ValueError`, naming `argument` and the row, for columns or values that it cannot read, and where no
+    sequence with a token to learn is left.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length: {max_length} given. Nothing can be learned from fewer than 2 tokens.")
+    rows = read_rows(source, argument)
+    columns = _find_columns(rows, SEQUENCE_COLUMNS, argument)
+    if columns == ("prompt",):
+        raise ValueError(
+            f"{argument}: the rows have a `prompt` but no `completion` (columns: {sorted(rows[0])}), so there is "
+            "nothing to learn. Pass regenerate=True to let the target write the completions, or give a `completion` "
+            "column, or name the column `text` if the prompts themselves are to be learned."
+        )
+    if columns == ("text",):
+        token_ids, loss_masks = _text_sequences(rows, tokenizer, max_length, packing, min_length, argument)
+        return _keep_learnable(token_ids, loss_masks, None, argument, f"at least min_length={min_length} tokens")
+
+    target_written: list | None = None
+    if columns == ("input_ids",):
+        token_ids, loss_masks, target_written = _tokenized_sequences(rows, argument)
+        target_written = [mask[:max_length] for mask in target_written]
+    elif columns == ("messages",):
+        token_ids, loss_masks = _chat_sequences(rows, tokenizer, argument)
+    else:
+        token_ids, loss_masks = _completion_sequences(rows, tokenizer, argument)
+    token_ids = [ids[:max_length] for ids in token_ids]
+    loss_masks = [mask[:max_length] for mask in loss_masks]
+    requirement = f"a token to learn among its first max_length={max_length} tokens"
+    return _keep_learnable(token_ids, loss_masks, target_written, argument, requirement)
+
+
+def collate_sequences(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch of [`SequenceDataset`] items, padded on the right.
+
+    Returns `input_ids`, `attention_mask` and `labels` (long), `loss_mask` and `target_written` (bool), all `[B, S]`,
+    and `index` `[B]`. `labels` is aligned with `input_ids`, as causal models in transformers take it (they shift it
+    themselves); it is -100 at position 0 and wherever `loss_mask` is false.
+    """
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+
+    def pad(name: str, value: int | bool) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True, padding_value=value)
+
+    input_ids, loss_mask = pad("input_ids", pad_token_id), pad("loss_mask", False)
+    labels = input_ids.masked_fill(~loss_mask, -100)
+    labels[:, 0] = -100
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "loss_mask": loss_mask,
+        "target_written": pad("target_written", False),
+        "labels": labels,
+        "index": torch.tensor([item["index"] for item in items], dtype=torch.long),
+    }
+
+
+def extract_prompts(
+    source: Any, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, argument: str = "train_dataset"
+) -> list[list[int]]:
+    """Prompts as token ids, in the order of the rows; rows without a prompt are skipped.
+
+    Columns, the first of these that the dataset has: `messages` (up to the last user turn, with the template's
+    generation prompt), `prompt` (opened as the tokenizer opens a text), or `text` (its first `max_prompt_length`
+    tokens). A longer `messages` or `prompt` keeps its last tokens, and an opening `bos_token`; one warning says how
+    many were cut.
+
+    Raises `ValueError`, naming `argument` and the row, for columns or values that it cannot read, and where no prompt
+    is left.
+    """
+    if max_prompt_length < 1:
+        raise ValueError(f"max_prompt_length: {max_prompt_length} given. A prompt has at least 1 token.")
+    rows = read_rows(source, argument)
+    columns = _find_columns(rows, PROMPT_COLUMNS, argument)
+    if columns == ("messages",):
+        prompts = _chat_prompts(rows, tokenizer, argument)
+    elif columns == ("prompt",):
+        prompts = _open_prompts(_strings(rows, "prompt", argument), tokenizer)
+    else:
+        opened = _open_texts(_strings(rows, "text", argument), tokenizer)
+        prompts = [ids[:max_prompt_length] for ids in opened]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(
+            f"{argument}: none of the {len(rows)} rows has a prompt. Give at least one that is not empty."
+        )
+    too_long = sum(len(prompt) > max_prompt_length for prompt in prompts)
+    if too_long:
+        logger.warning(
+            "%s: %d of %d prompts are longer than %d tokens; their beginnings were cut off.",
+            argument,
+            too_long,
+            len(prompts),
+            max_prompt_length,
+        )
+    return [_keep_end(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]
+
+
+def regenerate(
+    source: Any,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    argument: str = "train_dataset",
+) -> SequenceDataset:
+    """The target writes a completion of every prompt; the prompts with their completions are the sequences.
+
+    The target's plain distribution is followed: of its `generation_config` only the end-of-sequence tokens are used,
+    not top-k, top-p or penalties, so that at T = 0 every completion token is the target's argmax. (In 16-bit precision
+    a batch and a single prompt may round a near tie differently.) A completion goes through its first end-of-sequence
+    token. The result is kept on disk under a hash of the prompts, the target and the settings, and read from there the
+    next time. The target's mode and `generation_config`, and the global random state, are left as they were.
+
+    Args:
+        source: what [`extract_prompts`] reads.
+        target (`PreTrainedModel`): the model that writes.
+        tokenizer (`PreTrainedTokenizerBase`): the target's tokenizer.
+        max_length (`int`): tokens in the longest sequence, prompt and completion together. Prompts are cut to the
+            larger of `max_length - max_new_tokens` and half of `max_length`.
+        max_new_tokens (`int`): tokens in the longest completion.
+        temperature (`float`, *optional*, defaults to `0.0`): 0 takes the most likely token, above 0 samples.
+        batch_size (`int`, *optional*, defaults to `8`): prompts that are completed at once.
+        seed (`int`, *optional*, defaults to `0`): with a temperature, decides the samples, together with `batch_size`.
+        cache_dir (`str` or `os.PathLike`, *optional*): folder of the results on disk; by default
+            `$HF_HOME/ppow_hf/regenerated`, or `~/.cache/ppow_hf/regenerated` where `HF_HOME` is not set.
+        argument (`str`, *optional*, defaults to `"train_dataset"`): name of the argument in errors and warnings.
+
+    Returns a [`SequenceDataset`] with loss on the completions, marked as written by the target where T = 0.
+
+    Raises `ValueError` for settings out of range, for a dataset without prompts, and for a prompt that fills the
+    target's context.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length: {max_length} given. A prompt and its completion take at least 2 tokens.")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: {value} given. Pass {least} or more.")
+    if temperature < 0:
+        raise ValueError(f"temperature: {temperature} given. Pass 0 for the most likely token, or more to sample.")
+
+    prompts = extract_prompts(source, tokenizer, max(max_length - max_new_tokens, max_length // 2), argument)
+    context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    if context_length is not None and len(prompts[longest]) >= context_length:
+        raise ValueError(
+            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has {len(prompts[longest])} "
+            f"tokens and leaves no room for a completion in the target's context of {context_length} (max_position_embeddings). Lower max_length ({max_length}), which "
+            "cuts the prompts, or shorten the prompt."
+        )
+    length_limit = max_length if context_length is None else min(max_length, context_length)
+
+    eos_token_ids = _eos_token_ids(target, tokenizer)
+    settings: dict[str, Any] = {
+        "length_limit": length_limit,
+        "max_new_tokens": max_new_tokens,
+        "temperature": float(temperature),
+        "eos_token_ids": eos_token_ids,
+    }
+    if temperature > 0:  # at T = 0 neither changes what is written
+        settings |= {"seed": seed, "batch_size": batch_size}
+    cache_folder = Path(cache_dir) if cache_dir is not None else _default_cache_folder()
+    cache_folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after
+    tensors_path = cache_folder / f"{_cache_key(prompts, target, settings)}.safetensors"
+
+    dataset = _load_cached(tensors_path, prompts, temperature)
+    if dataset is None:
+        pad_token_id = tokenizer.pad_token_id
+        if pad_token_id is None:
+            pad_token_id = eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
+        completions = _generate_completions(
+            prompts, target, length_limit, max_new_tokens, temperature, batch_size, seed, eos_token_ids, pad_token_id
+        )
+        sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        dataset = _regenerated_dataset(sequences, prompts, temperature)
+        _save_cached(tensors_path, dataset, target, settings)
+    return dataset
+
+
+# Rows and columns
+
+
+def _read_file(path: Path, argument: str) -> list[Any]:
+    readable = path.name.endswith((".jsonl", ".jsonl.gz", ".txt"))
+    if not path.is_file():
+        hint = "" if readable else " For a dataset of the Hub, pass `datasets.load_dataset(...)` with one split."
+        raise FileNotFoundError(f"{argument}: no file at {str(path)!r}. Pass the path of an existing file.{hint}")
+    if not readable:
+        raise ValueError(
+            f"{argument}: {path.name!r} is neither .jsonl, .jsonl.gz nor .txt. Convert it, or load it with "
+            "`datasets.load_dataset` and pass the result."
+        )
+    if path.suffix == ".txt":
+        try:
+            return [{"text": path.read_text(encoding="utf-8-sig")}]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{argument}: {str(path)!r} is not UTF-8 text ({error}). Convert it to UTF-8.") from error
+    rows = []
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(_parse_line(line, f"{argument}: {str(path)!r}, line {number}"))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{argument}: {str(path)!r} is damaged after line {number} ({error}). Download or compress it again."
+        ) from error
+    return rows
+
+
+def _parse_line(line: bytes, place: str) -> dict:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # JSON and UTF-8 errors are both
+        raise ValueError(f"{place} is not JSON ({error}). Mend or remove the line.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}. Every line is one JSON object, such as a `text` row.")
+    return row
+
+
+def _find_columns(rows: list[dict], accepted: tuple[tuple[str, ...], ...], argument: str) -> tuple[str, ...]:
+    for columns in accepted:
+        if all(column in rows[0] for column in columns):
+            break
+    else:
+        names = ", ".join(" + ".join(f"`{column}`" for column in columns) for columns in accepted)
+        raise ValueError(f"{argument}: the dataset has the columns {sorted(rows[0])}. Rename them to one of: {names}.")
+    for number, row in enumerate(rows):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ValueError(
+                f"{argument}: row {number} has the columns {sorted(row)}, and lacks {missing}, which row 0 has. Give "
+                "all rows the same columns."
+            )
+    return columns
+
+
+def _strings(rows: list[dict], column: str, argument: str) -> list[str]:
+    values = [row[column] if row[column] is not None else "" for row in rows]
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{argument}: `{column}` of row {number} is a {type(value).__name__}. Give a string; a conversation "
+                "goes into the column `messages`."
+            )
+    return values
+
+
+def _conversations(rows: list[dict], argument: str) -> list[list[dict]]:
+    conversations = [list(row["messages"]) if row["messages"] is not None else [] for row in rows]
+    for number, messages in enumerate(conversations):
+        if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+            raise ValueError(
+                f"{argument}: `messages` of row {number} is not a list of messages. Every message is a dict with "
+                "`role` and `content`."
+            )
+    return conversations
+
+
+# Text to tokens
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    for start in range(0, len(texts), TEXTS_PER_TOKENIZER_CALL):
+        chunk = texts[start : start + TEXTS_PER_TOKENIZER_CALL]
+        yield from tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _open_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Each text's tokens after the bos token, if there is one; nothing for an empty text."""
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for ids in _tokenize(texts, tokenizer):
+        yield ids if not ids or ids[: len(opening)] == opening else opening + ids
+
+
+def _open_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each prompt's tokens as `tokenizer(prompt)` opens them, but never opened twice and never closed."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    opened = tokenizer("a")["input_ids"]
+    starts = [start for start in range(len(opened)) if opened[start : start + len(plain)] == plain]
+    opening = opened[: starts[0]] if starts else []
+    return [ids if ids[: len(opening)] == opening else opening + ids for ids in _tokenize(prompts, tokenizer)]
+
+
+def _text_sequences(
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    packing: bool,
+    min_length: int,
+    argument: str,
+) -> tuple[list, list]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    closing = [eos] if bos is None and eos is not None else []
+    texts = [text for text in _strings(rows, "text", argument) if text]
+    pieces = [torch.tensor(ids + closing, dtype=torch.int32) for ids in _open_texts(texts, tokenizer) if ids]
+    if packing and pieces:
+        packed = torch.cat(pieces).split(max_length)
+        pieces = [sequence for sequence in packed if len(sequence) >= min(min_length, max_length)]
+    else:
+        pieces = [piece[:max_length] for piece in pieces]
+    unlearned = bos if bos is not None and bos != eos else -1
+    return pieces, [piece != unlearned for piece in pieces]
+
+
+def _completion_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
+    eos = tokenizer.eos_token_id
+    prompts = _open_prompts(_strings(rows, "prompt", argument), tokenizer)
+    completions = _tokenize(_strings(rows, "completion", argument), tokenizer)
+    token_ids, loss_masks = [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not completion:
+            continue
+        if eos is not None and completion[-1] != eos:
+            completion = [*completion, eos]
+        token_ids.append(prompt + completion)
+        loss_masks.append([False] * len(prompt) + [True] * len(completion))
+    return token_ids, loss_masks
+
+
+def _tokenized_sequences(rows: list[dict], argument: str) -> tuple[list, list, list]:
+    token_ids, loss_masks, target_written = [], [], []
+    for number, row in enumerate(rows):
+        ids = _integers(row["input_ids"], "input_ids", number, argument)
+        if not ids:
+            continue
+        if min(ids) < 0:
+            raise ValueError(
+                f"{argument}: `input_ids` of row {number} has the negative id {min(ids)}. Remove padding."
+            )
+        masks = {}
+        for column, default in (("loss_mask", 1), ("target_written", 0)):
+            given = row.get(column)
+            masks[column] = [default] * len(ids) if given is None else _integers(given, column, number, argument)
+            if len(masks[column]) != len(ids):
+                raise ValueError(
+                    f"{argument}: `{column}` of row {number} has {len(masks[column])} entries for {len(ids)} "
+                    "`input_ids`. Give one per token."
+                )
+        token_ids.append(ids)
+        loss_masks.append([value != 0 for value in masks["loss_mask"]])
+        target_written.append([value != 0 for value in masks["target_written"]])
+    return token_ids, loss_masks, target_written
+
+
+def _integers(values: Any, column: str, number: int, argument: str) -> list[int]:
+    try:
+        tensor = torch.as_tensor([] if values is None else values)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
+        raise ValueError(f"{argument}: `{column}` of row {number} is not a flat list of integers. Tokenize it anew.")
+    return tensor.long().tolist()
+
+
+# Chats to tokens
+
+
+def _render(
+    messages: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    argument: str,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    from jinja2 import TemplateError  # an optional dependency of transformers, at hand where chat templates work
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[return-value]
+    except TemplateError as error:
+        raise ValueError(
+            f"{argument}: the tokenizer's chat template refuses row {number} ({error}). Its messages have the roles "
+            f"{[message['role'] for message in messages]}; mend the row or pass another chat template."
+        ) from error
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{argument}: the rows have `messages`, but the tokenizer has no chat template. Set "
+            "`tokenizer.chat_template`, or give `text` or `prompt` + `completion` columns."
+        )
+    return tokenizer.get_chat_template()
+
+
+def _chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
+    marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", _chat_template(tokenizer, argument)) is not None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{argument}: the rows have `messages`, and finding the assistant's tokens takes a fast tokenizer; "
+            f"{type(tokenizer).__name__} is a slow one. Pass a fast one, or `input_ids` with a `loss_mask`."
+        )
+    token_ids, loss_masks = [], []
+    for number, messages in enumerate(_conversations(rows, argument)):
+        if not messages:
+            continue
+        if marks_generation:
+            _render(messages, tokenizer, number, argument)  # for its error
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            )
+            ids, mask = encoded["input_ids"], [value != 0 for value in encoded["assistant_masks"]]
+        else:
+            ids, mask = _mask_by_prefixes(messages, tokenizer, number, argument)
+        token_ids.append(ids)
+        loss_masks.append(mask)
+    return token_ids, loss_masks
+
+
+def _mask_by_prefixes(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a chat, and which belong to the assistant: those between the generation prompt and the turn's end.
+
+    The prefixes are compared as text and found among the tokens by their offsets, since a token may straddle the end
+    of a prefix, and some tokenizers put a space before a text that they are given on its own.
+    """
+    whole = _render(messages, tokenizer, number, argument)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+    mask = [False] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if turn == 0:
+            raise ValueError(
+                f"{argument}: row {number} begins with an assistant's message, so that its chat template does not "
+                "tell where it starts. Put a user's message before it, or use a template with {% generation %}."
+            )
+        before = _render(messages[:turn], tokenizer, number, argument, add_generation_prompt=True)
+        through = whole if turn == len(messages) - 1 else _render(messages[: turn + 1], tokenizer, number, argument)
+        if not (whole.startswith(through) and through.startswith(before)):
+            raise ValueError(
+                f"{argument}: the tokenizer's chat template writes message {turn} of row {number} differently when it "
+                "is the last one than when others follow, or than its generation prompt begins it, so that the "
+                "assistant's tokens cannot be told. Use a template with {% generation %}, keep one assistant message "
+                "per row (the last), or pass `input_ids` with a `loss_mask`."
+            )
+        inside = [i for i, (start, _) in enumerate(encoded["offset_mapping"]) if len(before) <= start < len(through)]
+        # What the template puts after the end token (a line feed, mostly) is not the assistant's: it has stopped.
+        ends = [position for position, i in enumerate(inside, start=1) if ids[i] == tokenizer.eos_token_id]
+        for i in inside[: ends[-1]] if ends else inside:
+            mask[i] = True
+    return ids, mask
+
+
+def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> list[list[int]]:
+    _chat_template(tokenizer, argument)
+    texts = []
+    for number, messages in enumerate(_conversations(rows, argument)):
+        user_turns = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
+        if user_turns:
+            asked = messages[: user_turns[-1] + 1]
+            texts.append(_render(asked, tokenizer, number, argument, add_generation_prompt=True))
+    return list(_tokenize(texts, tokenizer))
+
+
+def _keep_end(prompt: list[int], length: int, bos_token_id: int | None) -> list[int]:
+    if len(prompt) <= length:
+        return prompt
+    opening = prompt[:1] if length > 1 and prompt[0] == bos_token_id else []
+    return opening + prompt[len(prompt) - length + len(opening) :]
+
+
+# Tensors
+
+
+def _flatten(rows: list, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([torch.zeros(0, dtype=dtype), *(torch.as_tensor(row, dtype=dtype) for row in rows)])
+
+
+def _keep_learnable(
+    token_ids: list, loss_masks: list, target_written: list | None, argument: str, requirement: str
+) -> SequenceDataset:
+    kept = [number for number, mask in enumerate(loss_masks) if any(mask[1:])]
+    if not kept:
+        raise ValueError(f"{argument}: no row gives a sequence with {requirement}. Give longer rows or other limits.")
+    if len(kept) < len(loss_masks):
+        dropped = len(loss_masks) - len(kept)
+        logger.warning("%s: %d of %d rows dropped: no token to learn is left.", argument, dropped, len(loss_masks))
+    return SequenceDataset(
+        [token_ids[number] for number in kept],
+        [loss_masks[number] for number in kept],
+        None if target_written is None else [target_written[number] for number in kept],
+    )
+
+
+# Regeneration
+
+
+def _eos_token_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = target.generation_config.eos_token_id if target.generation_config is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def _generate_completions(
+    prompts: list[list[int]],
+    target: PreTrainedModel,
+    length_limit: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+) -> list[list[int]]:
+    def room(number: int) -> int:
+        return min(max_new_tokens, length_limit - len(prompts[number]))
+
+    # Longest first, so that a lack of memory shows at once. A batch's prompts have the same room, so that no row of it
+    # runs past the context while others still write.
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    groups = [list(group) for _, group in groupby(order, key=room)]
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+
+    completions: list[list[int]] = [[] for _ in prompts]
+    modes = [(module, module.training) for module in target.modules()]
+    own_generation_config = target.generation_config
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    try:
+        target.eval()
+        target.generation_config = GenerationConfig()  # else generate fills in the target's own penalties and the like
+        with tqdm(total=len(prompts), desc="Target writes completions", unit="prompt") as progress:
+            for batch_number, batch in enumerate(batches):
+                width = max(len(prompts[number]) for number in batch)
+                input_ids = torch.full((len(batch), width), pad_token_id)  # [B, S], padded on the left
+                attention_mask = torch.zeros_like(input_ids)
+                for row, number in enumerate(batch):
+                    input_ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
+                    attention_mask[row, width - len(prompts[number]) :] = 1
+                generation_config = GenerationConfig(
+                    max_new_tokens=room(batch[0]),
+                    eos_token_id=eos_token_ids or None,
+                    pad_token_id=pad_token_id,
+                    use_cache=True,
+                    **(sampling or {"do_sample": False}),
+                )
+                # All devices, because manual_seed seeds all of them.
+                with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                    torch.manual_seed(_batch_seed(seed, batch_number))
+                    written = target.generate(
+                        input_ids.to(target.device),
+                        attention_mask=attention_mask.to(target.device),
+                        generation_config=generation_config,
+                    )
+                for number, ids in zip(batch, written[:, width:].tolist(), strict=True):
+                    ends = [position for position, token in enumerate(ids, start=1) if token in eos_token_ids]
+                    completions[number] = ids[: ends[0]] if ends else ids
+                progress.update(len(batch))
+    finally:
+        target.generation_config = own_generation_config
+        for module, training in modes:
+            module.training = training
+    return completions
+
+
+def _batch_seed(seed: int, batch_number: int) -> int:
+    """Seeds of different runs never meet, as `seed + batch_number` would."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{batch_number}".encode()).digest()[:7], "big")
+
+
+def _regenerated_dataset(sequences: list[list[int]], prompts: list[list[int]], temperature: float) -> SequenceDataset:
+    completion_masks = [
+        [False] * len(prompt) + [True] * (len(sequence) - len(prompt))
+        for sequence, prompt in zip(sequences, prompts, strict=True)
+    ]
+    return SequenceDataset(sequences, completion_masks, completion_masks if temperature == 0 else None)
+
+
+# The regenerated sequences on disk
+
+
+def _default_cache_folder() -> Path:
+    home = os.environ.get("HF_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache") / "ppow_hf" / "regenerated"
+
+
+def _target_identity(target: PreTrainedModel) -> str:
+    """Hash of the target's configuration and of a few elements of every parameter, whatever device it is on."""
+    config = json.loads(target.config.to_json_string())
+    for name in ("transformers_version", "_name_or_path"):  # another release or folder is not another target
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, parameter in target.named_parameters():
+        digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
+        if not parameter.is_meta and parameter.numel():
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // ELEMENTS_PER_PARAMETER)].contiguous().cpu()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cache_key(prompts: list[list[int]], target: PreTrainedModel, settings: dict[str, Any]) -> str:
+    content = {
+        "format_version": CACHE_FORMAT_VERSION,
+        "target": _target_identity(target),
+        "settings": settings,
+        "prompts": prompts,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load_cached(tensors_path: Path, prompts: list[list[int]], temperature: float) -> SequenceDataset | None:
+    """The kept sequences, or `None` where there are none or they are damaged, in which case they are deleted."""
+    metadata_path = tensors_path.with_suffix(".json")
+    if not metadata_path.exists():  # written last: without it, the tensors may be missing or half a run's
+        return None
+    try:
+        metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
+        tensors = load_tensors(tensors_path.read_bytes())
+        sequences = [ids.tolist() for ids in tensors["token_ids"].split(tensors["lengths"].tolist())]
+        if any(sequence[: len(prompt)] != prompt for sequence, prompt in zip(sequences, prompts, strict=True)):
+            raise ValueError("the prompts in it are others")
+        dataset = _regenerated_dataset(sequences, prompts, temperature)
+        if dataset.fingerprint != metadata["fingerprint"]:
+            raise ValueError("its fingerprint is not the recorded one")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        logger.warning("%s is damaged (%s): deleted, and written anew by the target.", tensors_path, error)
+        tensors_path.unlink(missing_ok=True)
+        metadata_path.unlink(missing_ok=True)
+        return None
+    return dataset
+
+
+def _save_cached(
+    tensors_path: Path, dataset: SequenceDataset, target: PreTrainedModel, settings: dict[str, Any]
+) -> None:
+    metadata = {
+        "format_version": CACHE_FORMAT_VERSION,
+        "fingerprint": dataset.fingerprint,
+        "sequences": len(dataset),
+        "tokens": len(dataset._token_ids),
+        "target": target.config.name_or_path,
+        "settings": settings,
+        "versions": {"torch": str(torch.__version__), "transformers": transformers_version},
+    }
+    tensors = {"token_ids": dataset._token_ids, "lengths": dataset._ends.diff()}
+    try:
+        _write_whole(tensors_path, save_tensors(tensors))
+        _write_whole(tensors_path.with_suffix(".json"), json.dumps(metadata, indent=2).encode())
+    except OSError as error:  # a full disk is no reason to lose what the target wrote
+        logger.warning("The regenerated sequences could not be kept at %s (%s).", tensors_path, error)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Readers see the old file or the new one, never a part; two writers do not mix."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

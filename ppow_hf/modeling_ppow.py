@@ -1,0 +1,703 @@
+"""PPOWDrafter: every architecture of drafter behind one interface, as a transformers model.
+
+Knows how to turn known tokens (and, for eagle, the target's states) into features, features into next-token logits,
+and how to draft on from there. Knows nothing about verification, windows or training objectives.
+
+Words: a *prefix* p of a sequence is its tokens 0..p; the drafter's *feature* of prefix p gives its distribution of token
+p + 1. A standalone drafter has a feature for every prefix, an eagle drafter from prefix 1 on, since it reads the
+target's state of token p - 1 together with the embedding of token p.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`allowed` bool `[..., queries, keys]` as the float mask that every attention implementation of transformers adds."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )
+
+
+def causal_allowed(query_count: int, past_count: int, device: torch.device) -> torch.Tensor:
+    """Causal mask `[1, 1, queries, past + queries]` for new tokens behind `past_count` cached ones."""
+    queries = torch.arange(past_count, past_count + query_count, device=device)
+    return (torch.arange(past_count + query_count, device=device) <= queries[:, None])[None, None]
+
+
+class EagleAttention(nn.Module):
+    """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # masks are always explicit
+        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, position_embeddings, mask, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
+        batch, length = x.shape[:2]
+        queries, keys, values = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.o_proj(output.reshape(batch, length, -1)), (keys, values)
+
+
+class EagleDecoderLayer(GradientCheckpointingLayer):
+    """EAGLE-3's one layer: attention over [norm(embedding), norm(state)]; the residual is the state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = EagleAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, embeddings, states, position_embeddings, mask, past: KeysValues | None):
+        x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+        attended, keys_values = self.self_attn(x, position_embeddings, mask, past)
+        states = states + attended
+        return states + self.mlp(self.post_attention_layernorm(states)), keys_values
+
+
+class EagleDrafter(nn.Module):
+    """The EAGLE-3 computation; parameter names are those of the published checkpoints.
+
+    A feature is the layer's output before the final norm: it is what later draft steps are fed.
+    """
+
+    first_prefix = 1
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        draft = config.draft_config
+        self.config = draft
+        width = config.draft_vocab_size or config.vocab_size
+        fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, draft.hidden_size)
+        self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
+        self.midlayer = EagleDecoderLayer(draft)
+        self.norm = LlamaRMSNorm(draft.hidden_size, eps=draft.rms_norm_eps)
+        self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(draft)
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache."""
+        return self.advance(tokens, self.fc(states.to(self.fc.weight.dtype)), cache, positions, allowed)
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
+        embeddings = self.embed_tokens(tokens)
+        mask = allowed
+        if mask is not None and self.config._attn_implementation == "eager":
+            mask = additive_mask(mask, embeddings.dtype)
+        position_embeddings = self.rotary_emb(embeddings, positions)
+        return self.midlayer(embeddings, features, position_embeddings, mask, cache)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.norm(features))
+
+    @staticmethod
+    def cache_length(cache: KeysValues | None) -> int:
+        return 0 if cache is None else cache[0].shape[2]
+
+    @staticmethod
+    def cropped(cache: KeysValues, length: int) -> KeysValues:
+        return cache[0][:, :, :length], cache[1][:, :, :length]
+
+    def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
+        """Keep only the output rows of `kept_tokens`."""
+        self.lm_head.weight.data = self.lm_head.weight.data[kept_tokens].clone()
+        self.lm_head.out_features = len(kept_tokens)
+
+
+class StandaloneDrafter(nn.Module):
+    """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm)."""
+
+    first_prefix = 0
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        self.config = config.draft_config
+        self.model = AutoModelForCausalLM.from_config(config.draft_config)
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """Tokens p `[B, L]` -> features `[B, L, h]`, cache; the target's states are not read."""
+        return self.advance(tokens, None, cache, positions, allowed)
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        mask = None
+        if allowed is not None:
+            mask = additive_mask(allowed, self.model.dtype)
+        if cache is None and not torch.is_grad_enabled():
+            cache = DynamicCache(config=self.config)
+        outputs = self.model.base_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return outputs.last_hidden_state, cache
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.get_output_embeddings()(features)
+
+    @staticmethod
+    def cache_length(cache: DynamicCache | None) -> int:
+        return 0 if cache is None else cache.get_seq_length()
+
+    @staticmethod
+    def cropped(cache: DynamicCache, length: int) -> DynamicCache:
+        surplus = cache.get_seq_length() - length
+        if surplus > 0:
+            cache.crop(-surplus)
+        return cache
+
+
+@dataclass
+class PPOWDrafterOutput(ModelOutput):
+    """What a drafter's forward returns.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): what `loss_function` returned.
+        logits (`torch.Tensor` of shape `(B, S, V)`, *optional*):
+            Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes before
+            `first_prefix`. Not computed when `loss_function` is given.
+        features (`torch.Tensor` of shape `(B, S, h)`): features of all prefixes.
+        window_features (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
+            Features along the windows of `draft_ids`: entry j gives the distribution of the window's token j.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    window_features: torch.Tensor | None = None
+
+
+class PPOWDrafter(PreTrainedModel):
+    """A drafter for speculative decoding, trained with PPOW (arXiv 2605.14978) or supervised.
+
+    Make one with [`PPOWDrafter.from_target`], load one with `from_pretrained`, give it to
+    `target.generate(assistant_model=drafter)`.
+    """
+
+    config: PPOWDrafterConfig
+    config_class = PPOWDrafterConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["EagleDecoderLayer"]
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__(config)
+        config.draft_config._attn_implementation = config._attn_implementation
+        self.draft_model = {"eagle": EagleDrafter, "standalone": StandaloneDrafter}[config.architecture](config)
+        width = config.draft_vocab_size
+        if width is not None and config.architecture == "eagle":
+            # Named and meant as in published EAGLE-3 checkpoints: target id = draft id + d2t[draft id].
+            self.register_buffer("d2t", torch.zeros(width, dtype=torch.long))
+            kept = torch.zeros(config.vocab_size, dtype=torch.bool)
+            kept[:width] = True
+            self.register_buffer("t2d", kept)
+        else:
+            self.d2t = self.t2d = None
+        self.last_trace: Any = None
+        inner = getattr(self.draft_model, "model", None)
+        if inner is not None:
+            tied = inner.all_tied_weights_keys.items()
+            self._tied_weights_keys = {f"draft_model.model.{name}": f"draft_model.model.{to}" for name, to in tied}
+        self.post_init()
+
+    def _init_weights(self, module):
+        std = getattr(self.config.draft_config, "initializer_range", 0.02)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, LlamaRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, PPOWDrafter) and module.d2t is not None:
+            module.set_draft_vocabulary(torch.arange(len(module.d2t)))
+        else:
+            super()._init_weights(module)
+
+    # -- the vocabulary
+
+    def set_draft_vocabulary(self, kept_tokens: torch.Tensor) -> None:
+        """Set `d2t` and `t2d` from the target's token ids that the drafter can propose, ascending `[DV]`."""
+        kept_tokens = kept_tokens.sort().values.to(self.d2t.device)
+        self.d2t.copy_(kept_tokens - torch.arange(len(kept_tokens), device=kept_tokens.device))
+        self.t2d.zero_()
+        self.t2d[kept_tokens] = True
+
+    @property
+    def kept_tokens(self) -> torch.Tensor | None:
+        """The target's ids of the draft vocabulary `[DV]`, or `None` where both vocabularies are the same."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def draft_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `[..., h]` -> logits on the drafter's own vocabulary `[..., DV]`."""
+        return self.draft_model.logits(features)
+
+    def to_target_width(self, draft_logits: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Logits `[..., DV]` -> `[..., width]` on the target's vocabulary; what the drafter cannot propose is -inf."""
+        width = width or self.config.vocab_size
+        if self.d2t is not None:
+            full = draft_logits.new_full((*draft_logits.shape[:-1], self.config.vocab_size), -torch.inf)
+            full[..., self.kept_tokens] = draft_logits
+            draft_logits = full
+        return match_width(draft_logits, width)
+
+    def compute_logits(self, features: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Features `[..., h]` -> logits on the target's vocabulary `[..., V]`."""
+        return self.to_target_width(self.draft_logits(features), width)
+
+    def get_input_embeddings(self):
+        draft = self.draft_model
+        return draft.embed_tokens if isinstance(draft, EagleDrafter) else draft.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        if isinstance(self.draft_model, EagleDrafter):
+            self.draft_model.embed_tokens = value
+        else:
+            self.draft_model.model.set_input_embeddings(value)
+
+    # -- whole sequences (training, evaluation)
+
+    def prefix_features(
+        self,
+        input_ids: torch.Tensor,
+        target_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """Features of all prefixes `[B, S, h]` and the cache behind them. Rows are padded on the right.
+
+        `target_states` `[B, S, 3*h_target]` is needed by eagle; entry i is the target's state of token i.
+        """
+        batch, length = input_ids.shape
+        first = self.draft_model.first_prefix
+        positions = torch.arange(first, length, device=input_ids.device).expand(batch, -1) - first
+        allowed = causal_allowed(length - first, 0, input_ids.device).expand(batch, 1, -1, -1)
+        if attention_mask is not None and not bool(attention_mask.all()):
+            visible = attention_mask[:, None, None, first:].bool()
+            diagonal = torch.eye(length - first, dtype=torch.bool, device=input_ids.device)
+            allowed = (allowed & visible) | diagonal  # padding sees itself: a row without any key would be NaN
+        states = None
+        if first:
+            if target_states is None:
+                raise ValueError(
+                    "target_states: an eagle drafter reads the target's hidden states of the layers "
+                    f"{self.config.target_layer_ids}; pass them (see collect_target_states)."
+                )
+            states = target_states[:, :-1]
+        features, cache = self.draft_model.encode(input_ids[:, first:], states, None, positions, allowed)
+        return nn.functional.pad(features, (0, 0, first, 0)), cache
+
+    def unroll(
+        self,
+        features: torch.Tensor,
+        cache: Any,
+        prefixes: torch.Tensor,
+        choose: Callable[[int, torch.Tensor], torch.Tensor],
+        window: int,
+    ) -> torch.Tensor:
+        """Draft `window` tokens from M prefixes of each sequence at once, over the shared cache.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, S, h)`), cache: what [`prefix_features`] returned.
+            prefixes (`torch.LongTensor` of shape `(B, M)`): the prefix each window starts from; may repeat.
+            choose (`Callable`): `choose(j, features [B, M, h]) -> LongTensor [B, M]` gives the window's token j.
+            window (`int`): number of distributions wanted, K.
+
+        Returns:
+            `torch.Tensor` of shape `(B, M, K, h)`: entry j gives the distribution of the window's token j.
+        """
+        draft = self.draft_model
+        first, (batch, count) = draft.first_prefix, prefixes.shape
+        current = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
+        along = [current]
+        key_prefixes = torch.arange(first, features.shape[1], device=prefixes.device)
+        allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S - first]
+        own = torch.eye(count, dtype=torch.bool, device=prefixes.device).expand(batch, 1, -1, -1)
+        for j in range(window - 1):
+            tokens = choose(j, current)
+            allowed = torch.cat([allowed, own], dim=-1)
+            current, cache = draft.advance(tokens, current, cache, prefixes + 1 + j - first, allowed)
+            along.append(current)
+        return torch.stack(along, dim=2)
+
+    def window_features(
+        self,
+        input_ids: torch.Tensor,
+        target_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        prefixes: torch.Tensor,
+        draft_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of all prefixes `[B, S, h]` and along given windows `[B, M, K, h]`, with gradients."""
+        window = draft_ids.shape[-1]
+        if isinstance(self.draft_model, StandaloneDrafter):
+            return self._packed_features(input_ids, attention_mask, prefixes, draft_ids)
+        features, cache = self.prefix_features(input_ids, target_states, attention_mask)
+        return features, self.unroll(features, cache, prefixes, lambda j, _: draft_ids[:, :, j], window)
+
+    def _packed_features(self, input_ids, attention_mask, prefixes, draft_ids):
+        """The same for a standalone drafter: one forward over the sequence and all windows behind it."""
+        (batch, length), (count, window) = input_ids.shape, draft_ids.shape[1:]
+        tail = draft_ids[:, :, : window - 1]
+        allowed = packed_allowed(length, prefixes, window - 1)
+        if attention_mask is not None:
+            keys = nn.functional.pad(attention_mask.bool(), (0, tail[0].numel()), value=True)
+            allowed = (allowed & keys[:, None, None]) | torch.eye(allowed.shape[-1], dtype=torch.bool).to(keys.device)
+        positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
+        tail_positions = prefixes[..., None] + 1 + torch.arange(window - 1, device=input_ids.device)
+        everything, _ = self.draft_model.advance(
+            torch.cat([input_ids, tail.flatten(1)], dim=1),
+            None,
+            None,
+            torch.cat([positions, tail_positions.flatten(1)], dim=1),
+            allowed,
+        )
+        features = everything[:, :length]
+        starts = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
+        along = (
+            everything[:, length:].unflatten(1, (count, window - 1)) if window > 1 else starts[:, :, None][:, :, :0]
+        )
+        return features, torch.cat([starts[:, :, None], along], dim=2)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        target_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prefixes: torch.LongTensor | None = None,
+        draft_ids: torch.LongTensor | None = None,
+        loss_function: Callable[["PPOWDrafter", PPOWDrafterOutput], torch.Tensor] | None = None,
+        **kwargs,
+    ) -> PPOWDrafterOutput:
+        """Features of all prefixes, and along given windows.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): right-padded sequences.
+            target_states (`torch.Tensor` of shape `(B, S, 3*h_target)`, *optional*): the target's states (eagle).
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding.
+            prefixes (`torch.LongTensor` of shape `(B, M)`, *optional*), draft_ids (`(B, M, K)`, *optional*):
+                windows to follow; both or neither.
+            loss_function (`Callable`, *optional*):
+                `loss_function(drafter, output)` is evaluated here, inside forward, so that DDP and FSDP see every use
+                of a parameter.
+        """
+        if prefixes is not None and draft_ids is not None:
+            features, along = self.window_features(input_ids, target_states, attention_mask, prefixes, draft_ids)
+        else:
+            features, along = self.prefix_features(input_ids, target_states, attention_mask)[0], None
+        output = PPOWDrafterOutput(features=features, window_features=along)
+        if loss_function is None:
+            output.logits = self.compute_logits(features)
+        else:
+            output.loss = loss_function(self, output)
+        return output
+
+    # -- one sequence, token by token (decoding)
+
+    def start_session(self, width: int | None = None) -> "DraftSession":
+        """A [`DraftSession`]: the drafter's side of one generation call; `width` is that of the target's logits."""
+        return DraftSession(self, width)
+
+    def with_settings(self, **settings) -> "DrafterView":
+        """This drafter with other window settings, for one call: `assistant_model=drafter.with_settings(window=...)`.
+
+        Accepts `window`, `max_window`, `cost_ratio`, `verification_cost`. The view's `last_trace` is its own.
+        """
+        return DrafterView(self, settings)
+
+    # -- making one
+
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        architecture: str = "eagle",
+        draft_vocab_size: int | None = None,
+        token_counts: torch.Tensor | None = None,
+        **overrides,
+    ) -> "PPOWDrafter":
+        """An untrained drafter for `target`, started from the target's own embeddings, head and final norm.
+
+        Args:
+            target (`PreTrainedModel`): the causal language model to be drafted for.
+            architecture (`str`, *optional*, defaults to `"eagle"`): `"eagle"` or `"standalone"`.
+            draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary (eagle only).
+            token_counts (`torch.Tensor` of shape `(V,)`, *optional*):
+                How often each token occurs in the training data; needed with `draft_vocab_size`, whose tokens are the
+                most frequent ones.
+            overrides: fields of [`PPOWDrafterConfig`] (`max_window`, `target_layer_ids`, ...) or of the drafter's own
+                transformer (`num_hidden_layers`, `intermediate_size`, ...).
+        """
+        check_settings(architecture=architecture)
+        text = target.config.get_text_config()
+        vocab_size = target.get_output_embeddings().weight.shape[0]
+        own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture"}
+        settings = {name: overrides.pop(name) for name in list(overrides) if name in own_fields}
+        if architecture == "standalone":
+            if draft_vocab_size is not None:
+                raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
+            given = overrides.pop("draft_config", None)
+            draft_config = copy.deepcopy(given if given is not None else text)
+            if given is None:
+                overrides.setdefault("num_hidden_layers", 1)
+                draft_config.vocab_size = vocab_size
+            check_width(draft_config.vocab_size, vocab_size)
+        else:
+            draft_config = eagle_layer_config(text, vocab_size)
+        for name, value in overrides.items():
+            if not hasattr(draft_config, name):
+                raise ValueError(
+                    f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the drafter's "
+                    "own transformer."
+                )
+            setattr(draft_config, name, value)
+        if getattr(draft_config, "layer_types", None):
+            draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
+        layers = settings.pop("target_layer_ids", None) or default_target_layers(text.num_hidden_layers)
+        if architecture == "eagle" and (
+            len(layers) != 3 or not 0 <= min(layers) <= max(layers) < text.num_hidden_layers
+        ):
+            raise ValueError(
+                f"target_layer_ids: {layers} must be three ids from 0 to {text.num_hidden_layers - 1}, the states "
+                "behind so many of the target's layers."
+            )
+        config = PPOWDrafterConfig(
+            architecture=architecture,
+            draft_config=draft_config,
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            target_hidden_size=text.hidden_size,
+            target_layer_ids=list(layers) if architecture == "eagle" else None,
+            **{
+                "target_name_or_path": target.config._name_or_path or None,
+                "target_revision": getattr(target.config, "_commit_hash", None),
+                "target_model_type": text.model_type,
+                "context_length": getattr(text, "max_position_embeddings", None),
+                **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+                **settings,
+            },
+        )
+        drafter = cls(config)
+        drafter._start_from(target, token_counts)
+        return drafter.to(dtype=target.dtype if target.dtype.is_floating_point else None)
+
+    @torch.no_grad()
+    def _start_from(self, target: PreTrainedModel, token_counts: torch.Tensor | None) -> None:
+        draft = self.draft_model
+        source = target.get_input_embeddings().weight
+        embeddings = self.get_input_embeddings().weight
+        if source.shape[1] == embeddings.shape[1] and source.is_floating_point():
+            rows = min(len(source), len(embeddings))
+            embeddings[:rows] = source[:rows].to(embeddings)
+        head = target.get_output_embeddings().weight
+        if isinstance(draft, StandaloneDrafter):
+            own = draft.model.get_output_embeddings().weight
+            if own is not embeddings and own.shape == head.shape:
+                own.copy_(head.to(own))
+            return
+        kept = torch.arange(self.config.vocab_size)
+        if self.d2t is not None:
+            if token_counts is None or len(token_counts) > self.config.vocab_size:
+                raise ValueError(
+                    "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each of "
+                    f"the target's {self.config.vocab_size} tokens occurs in the training data; given was "
+                    f"{None if token_counts is None else tuple(token_counts.shape)}."
+                )
+            kept = token_counts.topk(len(self.d2t)).indices.sort().values
+            self.set_draft_vocabulary(kept)
+        if head.shape[1] == draft.lm_head.weight.shape[1]:
+            draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
+        hidden, target_hidden = draft.fc.out_features, self.config.target_hidden_size
+        if hidden == target_hidden:
+            # The highest of the three states passes through at the start: what the target's own head reads is near.
+            draft.fc.weight.mul_(0.1)
+            draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+
+
+def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:
+    """Logits `[..., V]` cut, or padded with -inf, to `width`: both are padded vocabularies of one tokenizer."""
+    surplus = logits.shape[-1] - width
+    if surplus > 0:
+        return logits[..., :width]
+    return nn.functional.pad(logits, (0, -surplus), value=-torch.inf) if surplus else logits
+
+
+def check_width(draft_width: int, target_width: int) -> None:
+    """Raise `ValueError` when two logit widths cannot be paddings of one vocabulary (more than 1% or 512 apart)."""
+    difference = abs(draft_width - target_width)
+    if difference > min(512, 0.01 * target_width):
+        raise ValueError(
+            f"assistant_model: the drafter's vocabulary has {draft_width} tokens and the target's {target_width}. They "
+            "can differ by padding (at most 512 tokens and 1%), not by this much: use a drafter trained for this target."
+        )
+
+
+def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+    """Tree mask `[B, 1, S + M*K, S + M*K]` of a sequence with M windows of K tokens behind it.
+
+    The sequence is causal; a window's token sees its prefix and the window's own earlier tokens and itself.
+    """
+    batch, count = prefixes.shape
+    device = prefixes.device
+    total = length + count * window
+    allowed = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
+    allowed[:, :length, :length] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    to_prefix = torch.arange(length, device=device) <= prefixes[..., None]  # [B, M, S]
+    allowed[:, length:, :length] = to_prefix.repeat_interleave(window, dim=1)
+    step = torch.ones(window, window, dtype=torch.bool, device=device).tril()
+    allowed[:, length:, length:] = torch.block_diag(*[step] * count) if window else False
+    return allowed[:, None]
+
+
+def eagle_layer_config(text_config, vocab_size: int):
+    """The Llama configuration of an eagle drafter's one layer: the target's shape where it has one."""
+    hidden = text_config.hidden_size
+    heads = text_config.num_attention_heads
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", 10000.0) if isinstance(parameters, dict) else 10000.0
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=getattr(text_config, "max_position_embeddings", 2048),
+        rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-6),
+        rope_parameters={"rope_type": "default", "rope_theta": theta or 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=getattr(text_config, "bos_token_id", None),
+        eos_token_id=getattr(text_config, "eos_token_id", None),
+        pad_token_id=getattr(text_config, "pad_token_id", None),
+    )
+
+
+def collect_target_states(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int] | None) -> torch.Tensor | None:
+    """The states an eagle drafter reads, side by side: `[B, S, 3*h]` from transformers' `hidden_states` tuple."""
+    if layer_ids is None:
+        return None
+    return torch.cat([hidden_states[layer] for layer in layer_ids], dim=-1)
+
+
+class DraftSession:
+    """The drafter's side of one generation call: its cache, what it has read, and the window it is drafting.
+
+    `observe` reads committed tokens; `first_logits` gives the distribution behind them; `next_logits(token)` the one
+    behind a drafted token. A drafter that proposes a whole window in one forward answers `next_logits` from what
+    `first_logits` computed.
+    """
+
+    def __init__(self, drafter: PPOWDrafter, width: int | None = None):
+        self.drafter = drafter
+        self.width = width or drafter.config.vocab_size
+        self._cache: Any = None
+        self._committed = 0  # committed tokens that the cache holds
+        self._feature: torch.Tensor | None = None
+        self._drafting: torch.Tensor | None = None
+        self._position = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been observed yet."""
+        return self._cache is None
+
+    @torch.inference_mode()
+    def observe(self, tokens: torch.Tensor, target_states: torch.Tensor | None, first_position: int) -> None:
+        """Read committed tokens `[1, L]`, whose first one stands at `first_position` of the sequence.
+
+        For eagle `target_states` `[1, L, 3*h]` holds the states of the tokens one position earlier each.
+        """
+        draft = self.drafter.draft_model
+        if self._cache is not None:
+            self._cache = draft.cropped(self._cache, self._committed)
+        length = tokens.shape[1]
+        positions = torch.arange(first_position, first_position + length, device=tokens.device)[None]
+        past = self._committed
+        allowed = causal_allowed(length, past, tokens.device) if length > 1 else None
+        features, self._cache = draft.encode(
+            tokens, target_states, self._cache, positions - draft.first_prefix, allowed
+        )
+        self._committed += length
+        self._feature = features[:, -1:]
+        self._position = first_position + length
+
+    @torch.inference_mode()
+    def first_logits(self) -> torch.Tensor:
+        """Logits `[1, V]` of the token behind everything observed."""
+        self._drafting = self._feature
+        return self.drafter.compute_logits(self._feature[:, 0], self.width)  # type: ignore[index]
+
+    @torch.inference_mode()
+    def next_logits(self, token: torch.Tensor, drafted: int) -> torch.Tensor:
+        """Logits `[1, V]` behind the drafted `token` `[1, 1]`, the window's `drafted`-th (counted from 0)."""
+        draft = self.drafter.draft_model
+        positions = torch.full((1, 1), self._position + drafted, device=token.device) - draft.first_prefix
+        self._drafting, self._cache = draft.advance(token, self._drafting, self._cache, positions, None)
+        return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
+
+
+class DrafterView:
+    """A drafter with window settings of its own; made by [`PPOWDrafter.with_settings`]."""
+
+    def __init__(self, drafter: PPOWDrafter, settings: dict[str, Any]):
+        for name, value in settings.items():
+            if name == "architecture":
+                raise ValueError("architecture: a drafter's architecture cannot be changed for a call.")
+            check_settings(**{name: value})
+        self.drafter = drafter
+        self.settings = settings
+        self.last_trace: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["drafter"], name)
+
+
+AutoConfig.register("ppow_drafter", PPOWDrafterConfig, exist_ok=True)
+AutoModel.register(PPOWDrafterConfig, PPOWDrafter, exist_ok=True)
+
+__all__ = ["ARCHITECTURES", "DraftSession", "DrafterView", "PPOWDrafter", "PPOWDrafterConfig", "PPOWDrafterOutput"]

@@ -1,0 +1,39 @@
+"""The few pictures that training and benchmarks leave behind, drawn with matplotlib.
+
+Knows series of numbers; knows nothing about models.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Points = Sequence[tuple[float, float]]
+
+
+def plot_curves(*panels: Mapping[str, Points] | Path | str, title: str = "", x_label: str = "step") -> Path:
+    """Draw one panel per mapping `{name: [(x, y), ...]}` side by side; the last argument is the PNG's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    path = Path(panels[-1])  # type: ignore[arg-type]
+    mappings = [panel for panel in panels[:-1] if isinstance(panel, Mapping)]
+    figure, axes = pyplot.subplots(
+        1, len(mappings), figsize=(4.2 * len(mappings), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, mapping in zip(axes[0], mappings, strict=True):
+        for name, points in mapping.items():
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=name, linewidth=1.6, marker="." if len(points) < 30 else ""
+                )
+        axis.set_xlabel(x_label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if any(mapping.values()):
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,99 @@
+"""The embedded corpus: Python's own standard library as text, split into held-in and held-out modules.
+
+Knows files and modules; knows nothing about models or training.
+"""
+
+import ast
+import hashlib
+import random
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+# Generated tables (code pages, documentation topics, build configuration) and third-party packages are not code that
+# a person wrote in the style of the rest, and would be a tenth of the corpus.
+EXCLUDED_PARTS = {"site-packages", "__pycache__", "encodings", "pydoc_data", "lib2to3", "turtledemo"}
+EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
+HELD_OUT_SHARE = 10  # one module in ten
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One module of the standard library: its dotted name, its text, and the side of the split it is on."""
+
+    name: str
+    text: str
+    held_out: bool
+
+
+def is_held_out(dotted_name: str) -> bool:
+    """Whether a module is kept for evaluation: SHA-256 of its last name, without `test_`, modulo ten equals zero.
+
+    `test.test_textwrap` falls on the side of `textwrap`, so that a held-out module's tests are held out with it.
+    """
+    parts = dotted_name.split(".")
+    key = parts[-2] if parts[-1] == "__init__" and len(parts) > 1 else parts[-1]
+    key = key.removeprefix("test_").strip("_")
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
+
+
+def standard_library(root: str | Path | None = None, include_tests: bool = True) -> list[SourceFile]:
+    """All modules under `root` (by default the running Python's standard library), in order of their names.
+
+    Raises `FileNotFoundError` when `root` holds no Python source, as in a Python that ships only bytecode.
+    """
+    root = Path(root or sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if EXCLUDED_PARTS.intersection(parts) or any(part.startswith(EXCLUDED_PREFIXES) for part in parts):
+            continue
+        if not include_tests and any(part in ("test", "tests", "idle_test") for part in parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a handful of test files are in other encodings on purpose
+        name = ".".join(parts)
+        if text.strip():
+            files.append(SourceFile(name, text, is_held_out(name)))
+    if not files:
+        raise FileNotFoundError(
+            f"root: no Python source found under {str(root)!r}. Install a Python that ships its standard library as "
+            "source, or pass the folder that holds it."
+        )
+    return files
+
+
+def corpus_fingerprint(files: list[SourceFile]) -> str:
+    """Short hash of the names and texts, for the provenance record."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.text.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def function_prompts(files: list[SourceFile], count: int, seed: int = 0, prompt_lines: int = 12) -> list[str]:
+    """`count` prompts, each the beginning of a function with the lines before it, at most one per module in turn.
+
+    A prompt ends after the function's signature and docstring, so that what follows is its body.
+    """
+    candidates: list[str] = []
+    for file in files:
+        try:
+            tree = ast.parse(file.text)
+        except (SyntaxError, ValueError):
+            continue
+        lines = file.text.splitlines(keepends=True)
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        functions = [node for node in functions if (node.end_lineno or 0) - node.lineno >= 6]
+        random.Random(f"{seed}:{file.name}").shuffle(functions)
+        for node in functions[:4]:
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            first_body_line = body[0].lineno - 1
+            start = max(0, min(node.lineno - 1, first_body_line) - prompt_lines)
+            candidates.append("".join(lines[start:first_body_line]))
+    random.Random(seed).shuffle(candidates)
+    if len(candidates) < count:
+        raise ValueError(f"count: {count} prompts asked for, but the files hold only {len(candidates)} functions.")
+    return candidates[:count]

@@ -1,0 +1,356 @@
+"""The recipe of the embedded targets: tokenizer, language models and their report, from the standard library's source.
+
+Knows how to train a small causal language model with transformers' Trainer; knows nothing about drafters.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .corpus import SourceFile, corpus_fingerprint, standard_library
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+VOCAB_SIZE = 4096
+CONTEXT_LENGTH = 1024
+
+
+@dataclass
+class TargetRecipe:
+    """What is needed to make an embedded target again.
+
+    Args:
+        family (`str`, *optional*, defaults to `"llama"`): `"llama"` or `"qwen3"`.
+        hidden_size, intermediate_size, num_layers, num_heads, num_key_value_heads, head_dim (`int`): the shape.
+        max_steps (`int`, *optional*, defaults to `950`): optimizer steps.
+        tokens_per_step (`int`, *optional*, defaults to `4096`): tokens in each step's batch.
+        short_length (`int`, *optional*, defaults to `256`): length of the training rows before the long phase.
+        long_share (`float`, *optional*, defaults to `0.2`): share of the steps, at the end, with rows of the whole
+            context (1,024 tokens).
+        muon_learning_rate, adamw_learning_rate (`float`): peak learning rates of the matrices, and of the rest.
+        decay_share (`float`, *optional*, defaults to `0.4`): share of the steps in which the rate falls to zero.
+        seed (`int`, *optional*, defaults to `0`): seed of the weights and of the order of the data.
+    """
+
+    family: str = "llama"
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    max_steps: int = 950
+    tokens_per_step: int = 4096
+    short_length: int = 256
+    long_share: float = 0.2
+    muon_learning_rate: float = 0.02
+    adamw_learning_rate: float = 3e-3
+    warmup_steps: int = 30
+    decay_share: float = 0.4
+    seed: int = 0
+    max_cpu_hours: float = field(default=2.0, metadata={"help": "training stops after this much processor time"})
+
+
+QWEN3_RECIPE = TargetRecipe(
+    family="qwen3", num_layers=8, intermediate_size=384, num_heads=4, num_key_value_heads=2, max_steps=500
+)
+
+
+def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 4,096 tokens, trained on the held-in modules. `<|endoftext|>` is bos and eos."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((file.text for file in files if not file.held_out), trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_stream(files: list[SourceFile], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """All files as one stream `[tokens]`, each file opened by `<|endoftext|>`."""
+    encoded = tokenizer([file.text for file in files], add_special_tokens=False)["input_ids"]
+    pieces = [torch.tensor([tokenizer.bos_token_id, *ids], dtype=torch.int32) for ids in encoded]
+    return torch.cat(pieces)
+
+
+class StepBatches(Dataset):
+    """Item i is the whole batch of optimizer step i: short rows first, rows of the full context at the end.
+
+    A batch is a function of (seed, step) alone, so that a resumed run reads what an uninterrupted one reads.
+    """
+
+    def __init__(self, stream: torch.Tensor, recipe: TargetRecipe):
+        self.recipe = recipe
+        self.chunks = stream[: len(stream) // CONTEXT_LENGTH * CONTEXT_LENGTH].view(-1, CONTEXT_LENGTH)
+        self.long_from = round(recipe.max_steps * (1 - recipe.long_share))
+
+    def __len__(self) -> int:
+        return self.recipe.max_steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        per_step = self.recipe.tokens_per_step // CONTEXT_LENGTH
+        positions = [step * per_step + offset for offset in range(per_step)]
+        rows = []
+        for position in positions:
+            epoch, index = divmod(position, len(self.chunks))
+            order = torch.randperm(len(self.chunks), generator=torch.Generator().manual_seed(self.recipe.seed + epoch))
+            rows.append(self.chunks[order[index]])
+        batch = torch.stack(rows).long()  # [rows, 1024]
+        if step < self.long_from:
+            batch = batch.view(-1, self.recipe.short_length)
+        return {"input_ids": batch, "labels": batch}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) in float32 for hidden matrices, AdamW for everything else.
+
+    `torch.optim.Muon` orthogonalises in bfloat16, which a processor without bfloat16 units does eight times slower
+    than float32; and it takes matrices only, where the Trainer wants one optimizer.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, adamw_lr: float):
+        groups = [{"params": matrices, "lr": lr, "kind": "muon"}, {"params": others, "lr": adamw_lr, "kind": "adamw"}]
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (self._muon if group["kind"] == "muon" else self._adamw)(group)
+
+    def _muon(self, group: dict) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            updates = []
+            for parameter in parameters:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                updates.append(parameter.grad.lerp(momentum, 0.95))
+            orthogonal = orthogonalize(torch.stack(updates)) * max(1.0, shape[0] / shape[1]) ** 0.5
+            for parameter, update in zip(parameters, orthogonal, strict=True):
+                parameter.add_(update, alpha=-group["lr"])
+
+    def _adamw(self, group: dict) -> None:
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            first = state.setdefault("first", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+            second = state.setdefault("second", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.05)
+            scale = (second / (1 - 0.95 ** state["step"])).sqrt_().add_(1e-10)
+            parameter.addcdiv_(first / (1 - 0.9 ** state["step"]), scale, value=-group["lr"])
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Newton-Schulz iteration towards the nearest semi-orthogonal matrices; `[count, rows, columns]` in and out."""
+    transposed = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if transposed else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+class TargetTrainer(Trainer):
+    """Trainer that reads `StepBatches` in order and optimises with `Muon`."""
+
+    recipe: TargetRecipe
+
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args):
+        if self.optimizer is None:
+            named = list(self.model.named_parameters())
+            matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+            chosen = {id(p) for p in matrices}
+            others = [p for _, p in named if id(p) not in chosen]
+            self.optimizer = Muon(matrices, others, self.recipe.muon_learning_rate, self.recipe.adamw_learning_rate)
+        return self.optimizer
+
+
+class ProcessorTimeLimit(TrainerCallback):
+    """Stops training when the processor time of all sessions of this run reaches the recipe's limit."""
+
+    def __init__(self, recipe: TargetRecipe):
+        self.seconds = recipe.max_cpu_hours * 3600
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.process_time() > self.seconds:
+            control.should_training_stop = True
+
+
+def build_target(recipe: TargetRecipe, bos_token_id: int, pad_token_id: int):
+    """An untrained target of the recipe's shape."""
+    shape = dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=bos_token_id,
+        eos_token_id=bos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    configs = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+    if recipe.family not in configs:
+        raise ValueError(f"family: {recipe.family!r} is not one of {sorted(configs)}.")
+    return AutoModelForCausalLM.from_config(configs[recipe.family](**shape))
+
+
+def bfloat16_pays(device: str) -> bool:
+    """Whether a bfloat16 matrix product is faster than a float32 one here, measured (some processors emulate it)."""
+    if device == "cuda":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(1024, 256, dtype=dtype), torch.randn(256, 512, dtype=dtype)
+        left @ right
+        start = time.perf_counter()
+        for _ in range(5):
+            left @ right
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+@torch.no_grad()
+def bits_per_byte(model, tokenizer, files: list[SourceFile], max_chunks: int | None = None) -> float:
+    """Held-out bits per byte: total negative log2-likelihood over the files' UTF-8 bytes, in rows of 1,024 tokens."""
+    stream = token_stream(files, tokenizer)
+    rows = stream[: len(stream) // CONTEXT_LENGTH * CONTEXT_LENGTH].view(-1, CONTEXT_LENGTH).long()
+    if max_chunks is not None and len(rows) > max_chunks:
+        rows = rows[torch.linspace(0, len(rows) - 1, max_chunks).long()]
+    nats, byte_count = 0.0, 0
+    for row in rows.split(4):
+        loss = model(input_ids=row.to(model.device), labels=row.to(model.device), use_cache=False).loss
+        nats += loss.item() * row.shape[0] * (CONTEXT_LENGTH - 1)
+        byte_count += sum(len(tokenizer.decode(r[1:]).encode()) for r in row)
+    return nats / math.log(2) / byte_count
+
+
+def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, device: str | None = None) -> Path:
+    """Train a target from the running Python's standard library and write it to `output_dir`.
+
+    Checkpoints lie under `output_dir/checkpoints`; a second call with the same folder resumes from the last one.
+    Writes bfloat16 safetensors, tokenizer, `recipe.json`, `training_log.json` and `loss.png`.
+    """
+    from ..plots import plot_curves
+
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    files = standard_library()
+    held_in = [file for file in files if not file.held_out]
+    held_out = [file for file in files if file.held_out]
+    tokenizer = tokenizer or train_tokenizer(files)
+    tokenizer.save_pretrained(output_dir)
+
+    set_seed(recipe.seed)
+    model = build_target(recipe, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    stream = token_stream(held_in, tokenizer)
+    evaluation_stream = token_stream(held_out, tokenizer)
+    evaluation_rows = evaluation_stream[: len(evaluation_stream) // 1024 * 1024].view(-1, 1024).long()
+    picked = evaluation_rows[torch.linspace(0, len(evaluation_rows) - 1, min(24, len(evaluation_rows))).long()]
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(held_in)} held-in modules with "
+        f"{len(stream):,} tokens; {len(held_out)} held-out modules with {len(evaluation_stream):,} tokens",
+        flush=True,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(output_dir / "checkpoints"),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=4,
+        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": round(recipe.max_steps * recipe.decay_share)},
+        max_grad_norm=1.0,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=50,
+        save_steps=50,
+        save_total_limit=2,
+        bf16=bfloat16_pays(device),
+        use_cpu=device == "cpu",
+        report_to=[],
+        seed=recipe.seed,
+        prediction_loss_only=True,
+        dataloader_num_workers=0,
+    )
+    trainer = TargetTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=StepBatches(stream, recipe),
+        eval_dataset=[{"input_ids": row, "labels": row} for row in picked],
+        data_collator=_collate,
+        callbacks=[ProcessorTimeLimit(recipe)],
+    )
+    trainer.recipe = recipe
+    started = time.time()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+    model = trainer.model.eval()
+    report = {
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_in_tokens": len(stream),
+        "tokens_seen": trainer.state.global_step * recipe.tokens_per_step,
+        "steps": trainer.state.global_step,
+        "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, max_chunks=200),
+        "held_out_bits_per_byte_rows": 200,
+        "corpus_fingerprint": corpus_fingerprint(files),
+        "processor_hours_last_session": time.process_time() / 3600,
+        "wall_minutes_last_session": (time.time() - started) / 60,
+    }
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    (output_dir / "recipe.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output_dir / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    plot_curves(
+        {"loss": [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]},
+        {"held-out loss": [(r["step"], r["eval_loss"]) for r in trainer.state.log_history if "eval_loss" in r]},
+        output_dir / "loss.png",
+        title=f"{recipe.family} target, nats per token",
+    )
+    print(json.dumps(report, indent=2))
+    return output_dir
+
+
+def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A training item is a whole batch already; evaluation items are rows."""
+    if items[0]["input_ids"].dim() == 2:
+        return items[0]
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -1,0 +1,348 @@
+"""Window rules and the cost model behind them: how many tokens to draft before the target is asked.
+
+Pure numbers and small state: knows no models, tokens or caches. A rule may change how fast text comes, never which.
+Words: gamma = draft step / one-token target forward; v(W) = (W+1)-token / one-token target forward; alpha = probability
+that the next draft token is kept.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MAX_KL = 20.0  # nats; a saturated softmax or a token outside the draft vocabulary gives infinity
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a round costs, in one-token target forwards.
+
+    Args:
+        cost_ratio (`float`, *optional*, defaults to `0.12`): gamma [paper: 0.12].
+        verification_cost (`float`, *optional*, defaults to `0.0`): slope of v(W) = 1 + slope * W.
+    """
+
+    cost_ratio: float = 0.12
+    verification_cost: float = 0.0
+
+    def round_cost(self, window: float, draft_steps: float | None = None) -> float:
+        """Cost of drafting `window` tokens in `draft_steps` steps (default: as many) and verifying them."""
+        steps = window if draft_steps is None else draft_steps
+        return steps * self.cost_ratio + 1 + self.verification_cost * window
+
+    def cost_per_accepted(self, window: float, accepted: float) -> float:
+        """Target forwards per accepted draft token; infinite when none is accepted."""
+        return self.round_cost(window) / accepted if accepted > 0 else math.inf
+
+    def expected_tokens(self, acceptance: float, window: int) -> float:
+        """E[tokens of a round] = (1 - alpha^(W+1)) / (1 - alpha), the bonus token counted (Leviathan et al. 2023)."""
+        if acceptance >= 1:
+            return window + 1.0
+        return (1 - acceptance ** (window + 1)) / (1 - acceptance)
+
+    def speedup(self, acceptance: float, window: int) -> float:
+        """Expected tokens per one-token target forward."""
+        return self.expected_tokens(acceptance, window) / self.round_cost(window)
+
+    def best_window(self, acceptance: float, max_window: int) -> int:
+        """The window of 0 to `max_window` with the highest expected speed; the shorter one on a tie."""
+        return max(range(max_window + 1), key=lambda window: (self.speedup(acceptance, window), -window))
+
+
+@dataclass
+class OnlineCosts:
+    """Costs measured while decoding: running means of the draft step, and a fitted line of the verification.
+
+    Prior values stand until enough rounds have been seen, so that one slow round (a page fault, another process)
+    does not decide. Given values are never replaced.
+    """
+
+    given_cost_ratio: float | None = None
+    given_verification_cost: float | None = None
+    prior: CostModel = field(default_factory=lambda: CostModel(0.12, 0.04))
+    decay: float = 0.95
+    _step: tuple[float, float] = (0.0, 0.0)  # weight, weighted seconds
+    _moments: list[float] = field(default_factory=lambda: [0.0] * 5)  # weight, W, W^2, seconds, W*seconds
+
+    def observe_drafting(self, steps: int, seconds: float) -> None:
+        """Record that `steps` draft steps took `seconds`."""
+        if steps > 0 and seconds > 0:
+            weight, total = self._step
+            self._step = (weight * self.decay + steps, total * self.decay + seconds)
+
+    def observe_verification(self, window: int, seconds: float) -> None:
+        """Record that a target forward of `window` + 1 tokens took `seconds`."""
+        if seconds > 0:
+            update = (1.0, window, window * window, seconds, window * seconds)
+            self._moments = [old * self.decay + new for old, new in zip(self._moments, update, strict=True)]
+
+    @property
+    def model(self) -> CostModel:
+        """The cost model of now."""
+        base, slope = self._verification_line()
+        weight, total = self._step
+        gamma, per_token = self.prior.cost_ratio, self.prior.verification_cost
+        if base is not None and slope is not None:
+            per_token = min(max(slope / base, 0.0), 1.0)
+            if weight >= 3:
+                gamma = min(total / weight / base, 10.0)
+        if self.given_cost_ratio is not None:
+            gamma = self.given_cost_ratio
+        if self.given_verification_cost is not None:
+            per_token = self.given_verification_cost
+        return CostModel(gamma, per_token)
+
+    def _verification_line(self) -> tuple[float | None, float | None]:
+        weight, window, square, seconds, product = self._moments
+        if weight < 3:
+            return None, None
+        prior = self.prior.verification_cost
+        spread = square / weight - (window / weight) ** 2
+        mean_window, mean_seconds = window / weight, seconds / weight
+        if spread < 0.25:  # all windows alike: the slope cannot be told, keep the prior's proportion
+            base = mean_seconds / (1 + prior * mean_window)
+            return base, base * prior
+        slope = max((product / weight - mean_window * mean_seconds) / spread, 0.0)
+        return max(mean_seconds - slope * mean_window, 0.2 * mean_seconds), slope
+
+
+@dataclass(frozen=True)
+class AcceptanceEstimator:
+    """Probability that a draft token is kept, from what is known before it is drawn [ours].
+
+    Logistic in four features: the logit of the drafter's highest probability, its entropy (nats), the lagged
+    log-divergence, and the position in the window. Fitted by [`fit`] at the end of training on decoded text; the
+    default weights trust the drafter's confidence alone.
+    """
+
+    bias: float = 0.0
+    confidence: float = 0.8
+    entropy: float = -0.2
+    divergence: float = -0.2
+    position: float = 0.0
+
+    @staticmethod
+    def features(max_probability: float, entropy: float, lagged_kl: float, position: int) -> list[float]:
+        """The four features, each finite whatever the inputs (NaN counts as the most doubtful value)."""
+        probability = min(max(_finite(max_probability, 0.0), 1e-4), 1 - 1e-4)
+        return [
+            math.log(probability / (1 - probability)),
+            min(max(_finite(entropy, 10.0), 0.0), 15.0),
+            math.log(0.01 + min(max(_finite(lagged_kl, MAX_KL), 0.0), MAX_KL)),
+            float(position),
+        ]
+
+    def probability(self, features: Sequence[float]) -> float:
+        """alpha in (0, 1) from the four features."""
+        weights = (self.confidence, self.entropy, self.divergence, self.position)
+        score = self.bias + sum(weight * value for weight, value in zip(weights, features, strict=True))
+        return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
+
+    @classmethod
+    def fit(cls, features: Sequence[Sequence[float]], accepted: Sequence[bool], ridge: float = 1.0):
+        """Logistic regression by Newton's method on observed (features, accepted) pairs of reached positions.
+
+        `ridge` pulls the weights (not the bias) towards zero; fewer than 20 pairs, or pairs of one kind only, give a
+        constant estimate (Laplace's rule).
+        """
+        import numpy
+
+        kept = sum(map(bool, accepted))
+        if len(accepted) < 20 or kept in (0, len(accepted)):
+            share = (kept + 1) / (len(accepted) + 2)
+            return cls(math.log(share / (1 - share)), 0.0, 0.0, 0.0, 0.0)
+        x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
+        y = numpy.asarray(accepted, dtype=float)
+        penalty = numpy.diag([1e-6] + [ridge] * (x.shape[1] - 1))
+        weights = numpy.zeros(x.shape[1])
+        for _ in range(50):
+            p = 1 / (1 + numpy.exp(-numpy.clip(x @ weights, -30, 30)))
+            gradient = x.T @ (p - y) + penalty @ weights
+            hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty
+            step = numpy.linalg.solve(hessian, gradient)
+            step *= min(1.0, 4.0 / max(float(numpy.abs(step).max()), 1e-12))
+            weights -= step
+            if numpy.abs(step).max() < 1e-8:
+                break
+        return cls(*(round(float(weight), 5) for weight in weights))
+
+
+def _finite(value: float, otherwise: float) -> float:
+    return otherwise if math.isnan(value) else min(max(value, -1e30), 1e30)
+
+
+class WindowRule:
+    """How long the next window is. One object per generation call; the loop drives it in this order each round:
+
+    `start(limit)` -> longest window to consider (0: do not draft); then, for position j = 0, 1, ...: the drafter's
+    distribution is computed, `include(...)` says whether a token is drawn and verified there, and `go_on(...)` whether
+    another distribution is worth a draft step; after the target's answer, `update(...)`.
+    """
+
+    max_window: int
+    costs: OnlineCosts
+
+    def start(self, limit: int) -> int:
+        raise NotImplementedError
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        """Whether to draw a token at `position`; `features` describe the distribution it would be drawn from."""
+        return True
+
+    def go_on(self, position: int) -> bool:
+        """Whether the draft step for `position` is worth its cost, all earlier positions having been drawn."""
+        return True
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        """Learn from a round: window, draft steps taken, accepted tokens, KL(P||Q) at each verified position."""
+
+    @property
+    def lagged_kl(self) -> float:
+        """Mean KL(P||Q) of recent verified positions, in nats."""
+        return 1.0
+
+    @property
+    def pays(self) -> bool:
+        """Whether, by this rule's own account, drafting is faster than not drafting."""
+        return True
+
+
+class FixedWindow(WindowRule):
+    """Always `max_window` tokens, or as many as there is room for."""
+
+    def __init__(self, max_window: int, costs: OnlineCosts):
+        self.max_window, self.costs = max_window, costs
+        self._kl = 1.0
+
+    def start(self, limit: int) -> int:
+        return min(self.max_window, limit)
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        self._kl = decayed_kl(self._kl, kl)
+
+    @property
+    def lagged_kl(self) -> float:
+        return self._kl
+
+
+class HeuristicWindow(FixedWindow):
+    """transformers' `num_assistant_tokens_schedule="heuristic"`: +2 after a fully accepted window, -1 otherwise."""
+
+    def __init__(self, max_window: int, costs: OnlineCosts):
+        super().__init__(max_window, costs)
+        self._current = min(5, max_window)
+
+    def start(self, limit: int) -> int:
+        return min(self._current, limit)
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        super().update(window, draft_steps, accepted, kl)
+        if window > 0:
+            change = 2 if accepted == window else -1
+            self._current = min(max(self._current + change, 1), self.max_window)
+
+
+class KLAdaptiveWindow(FixedWindow):
+    """Draft position j while the probability that it is reached and kept is worth its cost [ours].
+
+    The stopping rule of renewal-reward: with S_j the product of the estimated acceptances up to j and lambda the tokens
+    per unit of cost reached so far, a draft step for position j is taken while S_(j-1) * E[alpha_j] >= lambda * (gamma +
+    slope), and a token whose distribution is known is verified while S_j >= lambda * slope. Before a round, a window is
+    only begun when drafting has paid lately; otherwise rounds go without (window 0), with a probe after 1, 2, 4, ...
+    up to `probe_every` rounds, so that a poor drafter costs next to nothing and a drafter that recovers is noticed.
+    """
+
+    def __init__(
+        self,
+        max_window: int,
+        costs: OnlineCosts,
+        estimator: AcceptanceEstimator | None = None,
+        prior_acceptance: float = 0.7,
+        probe_every: int = 64,
+    ):
+        super().__init__(max_window, costs)
+        self.estimator = estimator or AcceptanceEstimator()
+        self.probe_every = probe_every
+        self._first_acceptance = prior_acceptance  # running share of first draft tokens that were kept
+        self._acceptance = prior_acceptance  # running share of reached draft tokens that were kept
+        self._evidence = 4.0
+        self._tokens, self._cost = 0.0, 0.0
+        self._cost_model = costs.model
+        self._reached = 1.0
+        self._next_estimate = prior_acceptance
+        self._rest, self._wait = 0, 1
+        self._worth = True
+
+    def start(self, limit: int) -> int:
+        self._cost_model = self.costs.model
+        self._reached, self._next_estimate = 1.0, self._acceptance
+        if limit < 1:
+            return 0
+        first_step = self._cost_model.cost_ratio + self._cost_model.verification_cost
+        self._worth = self._first_acceptance >= first_step * max(self._speed, 1.0)
+        if self._worth:
+            self._rest, self._wait = 0, 1
+            return min(self.max_window, limit)
+        if self._rest < self._wait:
+            self._rest += 1
+            return 0
+        self._rest, self._wait = 0, min(self._wait * 2, self.probe_every)
+        return 1
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        alpha = self.estimator.probability(features)
+        reached = self._reached * alpha
+        if position > 0 and reached < self._cost_model.verification_cost * self._speed:
+            return False
+        self._reached = reached
+        self._next_estimate = 0.5 * (alpha + self._acceptance)
+        return True
+
+    def go_on(self, position: int) -> bool:
+        marginal = self._cost_model.cost_ratio + self._cost_model.verification_cost
+        return self._reached * self._next_estimate >= marginal * self._speed
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        super().update(window, draft_steps, accepted, kl)
+        decay = 0.97
+        self._tokens = decay * self._tokens + accepted + 1
+        self._cost = decay * self._cost + self._cost_model.round_cost(window, draft_steps)
+        if window > 0:
+            reached = accepted + (accepted < window)
+            self._evidence = min(self._evidence + reached, 40.0)
+            self._acceptance += (accepted / reached - self._acceptance) * reached / self._evidence
+            # A probe after a rest says more about now than what was seen before the rest.
+            rate = 0.3 if not self._worth else 0.1
+            self._first_acceptance += rate * (float(accepted > 0) - self._first_acceptance)
+
+    @property
+    def _speed(self) -> float:
+        """lambda: tokens per one-token target forward of recent rounds; the cost model's own guess at the start."""
+        prior = self._cost_model.speedup(self._acceptance, 4)
+        return (self._tokens + 4 * prior) / (self._cost + 4)
+
+    @property
+    def pays(self) -> bool:
+        return self._worth
+
+
+def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
+    """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""
+    for value in kl:
+        bounded = min(max(_finite(value, MAX_KL), 0.0), MAX_KL)
+        running = decay * running + (1 - decay) * bounded
+    return running
+
+
+def make_window_rule(
+    window: str, max_window: int, costs: OnlineCosts, calibration: dict | None = None, sampling: bool = False
+) -> WindowRule:
+    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`."""
+    if window == "fixed":
+        return FixedWindow(max_window, costs)
+    if window == "heuristic":
+        return HeuristicWindow(max_window, costs)
+    if window != "kl":
+        raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
+    weights = (calibration or {}).get("sampling" if sampling else "greedy") or {}
+    estimator = AcceptanceEstimator(**weights.get("weights", {}))
+    return KLAdaptiveWindow(max_window, costs, estimator, prior_acceptance=weights.get("acceptance", 0.7))
