@@ -402,7 +402,7 @@ def rejection_sample_tree(
 
 
 def _accepts(target_token_probs: Tensor, draft_token_probs: Tensor, uniforms: Tensor) -> Tensor:
-    # As a quotient: u * Q < P would reject a token with P = Q when u * Q rounds up to Q. 0 / 0 is NaN, hence False.
+    # As a quotient: where P = Q is subnormal, u * Q can round up to Q and reject. 0 / 0 is NaN, hence False.
     return uniforms < _at_least_float32(target_token_probs) / _at_least_float32(draft_token_probs)
 
 

@@ -305,9 +305,10 @@ def regenerate(
     longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
     if context_length is not None and len(prompts[longest]) >= context_length:
         raise ValueError(
-            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has {len(prompts[longest])} "
-            f"tokens and leaves no room for a completion in the target's context of {context_length} (max_position_embeddings). Lower max_length ({max_length}), which "
-            "cuts the prompts, or shorten the prompt."
+            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has "
+            f"{len(prompts[longest])} tokens and leaves no room for a completion in the target's context of "
+            f"{context_length} (max_position_embeddings). Lower max_length ({max_length}), which cuts the prompts, or "
+            "shorten the prompt."
         )
     length_limit = max_length if context_length is None else min(max_length, context_length)
 
@@ -409,9 +410,10 @@ def _strings(rows: list[dict], column: str, argument: str) -> list[str]:
 
 
 def _conversations(rows: list[dict], argument: str) -> list[list[dict]]:
-    conversations = [list(row["messages"]) if row["messages"] is not None else [] for row in rows]
+    conversations = [[] if row["messages"] is None else row["messages"] for row in rows]
     for number, messages in enumerate(conversations):
-        if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        is_list = isinstance(messages, (list, tuple))
+        if not is_list or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             raise ValueError(
                 f"{argument}: `messages` of row {number} is not a list of messages. Every message is a dict with "
                 "`role` and `content`."
@@ -518,23 +520,29 @@ def _integers(values: Any, column: str, number: int, argument: str) -> list[int]
 # Chats to tokens
 
 
-def _render(
-    messages: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    number: int,
-    argument: str,
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
+def _apply_template(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str, **options: Any
+) -> Any:
     from jinja2 import TemplateError  # an optional dependency of transformers, at hand where chat templates work
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[return-value]
+        return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
         raise ValueError(
             f"{argument}: the tokenizer's chat template refuses row {number} ({error}). Its messages have the roles "
             f"{[message['role'] for message in messages]}; mend the row or pass another chat template."
         ) from error
+
+
+def _render(
+    messages: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    argument: str,
+    add_generation_prompt: bool = False,
+) -> str:
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return _apply_template(messages, tokenizer, number, argument, **options)
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
@@ -558,9 +566,14 @@ def _chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argume
         if not messages:
             continue
         if marks_generation:
-            _render(messages, tokenizer, number, argument)  # for its error
-            encoded: Any = tokenizer.apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            encoded = _apply_template(
+                messages,
+                tokenizer,
+                number,
+                argument,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
             )
             ids, mask = encoded["input_ids"], [value != 0 for value in encoded["assistant_masks"]]
         else:
@@ -580,7 +593,7 @@ def _mask_by_prefixes(
     """
     whole = _render(messages, tokenizer, number, argument)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+    ids: list[int] = encoded["input_ids"]
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":

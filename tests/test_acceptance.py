@@ -307,6 +307,7 @@ def test_residual_equals_a_loop_and_is_p_where_p_equals_q():
 
 def test_equal_probabilities_are_accepted_up_to_the_largest_uniform():
     probs = random_probs(1000, 3, seed=23, dtype=torch.float32)
+    probs[0], probs[1] = 2**-149, 1.0  # the smallest and the largest that float32 holds
     uniforms = torch.full((1000, 3), LARGEST_FLOAT32_BELOW_ONE)
     ids = torch.zeros(1000, 3, dtype=torch.long)
     assert (rejection_accepted_counts(ids, probs, probs, uniforms) == 3).all()
@@ -620,6 +621,19 @@ def test_tree_that_is_a_chain_equals_the_chain():
             uniforms[row, 4],
         )
         assert path == list(range(int(counts[row]))) and next_id == next_ids[row]
+
+
+def test_siblings_are_tried_in_the_order_of_their_indices():
+    path, _ = rejection_sample_tree(
+        torch.tensor([2, 1, 0]),
+        torch.tensor([-1, -1, -1]),
+        torch.full((3, 3), 1 / 3),
+        torch.tensor([0.4, 0.6, 0.0]),
+        torch.full((3, 3), 1 / 3),
+        torch.tensor([0.0, 0.5, 0.0]),
+        0.5,
+    )
+    assert path == [1]  # token 2 is impossible, token 1 comes next, token 0 is not reached
 
 
 def test_tree_without_nodes_draws_from_the_target():

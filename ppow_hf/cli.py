@@ -1,0 +1,607 @@
+"""The `ppow` command: reads the command line, loads what it names, and calls the library.
+
+Knows arguments, files and messages; everything that is computed is computed elsewhere. A mistake of the user ends with
+one line on stderr and exit code 2 (`PPOW_DEBUG=1` shows the traceback instead).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .tiny import EMBEDDED_NAMES, embedded_path, is_embedded
+
+if TYPE_CHECKING:
+    import torch
+
+    from .modeling_ppow import PPOWDrafter
+    from .trace import GenerationTrace
+
+STDLIB_PROMPT_TOKENS = 128
+MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
+
+
+@dataclasses.dataclass
+class ScriptArguments:
+    """What `ppow train` is given beside the training arguments.
+
+    Args:
+        target (`str`): the target model: a folder, a name on the Hub, or an embedded model.
+        train_data (`str`): training data, a JSON Lines or text file.
+        eval_data (`str`, *optional*): held-out data of the same kind.
+        drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
+        architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
+        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
+        target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
+        resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
+    """
+
+    target: str = dataclasses.field(metadata={"help": f"The target model: {MODEL_HELP}."})
+    train_data: str = dataclasses.field(
+        metadata={"help": "Training data: a .jsonl file with text, prompt, prompt and completion, or messages."}
+    )
+    eval_data: str | None = dataclasses.field(default=None, metadata={"help": "Held-out data of the same kind."})
+    drafter: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": f"The drafter to go on training: {MODEL_HELP}. Without it a new one is made from the target."
+        },
+    )
+    architecture: str = dataclasses.field(
+        default="eagle", metadata={"help": "Architecture of a new drafter.", "choices": ["eagle", "standalone"]}
+    )
+    draft_vocab_size: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Size of a new eagle drafter's own vocabulary; by default it is the target's."},
+    )
+    target_dtype: str = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "Number format the target is loaded in; auto is float32 on a CPU and the model's own on a GPU.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    resume: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Go on from the last complete checkpoint in the output folder, if there is one."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `ppow` command with `argv` (by default the process's own arguments) and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:
+            return train(argv[1:])  # its arguments are those of a dataclass, read by transformers' parser
+        parser = build_parser()
+        arguments = parser.parse_args(argv)
+        arguments.command = _as_command(argv)
+        return arguments.run(arguments)
+    except SystemExit as exit_request:  # argparse: --help, or a mistake that it has explained already
+        return exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PPOW_DEBUG"):
+            raise
+        print(f"ppow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ppow: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands but `train`, whose arguments are those of the training arguments' dataclass."""
+    parser = argparse.ArgumentParser(
+        prog="ppow",
+        description="Train drafters for speculative decoding, generate with them, and measure what they gain.",
+        epilog="Set PPOW_DEBUG=1 to see the traceback of an error.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    quick = commands.add_parser(
+        "quickstart",
+        help="train a drafter for the embedded target and compare it with the other ways of generating",
+        description="On the embedded target: prepare data, train a drafter supervised and then with PPOW, and compare "
+        "it with plain generation, prompt lookup and transformers' own assisted generation on held-out prompts.",
+    )
+    quick.add_argument("--fast", action="store_true", help="use the embedded drafter and train nothing (two minutes)")
+    quick.add_argument(
+        "--output-dir", default="ppow-quickstart", help="folder for everything it saves (default: %(default)s)"
+    )
+    quick.add_argument("--prompts", type=int, default=20, help="held-out prompts to compare on (default: %(default)s)")
+    quick.add_argument(
+        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
+    )
+    quick.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    quick.add_argument(
+        "--minutes", type=float, default=8.0, help="time given to training, about (default: %(default)s)"
+    )
+    quick.set_defaults(run=quickstart)
+
+    tiny = commands.add_parser(
+        "tiny-target",
+        help="train an embedded target again from the Python standard library",
+        description="Train a small target on the source of the running Python's standard library. Run again with the "
+        "same folder, it goes on from its last checkpoint.",
+    )
+    tiny.add_argument("--output-dir", required=True, help="folder for the target, its tokenizer and its report")
+    tiny.add_argument(
+        "--family", choices=["llama", "qwen3"], default="llama", help="architecture (default: %(default)s)"
+    )
+    tiny.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the recipe)")
+    tiny.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
+    tiny.set_defaults(run=tiny_target)
+
+    generation = commands.add_parser(
+        "generate",
+        help="continue a prompt with a target and a drafter",
+        description="Continue a prompt. The text goes to stdout, a summary of the drafting to stderr.",
+    )
+    _add_models(generation)
+    generation.add_argument("--prompt", required=True, help="the text to continue, or - to read it from stdin")
+    generation.add_argument(
+        "--max-new-tokens", type=int, default=128, help="most tokens to generate (default: %(default)s)"
+    )
+    generation.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token each time; above, sample (default: 0)",
+    )
+    generation.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    generation.add_argument(
+        "--window", choices=["kl", "fixed", "heuristic"], help="rule for the window (default: the drafter's own)"
+    )
+    generation.add_argument(
+        "--max-window", type=int, metavar="N", help="longest window in tokens (default: the drafter's own)"
+    )
+    generation.add_argument("--json", action="store_true", help="print one JSON object with the text and the trace")
+    generation.set_defaults(run=generate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="compare ways of generating side by side",
+        description="Generate greedily from the same prompts in turns: plain, with prompt lookup, with transformers' "
+        "own assisted generation (given a standalone drafter) and with the drafter; print a table.",
+    )
+    _add_models(bench)
+    bench.add_argument("--standalone", metavar="MODEL", help=f"a standalone drafter to compare with: {MODEL_HELP}")
+    bench.add_argument(
+        "--prompts",
+        default="stdlib",
+        metavar="FILE",
+        help="a .jsonl file with prompt, messages or text; a .txt file with one prompt a line; or stdlib for "
+        f"functions of the standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--num-prompts", type=int, default=20, help="prompts taken, from the first on (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--repeats", type=int, default=1, help="times everything is run; speeds are medians (default: %(default)s)"
+    )
+    bench.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    bench.add_argument("--plot", metavar="FILE", help="also draw the windows of the adaptive rule as a PNG")
+    bench.set_defaults(run=bench_models)
+
+    commands.add_parser(
+        "train", add_help=False, help="train a drafter on your own data (ppow train --help lists its arguments)"
+    )
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {MODEL_HELP}")
+    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the drafter: {MODEL_HELP}")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="number format of the models (default: float32 on a CPU, the model's own on a GPU)",
+    )
+    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
+
+
+# -- the commands
+
+
+def quickstart(arguments: argparse.Namespace) -> int:
+    """`ppow quickstart`."""
+    for name in ("prompts", "max_new_tokens"):
+        _check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    _check_positive("--minutes", arguments.minutes)
+    ensure_writable(arguments.output_dir, "--output-dir")
+    from . import quickstart as module
+
+    module.run(
+        output_dir=arguments.output_dir,
+        fast=arguments.fast,
+        prompts=arguments.prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        minutes=arguments.minutes,
+        command=arguments.command,
+    )
+    return 0
+
+
+def tiny_target(arguments: argparse.Namespace) -> int:
+    """`ppow tiny-target`."""
+    if arguments.max_steps is not None:
+        _check_positive("--max-steps", arguments.max_steps)
+    ensure_writable(arguments.output_dir, "--output-dir")
+    tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
+    from .tiny.recipe import QWEN3_RECIPE, TargetRecipe, make_target
+
+    recipe = QWEN3_RECIPE if arguments.family == "qwen3" else TargetRecipe()
+    if arguments.max_steps is not None:
+        recipe = dataclasses.replace(recipe, max_steps=arguments.max_steps)
+    make_target(arguments.output_dir, recipe, tokenizer=tokenizer)
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """`ppow generate`."""
+    _check_positive("--max-new-tokens", arguments.max_new_tokens)
+    if not 0 <= arguments.temperature < float("inf"):
+        raise ValueError(f"--temperature: {arguments.temperature} given; 0 (greedy) or a positive number is needed.")
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    target, tokenizer, drafter = _load_pair(arguments)
+    input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+    _check_fits("--prompt", input_ids.shape[1], arguments.max_new_tokens, target)
+    settings = {
+        name: getattr(arguments, name) for name in ("window", "max_window") if getattr(arguments, name) is not None
+    }
+    assistant = drafter.with_settings(**settings)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
+        from transformers import set_seed
+
+        set_seed(arguments.seed)
+    started = time.perf_counter()
+    output = target.generate(
+        input_ids.to(target.device),
+        attention_mask=input_ids.new_ones(input_ids.shape).to(target.device),
+        max_new_tokens=arguments.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        assistant_model=assistant,
+        **sampling,
+    )
+    seconds = time.perf_counter() - started
+    new_ids = output[0, input_ids.shape[1] :].tolist()
+    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    summary = summarize_trace(assistant.last_trace, len(new_ids), seconds)
+    if arguments.json:
+        rounds = [dataclasses.asdict(one_round) for one_round in assistant.last_trace.rounds]
+        print(json.dumps({"prompt": prompt, "text": text, "trace": {**summary, "rounds": rounds}}))
+        return 0
+    print(prompt + text)
+    print(format_summary(summary), file=sys.stderr)
+    return 0
+
+
+def bench_models(arguments: argparse.Namespace) -> int:
+    """`ppow bench`."""
+    for name in ("num_prompts", "max_new_tokens", "repeats"):
+        _check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    for name in ("json", "plot"):
+        if getattr(arguments, name):
+            _ensure_file_writable(getattr(arguments, name), f"--{name}")
+    if arguments.prompts != "stdlib" and not Path(arguments.prompts).is_file():
+        raise FileNotFoundError(
+            f"--prompts: there is no file {arguments.prompts!r}. Pass a .jsonl or .txt file, or stdlib."
+        )
+    target, tokenizer, drafter = _load_pair(arguments)
+    standalone = None
+    if arguments.standalone:
+        standalone = load_drafter(arguments.standalone, "--standalone", arguments.dtype, arguments.device)
+        check_tokenizer(standalone, tokenizer, "--standalone")
+    prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+
+    from . import benchmark
+
+    traces: dict[str, list[GenerationTrace]] = {}
+    result = benchmark.run_benchmark(
+        target,
+        tokenizer,
+        drafter,
+        prompts,
+        standalone=standalone,
+        max_new_tokens=arguments.max_new_tokens,
+        repeats=arguments.repeats,
+        command=arguments.command,
+        traces=traces,
+    )
+    print(benchmark.format_table(result))
+    machine = result["machine"]
+    print(
+        f"{result['prompts']} prompts, {arguments.max_new_tokens} new tokens each, {result['dtype']}, on "
+        f"{machine['gpu'] if machine['device'] == 'cuda' else machine['processor']}; draft step "
+        f"{1e3 * result['draft_step_seconds']:.2f} ms, target forward "
+        f"{1e3 * result['target_forward_seconds']:.2f} ms, cost ratio {result['cost_ratio']:.3f}"
+    )
+    print(benchmark.verdict(result))
+    if arguments.json:
+        benchmark.write_benchmark(result, arguments.json)
+    if arguments.plot:
+        benchmark.plot_windows(traces["ppow_kl"], arguments.plot)
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """`ppow train`: the arguments are [`ScriptArguments`] and [`~ppow_hf.training.PPOWTrainingArguments`]."""
+    from transformers import HfArgumentParser
+
+    from .training import PPOWTrainer, PPOWTrainingArguments
+
+    parser = HfArgumentParser(
+        [ScriptArguments, PPOWTrainingArguments],
+        prog="ppow train",
+        description="Train a drafter for a target on your own data, supervised or with PPOW.",
+    )
+    script, args = parser.parse_args_into_dataclasses(args=argv)
+    ensure_writable(args.output_dir, "--output_dir")
+    for name in ("train_data", "eval_data"):
+        path = getattr(script, name)
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"--{name}: there is no file {path!r}.")
+    device = str(args.device)
+    dtype = None if script.target_dtype == "auto" else script.target_dtype
+    target = load_target(script.target, "--target", dtype, device)
+    tokenizer = load_tokenizer(script.target, "--target")
+    if script.drafter is not None:
+        drafter = load_drafter(script.drafter, "--drafter", "float32", device)
+        check_tokenizer(drafter, tokenizer, "--drafter")
+    else:
+        drafter = new_drafter(script, target, tokenizer)
+    trainer = PPOWTrainer(
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=script.train_data,
+        eval_dataset=script.eval_data,
+        processing_class=tokenizer,
+    )
+    resume: bool | str | None = args.resume_from_checkpoint
+    if script.resume and resume is None and any(Path(args.output_dir).glob("checkpoint-*")):
+        resume = True  # the last complete one
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    return 0
+
+
+def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDrafter":
+    """An untrained float32 drafter for `target`, as the arguments describe it."""
+    import torch
+
+    from .configuration_ppow import vocabulary_fingerprint
+    from .modeling_ppow import PPOWDrafter
+
+    token_counts = None
+    if script.draft_vocab_size is not None:
+        from .data import extract_prompts, prepare_sequences, read_rows
+
+        if "prompt" in read_rows(script.train_data, "--train_data")[0]:
+            # The target will write the completions; until then the prompts are all the text there is.
+            sequences = [torch.tensor(ids) for ids in extract_prompts(script.train_data, tokenizer, 1024)]
+        else:
+            dataset = prepare_sequences(script.train_data, tokenizer, 1024, argument="--train_data")
+            sequences = [dataset[index]["input_ids"] for index in range(len(dataset))]
+        width = target.get_output_embeddings().weight.shape[0]
+        token_counts = torch.bincount(torch.cat(sequences).long(), minlength=width)
+    drafter = PPOWDrafter.from_target(
+        target,
+        script.architecture,
+        draft_vocab_size=script.draft_vocab_size,
+        token_counts=token_counts,
+        target_vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
+        target_name_or_path=script.target,
+    )
+    return drafter.float()
+
+
+# -- loading
+
+
+def resolve(name: str) -> str:
+    """The folder of an embedded model's name; any other name or path as it is."""
+    return str(embedded_path(name)) if is_embedded(name) else os.path.expanduser(name)
+
+
+def load_target(name: str, argument: str = "--target", dtype: str | None = None, device: str | None = None) -> Any:
+    """The causal language model that `name` stands for, in eval mode; float32 on a CPU by default."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, argument, dtype, device)
+
+
+def load_drafter(
+    name: str, argument: str = "--drafter", dtype: str | None = None, device: str | None = None
+) -> "PPOWDrafter":
+    """The [`PPOWDrafter`] that `name` stands for; `ValueError` if it is another kind of model."""
+    from transformers import AutoModel
+
+    from .modeling_ppow import PPOWDrafter
+
+    model = _load(AutoModel, name, argument, dtype, device)
+    if not isinstance(model, PPOWDrafter):
+        raise ValueError(
+            f"{argument}: {name!r} is a {type(model).__name__}, not a PPOWDrafter. Make one with `ppow train`, or use "
+            "an embedded one (tiny-eagle, tiny-standalone)."
+        )
+    return model
+
+
+def load_tokenizer(name: str, argument: str = "--target") -> Any:
+    """The tokenizer that lies with the model `name`."""
+    from transformers import AutoTokenizer
+
+    path = _existing(name, argument)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
+    """Raise `ValueError` if the drafter was trained for a tokenizer with another vocabulary."""
+    from .configuration_ppow import vocabulary_fingerprint
+
+    expected, given = drafter.config.target_vocabulary_fingerprint, vocabulary_fingerprint(tokenizer)
+    if expected is not None and expected != given:
+        of = f" ({drafter.config.target_name_or_path})" if drafter.config.target_name_or_path else ""
+        raise ValueError(
+            f"{argument}: it was trained for a target with another vocabulary{of}: fingerprint {expected}, and the "
+            f"target's tokenizer has {given}. Use a drafter that was trained for this target."
+        )
+
+
+def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
+    """Token ids `[1, n]` of the first `count` prompts of a file, or of held-out functions of the standard library."""
+    import torch
+
+    from .data import extract_prompts
+
+    context = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    room = context - max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}.")
+    rows: Any = source
+    if source == "stdlib":
+        from .tiny.corpus import function_prompts, standard_library
+
+        held_out = [file for file in standard_library() if file.held_out]
+        rows = [{"prompt": prompt} for prompt in function_prompts(held_out, count)]
+        room = min(room, STDLIB_PROMPT_TOKENS)
+    elif source.endswith(".txt"):
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        rows = [{"prompt": line} for line in lines if line.strip()]
+    prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
+    return [torch.tensor([prompt]) for prompt in prompts]
+
+
+def ensure_writable(folder: str | Path, argument: str) -> Path:
+    """Make `folder` if need be and try to write in it, before any work is done.
+
+    Raises `ValueError` naming `argument` if that is not possible.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: cannot write to {str(folder)!r} ({error.strerror or error}). Pass a folder that can be "
+            "written to."
+        ) from error
+    return folder
+
+
+def _ensure_file_writable(path: str, argument: str) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
+    ensure_writable(Path(path).parent, argument)
+
+
+def _load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
+    target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
+    tokenizer = load_tokenizer(arguments.target, "--target")
+    drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
+    check_tokenizer(drafter, tokenizer)
+    return target, tokenizer, drafter
+
+
+def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
+    import torch
+
+    path = _existing(name, argument)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = "float32" if device == "cpu" else "auto"
+    try:
+        model = auto_class.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
+
+
+def _existing(name: str, argument: str) -> str:
+    """`name` resolved; a path that is not there is said to be missing before the Hub is asked for it."""
+    path = resolve(name)
+    looks_like_path = path.startswith((".", os.sep)) or path.count("/") > 1
+    if looks_like_path and not Path(path).is_dir():
+        raise FileNotFoundError(f"{argument}: there is no folder {name!r}.")
+    return path
+
+
+# -- checks and messages
+
+
+def _check_positive(argument: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
+
+
+def _check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:
+    if prompt_length < 1:
+        raise ValueError(f"{argument}: it is empty; at least one token is needed to continue.")
+    context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt_length + max_new_tokens > context:
+        raise ValueError(
+            f"{argument}: {prompt_length} tokens and --max-new-tokens {max_new_tokens} are more than the target's "
+            f"context of {context}. Shorten the prompt, or generate fewer tokens."
+        )
+
+
+def _as_command(argv: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(["ppow", *argv])
+
+
+def summarize_trace(trace: "GenerationTrace", new_tokens: int, seconds: float) -> dict[str, Any]:
+    """The numbers of a call's trace that a person wants to see."""
+    return {
+        "new_tokens": new_tokens,
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds,
+        "window": trace.window_rule,
+        "target_forwards": len(trace.rounds),
+        "tokens_per_target_forward": trace.tokens_per_target_forward,
+        "acceptance_length": trace.acceptance_length,
+        "drafted": trace.drafted,
+        "accepted": trace.accepted,
+        "wasted": trace.wasted,
+        "cost_ratio": trace.cost_ratio,
+        "verification_cost": trace.verification_cost,
+        "speculation_pays": trace.speculation_pays,
+    }
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """[`summarize_trace`]'s numbers as three lines of text."""
+    pays = "" if summary["speculation_pays"] else "\nspeculation does not pay here: the window rule stopped drafting"
+    return (
+        f"{summary['new_tokens']} new tokens in {summary['seconds']:.2f} s "
+        f"({summary['tokens_per_second']:.1f} tokens/s), {summary['target_forwards']} target forwards "
+        f"({summary['tokens_per_target_forward']:.2f} tokens each)\n"
+        f"window rule {summary['window']}: {summary['drafted']} tokens drafted, {summary['accepted']} accepted, "
+        f"{summary['wasted']:.0%} wasted; acceptance length {summary['acceptance_length']:.2f} (the target's own "
+        f"token counted); cost ratio {summary['cost_ratio']:.3f}{pays}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

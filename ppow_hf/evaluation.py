@@ -1,0 +1,152 @@
+"""Acceptance measured by real decoding, with the very code that `generate(assistant_model=)` runs.
+
+Knows how to decode prompts and add up their traces, and to calibrate the window rule from them; trains nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .trace import GenerationTrace
+from .windowing import AcceptanceEstimator
+
+
+@dataclass
+class AcceptanceReport:
+    """Sums over the rounds of many calls.
+
+    Args:
+        acceptance_length (`float`): tau, mean of k + 1 over rounds that drafted (bonus or correction token counted).
+        tokens_per_target_forward (`float`): committed tokens over target forwards, the prompt's not counted.
+        wasted (`float`): (drafted - accepted) / drafted.
+        kl (`float`): mean KL(P||Q) in nats at verified positions.
+        repeated_8grams (`float`): share of 8-grams of the generated text that occurred before in it (looping).
+        drafted, accepted, rounds, tokens (`int`): counts.
+    """
+
+    acceptance_length: float
+    tokens_per_target_forward: float
+    wasted: float
+    kl: float
+    repeated_8grams: float
+    drafted: int
+    accepted: int
+    rounds: int
+    tokens: int
+
+
+def decode(
+    target: Any,
+    drafter: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    **settings: Any,
+) -> tuple[list[list[int]], list[GenerationTrace]]:
+    """Generate a continuation of each prompt with the drafter; new tokens and trace of each.
+
+    Sampling is seeded for each prompt by (seed, its place), and the global random state is left as it was. `settings`
+    are those of [`PPOWDrafter.with_settings`].
+    """
+    outputs, traces = [], []
+    was_training = drafter.training
+    drafter.eval()
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    with torch.random.fork_rng(), torch.no_grad():
+        for place, prompt in enumerate(prompts):
+            torch.manual_seed((seed * 1_000_003 + place) % 2**63)
+            ids = torch.tensor([list(prompt)], device=target.device)
+            view = drafter.with_settings(**settings)
+            generated = target.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                assistant_model=view,
+                **(sampling or {"do_sample": False}),
+            )
+            outputs.append(generated[0, ids.shape[1] :].tolist())
+            traces.append(view.last_trace)
+    drafter.train(was_training)
+    return outputs, traces
+
+
+def report(outputs: Sequence[Sequence[int]], traces: Sequence[GenerationTrace]) -> AcceptanceReport:
+    """Add up traces; the first round of each is the target's forward over the prompt and drafts nothing."""
+    rounds = [r for trace in traces for r in trace.rounds[1:]]
+    drafting = [r for r in rounds if r.window > 0]
+    drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
+    kls = [value for r in rounds for value in r.kl]
+    return AcceptanceReport(
+        acceptance_length=sum(r.accepted + 1 for r in drafting) / len(drafting) if drafting else 1.0,
+        tokens_per_target_forward=(accepted + len(rounds)) / len(rounds) if rounds else 1.0,
+        wasted=(drafted - accepted) / drafted if drafted else 0.0,
+        kl=sum(kls) / len(kls) if kls else 0.0,
+        repeated_8grams=repeated_ngrams(outputs, 8),
+        drafted=drafted,
+        accepted=accepted,
+        rounds=len(rounds),
+        tokens=sum(map(len, outputs)),
+    )
+
+
+def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int) -> float:
+    """Share of n-grams that occurred earlier in the same output; a target that loops flatters acceptance."""
+    total = repeated = 0
+    for output in outputs:
+        seen = set()
+        for start in range(len(output) - n + 1):
+            gram = tuple(output[start : start + n])
+            total += 1
+            repeated += gram in seen
+            seen.add(gram)
+    return repeated / total if total else 0.0
+
+
+def evaluate_acceptance(target, drafter, prompts, max_new_tokens=64, temperature=0.0, seed=0, **settings):
+    """[`decode`] and [`report`] in one: the acceptance length and its companions as a dict of numbers."""
+    return asdict(report(*decode(target, drafter, prompts, max_new_tokens, temperature, seed, **settings)))
+
+
+def fit_estimator(traces: Sequence[GenerationTrace]) -> dict[str, Any]:
+    """Weights of the [`~ppow_hf.windowing.AcceptanceEstimator`] from traces of fixed windows.
+
+    Every draft token that was reached (all before it kept) is one observation.
+    """
+    features, accepted = [], []
+    for trace in traces:
+        for r in trace.rounds:
+            for position in range(min(r.accepted + 1, r.window)):
+                features.append(r.features[position])
+                accepted.append(position < r.accepted)
+    share = sum(accepted) / len(accepted) if accepted else 0.5
+    return {
+        "weights": asdict(AcceptanceEstimator.fit(features, accepted)),
+        "acceptance": round(share, 4),
+        "observations": len(accepted),
+    }
+
+
+def calibrate(target, drafter, prompts, max_new_tokens=64, temperatures=(0.0, 1.0), seed=0) -> dict[str, Any]:
+    """Fit the acceptance estimate on decoded prompts and measure the costs; the result belongs in `config.calibration`.
+
+    Prompts should be ones the drafter was not trained on.
+    """
+    from .benchmark import measure_costs
+
+    calibration: dict[str, Any] = {}
+    for temperature in temperatures:
+        _, traces = decode(
+            target, drafter, prompts, max_new_tokens, temperature, seed, window="fixed",
+            max_window=drafter.config.max_window,
+        )  # fmt: skip
+        calibration["sampling" if temperature > 0 else "greedy"] = fit_estimator(traces)
+    ids = torch.tensor([list(prompts[0])], device=target.device)
+    costs = measure_costs(target, drafter, ids, max_window=drafter.config.max_window)
+    calibration["costs"] = {
+        "cost_ratio": round(costs.cost_ratio, 4),
+        "verification_cost": round(costs.verification_cost, 4),
+    }
+    return calibration

@@ -1,0 +1,56 @@
+"""Rewards of drafted windows and the advantages made of them. Pure tensors.
+
+B sequences, N chosen prefixes of each, G rollouts from every prefix, W tokens in a window.
+"""
+
+import torch
+
+
+def speedup_reward(accepted: torch.Tensor, cost_ratio: float) -> torch.Tensor:
+    """R_speedup = k / (k * gamma + 1) [paper]: it charges accepted tokens only. Any shape."""
+    accepted = accepted.float()
+    return accepted / (accepted * cost_ratio + 1)
+
+
+def throughput_reward(accepted: torch.Tensor, window: int, cost_ratio: float) -> torch.Tensor:
+    """R_throughput = (k + 1) / (W * gamma + 1) [ours]: what a round yields per one-token target forward."""
+    return (accepted.float() + 1) / (window * cost_ratio + 1)
+
+
+def proximity_reward(
+    accepted: torch.Tensor,
+    greedy_log_prob: torch.Tensor,
+    draft_log_prob: torch.Tensor,
+    scale: float,
+    threshold: float,
+) -> torch.Tensor:
+    """R_dist = eta * 1[Delta < epsilon] where k = 0, else 0 [paper].
+
+    Delta = log P(target's own greedy window) - log P(drafted window), each summed over the window under the target.
+
+    Args:
+        accepted, draft_log_prob (`torch.Tensor` of shape `(..., G)`): accepted tokens, and log P(drafted window) in nats.
+        greedy_log_prob (`torch.Tensor` of shape `(...)`): log P of the greedy window of each prefix, in nats.
+        scale, threshold (`float`): eta, and epsilon in nats.
+    """
+    near = (greedy_log_prob[..., None] - draft_log_prob) < threshold
+    return scale * (near & (accepted == 0)).float()
+
+
+def group_advantages(rewards: torch.Tensor, kind: str = "standardized", epsilon: float = 1e-4) -> torch.Tensor:
+    """Group-relative advantages `[..., G]` of rewards `[..., G]`; 0 in a group whose rewards are all equal.
+
+    `"standardized"`: (r - mean) / (std + epsilon) [paper]; `"leave_one_out"`: r minus the mean of the others.
+    """
+    size = rewards.shape[-1]
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if kind == "standardized":
+        return centred / (rewards.std(-1, keepdim=True, unbiased=False) + epsilon)
+    if kind == "leave_one_out":
+        return centred * size / (size - 1) if size > 1 else torch.zeros_like(rewards)
+    raise ValueError(f"advantages: {kind!r} is not one of ['standardized', 'leave_one_out'].")
+
+
+def groups_without_spread(rewards: torch.Tensor) -> torch.Tensor:
+    """Share of groups whose rewards are all equal, which teach nothing. `[..., G]` -> scalar."""
+    return (rewards.amax(-1) == rewards.amin(-1)).float().mean()

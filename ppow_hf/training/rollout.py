@@ -1,0 +1,179 @@
+"""Rollouts: windows drafted from chosen prefixes, verified by the target, and what they earned.
+
+All randomness is keyed by (seed, step, example), so that it is the same on one process, on several, and after a resume.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from ..acceptance import (
+    divergence_priority,
+    first_rejection_mask,
+    greedy_accepted_counts,
+    rejection_accepted_counts,
+    sample_from_uniform,
+)
+from ..modeling_ppow import PPOWDrafter
+from .rewards import group_advantages, proximity_reward, speedup_reward, throughput_reward
+from .target import FrozenTarget, TargetEncoding
+from .window_sampling import choose_prefixes, eligible_prefixes, window_priorities
+
+
+def keyed_uniforms(seed: int, step: int, indices: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
+    """Uniform numbers in [0, 1) `[B, *shape]`, each example's drawn from its own key; on the device of `indices`."""
+    rows = []
+    for index in indices.tolist():
+        digest = hashlib.sha256(f"{seed}:{step}:{index}:{purpose}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.rand(shape, generator=generator))
+    return torch.stack(rows).to(indices.device)
+
+
+@dataclass
+class Rollout:
+    """Windows of a batch; N prefixes, G windows from each, K tokens in each, side by side as M = N * G.
+
+    Args:
+        prefixes (`torch.LongTensor` of shape `(B, M)`), draft_ids (`(B, M, K)`): the windows.
+        accepted (`torch.LongTensor` of shape `(B, M)`): draft tokens that the target kept, k.
+        advantages (`torch.Tensor` of shape `(B, M)`): group-relative.
+        learned (`torch.BoolTensor` of shape `(B, M, K)`): tokens up to and including the first rejected one.
+        target_sources (`torch.Tensor` of shape `(B, M, K, H)`): what the target's logits are computed from.
+        rewards (`dict[str, torch.Tensor]`): each part and `total`, `(B, N, G)`.
+        has_prefix (`torch.BoolTensor` of shape `(B,)`): false for sequences without anything to learn.
+        old_log_probs (`torch.Tensor` of shape `(B, M, K)`, *optional*): of the policy that drafted.
+    """
+
+    prefixes: torch.Tensor
+    draft_ids: torch.Tensor
+    accepted: torch.Tensor
+    advantages: torch.Tensor
+    learned: torch.Tensor
+    target_sources: torch.Tensor
+    rewards: dict[str, torch.Tensor]
+    has_prefix: torch.Tensor
+    old_log_probs: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def divergence_of_prefixes(
+    drafter: PPOWDrafter, target: FrozenTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
+) -> torch.Tensor:
+    """v = C(P) KL(P||Q) behind every prefix, `[B, S]` [paper]; infinite divergences count as 20 nats."""
+    flat, sources = features.flatten(0, 1), encoding.sources.flatten(0, 1)
+    parts = []
+    for start in range(0, len(flat), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        draft = drafter.compute_logits(flat[chunk], target.vocab_size).float().log_softmax(-1)
+        parts.append(divergence_priority(target.logits(sources[chunk]).log_softmax(-1), draft))
+    return torch.cat(parts).nan_to_num(20.0, 20.0, 0.0).clamp(0.0, 20.0).view(features.shape[:2])
+
+
+@torch.no_grad()
+def collect_rollout(drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive):
+    """Choose prefixes, draft G windows from each, verify them all in one packed forward, and reward them."""
+    was_training = drafter.training
+    drafter.eval()
+    loss_mask, indices = inputs["loss_mask"], inputs["index"]
+    window, groups, prefixes_wanted = args.max_window, args.num_rollouts, args.num_prefixes
+    features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states, inputs["attention_mask"])
+    context = drafter.config.context_length
+    eligible = eligible_prefixes(loss_mask, drafter.draft_model.first_prefix, window, context)
+    priorities = None
+    if adaptive:
+        divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
+        priorities = window_priorities(divergence * inputs["attention_mask"], window)
+    length = loss_mask.shape[1]
+    # Drawn for the longest possible row, so that the numbers do not depend on how a batch was padded.
+    uniforms = keyed_uniforms(args.seed, step, indices, (args.max_length,), "prefixes")[:, :length]
+    chosen, has_prefix = choose_prefixes(eligible, uniforms, prefixes_wanted, priorities)
+    prefixes = chosen.repeat_interleave(groups, dim=1)
+    draws = keyed_uniforms(args.seed, step, indices, (prefixes_wanted * groups, window), "draft")
+    drafted: list[torch.Tensor] = []
+    draft_token_probs: list[torch.Tensor] = []
+
+    def choose(j: int, current: torch.Tensor) -> torch.Tensor:
+        logits = drafter.compute_logits(current, target.vocab_size).float()
+        probs = (logits / args.rollout_temperature).softmax(-1)
+        tokens = sample_from_uniform(probs, draws[:, :, j])
+        drafted.append(tokens)
+        draft_token_probs.append(probs.gather(-1, tokens[..., None])[..., 0])
+        return tokens
+
+    last = drafter.unroll(features, cache, prefixes, choose, window)[:, :, -1]
+    choose(window - 1, last)
+    draft_ids = torch.stack(drafted, dim=-1)  # [B, M, K]
+    sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
+    choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
+    if args.target_temperature > 0:
+        accept = keyed_uniforms(args.seed, step, indices, tuple(draft_ids.shape[1:]), "accept")
+        accepted = rejection_accepted_counts(draft_ids, torch.stack(draft_token_probs, -1), verify_probs, accept)
+    else:
+        accepted = greedy_accepted_counts(draft_ids, choices)
+    rewards = window_rewards(
+        target, encoding, inputs, chosen, accepted.unflatten(1, (-1, groups)), log_probs.unflatten(1, (-1, groups)),
+        args, cost_ratio,
+    )  # fmt: skip
+    advantages = group_advantages(rewards["total"], args.advantages).flatten(1)
+    learned = first_rejection_mask(accepted, window) & has_prefix[:, None, None]
+    drafter.train(was_training)
+    return Rollout(prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix)
+
+
+def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_size: int):
+    """The target's choices, log P and (at T > 0) verification probability of drafted tokens, `[B, M, K]` each.
+
+    Only these three numbers of each position are kept; the vocabulary-wide tensors are made chunk by chunk.
+    """
+    flat, tokens = sources.flatten(0, 2), draft_ids.flatten()
+    choices, log_probs, probs = [], [], []
+    for start in range(0, len(flat), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits = target.logits(flat[chunk])
+        token = tokens[chunk, None]
+        choices.append(logits.argmax(-1))
+        log_probs.append(logits.log_softmax(-1).gather(-1, token)[:, 0])
+        scaled = logits / temperature if temperature > 0 else logits
+        probs.append(scaled.softmax(-1).gather(-1, token)[:, 0])
+    return tuple(torch.cat(parts).view(draft_ids.shape) for parts in (choices, log_probs, probs))
+
+
+def window_rewards(target, encoding, inputs, chosen, accepted, log_probs, args, cost_ratio):
+    """Each weighted part of the reward and their `total`, `[B, N, G]` (METHOD: speedup, throughput, proximity)."""
+    window = args.max_window
+    parts = {
+        "speedup": args.speedup_weight * speedup_reward(accepted, cost_ratio),
+        "throughput": args.throughput_weight * throughput_reward(accepted, window, cost_ratio),
+    }
+    parts["proximity"] = torch.zeros_like(parts["speedup"])
+    if args.proximity_weight > 0 and bool((accepted == 0).any()):
+        greedy = greedy_log_probs(target, encoding, inputs, chosen, window, args.chunk_size)
+        parts["proximity"] = proximity_reward(
+            accepted, greedy, log_probs.sum(-1), args.proximity_weight, args.proximity_threshold
+        )
+    parts["total"] = parts["speedup"] + parts["throughput"] + parts["proximity"]
+    return parts
+
+
+def greedy_log_probs(target: FrozenTarget, encoding, inputs, chosen, window: int, chunk_size: int) -> torch.Tensor:
+    """log P of the target's greedy window behind each chosen prefix `[B, N]`.
+
+    Read off the text where the target wrote it at T = 0, computed with further target forwards where it did not.
+    """
+    input_ids, written = inputs["input_ids"], inputs["target_written"]
+    length = input_ids.shape[1]
+    places = chosen[..., None] + 1 + torch.arange(window, device=chosen.device)  # [B, N, K]
+    inside = (places < length).all(-1)
+    clamped = places.clamp_max(length - 1).flatten(1)
+    from_text = inside & written.gather(1, clamped).view(places.shape).all(-1)
+    if not bool(from_text.all()):
+        return target.greedy_window_log_probs(encoding, chosen, window)
+    rows = encoding.sources.gather(1, (clamped - 1)[..., None].expand(-1, -1, encoding.sources.shape[-1])).flatten(0, 1)
+    tokens = input_ids.gather(1, clamped).flatten()
+    parts = []
+    for start in range(0, len(rows), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        parts.append(target.logits(rows[chunk]).log_softmax(-1).gather(-1, tokens[chunk, None])[:, 0])
+    return torch.cat(parts).view(places.shape).sum(-1)

@@ -1,0 +1,166 @@
+"""The frozen target in training: states and logits of sequences, and verification of many windows in one forward.
+
+Knows transformers' causal language models, caches and masks; knows nothing about drafters or rewards.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..modeling_ppow import additive_mask, collect_target_states
+
+
+@dataclass
+class TargetEncoding:
+    """What the target knows of a batch of sequences.
+
+    Args:
+        sources (`torch.Tensor` of shape `(B, S, H)`): what the logits behind every prefix are computed from.
+        states (`torch.Tensor` of shape `(B, S, 3*h)`, *optional*): states of the chosen layers.
+        cache: the target's keys and values of the sequences.
+        attention_mask (`torch.Tensor` of shape `(B, S)`): 0 at padding.
+    """
+
+    sources: torch.Tensor
+    states: torch.Tensor | None
+    cache: Any
+    attention_mask: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        return self.sources.shape[1]
+
+
+class FrozenTarget:
+    """A target that is read and never trained. It may be quantised, sharded over devices or PEFT-wrapped.
+
+    Logits are computed in chunks from the last hidden state, where the target's own head gives the target's own logits
+    from it (checked at the start); a target that scales or caps them has its full logits kept instead.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer_ids: list[int] | None):
+        self.model = model.eval().requires_grad_(False)
+        self.layer_ids = layer_ids
+        self.keeps = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+        self.head = model.get_output_embeddings()
+        self.forward_tokens = 0
+        self.head_is_plain = self._head_is_plain()
+        text = model.config.get_text_config()
+        self.vocab_size = self.head.weight.shape[0] if self.head is not None else text.vocab_size
+        windows = [getattr(text, "sliding_window", None)] if getattr(text, "use_sliding_window", True) else []
+        self.sliding_window = next((window for window in windows if window), None)
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        if self.head is None:
+            return False
+        ids = torch.tensor([[0, 1, 2]], device=self.device) % self.model.config.get_text_config().vocab_size
+        outputs = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        own = self.head(outputs.hidden_states[-1].to(self.head.weight.device))
+        if not torch.isfinite(outputs.logits).all():
+            raise ValueError(
+                "target_model: its logits are not finite on the tokens 0, 1, 2. Check that its weights are whole, and "
+                "that its dtype suits this device."
+            )
+        return own.shape == outputs.logits.shape and torch.allclose(own.float(), outputs.logits.float(), atol=1e-3)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def logits(self, sources: torch.Tensor) -> torch.Tensor:
+        """Sources `[..., H]` -> logits `[..., V]` in float32."""
+        return (self.head(sources) if self.head_is_plain else sources).float()  # type: ignore[misc]
+
+    @torch.no_grad()
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool) -> TargetEncoding:
+        """One forward over right-padded sequences `[B, S]`."""
+        kept = {"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=DynamicCache() if with_cache else None,
+            use_cache=with_cache,
+            output_hidden_states=True,
+            **kept,
+        )
+        self.forward_tokens += int(attention_mask.sum())
+        sources = outputs.hidden_states[-1] if self.head_is_plain else outputs.logits
+        states = collect_target_states(outputs.hidden_states, self.layer_ids)
+        return TargetEncoding(sources, states, outputs.past_key_values if with_cache else None, attention_mask)
+
+    @torch.no_grad()
+    def verify(
+        self, encoding: TargetEncoding, prefixes: torch.Tensor, draft_ids: torch.Tensor, max_tokens: int = 4096
+    ) -> torch.Tensor:
+        """What the target's logits along drafted windows are computed from, `[B, M, K, H]`: entry j judges token j.
+
+        All windows `[B, M, K]` of a sequence, each behind its prefix `[B, M]`, go through one forward over the shared
+        cache under a tree mask (several when they are more than `max_tokens` tokens).
+        """
+        count, window = draft_ids.shape[1:]
+        starts = encoding.sources.gather(1, prefixes[..., None].expand(-1, -1, encoding.sources.shape[-1]))
+        if window == 1:
+            return starts[:, :, None]
+        per_forward = max(max_tokens // (window - 1), 1)
+        along = []
+        for first in range(0, count, per_forward):
+            part = slice(first, first + per_forward)
+            along.append(self._packed(encoding, prefixes[:, part], draft_ids[:, part, : window - 1]))
+        return torch.cat([starts[:, :, None], torch.cat(along, dim=1)], dim=2)
+
+    def _packed(self, encoding: TargetEncoding, prefixes: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Sources behind each of the windows' tokens `[B, M, L, H]`; the cache is left as it was."""
+        batch, count, length = tokens.shape
+        device = tokens.device
+        step = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        own = torch.block_diag(*[step] * count).expand(batch, -1, -1)
+        shared = torch.arange(encoding.length, device=device) <= prefixes[..., None]
+        allowed = torch.cat([shared.repeat_interleave(length, dim=1), own], dim=-1)[:, None]
+        positions = prefixes[..., None] + 1 + torch.arange(length, device=device)
+        sources = self._forward_behind(encoding, tokens.flatten(1), allowed, positions.flatten(1))
+        encoding.cache.crop(-count * length)
+        return sources.unflatten(1, (count, length))
+
+    def _forward_behind(self, encoding, tokens, allowed, positions) -> torch.Tensor:
+        outputs = self.model(
+            input_ids=tokens,
+            attention_mask=additive_mask(allowed, self.model.dtype),
+            position_ids=positions,
+            past_key_values=encoding.cache,
+            use_cache=True,
+            output_hidden_states=True,
+            **({"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}),
+        )
+        self.forward_tokens += tokens.numel()
+        return outputs.hidden_states[-1] if self.head_is_plain else outputs.logits
+
+    @torch.no_grad()
+    def greedy_window_log_probs(self, encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+        """log P of the target's own greedy window behind each prefix, summed over its tokens, `[B, N]` in nats.
+
+        Takes `window` - 1 further forwards of N tokens for each sequence, all prefixes at once.
+        """
+        (batch, count), device = prefixes.shape, prefixes.device
+        sources = encoding.sources.gather(1, prefixes[..., None].expand(-1, -1, encoding.sources.shape[-1]))
+        allowed = (torch.arange(encoding.length, device=device) <= prefixes[..., None])[:, None]
+        own = torch.eye(count, dtype=torch.bool, device=device).expand(batch, 1, -1, -1)
+        total = torch.zeros(batch, count, device=device)
+        for j in range(window):
+            best = self.logits(sources).log_softmax(-1).max(-1)
+            total = total + best.values
+            if j == window - 1:
+                break
+            allowed = torch.cat([allowed, own], dim=-1)
+            sources = self._forward_behind(encoding, best.indices, allowed, prefixes + 1 + j)
+        if window > 1:
+            encoding.cache.crop(-count * (window - 1))
+        return total
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, whose forward has the real signature."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
