@@ -26,10 +26,10 @@ SUPPORTED = "transformers>=5.17,<6"
 class KLAdaptiveCandidateGenerator(CandidateGenerator):
     """Drafts windows with a PPOWDrafter, as long as its window rule wants them.
 
-    Drafting loops directly over the drafter with its own cache. A draft ends before the first token that would satisfy
-    a stopping criterion, so that this token comes as the target's own and output never runs on. When sampling, dropping
-    such a token after it was drawn would bias the output (Leviathan et al. 2023 need every drawn token verified): it is
-    verified as the target's own token instead, by [`PendingTokenVerifier`].
+    Drafting loops directly over the drafter with its own cache. A draft ends before the first token that would
+    satisfy a stopping criterion, so that this token comes as the target's own and output never runs on. When sampling,
+    dropping such a token after it was drawn would bias the output (Leviathan et al. 2023 need every drawn token
+    verified): it is verified as the target's own token instead, by [`PendingTokenVerifier`].
 
     Args:
         drafter ([`PPOWDrafter`] or [`DrafterView`]): the drafter, with the window settings of this call.
@@ -60,10 +60,14 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         }
         self.do_sample = bool(generation_config.do_sample)
         self.logits_processor = logits_processor
-        self.eos_token_ids = _eos_token_ids(generation_config)
-        # Length and EOS are foreseen without asking; anything else is asked after each drafted token.
+        # Length and EOS are foreseen without asking; anything else is asked after each drafted token. They are read
+        # from the criteria, since a caller's own ones take the place of the configuration's.
+        self.eos_token_ids = {
+            token for c in stopping_criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()
+        }
         self.other_criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        self.max_length = generation_config.max_length
+        limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+        self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
         self.context_length = context_length
         self.session = self.model.start_session(target_width)
         # Only eagle reads states; a standalone drafter spares the target the trouble of returning them.
@@ -108,7 +112,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         return candidates, self._draft_logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits, of which `num_matches` were met."""
+        """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits; `num_matches` tokens were kept."""
         this_round = self._round
         assert this_round is not None
         this_round.accepted = min(int(num_matches), this_round.window)
@@ -186,7 +190,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             this_round.draft_ids.append(int(token))
             this_round.features.append(features)
             if isinstance(self.rule, KLAdaptiveWindow):
-                this_round.acceptance_probabilities.append(self.rule.estimator.probability(features))
+                this_round.acceptance_probabilities.append(self.rule.acceptance_probability(features))
             drafted += 1
             if drafted >= longest or not self.rule.go_on(drafted):
                 break
@@ -229,11 +233,6 @@ class PendingTokenVerifier(LogitsProcessor):
             return decided
         residual = (target_probs - draft_probs).clamp_min(0.0)
         return residual.log() if bool(residual.sum() > 0) else scores
-
-
-def _eos_token_ids(generation_config: GenerationConfig) -> set[int]:
-    eos = generation_config.eos_token_id
-    return set() if eos is None else set(eos) if isinstance(eos, list | tuple) else {int(eos)}
 
 
 def _stored_costs(config) -> CostModel:
@@ -285,11 +284,21 @@ def target_width(target: Any) -> int:
     return target.config.get_text_config().vocab_size
 
 
+def common_context_length(target_config: Any, drafter_config: Any) -> int | None:
+    """The longest sequence that both can read; beyond it nothing is drafted. `None` where neither has a limit."""
+    lengths = (
+        getattr(target_config.get_text_config(), "max_position_embeddings", None),
+        getattr(drafter_config.draft_config, "max_position_embeddings", None),
+        drafter_config.context_length,
+    )
+    return min((length for length in lengths if length), default=None)
+
+
 _ORIGINALS: dict[str, Any] = {}
 
 
 def install_hook() -> None:
-    """Let `generate(assistant_model=)` take a PPOWDrafter. Done when ppow_hf is imported; doing it again changes nothing.
+    """Let `generate(assistant_model=)` take a PPOWDrafter. Importing ppow_hf does it; doing it again changes nothing.
 
     Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Raises
     `RuntimeError` when this transformers does not have them as expected.
@@ -305,8 +314,8 @@ def install_hook() -> None:
         method = getattr(GenerationMixin, name, None)
         if method is None or not parameters <= set(inspect.signature(method).parameters):
             raise RuntimeError(
-                f"transformers {transformers.__version__} has no GenerationMixin.{name} with {sorted(parameters)}, which "
-                f"assisted generation with a PPOWDrafter builds on. Install {SUPPORTED}."
+                f"transformers {transformers.__version__} has no GenerationMixin.{name} with {sorted(parameters)}, "
+                f"which assisted generation with a PPOWDrafter builds on. Install {SUPPORTED}."
             )
     for name, wrap in (
         ("_get_candidate_generator", _wrap_get_candidate_generator),
@@ -348,17 +357,20 @@ def _wrap_assisted_decoding(original):
             return original(self, *args, **kwargs)
         if call["input_ids"].shape[0] > 1:
             raise ValueError(
-                f"input_ids: {call['input_ids'].shape[0]} sequences given, but assisted generation in transformers takes "
-                "one at a time. Call generate for each prompt, or generate the batch without assistant_model."
+                f"input_ids: {call['input_ids'].shape[0]} sequences given, but assisted generation in transformers "
+                "takes one at a time. Call generate for each prompt, or generate the batch without assistant_model."
             )
-        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if call["input_ids"].shape[1] == 0:
+            raise ValueError(
+                "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
+            )
         generator = KLAdaptiveCandidateGenerator(
             drafter,
             call["logits_processor"],
             call["stopping_criteria"],
             call["generation_config"],
             target_width(self),
-            context,
+            common_context_length(self.config, drafter.config),
         )
         if generator.do_sample:
             call["logits_processor"] = LogitsProcessorList(
@@ -379,8 +391,8 @@ def _wrap_validate_generation_mode(original):
         check_call(self, drafter, generation_config)
         if generation_mode != GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                f"assistant_model: speculative decoding works with greedy search and sampling, not with {generation_mode}. "
-                "Leave out assistant_model, or the options that select that mode."
+                "assistant_model: speculative decoding works with greedy search and sampling, not with "
+                f"{generation_mode}. Leave out assistant_model, or the options that select that mode."
             )
         # The stock check compares configurations and refuses padded vocabularies; ours has been made.
         others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}

@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quick.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
     quick.add_argument(
-        "--minutes", type=float, default=8.0, help="time given to training, about (default: %(default)s)"
+        "--minutes", type=float, default=4.0, help="time given to training, about (default: %(default)s)"
     )
     quick.set_defaults(run=quickstart)
 
@@ -137,6 +137,26 @@ def build_parser() -> argparse.ArgumentParser:
     tiny.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the recipe)")
     tiny.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
     tiny.set_defaults(run=tiny_target)
+
+    tiny_draft = commands.add_parser(
+        "tiny-drafter",
+        help="train an embedded drafter again for an embedded target",
+        description="Let the target write text from excerpts of the standard library, then train a drafter on it, "
+        "supervised and then with PPOW.",
+    )
+    tiny_draft.add_argument("--output-dir", required=True, help="folder for the drafter and its training log")
+    tiny_draft.add_argument("--target", default="tiny", metavar="MODEL", help=f"the target: {MODEL_HELP}")
+    tiny_draft.add_argument(
+        "--architecture", choices=["eagle", "standalone"], default="eagle", help="architecture (default: %(default)s)"
+    )
+    tiny_draft.add_argument(
+        "--minutes", type=float, default=25.0, help="time for the two training stages (default: %(default)s)"
+    )
+    tiny_draft.add_argument(
+        "--sequences", type=int, default=1500, help="texts that the target writes first (default: %(default)s)"
+    )
+    tiny_draft.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    tiny_draft.set_defaults(run=tiny_drafter)
 
     generation = commands.add_parser(
         "generate",
@@ -244,6 +264,28 @@ def tiny_target(arguments: argparse.Namespace) -> int:
     if arguments.max_steps is not None:
         recipe = dataclasses.replace(recipe, max_steps=arguments.max_steps)
     make_target(arguments.output_dir, recipe, tokenizer=tokenizer)
+    return 0
+
+
+def tiny_drafter(arguments: argparse.Namespace) -> int:
+    """`ppow tiny-drafter`."""
+    _check_positive("--minutes", arguments.minutes)
+    _check_positive("--sequences", arguments.sequences)
+    ensure_writable(arguments.output_dir, "--output-dir")
+    target = load_target(arguments.target, "--target", None, None)
+    tokenizer = load_tokenizer(arguments.target, "--target")
+    from .tiny.drafters import make_drafter
+
+    make_drafter(
+        arguments.output_dir,
+        arguments.architecture,
+        target,
+        tokenizer,
+        seconds=60 * arguments.minutes,
+        sequences=arguments.sequences,
+        seed=arguments.seed,
+        target_name=arguments.target if is_embedded(arguments.target) else None,
+    )
     return 0
 
 
@@ -371,8 +413,8 @@ def train(argv: list[str]) -> int:
         processing_class=tokenizer,
     )
     resume: bool | str | None = args.resume_from_checkpoint
-    if script.resume and resume is None and any(Path(args.output_dir).glob("checkpoint-*")):
-        resume = True  # the last complete one
+    if script.resume or resume in ("auto", "true", "True"):
+        resume = True  # the last complete one, or a new start where there is none
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     return 0

@@ -135,10 +135,11 @@ def check_settings(**settings: Any) -> None:
             if value not in WINDOWS:
                 raise ValueError(f"window: {value!r} is not one of {list(WINDOWS)}.")
         elif name == "max_window":
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"max_window: {value!r} is not a whole number of at least 1 draft token.")
         elif name in ("cost_ratio", "verification_cost"):
-            if value is not None and not 0 <= value < float("inf"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
         else:
             raise ValueError(

@@ -3,8 +3,8 @@
 Knows how to turn known tokens (and, for eagle, the target's states) into features, features into next-token logits,
 and how to draft on from there. Knows nothing about verification, windows or training objectives.
 
-Words: a *prefix* p of a sequence is its tokens 0..p; the drafter's *feature* of prefix p gives its distribution of token
-p + 1. A standalone drafter has a feature for every prefix, an eagle drafter from prefix 1 on, since it reads the
+Words: a *prefix* p of a sequence is its tokens 0..p; the drafter's *feature* of prefix p gives its distribution of
+token p + 1. A standalone drafter has a feature for every prefix, an eagle drafter from prefix 1 on, since it reads the
 target's state of token p - 1 together with the embedding of token p.
 """
 
@@ -33,7 +33,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`allowed` bool `[..., queries, keys]` as the float mask that every attention implementation of transformers adds."""
+    """`allowed` bool `[..., queries, keys]` as the float mask that transformers' attention implementations add."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
         ~allowed, torch.finfo(dtype).min
     )
@@ -194,8 +194,8 @@ class PPOWDrafterOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`, *optional*): what `loss_function` returned.
         logits (`torch.Tensor` of shape `(B, S, V)`, *optional*):
-            Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes before
-            `first_prefix`. Not computed when `loss_function` is given.
+            Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes
+            before `first_prefix`. Not computed when `loss_function` is given.
         features (`torch.Tensor` of shape `(B, S, h)`): features of all prefixes.
         window_features (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
             Features along the windows of `draft_ids`: entry j gives the distribution of the window's token j.
@@ -490,8 +490,8 @@ class PPOWDrafter(PreTrainedModel):
         for name, value in overrides.items():
             if not hasattr(draft_config, name):
                 raise ValueError(
-                    f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the drafter's "
-                    "own transformer."
+                    f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the "
+                    "drafter's own transformer."
                 )
             setattr(draft_config, name, value)
         if getattr(draft_config, "layer_types", None):
@@ -515,7 +515,14 @@ class PPOWDrafter(PreTrainedModel):
                 "target_name_or_path": target.config._name_or_path or None,
                 "target_revision": getattr(target.config, "_commit_hash", None),
                 "target_model_type": text.model_type,
-                "context_length": getattr(text, "max_position_embeddings", None),
+                "context_length": min(
+                    (
+                        length
+                        for c in (text, draft_config)
+                        if (length := getattr(c, "max_position_embeddings", None)) is not None
+                    ),
+                    default=None,
+                ),
                 **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
                 **settings,
             },
@@ -542,8 +549,8 @@ class PPOWDrafter(PreTrainedModel):
         if self.d2t is not None:
             if token_counts is None or len(token_counts) > self.config.vocab_size:
                 raise ValueError(
-                    "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each of "
-                    f"the target's {self.config.vocab_size} tokens occurs in the training data; given was "
+                    "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each "
+                    f"of the target's {self.config.vocab_size} tokens occurs in the training data; given was "
                     f"{None if token_counts is None else tuple(token_counts.shape)}."
                 )
             kept = token_counts.topk(len(self.d2t)).indices.sort().values
@@ -570,8 +577,8 @@ def check_width(draft_width: int, target_width: int) -> None:
     difference = abs(draft_width - target_width)
     if difference > min(512, 0.01 * target_width):
         raise ValueError(
-            f"assistant_model: the drafter's vocabulary has {draft_width} tokens and the target's {target_width}. They "
-            "can differ by padding (at most 512 tokens and 1%), not by this much: use a drafter trained for this target."
+            f"assistant_model: the drafter's vocabulary has {draft_width} tokens and the target's {target_width}. "
+            "They can differ by padding (at most 512 tokens and 1%), not by this much: use a drafter of this target."
         )
 
 
@@ -646,6 +653,10 @@ class DraftSession:
         """Whether nothing has been observed yet."""
         return self._cache is None
 
+    def _readable(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A target padded wider than the drafter may hold tokens that the drafter has no embedding of."""
+        return tokens.clamp_max(self.drafter.get_input_embeddings().num_embeddings - 1)
+
     @torch.inference_mode()
     def observe(self, tokens: torch.Tensor, target_states: torch.Tensor | None, first_position: int) -> None:
         """Read committed tokens `[1, L]`, whose first one stands at `first_position` of the sequence.
@@ -658,6 +669,7 @@ class DraftSession:
         length = tokens.shape[1]
         positions = torch.arange(first_position, first_position + length, device=tokens.device)[None]
         past = self._committed
+        tokens = self._readable(tokens)
         allowed = causal_allowed(length, past, tokens.device) if length > 1 else None
         features, self._cache = draft.encode(
             tokens, target_states, self._cache, positions - draft.first_prefix, allowed
@@ -677,6 +689,7 @@ class DraftSession:
         """Logits `[1, V]` behind the drafted `token` `[1, 1]`, the window's `drafted`-th (counted from 0)."""
         draft = self.drafter.draft_model
         positions = torch.full((1, 1), self._position + drafted, device=token.device) - draft.first_prefix
+        token = self._readable(token)
         self._drafting, self._cache = draft.advance(token, self._drafting, self._cache, positions, None)
         return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
 

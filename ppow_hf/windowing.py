@@ -1,8 +1,8 @@
 """Window rules and the cost model behind them: how many tokens to draft before the target is asked.
 
 Pure numbers and small state: knows no models, tokens or caches. A rule may change how fast text comes, never which.
-Words: gamma = draft step / one-token target forward; v(W) = (W+1)-token / one-token target forward; alpha = probability
-that the next draft token is kept.
+Words: gamma = draft step / one-token target forward; v(W) = (W+1)-token / one-token target forward; alpha =
+probability that the next draft token is kept.
 """
 
 import math
@@ -131,10 +131,10 @@ class AcceptanceEstimator:
             float(position),
         ]
 
-    def probability(self, features: Sequence[float]) -> float:
-        """alpha in (0, 1) from the four features."""
+    def probability(self, features: Sequence[float], shift: float = 0.0) -> float:
+        """alpha in (0, 1) from the four features; `shift` is added to its log-odds."""
         weights = (self.confidence, self.entropy, self.divergence, self.position)
-        score = self.bias + sum(weight * value for weight, value in zip(weights, features, strict=True))
+        score = self.bias + shift + sum(weight * value for weight, value in zip(weights, features, strict=True))
         return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
 
     @classmethod
@@ -244,11 +244,15 @@ class HeuristicWindow(FixedWindow):
 class KLAdaptiveWindow(FixedWindow):
     """Draft position j while the probability that it is reached and kept is worth its cost [ours].
 
-    The stopping rule of renewal-reward: with S_j the product of the estimated acceptances up to j and lambda the tokens
-    per unit of cost reached so far, a draft step for position j is taken while S_(j-1) * E[alpha_j] >= lambda * (gamma +
-    slope), and a token whose distribution is known is verified while S_j >= lambda * slope. Before a round, a window is
-    only begun when drafting has paid lately; otherwise rounds go without (window 0), with a probe after 1, 2, 4, ...
-    up to `probe_every` rounds, so that a poor drafter costs next to nothing and a drafter that recovers is noticed.
+    The stopping rule of renewal-reward: with S_j the product of the estimated acceptances up to j and lambda the
+    tokens per unit of cost reached so far, a draft step for position j is taken while S_(j-1) * E[alpha_j] >= lambda *
+    (gamma + slope), and a token whose distribution is known is verified while S_j >= lambda * slope. Before a round, a
+    window is only begun when drafting has paid lately; otherwise rounds go without (window 0), with a probe after 1, 2,
+    4, ... up to `probe_every` rounds, so that a poor drafter costs next to nothing and one that recovers is noticed.
+
+    The estimator was fitted elsewhere, if at all. Its log-odds are shifted by what this text shows: an intercept with
+    a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter that
+    is sure and wrong is found out within a few rounds.
     """
 
     def __init__(
@@ -265,16 +269,22 @@ class KLAdaptiveWindow(FixedWindow):
         self._first_acceptance = prior_acceptance  # running share of first draft tokens that were kept
         self._acceptance = prior_acceptance  # running share of reached draft tokens that were kept
         self._evidence = 4.0
+        self._drafting_rounds = 0
+        self._shift, self._shift_variance = 0.0, 1.0  # of the estimator's log-odds
         self._tokens, self._cost = 0.0, 0.0
         self._cost_model = costs.model
         self._reached = 1.0
+        self._estimates: list[float] = []  # alpha at this round's positions
         self._next_estimate = prior_acceptance
         self._rest, self._wait = 0, 1
         self._worth = True
 
+    def acceptance_probability(self, features: Sequence[float]) -> float:
+        return self.estimator.probability(features, self._shift)
+
     def start(self, limit: int) -> int:
         self._cost_model = self.costs.model
-        self._reached, self._next_estimate = 1.0, self._acceptance
+        self._reached, self._next_estimate, self._estimates = 1.0, self._acceptance, []
         if limit < 1:
             return 0
         first_step = self._cost_model.cost_ratio + self._cost_model.verification_cost
@@ -289,10 +299,11 @@ class KLAdaptiveWindow(FixedWindow):
         return 1
 
     def include(self, position: int, features: Sequence[float]) -> bool:
-        alpha = self.estimator.probability(features)
+        alpha = self.acceptance_probability(features)
         reached = self._reached * alpha
         if position > 0 and reached < self._cost_model.verification_cost * self._speed:
             return False
+        self._estimates.append(alpha)
         self._reached = reached
         self._next_estimate = 0.5 * (alpha + self._acceptance)
         return True
@@ -310,9 +321,18 @@ class KLAdaptiveWindow(FixedWindow):
             reached = accepted + (accepted < window)
             self._evidence = min(self._evidence + reached, 40.0)
             self._acceptance += (accepted / reached - self._acceptance) * reached / self._evidence
-            # A probe after a rest says more about now than what was seen before the rest.
-            rate = 0.3 if not self._worth else 0.1
+            self._shift_estimates(accepted, self._estimates[:reached])
+            # The prior counts as two rounds. A probe after a rest says more about now than what was seen before it.
+            self._drafting_rounds += 1
+            rate = 0.3 if not self._worth else max(1 / (2 + self._drafting_rounds), 0.1)
             self._first_acceptance += rate * (float(accepted > 0) - self._first_acceptance)
+
+    def _shift_estimates(self, accepted: int, estimates: Sequence[float]) -> None:
+        """One step of the filter over the reached positions, the first `accepted` of which were kept."""
+        information = sum(alpha * (1 - alpha) for alpha in estimates)
+        self._shift_variance = 1 / (1 / (self._shift_variance + 0.01) + information)
+        shift = self._shift + self._shift_variance * (accepted - sum(estimates))
+        self._shift = min(max(shift, -6.0), 6.0)
 
     @property
     def _speed(self) -> float:

@@ -36,13 +36,13 @@ MARKED_TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Is it green?"},
-    {"role": "assistant", "content": "\n Ja, grün."},  # its line feed could merge with the header's
+    {"role": "assistant", "content": "Ja, grün."},
     {"role": "user", "content": "And now?"},
     {"role": "assistant", "content": "No."},
 ]
@@ -206,23 +206,28 @@ def test_loss_in_chats_is_on_the_assistants_text_and_its_end(template):
     tokenizer = build_tokenizer(template=template)
     item = prepare_sequences([{"messages": CHAT}], tokenizer, 512)[0]
     assert item["input_ids"].tolist() == tokenizer.apply_chat_template(CHAT)["input_ids"]
-    learned = learned_text(item, tokenizer)
-    # Where the answer's line feed merges with the header's, that token is not the assistant's alone.
-    assert learned in (f"\n Ja, grün.{EOS}No.{EOS}", f" Ja, grün.{EOS}No.{EOS}")
+    assert learned_text(item, tokenizer) == f"Ja, grün.{EOS}No.{EOS}"
 
 
 def test_both_ways_to_find_the_assistants_tokens_agree():
-    chat = [{**message, "content": message["content"].strip()} for message in CHAT]
     masks = []
     for template in (PLAIN_TEMPLATE, MARKED_TEMPLATE):
-        item = prepare_sequences([{"messages": chat}], build_tokenizer(template=template), 512)[0]
+        item = prepare_sequences([{"messages": CHAT}], build_tokenizer(template=template), 512)[0]
         masks.append((item["input_ids"].tolist(), item["loss_mask"].tolist()))
     assert masks[0] == masks[1]
 
 
+def test_a_token_that_straddles_the_header_and_the_answer_is_not_learned(tokenizer):
+    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "\n Yes."}]
+    item = prepare_sequences([{"messages": chat}], tokenizer, 512)[0]
+    assert tokenizer.convert_tokens_to_ids("ĊĊ") in item["input_ids"]  # the two line feeds are one token
+    assert learned_text(item, tokenizer) == f" Yes.{EOS}"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     last_turn_differs = PLAIN_TEMPLATE.replace(
-        "{{ message['content'] }}", "{% if loop.last %}<think></think>{% endif %}{{ message['content'] }}"
+        "{{ message['content'] }}",
+        "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}{{ message['content'] }}",
     )
     tokenizer = build_tokenizer(template=last_turn_differs)
     with pytest.raises(ValueError, match=r"^my_argument: .*message 2 of row 0.*\{% generation %\}"):
@@ -314,7 +319,7 @@ def test_long_prompts_keep_their_end_and_texts_their_beginning(tokenizer, caplog
 
 # Regeneration
 
-PROMPTS = [{"prompt": prompt} for prompt in (*LINES, "a", "values", "The target", "def print(", "sum(")]
+PROMPTS = [{"prompt": prompt} for prompt in (*LINES, "a", "values", "sum(")]
 
 
 def greedy_alone(prompt_ids, target, tokenizer, max_new_tokens):
@@ -330,18 +335,16 @@ def greedy_alone(prompt_ids, target, tokenizer, max_new_tokens):
 
 
 def test_greedy_regeneration_equals_plain_generate_of_every_prompt_alone(target, tokenizer, tmp_path):
-    options = {"max_length": 96, "max_new_tokens": 16, "cache_dir": tmp_path}
+    options = {"max_length": 96, "max_new_tokens": 12, "cache_dir": tmp_path}
     dataset = regenerate(PROMPTS, target, tokenizer, batch_size=4, **options)
     stopped_early = 0
     for row, item in zip(PROMPTS, (dataset[i] for i in range(len(dataset))), strict=True):
         prompt = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
-        alone = target.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
-        assert (
-            item["input_ids"].tolist() == alone[0].tolist() == greedy_alone(prompt[0].tolist(), target, tokenizer, 16)
-        )
+        alone = target.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+        assert item["input_ids"].tolist() == alone[0].tolist()
         on_completion = [False] * prompt.shape[1] + [True] * (alone.shape[1] - prompt.shape[1])
         assert item["loss_mask"].tolist() == item["target_written"].tolist() == on_completion
-        stopped_early += alone.shape[1] < prompt.shape[1] + 16
+        stopped_early += alone.shape[1] < prompt.shape[1] + 12
     assert 0 < stopped_early < len(PROMPTS)  # both kinds of ends were seen
 
 
@@ -354,13 +357,12 @@ def test_greedy_regeneration_ignores_the_targets_own_sampling_and_penalties(targ
 
 
 def test_completions_end_at_max_length_whatever_the_batch(target, tokenizer, tmp_path):
-    dataset = regenerate(
-        PROMPTS, target, tokenizer, max_length=40, max_new_tokens=30, batch_size=3, cache_dir=tmp_path
-    )
+    options = {"max_length": 24, "max_new_tokens": 16, "batch_size": 3, "cache_dir": tmp_path}
+    dataset = regenerate(PROMPTS, target, tokenizer, **options)
     for row, ids in zip(PROMPTS, token_lists(dataset), strict=True):
         prompt = tokenizer(row["prompt"])["input_ids"]
-        kept = prompt if len(prompt) <= 20 else [prompt[0], *prompt[-19:]]
-        assert ids == greedy_alone(kept, target, tokenizer, min(30, 40 - len(kept)))
+        kept = prompt if len(prompt) <= 12 else [prompt[0], *prompt[-11:]]
+        assert ids == greedy_alone(kept, target, tokenizer, min(16, 24 - len(kept)))
 
 
 def test_regeneration_leaves_the_target_and_the_random_state_as_they_were(target, tokenizer, tmp_path):

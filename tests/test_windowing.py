@@ -24,7 +24,7 @@ DOUBTFUL = AcceptanceEstimator.features(0.05, 3.5, 8.0, 0)
 
 
 def play_round(rule, kept_chance, features, rng, limit=100, kl=None):
-    """One round as the generation loop drives it; each draft token is kept with `kept_chance`. Returns (W, steps, k)."""
+    """One round as the generation loop drives it, a draft token kept with `kept_chance`; returns (W, steps, k)."""
     longest = rule.start(limit)
     window, steps = 0, 0
     while longest > 0:

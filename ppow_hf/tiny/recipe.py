@@ -336,6 +336,7 @@ def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, de
         "processor_hours_last_session": time.process_time() / 3600,
         "wall_minutes_last_session": (time.time() - started) / 60,
     }
+    model.config.use_cache = model.generation_config.use_cache = True  # Trainer had turned it off for training
     model.to(torch.bfloat16).save_pretrained(output_dir)
     (output_dir / "recipe.json").write_text(json.dumps(report, indent=2) + "\n")
     (output_dir / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")

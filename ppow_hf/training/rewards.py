@@ -44,6 +44,8 @@ def group_advantages(rewards: torch.Tensor, kind: str = "standardized", epsilon:
     """
     size = rewards.shape[-1]
     centred = rewards - rewards.mean(-1, keepdim=True)
+    # The mean of equal numbers can be a rounding off, which a standard deviation near zero would blow up.
+    centred = centred.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)
     if kind == "standardized":
         return centred / (rewards.std(-1, keepdim=True, unbiased=False) + epsilon)
     if kind == "leave_one_out":

@@ -84,7 +84,7 @@ def collect_rollout(drafter, target: FrozenTarget, encoding: TargetEncoding, inp
     priorities = None
     if adaptive:
         divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
-        priorities = window_priorities(divergence * inputs["attention_mask"], window)
+        priorities = window_priorities(divergence, window, inputs["attention_mask"])
     length = loss_mask.shape[1]
     # Drawn for the longest possible row, so that the numbers do not depend on how a batch was padded.
     uniforms = keyed_uniforms(args.seed, step, indices, (args.max_length,), "prefixes")[:, :length]
@@ -97,6 +97,11 @@ def collect_rollout(drafter, target: FrozenTarget, encoding: TargetEncoding, inp
     def choose(j: int, current: torch.Tensor) -> torch.Tensor:
         logits = drafter.compute_logits(current, target.vocab_size).float()
         probs = (logits / args.rollout_temperature).softmax(-1)
+        if not bool(torch.isfinite(probs).all()):
+            raise ValueError(
+                f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its weights "
+                "and dtype; the last checkpoint is untouched."
+            )
         tokens = sample_from_uniform(probs, draws[:, :, j])
         drafted.append(tokens)
         draft_token_probs.append(probs.gather(-1, tokens[..., None])[..., 0])

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -75,17 +77,18 @@ class PPOWTrainer(Trainer):
                 f"max_length: the target attends to the last {self.target.sliding_window} tokens only, fewer than "
                 f"max_length + max_window = {args.max_length + args.max_window}. Lower max_length."
             )
-        model.config.target_vocabulary_fingerprint = (
-            vocabulary_fingerprint(processing_class) if processing_class is not None else None
-        )
+        if processing_class is not None:
+            model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
         if model.config.architecture == "eagle" and not args.train_embeddings:
             model.draft_model.embed_tokens.requires_grad_(False)
-        self._raw_eval_dataset = eval_dataset
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
         train_sequences = self._prepare(train_dataset, processing_class, args, "train_dataset")
         eval_sequences = self._prepare(eval_dataset, processing_class, args, "eval_dataset")
         if train_sequences is not None:
+            check_lengths(train_sequences, args, model.config.context_length)
             batch = args.per_device_train_batch_size * args.world_size
+            if args.objective == "ppow" and args.num_iterations > 1:  # such batches are repeated whole
+                batch *= args.gradient_accumulation_steps
             if len(train_sequences) < batch:
                 raise ValueError(
                     f"train_dataset: {len(train_sequences)} sequences of up to {args.max_length} tokens do not fill one "
@@ -140,22 +143,26 @@ class PPOWTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
-        if resume_from_checkpoint and (Path(resume_from_checkpoint) / STATE).exists():
+        if resume_from_checkpoint and self.args.cost_ratio is None:
             self.cost_ratio = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["cost_ratio"]
-        if self.args.objective == "ppow" and self.args.save_steps % self.args.num_iterations:
+        by_steps = self.args.objective == "ppow" and self.args.save_strategy == "steps"
+        if by_steps and self.args.num_iterations > 1 and self.args.save_steps % self.args.num_iterations:
             raise ValueError(
                 f"save_steps: {self.args.save_steps} is no multiple of num_iterations={self.args.num_iterations}; a "
                 "checkpoint between two gradient steps on the same rollouts could not be resumed exactly."
             )
+        self._micro_step = 0
+        self._rollouts.clear()
+        self._metrics.clear()
         self._measure_cost_ratio()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.calibrate_at_end and self.eval_dataset is not None and self.args.eval_prompts > 0:
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
+                drafter.config.max_window = self.args.max_window
                 drafter.config.calibration = calibrate(
                     self.target_model, drafter, self._eval_prompts()[:8], self.args.eval_new_tokens, seed=self.args.seed
                 )
-                drafter.config.max_window = self.args.max_window
             self.accelerator.wait_for_everyone()
         return result
 
@@ -177,7 +184,8 @@ class PPOWTrainer(Trainer):
         block = (
             self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         )
-        return RepeatedBlocks(sampler, block, self.args.num_iterations)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedBlocks(sampler, block, self.args.num_iterations, seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
@@ -310,7 +318,7 @@ class PPOWTrainer(Trainer):
             loss = self._policy_loss(drafter, output.window_features[:, :count], rollout, slot)
             if with_text:
                 loss = loss + self.args.text_kl_coef * self._text_anchor(
-                    drafter, output.window_features[:, count:], chosen, inputs, encoding.sources
+                    drafter, output.window_features[:, count:], chosen, rollout.has_prefix, inputs, encoding.sources
                 )
             return loss
 
@@ -397,13 +405,13 @@ class PPOWTrainer(Trainer):
         self._metrics["entropy"].append((entropy / count).item())
         return (policy + self.args.kl_coef * kl) / (windows * window)
 
-    def _text_anchor(self, drafter, features, chosen, inputs, sources) -> torch.Tensor:
-        """KL(P||Q) along the text behind the chosen prefixes `[B, N]`, divided by N * K; sum over sequences."""
+    def _text_anchor(self, drafter, features, chosen, has_prefix, inputs, sources) -> torch.Tensor:
+        """KL(P||Q) along the learned text behind the chosen prefixes `[B, N]`, divided by N * K; sum over sequences."""
         length = inputs["input_ids"].shape[1]
         places = chosen[..., None] + torch.arange(features.shape[2], device=chosen.device)
         next_places = (places + 1).clamp_max(length - 1)
-        real = inputs["attention_mask"].gather(1, next_places.flatten(1)).view(places.shape).bool()
-        real &= places + 1 < length
+        real = inputs["loss_mask"].gather(1, next_places.flatten(1)).view(places.shape)
+        real = real & (places + 1 < length) & has_prefix[:, None, None]
         rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(places.shape)[real]
 
         def chunk(features, sources):
@@ -469,11 +477,8 @@ class PPOWTrainer(Trainer):
         """Adds the means of the step metrics since the last log, over all processes."""
         if "loss" in logs and self._metrics:
             local = {name: (sum(values), len(values)) for name, values in self._metrics.items()}
-            for part in gather_object([local]) if self.args.world_size > 1 else [local]:
-                for name in part:
-                    logs.setdefault(name, 0.0)
             parts = gather_object([local]) if self.args.world_size > 1 else [local]
-            for name in local:
+            for name in dict.fromkeys(name for part in parts for name in part):
                 total = sum(part.get(name, (0.0, 0))[0] for part in parts)
                 count = sum(part.get(name, (0.0, 0))[1] for part in parts)
                 logs[name] = total / max(count, 1)
@@ -499,9 +504,11 @@ class PPOWTrainer(Trainer):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        moved = self.state.best_model_checkpoint == str(staged)
+        if moved:  # on every process: each loads the best one at the end
+            self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(final)
+            if moved:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
             (staged / STATE).write_text(json.dumps({"cost_ratio": self.cost_ratio}))
             files = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
@@ -520,10 +527,20 @@ class PPOWTrainer(Trainer):
 
 
 class RepeatedBlocks(Sampler):
-    """Repeats each block of `block` indices `times` times, for several gradient steps on the same rollouts."""
+    """Repeats each block of `block` indices `times` times, for several gradient steps on the same rollouts.
 
-    def __init__(self, sampler: Sampler, block: int, times: int):
+    A random sampler is made to depend on (seed, epoch) alone, as accelerate does with those that it sees: the order is
+    then the same on every process and after a resume.
+    """
+
+    def __init__(self, sampler: Sampler, block: int, times: int, seed: int):
+        if isinstance(sampler, RandomSampler):
+            sampler = SeedableRandomSampler(sampler.data_source, generator=torch.Generator(), data_seed=seed)
         self.sampler, self.block, self.times = sampler, block, times
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.sampler, SeedableRandomSampler):
+            self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.sampler) // self.block * self.block * self.times  # type: ignore[arg-type]
@@ -613,14 +630,28 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
+def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:
+    """Raise `ValueError` when a training sequence is longer than `max_length` or than the models' context."""
+    longest = max(len(sequences[index]["input_ids"]) for index in range(len(sequences)))
+    if longest > args.max_length:
+        raise ValueError(
+            f"train_dataset: its longest sequence has {longest} tokens, more than max_length={args.max_length}. Raise "
+            "max_length, or cut the sequences."
+        )
+    if context_length is not None and longest > context_length:
+        raise ValueError(
+            f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target take "
+            f"{context_length} (max_position_embeddings). Lower max_length."
+        )
+
+
 def check_writable(output_dir: str | Path) -> None:
     """Raise `ValueError` when nothing can be written to `output_dir`, before any work is lost."""
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable"):  # several processes check at once
+            pass
     except OSError as error:
         raise ValueError(
             f"output_dir: cannot write to {str(path)!r} ({error.strerror}). Name a folder that can be written."

@@ -25,16 +25,22 @@ def eligible_prefixes(loss_mask: torch.Tensor, first_prefix: int, window: int, c
     return torch.where(inside.any(-1, keepdim=True), inside, starts)
 
 
-def window_priorities(divergence: torch.Tensor, window: int) -> torch.Tensor:
+def window_priorities(divergence: torch.Tensor, window: int, attention_mask: torch.Tensor | None = None):
     """Mean of v over positions p .. p + W - 1 (as far as they exist), `[B, S]` from `divergence` v `[B, S]` [paper].
 
     `divergence[:, p]` is v = C(P) * KL(P||Q) of the distribution behind prefix p, which is the window's first one.
+    `attention_mask` `[B, S]` is 0 at padding, which does not count as existing.
     """
     length = divergence.shape[1]
-    sums = torch.nn.functional.pad(divergence.cumsum(-1), (1, 0))
+    real = torch.ones_like(divergence) if attention_mask is None else attention_mask.to(divergence.dtype)
     starts = torch.arange(length, device=divergence.device)
     ends = (starts + window).clamp_max(length)
-    return (sums[:, ends] - sums[:, starts]) / (ends - starts)
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        cumulative = torch.nn.functional.pad(values.double().cumsum(-1), (1, 0))
+        return cumulative[:, ends] - cumulative[:, starts]
+
+    return (sums(divergence * real) / sums(real).clamp_min(1)).to(divergence.dtype)
 
 
 def choose_prefixes(eligible: torch.Tensor, uniforms: torch.Tensor, count: int, priorities: torch.Tensor | None):

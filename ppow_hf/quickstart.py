@@ -1,0 +1,130 @@
+"""`ppow quickstart`: the whole job on the embedded target, from text to a table, in minutes on two cores.
+
+Puts the parts together in the order a user would; everything it does is in the library.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .benchmark import format_table, plot_windows, run_benchmark, verdict, write_benchmark
+from .modeling_ppow import PPOWDrafter
+from .tiny import drafter_path, target_path
+from .tiny.corpus import function_prompts, standard_library
+from .trace import GenerationTrace
+
+PROMPT_TOKENS = 128
+
+
+def run(
+    output_dir: str,
+    fast: bool = False,
+    prompts: int = 20,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    minutes: float = 4.0,
+    command: str = "ppow quickstart",
+) -> dict[str, Any]:
+    """Train a drafter for the embedded target (not when `fast`), compare it with the other ways, save and print.
+
+    Args:
+        output_dir (`str`): gets the drafter, `benchmark.json`, `windows.png` and `training.png`.
+        fast (`bool`, *optional*, defaults to `False`): use the embedded eagle drafter and train nothing.
+        prompts (`int`, *optional*, defaults to `20`): held-out functions to complete.
+        max_new_tokens (`int`, *optional*, defaults to `64`): tokens generated behind each.
+        seed (`int`, *optional*, defaults to `0`): of data and training.
+        minutes (`float`, *optional*, defaults to `4.0`): time for the two training stages together.
+        command (`str`, *optional*): recorded in `benchmark.json`.
+
+    Returns:
+        `dict`: the content of `benchmark.json`.
+    """
+    started = time.perf_counter()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = AutoModelForCausalLM.from_pretrained(target_path(), dtype=torch.float32).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(target_path())
+    standalone = PPOWDrafter.from_pretrained(drafter_path("tiny-standalone"), dtype=torch.float32).eval().to(device)
+    files = standard_library()
+    held_out = [file for file in files if file.held_out]
+    print(
+        f"Target: the embedded {target.config.model_type} of {target.num_parameters():,} parameters. Held-in modules of "
+        f"the standard library: {len(files) - len(held_out)}, held-out: {len(held_out)}.",
+        flush=True,
+    )
+    if fast:
+        drafter = PPOWDrafter.from_pretrained(drafter_path("tiny-eagle"), dtype=torch.float32).eval().to(device)
+        used = "ppow_hf.tiny.drafter_path('tiny-eagle')"
+        print("Drafter: the embedded eagle drafter; nothing is trained (--fast).", flush=True)
+    else:
+        drafter = _train(folder, target, tokenizer, files, seed, minutes * 60)
+        used = repr(output_dir)
+
+    texts = function_prompts(held_out, prompts, seed=seed)
+    ids = [
+        tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -PROMPT_TOKENS:].long()
+        for text in texts
+    ]
+    print(f"\nComparing on {prompts} functions of held-out modules, {max_new_tokens} tokens each, greedy:", flush=True)
+    traces: dict[str, list[GenerationTrace]] = {}
+    result = run_benchmark(
+        target,
+        tokenizer,
+        drafter,
+        ids,
+        standalone=standalone,
+        max_new_tokens=max_new_tokens,
+        command=command,
+        traces=traces,
+    )
+    write_benchmark(result, folder / "benchmark.json")
+    plot_windows(traces["ppow_kl"], folder / "windows.png")
+    print(format_table(result))
+    print(verdict(result))
+    pictures = "windows.png" if fast else "windows.png, training.png"
+    print(f"\nSaved in {output_dir}: benchmark.json, {pictures}{'' if fast else ' and the drafter'}.")
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes. To use the drafter:\n")
+    print("    import ppow_hf")
+    print(f"    drafter = ppow_hf.PPOWDrafter.from_pretrained({used})")
+    print("    target.generate(**inputs, assistant_model=drafter)")
+    return result
+
+
+def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float) -> PPOWDrafter:
+    from .tiny.drafters import default_stages, save_drafter, target_text, train_stage
+    from .training.trainer import draw_curves
+
+    print("Data: the target completes excerpts of held-in modules (its own text is what a drafter must learn) ...")
+    cache = folder / "data"
+    train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], 320, seed, cache)
+    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], 8, seed + 1, cache)
+    drafter = PPOWDrafter.from_target(target, "eagle", target_name_or_path="tiny")
+    log: list[dict] = []
+    lengths: list[tuple[str, float]] = []
+    for stage in default_stages(seconds):
+        print(f"\nTraining, {stage.objective}, {stage.seconds:.0f} s:", flush=True)
+        offset = log[-1]["step"] if log else 0
+        history = train_stage(
+            drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.objective, seed,
+            eval_prompts=8, eval_new_tokens=48, eval_steps=25, disable_tqdm=True,
+            calibrate_at_end=stage.objective == "ppow",
+        )  # fmt: skip
+        log += [{**row, "step": row["step"] + offset} for row in history]
+        evaluations = [row["eval_acceptance_length"] for row in history if "eval_acceptance_length" in row]
+        if not lengths:
+            lengths.append(("untrained", evaluations[0]))
+        lengths.append((f"after {stage.objective}", evaluations[-1]))
+    save_drafter(drafter, tokenizer, folder)
+    draw_curves(log, folder / "training.png", title="quickstart: supervised, then PPOW")
+    print("\nAcceptance length on held-out prompts (window 10, greedy, bonus token counted):")
+    for name, length in lengths:
+        print(f"  {name:<18}{length:.2f}")
+    gain = lengths[-1][1] - lengths[-2][1]
+    print(
+        f"  PPOW changed it by {gain:+.2f} on 8 prompts; differences below about 0.2 are noise at this size."
+    )
+    return drafter.eval()

@@ -1,0 +1,184 @@
+"""The recipe of the embedded drafters, and of the one that `ppow quickstart` trains: supervised, then PPOW.
+
+Knows the embedded corpus and PPOWTrainer; the shipped drafters and the quickstart differ in nothing but time.
+"""
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..data import SequenceDataset, regenerate
+from ..modeling_ppow import PPOWDrafter
+from ..training import PPOWTrainer, PPOWTrainingArguments
+from .corpus import SourceFile, standard_library
+
+PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
+
+
+@dataclass
+class Stage:
+    """One stage of training: how long, how fast, and whatever else of PPOWTrainingArguments differs."""
+
+    objective: str
+    seconds: float
+    learning_rate: float
+    settings: dict[str, Any]
+
+
+def target_text(
+    target, tokenizer, files: list[SourceFile], sequences: int, seed: int, cache_dir: str | Path | None = None
+) -> SequenceDataset:
+    """Text that the target writes at T = 0 behind `sequences` excerpts of `files`, 64 tokens each."""
+    chooser = random.Random(seed)
+    rows = []
+    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
+    ids = [tokens for tokens in ids if len(tokens) > PROMPT_TOKENS]
+    for _ in range(sequences):
+        tokens = chooser.choice(ids)
+        start = chooser.randrange(len(tokens) - PROMPT_TOKENS)
+        rows.append({"text": tokenizer.decode(tokens[start : start + PROMPT_TOKENS])})
+    return regenerate(
+        rows,
+        target,
+        tokenizer,
+        max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+        max_new_tokens=COMPLETION_TOKENS,
+        batch_size=32,
+        cache_dir=cache_dir,
+    )
+
+
+class Clock(TrainerCallback):
+    """Ends training after `seconds`, evaluations not counted, and says how much of the time is gone."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.spent = 0.0
+        self._since: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return min((self.spent + running) / self.seconds, 1.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._since is not None:
+            self.spent += time.perf_counter() - self._since
+        self._since = None
+        if self.spent >= self.seconds:
+            control.should_training_stop = True
+            control.should_evaluate = True
+
+
+def train_stage(
+    drafter: PPOWDrafter,
+    target,
+    tokenizer,
+    stage: Stage,
+    train_data: SequenceDataset,
+    eval_data: SequenceDataset,
+    output_dir: str | Path,
+    seed: int,
+    **settings: Any,
+) -> list[dict]:
+    """Train for `stage.seconds` with a learning rate that falls to a twentieth over that time; returns the log."""
+    clock = Clock(stage.seconds)
+    arguments = PPOWTrainingArguments(
+        output_dir=str(output_dir),
+        objective=stage.objective,
+        learning_rate=stage.learning_rate,
+        max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+        per_device_train_batch_size=8,
+        max_steps=100_000,
+        logging_steps=5,
+        eval_strategy="steps",
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        **{"eval_steps": 50, **settings, **stage.settings},
+    )
+    trainable = [p for name, p in drafter.named_parameters() if "embed_tokens" not in name or p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - clock.fraction, 0.05)
+    )
+    trainer = PPOWTrainer(
+        model=drafter,
+        target_model=target,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=[clock],
+        optimizers=(optimizer, schedule),
+    )
+    trainer.evaluate()
+    trainer.train()
+    return trainer.state.log_history
+
+
+def default_stages(seconds: float) -> list[Stage]:
+    """Supervised for 60% of the time, PPOW for 40%."""
+    return [
+        Stage("supervised", 0.6 * seconds, 1e-3, {}),
+        Stage("ppow", 0.4 * seconds, 1e-4, {}),
+    ]
+
+
+def make_drafter(
+    output_dir: str | Path,
+    architecture: str,
+    target,
+    tokenizer,
+    seconds: float = 1500.0,
+    sequences: int = 1500,
+    eval_prompts: int = 24,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    target_name: str | None = "tiny",
+) -> PPOWDrafter:
+    """Train a drafter for an embedded target and write it to `output_dir`, the supervised stage beside it.
+
+    Writes bfloat16 safetensors, tokenizer, `training_log.json` (both stages) and `training.png`.
+    """
+    from ..training.trainer import draw_curves
+
+    output_dir = Path(output_dir)
+    files = standard_library()
+    train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], sequences, seed, cache_dir)
+    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], eval_prompts, seed, cache_dir)
+    drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
+    log: list[dict] = []
+    steps_before = 0
+    for stage in default_stages(seconds):
+        folder = output_dir / stage.objective
+        history = train_stage(
+            drafter, target, tokenizer, stage, train_data, eval_data, folder, seed, eval_prompts=eval_prompts
+        )
+        log += [{**row, "step": row["step"] + steps_before, "objective": stage.objective} for row in history]
+        steps_before = log[-1]["step"]
+        save_drafter(drafter, tokenizer, folder)
+    save_drafter(drafter, tokenizer, output_dir)
+    (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    draw_curves(log, output_dir / "training.png", title=f"{architecture} drafter: supervised, then PPOW")
+    return drafter
+
+
+def save_drafter(drafter: PPOWDrafter, tokenizer, folder: str | Path) -> None:
+    """Save in bfloat16 (the live drafter stays as it is) with the tokenizer."""
+    state = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+             for name, tensor in drafter.state_dict().items()}  # fmt: skip
+    dtype, drafter.config.dtype = drafter.config.dtype, torch.bfloat16
+    drafter.save_pretrained(folder, state_dict=state)
+    drafter.config.dtype = dtype
+    tokenizer.save_pretrained(folder)

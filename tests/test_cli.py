@@ -1,0 +1,278 @@
+"""The command line: what it runs, what it prints, and how it refuses."""
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+import ppow_hf
+from ppow_hf import cli, tiny
+from ppow_hf.configuration_ppow import vocabulary_fingerprint
+
+TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """64 tokens or fewer: the characters of a short text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=["<pad>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer=trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def saved(make_target, tokenizer, tmp_path_factory):
+    """Folders of a target with its tokenizer, and of an eagle and a standalone drafter for it."""
+    folder = tmp_path_factory.mktemp("models")
+    target = copy.deepcopy(make_target("llama"))
+    target.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    fingerprint = vocabulary_fingerprint(tokenizer)
+    for architecture in ("eagle", "standalone"):
+        drafter = ppow_hf.PPOWDrafter.from_target(
+            target, architecture, target_vocabulary_fingerprint=fingerprint, max_window=4
+        )
+        drafter.save_pretrained(folder / architecture)
+    return folder
+
+
+def fails(capsys, *argv):
+    """The one line on stderr of a command that ends with exit code 2."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("ppow: error:")]
+    assert len(lines) == 1 and "Traceback" not in captured.err and captured.out == ""
+    return lines[0]
+
+
+def test_generate_continues_the_prompt_as_plain_generation_does(saved, tokenizer, make_target, capsys):
+    argv = ["generate", "--target", saved / "target", "--drafter", saved / "eagle", "--prompt", "def add(a"]
+    argv += ["--max-new-tokens", 10, "--window", "fixed", "--max-window", 3]
+    assert cli.main(list(map(str, argv))) == 0
+    captured = capsys.readouterr()
+    ids = tokenizer("def add(a", return_tensors="pt")["input_ids"]
+    plain = make_target("llama").generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
+    assert captured.out == "def add(a" + tokenizer.decode(plain, skip_special_tokens=True) + "\n"
+    assert "10 new tokens" in captured.err and "window rule fixed" in captured.err
+
+
+def test_generate_prints_json_and_reads_stdin(saved, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def sub"))
+    argv = ["generate", "--target", saved / "target", "--drafter", saved / "standalone", "--prompt", "-", "--json"]
+    argv += ["--max-new-tokens", 8, "--temperature", 0.8, "--window", "fixed", "--max-window", 2]
+    assert cli.main(list(map(str, argv))) == 0
+    printed = json.loads(capsys.readouterr().out)
+    trace = printed["trace"]
+    assert printed["prompt"] == "def sub" and trace["new_tokens"] == 8 and trace["window"] == "fixed"
+    assert sum(one["accepted"] + 1 for one in trace["rounds"]) == 8
+    assert trace["drafted"] == sum(one["window"] for one in trace["rounds"]) > 0
+
+
+def test_bench_writes_table_json_and_picture(saved, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def add(a, b):\n\ndef sub(a\nreturn a\n")
+    argv = ["bench", "--target", saved / "target", "--drafter", saved / "eagle", "--standalone", saved / "standalone"]
+    argv += ["--prompts", prompts, "--num-prompts", 2, "--max-new-tokens", 6]
+    argv += ["--json", tmp_path / "new" / "out.json", "--plot", tmp_path / "new" / "windows.png"]
+    assert cli.main(list(map(str, argv))) == 0
+    result = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert result["prompts"] == 2 and len(result["rows"]) == 7
+    assert str(tmp_path) not in json.dumps(result) and result["command"].startswith("ppow bench --target target")
+    printed = capsys.readouterr().out
+    assert all(row["name"] in printed for row in result["rows"])
+    assert "peculation" in printed.splitlines()[-1]
+    assert (tmp_path / "new" / "windows.png").stat().st_size > 1000
+
+
+def test_bench_reads_json_lines(saved, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def add(a, b):"}\n{"prompt": "return"}\n')
+    argv = ["bench", "--target", saved / "target", "--drafter", saved / "standalone", "--prompts", prompts]
+    assert cli.main([*map(str, argv), "--max-new-tokens", "3", "--num-prompts", "1"]) == 0
+    assert "1 prompts" in capsys.readouterr().out
+    prompts.write_text('{"question": "?"}\n')
+    assert "--prompts" in fails(capsys, *argv, "--max-new-tokens", 3)
+
+
+def test_stdlib_prompts_are_short_and_held_out(tokenizer, make_target, monkeypatch):
+    from ppow_hf.tiny import corpus
+
+    bodies = "".join(f"    x{number} = {number}\n" for number in range(9))
+    files = [
+        corpus.SourceFile("kept", "#" * 500 + f"\ndef kept():\n{bodies}", held_out=True),
+        corpus.SourceFile("trained", f"def trained():\n{bodies}", held_out=False),
+    ]
+    monkeypatch.setattr(corpus, "standard_library", lambda: files)
+    (prompt,) = cli.load_prompts("stdlib", 1, tokenizer, make_target("llama"), max_new_tokens=4)
+    assert prompt.shape == (1, 128)
+    (short,) = cli.load_prompts("stdlib", 1, tokenizer, make_target("llama"), max_new_tokens=200)
+    assert short.shape == (1, 56)
+
+
+def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, capsys):
+    pair = ["--target", saved / "target", "--drafter", saved / "eagle"]
+    cases = {
+        "--target: there is no folder": ["generate", "--target", tmp_path / "no", *pair[2:], "--prompt", "a"],
+        "--drafter: there is no folder": ["generate", *pair[:2], "--drafter", tmp_path / "no", "--prompt", "a"],
+        "not a PPOWDrafter": ["generate", *pair[:2], "--drafter", saved / "target", "--prompt", "a"],
+        "--target: no tokenizer": ["generate", "--target", saved / "eagle", *pair[2:], "--prompt", "a"],
+        "--prompt: it is empty": ["generate", *pair, "--prompt", ""],
+        "context of 256": ["generate", *pair, "--prompt", "a", "--max-new-tokens", 256],
+        "--max-new-tokens: 0 given": ["generate", *pair, "--prompt", "a", "--max-new-tokens", 0],
+        "--temperature: -1.0": ["generate", *pair, "--prompt", "a", "--temperature", -1],
+        "max_window: 0": ["generate", *pair, "--prompt", "a", "--max-window", 0],
+        "--prompts: there is no file": ["bench", *pair, "--prompts", tmp_path / "no.txt"],
+        "--repeats: 0 given": ["bench", *pair, "--repeats", 0],
+        "--json": ["bench", *pair, "--json", tmp_path],
+        "--standalone": ["bench", *pair, "--standalone", saved / "target", "--prompts", saved / "target/config.json"],
+    }
+    cases.pop("--target: no tokenizer")  # a drafter's folder fails earlier, as no causal language model
+    for message, argv in cases.items():
+        assert message in fails(capsys, *argv), message
+    assert "--target: " in fails(capsys, "generate", "--target", saved / "eagle", *pair[2:], "--prompt", "a")
+
+
+def test_a_drafter_of_another_vocabulary_is_refused(saved, tmp_path, capsys):
+    drafter = ppow_hf.PPOWDrafter.from_pretrained(saved / "eagle")
+    drafter.config.target_vocabulary_fingerprint = "0123456789abcdef"
+    drafter.save_pretrained(tmp_path / "other")
+    argv = ["generate", "--target", saved / "target", "--drafter", tmp_path / "other", "--prompt", "a"]
+    assert "--drafter: it was trained for a target with another vocabulary" in fails(capsys, *argv)
+
+
+def test_unwritable_folders_are_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in ("quickstart", "tiny-target"):
+        assert "--output-dir: cannot write to" in fails(capsys, command, "--output-dir", tmp_path / "file" / "below")
+    assert cli.ensure_writable(tmp_path / "a" / "b", "--output-dir").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_debugging_shows_the_error_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPOW_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["bench", "--target", "tiny", "--drafter", "tiny-eagle", "--prompts", str(tmp_path / "no.txt")])
+
+
+def test_usage_mistakes_and_help_have_argparse_exit_codes(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["generate", "--prompt", "a"]) == 2
+    assert cli.main(["--help"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    for command in ("quickstart", "tiny-target", "generate", "bench"):
+        assert cli.main([command, "--help"]) == 0
+        assert "usage: ppow" in capsys.readouterr().out
+
+
+def test_quickstart_passes_its_arguments_on(tmp_path, monkeypatch):
+    calls = []
+    module = types.ModuleType("ppow_hf.quickstart")
+    module.run = lambda **arguments: calls.append(arguments) or {}
+    monkeypatch.setitem(sys.modules, "ppow_hf.quickstart", module)
+    monkeypatch.setattr(ppow_hf, "quickstart", module, raising=False)
+    folder = str(tmp_path / "out")
+    assert cli.main(["quickstart", "--fast", "--output-dir", folder, "--prompts", "3", "--seed", "5"]) == 0
+    assert calls == [
+        {
+            "output_dir": folder,
+            "fast": True,
+            "prompts": 3,
+            "max_new_tokens": 64,
+            "seed": 5,
+            "minutes": 8.0,
+            "command": f"ppow quickstart --fast --output-dir {folder} --prompts 3 --seed 5",
+        }
+    ]
+
+
+def test_tiny_target_chooses_the_recipe(tmp_path, monkeypatch):
+    from ppow_hf.tiny import recipe
+
+    made = []
+    monkeypatch.setattr(recipe, "make_target", lambda folder, chosen, tokenizer=None: made.append((chosen, tokenizer)))
+    argv = ["tiny-target", "--output-dir", str(tmp_path), "--family", "qwen3", "--max-steps", "7"]
+    assert cli.main(argv) == 0
+    assert made == [(dataclasses.replace(recipe.QWEN3_RECIPE, max_steps=7), None)]
+
+
+def test_train_builds_the_drafter_and_hands_everything_to_the_trainer(saved, tmp_path, monkeypatch, tokenizer):
+    trainers_made = []
+
+    class FakeTrainer:
+        def __init__(self, **arguments):
+            self.arguments, self.calls = arguments, []
+            trainers_made.append(self)
+
+        def train(self, resume_from_checkpoint=None):
+            self.calls.append(("train", resume_from_checkpoint))
+
+        def save_model(self):
+            self.calls.append("save")
+
+    module = types.ModuleType("ppow_hf.training")
+    module.PPOWTrainer, module.PPOWTrainingArguments = FakeTrainer, TrainingArguments
+    monkeypatch.setitem(sys.modules, "ppow_hf.training", module)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(4)))
+    argv = ["train", "--target", saved / "target", "--train_data", data, "--output_dir", tmp_path / "out"]
+    argv += ["--draft_vocab_size", 16, "--use_cpu", "--resume"]
+    assert cli.main(list(map(str, argv))) == 0
+    (trainer,) = trainers_made
+    drafter = trainer.arguments["model"]
+    assert drafter.config.architecture == "eagle" and drafter.config.draft_vocab_size == 16
+    counts = torch.bincount(torch.tensor(tokenizer(TEXT)["input_ids"]), minlength=64)
+    assert counts[drafter.kept_tokens].min() >= counts[~drafter.t2d].max()
+    assert drafter.config.target_vocabulary_fingerprint == vocabulary_fingerprint(tokenizer)
+    assert trainer.arguments["train_dataset"] == str(data) and trainer.arguments["eval_dataset"] is None
+    assert trainer.calls == [("train", True), "save"]
+
+    argv = ["train", "--target", saved / "target", "--train_data", data, "--output_dir", tmp_path / "out"]
+    assert cli.main([*map(str, argv), "--drafter", str(saved / "standalone"), "--use_cpu"]) == 0
+    assert trainers_made[1].arguments["model"].config.architecture == "standalone"
+    assert trainers_made[1].calls[0] == ("train", None)
+
+
+def test_train_names_missing_data(saved, tmp_path, capsys):
+    argv = ["train", "--target", saved / "target", "--train_data", tmp_path / "no.jsonl", "--output_dir", tmp_path]
+    assert "--train_data: there is no file" in fails(capsys, *argv, "--use_cpu")
+
+
+def test_embedded_names_resolve_to_folders_that_are_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "_ROOT", tmp_path)
+    assert all(map(tiny.is_embedded, ("tiny", "tiny-qwen3", "tiny-eagle", "tiny-standalone")))
+    assert not tiny.is_embedded("eagle") and not tiny.is_embedded("org/tiny")
+    for name, remake in (("tiny", "ppow tiny-target --family llama"), ("tiny-eagle", "ppow train --target tiny")):
+        with pytest.raises(FileNotFoundError, match=rf"{name}: .*config.json is missing.*{remake}"):
+            cli.resolve(name)
+    for folder in ("llama", "qwen3", "eagle", "standalone"):
+        (tmp_path / folder).mkdir()
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / folder / file).write_text("")
+    assert tiny.target_path() == tiny.target_path("tiny") == tmp_path / "llama"
+    assert tiny.drafter_path("eagle") == tiny.drafter_path("tiny-eagle") == tmp_path / "eagle"
+    assert cli.resolve("tiny-qwen3") == str(tmp_path / "qwen3")
+    assert cli.resolve("org/model") == "org/model" and cli.resolve("~/x") == os.path.expanduser("~/x")
+    for function, name in ((tiny.target_path, "tiny-eagle"), (tiny.drafter_path, "tiny")):
+        with pytest.raises(ValueError, match="name: "):
+            function(name)
+
+
+def test_asking_for_help_imports_nothing_heavy():
+    """`ppow_hf.tiny` alone must not pull in torch; checked by its source, since the package itself imports torch."""
+    source = Path(tiny.__file__).read_text()
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imports == ["from pathlib import Path"]

@@ -1,0 +1,495 @@
+"""The drafter as a model: its features against slow references, and what transformers expects of a model.
+
+References: a plain causal LM on concatenated sequences (standalone), and EAGLE-3 written token by token with loops.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import silu
+from transformers import AutoConfig, AutoModel, LlamaConfig
+
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig
+from ppow_hf.configuration_ppow import default_target_layers, vocabulary_fingerprint
+from ppow_hf.modeling_ppow import check_width, collect_target_states, match_width, packed_allowed
+
+FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
+ARCHITECTURES = ["eagle", "standalone"]
+B, S, M, K = 2, 11, 4, 5
+
+both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def tokens(*shape: int, seed: int = 0, vocab_size: int = 64) -> torch.Tensor:
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def perturbed(drafter: PPOWDrafter, std: float = 0.1) -> PPOWDrafter:
+    """Weights away from their initial ones and zeros, so that no path of the computation is silent."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=random)
+    return drafter.eval()
+
+
+def make_drafter(target, architecture: str, **options) -> PPOWDrafter:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return perturbed(PPOWDrafter.from_target(target, architecture, **options))
+
+
+@torch.no_grad()
+def states_of(target, drafter, input_ids):
+    hidden_states = target(input_ids, output_hidden_states=True).hidden_states
+    return collect_target_states(hidden_states, drafter.config.target_layer_ids)
+
+
+@pytest.fixture
+def target(make_target):
+    return make_target("llama")
+
+
+def windows(seed: int = 1):
+    """Prefixes `[B, M]`, one twice and the last possible one among them, and the windows' tokens `[B, M, K]`."""
+    prefixes = torch.tensor([[1, 4, 4, S - 1], [2, 3, 7, 9]])
+    return prefixes, tokens(B, M, K, seed=seed)
+
+
+# -- the references
+
+
+def slow_eagle_features(drafter: PPOWDrafter, states, sequence: list[int], drafted: list[int]) -> torch.Tensor:
+    """EAGLE-3 for one sequence: features behind every token from the second on, then behind every drafted token.
+
+    At position i the inputs are the embedding of token i + 1 and fc(states i); later draft steps are fed the layer's
+    output before the norm in place of fc(states).
+    """
+    config, weights = drafter.draft_model.config, drafter.draft_model.state_dict()
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    theta, epsilon = config.rope_parameters["rope_theta"], config.rms_norm_eps
+
+    def norm(x, name):
+        return x / (x.pow(2).mean() + epsilon).sqrt() * weights[name]
+
+    def rotate(x, position):  # [heads, size]
+        angles = position * theta ** (-torch.arange(0, size, 2) / size)
+        first, second = x[:, : size // 2], x[:, size // 2 :]
+        return torch.cat(
+            [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=1
+        )
+
+    keys, values, features = [], [], []
+
+    def read(token, hidden):
+        position = len(keys)
+        embedding = weights["embed_tokens.weight"][token]
+        x = torch.cat(
+            [norm(embedding, "midlayer.input_layernorm.weight"), norm(hidden, "midlayer.hidden_norm.weight")]
+        )
+        query = rotate((weights["midlayer.self_attn.q_proj.weight"] @ x).view(heads, size), position)
+        keys.append(rotate((weights["midlayer.self_attn.k_proj.weight"] @ x).view(groups, size), position))
+        values.append((weights["midlayer.self_attn.v_proj.weight"] @ x).view(groups, size))
+        attended = []
+        for head in range(heads):
+            group = head // (heads // groups)
+            scores = torch.stack([query[head] @ key[group] for key in keys]) / size**0.5
+            attended.append(sum(p * value[group] for p, value in zip(scores.softmax(0), values, strict=True)))
+        hidden = hidden + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(attended)
+        x = norm(hidden, "midlayer.post_attention_layernorm.weight")
+        gate, up = weights["midlayer.mlp.gate_proj.weight"] @ x, weights["midlayer.mlp.up_proj.weight"] @ x
+        features.append(hidden + weights["midlayer.mlp.down_proj.weight"] @ (silu(gate) * up))
+
+    for i in range(len(sequence) - 1):
+        read(sequence[i + 1], weights["fc.weight"] @ states[i])
+    for token in drafted:
+        read(token, features[-1])
+    return torch.stack(features)
+
+
+def slow_window_features(drafter, states, input_ids, prefixes, draft_ids) -> torch.Tensor:
+    """`[B, M, K, h]`, one window at a time by separate forwards on prefix + draft."""
+    result = []
+    for b in range(input_ids.shape[0]):
+        for m in range(prefixes.shape[1]):
+            length, drafted = int(prefixes[b, m]) + 1, draft_ids[b, m, : K - 1]
+            if drafter.config.architecture == "eagle":
+                along = slow_eagle_features(drafter, states[b], input_ids[b, :length].tolist(), drafted.tolist())
+            else:
+                whole = torch.cat([input_ids[b, :length], drafted])[None]
+                model = drafter.draft_model.model
+                along = model(whole, output_hidden_states=True, use_cache=False).hidden_states[-1][0]
+            result.append(along[-K:])
+    return torch.stack(result).view(*prefixes.shape, K, -1)
+
+
+# -- features
+
+
+@pytest.mark.lowest
+@both_architectures
+@pytest.mark.parametrize("family", FAMILIES)
+def test_window_features_equal_separate_forwards_on_prefix_and_draft(make_target, family, architecture):
+    target = make_target(family)
+    drafter = make_drafter(target, architecture)
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    with torch.no_grad():
+        output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
+        expected = slow_window_features(drafter, states, input_ids, prefixes, draft_ids)
+    torch.testing.assert_close(output.window_features, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.lowest
+def test_eagle_features_of_a_whole_sequence_equal_the_slow_reference(target):
+    drafter = make_drafter(target, "eagle")
+    input_ids = tokens(1, S)
+    states = states_of(target, drafter, input_ids)
+    with torch.no_grad():
+        features = drafter(input_ids, states).features[0, 1:]
+        expected = slow_eagle_features(drafter, states[0], input_ids[0].tolist(), [])
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.lowest
+@both_architectures
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_sequence_logits_equal_those_of_a_session_token_by_token(make_target, family, architecture):
+    """Read in pieces, with abandoned drafts between them, as decoding does."""
+    target = make_target(family)
+    drafter = make_drafter(target, architecture)
+    first = drafter.draft_model.first_prefix
+    input_ids = tokens(1, S)
+    states = states_of(target, drafter, input_ids)
+    drafted = tokens(1, 3, seed=4)
+    with torch.no_grad():
+        whole = drafter(input_ids, states).logits[0]
+        session, start = drafter.start_session(), first
+        for end in (4, 5, 8, 9, S):
+            session.observe(input_ids[:, start:end], None if states is None else states[:, start - 1 : end - 1], start)
+            torch.testing.assert_close(session.first_logits()[0], whole[end - 1], atol=2e-4, rtol=2e-4)
+            along = drafter(
+                input_ids[:, :end],
+                None if states is None else states[:, :end],
+                prefixes=torch.tensor([[end - 1]]),
+                draft_ids=torch.cat([drafted, drafted[:, :1]], dim=1)[:, None],
+            )
+            expected = drafter.compute_logits(along.window_features)[0, 0]
+            for j in range(3):
+                given = session.next_logits(drafted[:, j : j + 1], j)[0]
+                torch.testing.assert_close(given, expected[j + 1], atol=2e-4, rtol=2e-4)
+            start = end
+
+
+@both_architectures
+def test_unrolled_choices_equal_features_along_the_same_windows(target, architecture):
+    drafter = make_drafter(target, architecture)
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    with torch.no_grad():
+        features, cache = drafter.prefix_features(input_ids, states)
+        unrolled = drafter.unroll(features, cache, prefixes, lambda j, _: draft_ids[:, :, j], K)
+        output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
+    torch.testing.assert_close(unrolled, output.window_features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features, output.features, atol=1e-4, rtol=1e-4)
+
+
+@both_architectures
+def test_unroll_shows_each_choice_the_features_it_is_drawn_from(target, architecture):
+    drafter = make_drafter(target, architecture)
+    input_ids, (prefixes, _) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    seen = []
+
+    def choose(j, features):
+        seen.append(features)
+        return drafter.compute_logits(features).argmax(-1)
+
+    with torch.no_grad():
+        features, cache = drafter.prefix_features(input_ids, states)
+        along = drafter.unroll(features, cache, prefixes, choose, K)
+    assert len(seen) == K - 1
+    assert torch.equal(torch.stack(seen, dim=2), along[:, :, :-1])
+
+
+@both_architectures
+def test_a_window_of_one_token_is_the_prefixs_own_feature(target, architecture):
+    drafter = make_drafter(target, architecture)
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    output = drafter(input_ids, states_of(target, drafter, input_ids), prefixes=prefixes, draft_ids=draft_ids[..., :1])
+    rows = torch.arange(B)[:, None]
+    torch.testing.assert_close(output.window_features[:, :, 0], output.features[rows, prefixes])
+
+
+@pytest.mark.lowest
+@both_architectures
+def test_gradients_along_windows_equal_those_of_separate_forwards(target, architecture):
+    drafter = make_drafter(target, architecture)
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    weights = torch.randn(B, M, K, 32, generator=torch.Generator().manual_seed(0))
+    # The reference reads state_dict() tensors; give it ones that carry gradients.
+    parameters = dict(drafter.draft_model.named_parameters())
+    (drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids).window_features * weights).sum().backward()
+    given = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    drafter.zero_grad()
+    drafter.draft_model.state_dict = lambda: parameters
+    (slow_window_features(drafter, states, input_ids, prefixes, draft_ids) * weights).sum().backward()
+    expected = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    assert given.keys() == expected.keys() and len(given) > 8
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(given[name] / scale, gradient / scale, atol=2e-4, rtol=2e-4, msg=name)
+
+
+@pytest.mark.lowest
+@both_architectures
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_on_the_right_changes_no_feature(make_target, family, architecture):
+    target = make_target(family)
+    drafter = make_drafter(target, architecture)
+    short, padding = tokens(1, 7), 4
+    padded = torch.cat([short, torch.full((1, padding), 9)], dim=1)
+    batch = torch.cat([padded, tokens(1, 11, seed=3)])
+    mask = torch.ones_like(batch)
+    mask[0, 7:] = 0
+    prefixes, draft_ids = torch.tensor([[2, 6], [4, 10]]), tokens(2, 2, K, seed=6)
+    states = states_of(target, drafter, batch)
+    with torch.no_grad():
+        together = drafter(batch, states, attention_mask=mask, prefixes=prefixes, draft_ids=draft_ids)
+        alone = drafter(
+            short, None if states is None else states[:1, :7], prefixes=prefixes[:1], draft_ids=draft_ids[:1]
+        )
+    torch.testing.assert_close(together.features[:1, :7], alone.features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.window_features[:1], alone.window_features, atol=1e-4, rtol=1e-4)
+    assert together.features.isfinite().all() and together.window_features.isfinite().all()
+
+
+def test_packed_mask_equals_its_definition_written_as_loops():
+    length, window = 5, 2
+    prefixes = torch.tensor([[0, 3, 3]])
+    allowed = packed_allowed(length, prefixes, window)[0, 0]
+    owner = [(-1, i) for i in range(length)] + [(m, j) for m in range(3) for j in range(window)]
+    for query, (own, place) in enumerate(owner):
+        for key, (other, earlier) in enumerate(owner):
+            if own == -1:
+                expected = other == -1 and earlier <= place
+            elif other == -1:
+                expected = earlier <= int(prefixes[0, own])
+            else:
+                expected = own == other and earlier <= place
+            assert bool(allowed[query, key]) == expected, (query, key)
+
+
+@both_architectures
+def test_loss_function_is_evaluated_inside_forward(target, architecture):
+    drafter = make_drafter(target, architecture)
+    input_ids = tokens(B, S)
+    states = states_of(target, drafter, input_ids)
+    output = drafter(input_ids, states, loss_function=lambda d, o: d.compute_logits(o.features).square().mean())
+    assert output.logits is None
+    expected = drafter(input_ids, states).logits.square().mean()
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_eagle_without_target_states_says_what_to_pass(target):
+    with pytest.raises(ValueError, match="target_states: "):
+        PPOWDrafter.from_target(target, "eagle")(tokens(1, 4))
+
+
+# -- as a transformers model
+
+
+@pytest.mark.lowest
+@pytest.mark.parametrize(("architecture", "tied"), [("eagle", False), ("standalone", False), ("standalone", True)])
+def test_a_saved_drafter_comes_back_the_same(target, tmp_path, architecture, tied):
+    options = {"tie_word_embeddings": tied} if architecture == "standalone" else {}
+    drafter = make_drafter(target, architecture, max_window=7, window="fixed", **options)
+    drafter.save_pretrained(tmp_path)
+    input_ids = tokens(B, S)
+    states = states_of(target, drafter, input_ids)
+    for loaded in (AutoModel.from_pretrained(tmp_path), PPOWDrafter.from_pretrained(tmp_path)):
+        assert type(loaded) is PPOWDrafter and not loaded.training
+        given, expected = loaded.state_dict(), drafter.state_dict()
+        assert given.keys() == expected.keys()
+        assert all(torch.equal(given[name], expected[name]) for name in expected)
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids, states).logits, drafter(input_ids, states).logits)
+        assert (loaded.config.max_window, loaded.config.window) == (7, "fixed")
+        if architecture == "standalone":
+            model = loaded.draft_model.model
+            assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    assert type(AutoConfig.from_pretrained(tmp_path)) is PPOWDrafterConfig
+
+
+@pytest.mark.lowest
+@both_architectures
+def test_loading_reports_no_missing_or_unexpected_weights(target, tmp_path, architecture):
+    make_drafter(target, architecture).save_pretrained(tmp_path)
+    _, info = PPOWDrafter.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+@pytest.mark.lowest
+@both_architectures
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_eager_and_sdpa_attention_agree(make_target, tmp_path, family, architecture):
+    target = make_target(family)
+    make_drafter(target, architecture).save_pretrained(tmp_path)
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    mask = torch.ones_like(input_ids)
+    mask[1, 10:] = 0
+    outputs, sessions = [], []
+    for implementation in ("eager", "sdpa"):
+        drafter = PPOWDrafter.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert drafter.config._attn_implementation == implementation
+        assert drafter.draft_model.config._attn_implementation == implementation
+        states = states_of(target, drafter, input_ids)
+        with torch.no_grad():
+            outputs.append(drafter(input_ids, states, mask, prefixes, draft_ids))
+        session, first = drafter.start_session(), drafter.draft_model.first_prefix
+        session.observe(input_ids[:1, first:], None if states is None else states[:1, :-1], first)
+        session.first_logits()
+        sessions.append(session.next_logits(torch.tensor([[5]]), 0))
+    torch.testing.assert_close(outputs[0].features, outputs[1].features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs[0].window_features, outputs[1].window_features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*sessions, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.lowest
+@both_architectures
+def test_gradient_checkpointing_leaves_gradients_alone(target, architecture):
+    plain = make_drafter(target, architecture).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    assert checkpointed.is_gradient_checkpointing
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, plain, input_ids)
+    for drafter in (plain, checkpointed):
+        output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
+        (output.window_features.square().mean() + output.logits.square().mean()).backward()
+    for (name, expected), given in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert expected.grad is not None, name
+        torch.testing.assert_close(given.grad, expected.grad, msg=name)
+
+
+@both_architectures
+def test_a_drafter_loads_and_drafts_in_bfloat16(target, tmp_path, architecture):
+    options = {"draft_vocab_size": 32, "token_counts": torch.arange(64)} if architecture == "eagle" else {}
+    make_drafter(target, architecture, **options).save_pretrained(tmp_path)
+    drafter = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in drafter.parameters()} == {torch.bfloat16}
+    if architecture == "eagle":
+        assert drafter.d2t.dtype == torch.long and drafter.t2d.dtype == torch.bool
+    low = copy.deepcopy(target).to(torch.bfloat16)
+    output = low.generate(
+        tokens(1, 5), max_new_tokens=12, do_sample=False, assistant_model=drafter.with_settings(window="fixed")
+    )
+    assert output.shape == (1, 17)
+
+
+@both_architectures
+def test_a_drafter_takes_the_targets_dtype(target, architecture):
+    low = copy.deepcopy(target).to(torch.bfloat16)
+    assert PPOWDrafter.from_target(low, architecture).dtype == torch.bfloat16
+
+
+# -- vocabularies and widths
+
+
+def test_a_reduced_vocabulary_maps_to_the_targets_ids(target):
+    counts = torch.zeros(64, dtype=torch.long)
+    frequent = torch.tensor([3, 17, 18, 40, 63])
+    counts[frequent] = torch.tensor([9, 5, 7, 3, 8])
+    drafter = PPOWDrafter.from_target(target, "eagle", draft_vocab_size=5, token_counts=counts)
+    assert drafter.kept_tokens.tolist() == frequent.tolist()
+    assert [i + int(drafter.d2t[i]) for i in range(5)] == frequent.tolist()
+    assert drafter.t2d.nonzero()[:, 0].tolist() == frequent.tolist()
+    features = torch.randn(2, 32)
+    own, full = drafter.draft_logits(features), drafter.compute_logits(features)
+    assert own.shape == (2, 5) and full.shape == (2, 64)
+    assert torch.equal(full[:, frequent], own)
+    assert bool((full[:, ~drafter.t2d] == -torch.inf).all())
+    assert torch.equal(drafter.draft_model.lm_head.weight, target.lm_head.weight[frequent])
+
+
+def test_a_reduced_vocabulary_needs_token_counts_and_an_eagle_drafter(target):
+    with pytest.raises(ValueError, match="token_counts: "):
+        PPOWDrafter.from_target(target, "eagle", draft_vocab_size=32)
+    with pytest.raises(ValueError, match="draft_vocab_size: "):
+        PPOWDrafter.from_target(target, "standalone", draft_vocab_size=32, token_counts=torch.arange(64))
+
+
+def test_logits_are_cut_or_padded_to_the_targets_width():
+    logits = torch.arange(6.0).view(1, 6)
+    assert match_width(logits, 4).tolist() == [[0, 1, 2, 3]]
+    assert match_width(logits, 8).tolist() == [[0, 1, 2, 3, 4, 5, -torch.inf, -torch.inf]]
+    assert match_width(logits, 6) is logits
+
+
+@pytest.mark.parametrize(
+    ("draft", "target_width", "fits"),
+    [(151936, 152064, True), (152064, 151936, True), (1000, 1010, True), (1000, 1020, False), (128256, 151936, False)],
+)
+def test_widths_may_differ_by_padding_only(draft, target_width, fits):
+    if fits:
+        check_width(draft, target_width)
+    else:
+        with pytest.raises(ValueError, match=f"{draft}.*{target_width}"):
+            check_width(draft, target_width)
+
+
+# -- making one
+
+
+@both_architectures
+def test_from_target_starts_from_the_targets_embeddings_and_head(target, architecture):
+    drafter = PPOWDrafter.from_target(target, architecture)
+    head = drafter.draft_model.lm_head if architecture == "eagle" else drafter.draft_model.model.lm_head
+    assert torch.equal(drafter.get_input_embeddings().weight, target.get_input_embeddings().weight)
+    assert torch.equal(head.weight, target.lm_head.weight)
+    assert head.weight is not target.lm_head.weight
+    assert all(p.requires_grad for p in drafter.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_target_records_what_the_drafter_is_for(make_target, family):
+    config = PPOWDrafter.from_target(make_target(family), "eagle").config
+    assert config.target_model_type == family
+    assert config.target_hidden_size == 32 and config.vocab_size == 64 and config.context_length == 256
+    assert config.target_layer_ids == [1, 2, 3]
+
+
+def test_from_target_names_an_unknown_or_impossible_argument(target):
+    for options, message in (
+        ({"number_of_layers": 2}, "number_of_layers: "),
+        ({"target_layer_ids": [1, 2, 4]}, "target_layer_ids: "),
+        ({"target_layer_ids": [1, 2]}, "target_layer_ids: "),
+        ({"architecture": "medusa"}, "architecture: 'medusa'"),
+        ({"max_window": 0}, "max_window: 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PPOWDrafter.from_target(target, **options)
+    with pytest.raises(ValueError, match=r"64.*100|100.*64"):
+        PPOWDrafter.from_target(target, "standalone", draft_config=LlamaConfig(vocab_size=100))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 6, 8, 32])
+def test_default_target_layers_lie_below_the_last_state(layers):
+    ids = default_target_layers(layers)
+    assert len(ids) == 3 and ids == sorted(ids) and ids[0] >= 0 and ids[-1] < layers
+    if layers >= 8:
+        assert ids == [2, layers // 2, layers - 3]
+
+
+def test_vocabulary_fingerprint_tells_vocabularies_apart():
+    class Words:
+        def __init__(self, words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: i for i, word in enumerate(self.words)}
+
+    assert vocabulary_fingerprint(Words("abc")) == vocabulary_fingerprint(Words("abc"))
+    assert len({vocabulary_fingerprint(Words(w)) for w in ("abc", "acb", "abcd")}) == 3
