@@ -147,7 +147,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             if self._unread_from is None:
                 self._unread_from = 0
             return
-        states = collect_target_states(model_outputs.hidden_states, layers)
+        states: Any = collect_target_states(model_outputs.hidden_states, layers)
         if self._unread_from is None:
             # All of the prompt, or what was not in a cache handed to generate; its last state is that of token n - 2.
             self._unread_from = input_ids.shape[1] - states.shape[1]
@@ -352,7 +352,7 @@ def _wrap_assisted_decoding(original):
     def _assisted_decoding(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         call = bound.arguments
-        drafter = call.get("assistant_model")
+        drafter: Any = call.get("assistant_model")
         if not _is_ours(drafter):
             return original(self, *args, **kwargs)
         if call["input_ids"].shape[0] > 1:

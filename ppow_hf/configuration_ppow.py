@@ -99,7 +99,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         elif draft_config is None:
             draft_config = AutoConfig.for_model("llama", num_hidden_layers=1, vocab_size=vocab_size)
         self.architecture = architecture
-        self.draft_config = draft_config
+        self.draft_config: Any = draft_config
         self.vocab_size = vocab_size
         self.draft_vocab_size = draft_vocab_size
         self.target_hidden_size = target_hidden_size

@@ -226,7 +226,7 @@ class PPOWDrafter(PreTrainedModel):
     def __init__(self, config: PPOWDrafterConfig):
         super().__init__(config)
         config.draft_config._attn_implementation = config._attn_implementation
-        self.draft_model = {"eagle": EagleDrafter, "standalone": StandaloneDrafter}[config.architecture](config)
+        self.draft_model: Any = {"eagle": EagleDrafter, "standalone": StandaloneDrafter}[config.architecture](config)
         width = config.draft_vocab_size
         if width is not None and config.architecture == "eagle":
             # Named and meant as in published EAGLE-3 checkpoints: target id = draft id + d2t[draft id].
@@ -235,7 +235,8 @@ class PPOWDrafter(PreTrainedModel):
             kept[:width] = True
             self.register_buffer("t2d", kept)
         else:
-            self.d2t = self.t2d = None
+            self.d2t: Any = None
+            self.t2d: Any = None
         self.last_trace: Any = None
         inner = getattr(self.draft_model, "model", None)
         if inner is not None:

@@ -31,7 +31,9 @@ def drafter_path(name: str) -> Path:
     Raises as [`target_path`] does.
     """
     architecture = _folder_name(name, _DRAFTERS)
-    remake = f"Make it again with: ppow tiny-drafter --architecture {architecture} --output-dir ppow_hf/tiny/{architecture}"
+    remake = (
+        f"Make it again with: ppow tiny-drafter --architecture {architecture} --output-dir ppow_hf/tiny/{architecture}"
+    )
     return _complete(_ROOT / architecture, name, _DRAFTER_FILES, remake)
 
 

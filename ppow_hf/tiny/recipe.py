@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -186,6 +187,7 @@ class TargetTrainer(Trainer):
     """Trainer that reads `StepBatches` in order and optimises with `Muon`."""
 
     recipe: TargetRecipe
+    optimizer: Any
 
     def _get_train_sampler(self, *args):
         return SequentialSampler(self.train_dataset)
@@ -213,20 +215,20 @@ class ProcessorTimeLimit(TrainerCallback):
 
 def build_target(recipe: TargetRecipe, bos_token_id: int, pad_token_id: int):
     """An untrained target of the recipe's shape."""
-    shape = dict(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        head_dim=recipe.head_dim,
-        max_position_embeddings=CONTEXT_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=bos_token_id,
-        eos_token_id=bos_token_id,
-        pad_token_id=pad_token_id,
-    )
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": recipe.num_heads,
+        "num_key_value_heads": recipe.num_key_value_heads,
+        "head_dim": recipe.head_dim,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": True,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": bos_token_id,
+        "pad_token_id": pad_token_id,
+    }
     configs = {"llama": LlamaConfig, "qwen3": Qwen3Config}
     if recipe.family not in configs:
         raise ValueError(f"family: {recipe.family!r} is not one of {sorted(configs)}.")

@@ -112,7 +112,7 @@ class PPOWTrainingArguments(TrainingArguments):
         # What the trainer's own data path needs; a drafter's forward takes none of the data's columns by name.
         self.remove_unused_columns = False
         self.dataloader_drop_last = True
-        if self.ddp_find_unused_parameters is None:
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
         if self.objective not in OBJECTIVES:

@@ -54,6 +54,10 @@ class PPOWTrainer(Trainer):
         callbacks, optimizers: as in Trainer.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+    control: Any
+
     def __init__(
         self,
         model: PPOWDrafter,
