@@ -130,7 +130,7 @@ def fit_estimator(traces: Sequence[GenerationTrace]) -> dict[str, Any]:
 
 
 def calibrate(target, drafter, prompts, max_new_tokens=64, temperatures=(0.0, 1.0), seed=0) -> dict[str, Any]:
-    """Fit the acceptance estimate on decoded prompts and measure the costs; the result belongs in `config.calibration`.
+    """Fit the acceptance estimate on decoded prompts and measure the costs: what belongs in `config.calibration`.
 
     Prompts should be ones the drafter was not trained on.
     """

@@ -475,7 +475,7 @@ class PPOWDrafter(PreTrainedModel):
         check_settings(architecture=architecture)
         text = target.config.get_text_config()
         vocab_size = target.get_output_embeddings().weight.shape[0]
-        own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture"}
+        own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in own_fields}
         if architecture == "standalone":
             if draft_vocab_size is not None:
@@ -487,6 +487,8 @@ class PPOWDrafter(PreTrainedModel):
                 draft_config.vocab_size = vocab_size
             check_width(draft_config.vocab_size, vocab_size)
         else:
+            if overrides.get("tie_word_embeddings"):
+                raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
             draft_config = eagle_layer_config(text, vocab_size)
         for name, value in overrides.items():
             if not hasattr(draft_config, name):

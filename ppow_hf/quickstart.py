@@ -52,8 +52,8 @@ def run(
     files = standard_library()
     held_out = [file for file in files if file.held_out]
     print(
-        f"Target: the embedded {target.config.model_type} of {target.num_parameters():,} parameters. Held-in modules of "
-        f"the standard library: {len(files) - len(held_out)}, held-out: {len(held_out)}.",
+        f"Target: the embedded {target.config.model_type} of {target.num_parameters():,} parameters. Modules of the "
+        f"standard library: {len(files) - len(held_out)} held in, {len(held_out)} held out.",
         flush=True,
     )
     if fast:

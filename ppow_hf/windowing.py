@@ -248,7 +248,8 @@ class KLAdaptiveWindow(FixedWindow):
     tokens per unit of cost reached so far, a draft step for position j is taken while S_(j-1) * E[alpha_j] >= lambda *
     (gamma + slope), and a token whose distribution is known is verified while S_j >= lambda * slope. Before a round,
     a window is only begun when drafting has paid lately; otherwise rounds go without (window 0), with a probe after 1,
-    2, 4, ... up to `probe_every` rounds, so that a poor drafter costs next to nothing and one that recovers is noticed.
+    2, 4, ... up to `probe_every` rounds, so that a poor drafter costs next to nothing and one that gets better is
+    noticed.
 
     The estimator was fitted elsewhere, if at all. Its log-odds are shifted by what this text shows: an intercept with
     a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter that

@@ -5,13 +5,16 @@ The reference is always plain `generate` of the same target, or a plain forward 
 
 import copy
 import functools
+import itertools
+import string
 import threading
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split
 from torch import nn
 from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers import pipeline as make_pipeline
@@ -24,6 +27,7 @@ from ppow_hf.modeling_ppow import collect_target_states
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]
 WINDOWS = ["kl", "fixed", "heuristic"]
+CHARACTERS = string.ascii_letters + string.digits + "+-"
 COSTS = {"cost_ratio": 0.12, "verification_cost": 0.04}  # given, so that nothing here depends on the clock
 
 both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -92,12 +96,12 @@ def random_drafter(target, architecture: str, std: float) -> PPOWDrafter:
 
 
 @functools.cache
-def word_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
-    """One word per token id: w0 w1 w2 ..."""
-    model = WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w0")
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """Sixty-four characters, one per token id."""
+    tokenizer = Tokenizer(WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token="a"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="a", unk_token="a")
 
 
 @functools.cache
@@ -264,15 +268,16 @@ def test_min_new_tokens_holds_an_end_of_sequence_token_back(target, architecture
 @pytest.mark.lowest
 @both_architectures
 def test_output_ends_at_a_stop_string(target, architecture):
-    ids, tokenizer = varied_prompt(target), word_tokenizer()
+    ids, tokenizer = varied_prompt(target), character_tokenizer()
     view = drafter_for(target, architecture).with_settings(window="fixed", max_window=6)
     emitted = generate(target, ids, max_new_tokens=24)[0, ids.shape[1] :].tolist()
     shorter = 0
-    for token in dict.fromkeys(emitted):
-        options = {"stop_strings": [f"w{token}"], "tokenizer": tokenizer}
-        expected = generate(target, ids, **options)
-        assert torch.equal(generate(target, ids, view, **options), expected)
-        shorter += expected.shape[1] < ids.shape[1] + 40
+    for first, second in itertools.pairwise(emitted):
+        for stop in (CHARACTERS[first], CHARACTERS[first] + CHARACTERS[second]):
+            options = {"stop_strings": [stop, "++++"], "tokenizer": tokenizer}
+            expected = generate(target, ids, **options)
+            assert torch.equal(generate(target, ids, view, **options), expected), stop
+            shorter += expected.shape[1] < ids.shape[1] + 40
     assert shorter > 5
 
 
@@ -410,9 +415,9 @@ def test_a_chat_goes_on_from_the_cache_of_the_turn_before(make_target, family, a
 
 @both_architectures
 def test_pipeline_gives_the_same_text_with_an_assistant(target, architecture):
-    tokenizer, drafter = word_tokenizer(), drafter_for(target, architecture)
+    tokenizer, drafter = character_tokenizer(), drafter_for(target, architecture)
     options = {"do_sample": False, "max_new_tokens": 20}
-    text = "w3 w11 w40 w7"
+    text = "dLo4h"
     plain = make_pipeline("text-generation", model=target, tokenizer=tokenizer)(text, **options)
     assisted = make_pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)
     drafter.last_trace = None

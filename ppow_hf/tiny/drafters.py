@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..data import SequenceDataset, regenerate
 from ..modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainer, PPOWTrainingArguments
+from .cards import write_drafter_card
 from .corpus import SourceFile, standard_library
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
@@ -171,6 +172,8 @@ def make_drafter(
     save_drafter(drafter, tokenizer, output_dir)
     (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     draw_curves(log, output_dir / "training.png", title=f"{architecture} drafter: supervised, then PPOW")
+    parameters = sum(p.numel() for p in drafter.parameters())
+    write_drafter_card(output_dir, parameters, target_name or "the target", drafter.config.max_window, eval_prompts)
     return drafter
 
 

@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from .corpus import SourceFile, corpus_fingerprint, standard_library
+from .cards import write_target_card
+from .corpus import SourceFile, corpus_fingerprint, function_prompts, standard_library
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 4096
@@ -348,7 +349,16 @@ def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, de
         output_dir / "loss.png",
         title=f"{recipe.family} target, nats per token",
     )
+    model.float()
+    samples = []
+    for prompt in function_prompts(held_out, 4, seed=recipe.seed):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -96:].long()
+        ids = ids.to(model.device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False)
+        samples.append((tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :])))
+    write_target_card(output_dir, samples)
     print(json.dumps(report, indent=2))
+    print("\n\n".join(f"{prompt}>>>{completion}" for prompt, completion in samples))
     return output_dir
 
 

@@ -16,7 +16,7 @@ class PPOWTrainingArguments(TrainingArguments):
         > Parameters that control what is trained
 
         objective (`str`, *optional*, defaults to `"ppow"`):
-            `"supervised"`: cross-entropy and forward KL on text; `"ppow"`: window-level reinforcement learning [paper].
+            `"supervised"`: cross-entropy and forward KL on text; `"ppow"`: reinforcement learning on windows [paper].
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether an eagle drafter's token embeddings are trained; as in EAGLE-3 they stay the target's.
 
@@ -25,7 +25,7 @@ class PPOWTrainingArguments(TrainingArguments):
         max_length (`int`, *optional*, defaults to `256`): tokens in a training sequence.
         packing (`bool`, *optional*, defaults to `True`): whether `text` rows are joined and cut into full sequences.
         regenerate (`bool`, *optional*, defaults to `False`):
-            Whether the target writes the completions itself before training. Drafters must learn the target's own text.
+            Whether the target writes the completions itself first. Drafters must learn the target's own text.
         regenerate_temperature (`float`, *optional*, defaults to `0.0`), max_new_tokens (`int`, *optional*, defaults to
             `128`), regenerate_batch_size (`int`, *optional*, defaults to `16`): how it writes them.
 
@@ -145,8 +145,8 @@ class PPOWTrainingArguments(TrainingArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must not be negative.")
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
-            raise ValueError(f"cost_ratio: {self.cost_ratio} given; a finite number of at least 0, or None to measure it.")
+            raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
         if self.objective == "ppow" and self.max_length <= self.max_window:
             raise ValueError(
-                f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise max_length."
+                f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
             )

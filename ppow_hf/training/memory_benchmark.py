@@ -1,7 +1,7 @@
 """Peak memory of the drafter's loss, chunked as PPOWTrainer computes it against the plain computation.
 
-Run it: `python -m ppow_hf.training.memory_benchmark`. Each way runs in a process of its own, on the CPU, and reports the
-highest resident memory above what it had before; the losses and gradients must agree.
+Run it: `python -m ppow_hf.training.memory_benchmark`. Each way runs in a process of its own, on the CPU, and reports
+the highest resident memory above what it had before; the losses and gradients must agree.
 """
 
 import argparse

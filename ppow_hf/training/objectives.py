@@ -1,7 +1,7 @@
 """Losses of drafters, chunked over positions so that a vocabulary-wide tensor never spans a batch.
 
-Pure functions of features and of what the target's logits are computed from. R rows are positions to be learned, DV the
-drafter's vocabulary.
+Pure functions of features and of what the target's logits are computed from. R rows are positions to be learned, DV
+is the drafter's vocabulary.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ def proximity_reward(
     Delta = log P(target's own greedy window) - log P(drafted window), each summed over the window under the target.
 
     Args:
-        accepted, draft_log_prob (`torch.Tensor` of shape `(..., G)`): accepted tokens, and log P(drafted window) in nats.
+        accepted, draft_log_prob (`torch.Tensor` of shape `(..., G)`): k, and log P(drafted window) in nats.
         greedy_log_prob (`torch.Tensor` of shape `(...)`): log P of the greedy window of each prefix, in nats.
         scale, threshold (`float`): eta, and epsilon in nats.
     """

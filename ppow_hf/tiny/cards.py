@@ -1,0 +1,174 @@
+"""Cards of the embedded models, made from what was measured when they were trained.
+
+Knows reports and text; measures nothing itself.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+LICENCE_NOTE = (
+    "The weights are released under Apache-2.0. They were trained on the source code of the Python standard library, "
+    "which is under the Python Software Foundation License Version 2; the model may reproduce fragments of it."
+)
+
+TARGET_TEMPLATE = """---
+{{ card_data }}
+---
+
+# Embedded {{ family }} target of ppow_hf
+
+A small language model of Python, trained from nothing on the source of the standard library. It exists so that drafters
+can be trained and speculative decoding can be tried and tested anywhere, without a download. It writes text that looks
+like Python, and no useful programs.
+
+| | |
+|---|---|
+| parameters | {{ parameters }} |
+| layers, hidden size, context | {{ recipe.num_layers }}, {{ recipe.hidden_size }}, 1,024 |
+| tokens seen in training | {{ tokens_seen }} ({{ steps }} steps of {{ recipe.tokens_per_step }}) |
+| held-in text | {{ held_in_tokens }} tokens, corpus fingerprint `{{ corpus_fingerprint }}` |
+| held-out bits per byte | {{ bits_per_byte }} ({{ rows }} rows of 1,024 tokens from modules never trained on) |
+
+A tenth of the modules, chosen by a hash of their names, was never trained on. {{ falling }}
+
+![loss](loss.png)
+
+Made with `ppow tiny-target --family {{ family }} --output-dir DIR`; the steps are in `training_log.json`, the settings
+in `recipe.json`.
+
+## What it writes
+
+Greedy completions of functions of held-out modules; `>>>` marks where the model begins. Greedy text of a model this
+small loops, which flatters acceptance lengths: read them together with the share of repeated 8-grams.
+
+{% for prompt, completion in samples %}
+```text
+{{ prompt }}>>>{{ completion }}
+```
+{% endfor %}
+## Licence
+
+{{ licence_note }}
+"""
+
+DRAFTER_TEMPLATE = """---
+{{ card_data }}
+---
+
+# Embedded {{ architecture }} drafter of ppow_hf
+
+Drafts for the embedded target `{{ target }}`: {{ parameters }} parameters, trained on text that the target wrote, first
+supervised and then with PPOW ([arXiv 2605.14978](https://arxiv.org/abs/2605.14978)).
+
+Acceptance length (mean of k + 1 over rounds; the bonus or correction token counted), greedy chain of
+{{ window }} tokens, {{ prompts }} prompts from held-out modules, measured by real decoding during training:
+
+| stage | acceptance length | wasted drafts | repeated 8-grams |
+|---|---|---|---|
+{% for row in stages -%}
+| {{ row.name }} | {{ "%.2f" | format(row.acceptance_length) }} | {{ "%.0f%%" | format(100 * row.wasted) }} | {{ "%.0f%%"
+| format(100 * row.repeated) }} |
+{% endfor %}
+{{ verdict }}
+
+![training](training.png)
+
+```python
+import ppow_hf
+drafter = ppow_hf.PPOWDrafter.from_pretrained(ppow_hf.tiny.drafter_path("tiny-{{ architecture }}"))
+target.generate(**inputs, assistant_model=drafter)
+```
+
+Made with `ppow tiny-drafter --architecture {{ architecture }} --output-dir DIR`; every step is in `training_log.json`.
+
+## Licence
+
+{{ licence_note }}
+"""
+
+
+def write_target_card(folder: str | Path, samples: list[tuple[str, str]]) -> None:
+    """Write `README.md` from the folder's `recipe.json` and `training_log.json`; `samples` are (prompt, completion)."""
+    folder = Path(folder)
+    report = json.loads((folder / "recipe.json").read_text())
+    log = json.loads((folder / "training_log.json").read_text())
+    losses = [row["eval_loss"] for row in log if "eval_loss" in row]
+    family = report["recipe"]["family"]
+    falling = (
+        "The held-out loss was still falling when training ended: more steps would make it better."
+        if len(losses) > 1 and losses[-1] < 0.99 * losses[-3 if len(losses) > 2 else 0]
+        else "The held-out loss had stopped falling at this length of training."
+    )
+    _card(
+        TARGET_TEMPLATE,
+        folder,
+        tags=["ppow", "python", "code"],
+        family=family,
+        parameters=f"{report['parameters']:,}",
+        tokens_seen=f"{report['tokens_seen']:,}",
+        held_in_tokens=f"{report['held_in_tokens']:,}",
+        bits_per_byte=f"{report['held_out_bits_per_byte']:.3f}",
+        rows=report["held_out_bits_per_byte_rows"],
+        recipe=report["recipe"],
+        steps=report["steps"],
+        corpus_fingerprint=report["corpus_fingerprint"],
+        falling=falling,
+        samples=samples,
+    )
+
+
+def write_drafter_card(folder: str | Path, parameters: int, target: str, window: int, prompts: int) -> None:
+    """Write `README.md` from the folder's `training_log.json`."""
+    folder = Path(folder)
+    log = json.loads((folder / "training_log.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    evaluations = [row for row in log if "eval_acceptance_length" in row]
+    stages = []
+    for name in dict.fromkeys(row["objective"] for row in log):
+        stages.append((f"after {name}", [row for row in evaluations if row["objective"] == name][-1]))
+    stages.insert(0, ("untrained", evaluations[0]))
+    rows = [
+        {
+            "name": name,
+            "acceptance_length": row["eval_acceptance_length"],
+            "wasted": row["eval_wasted"],
+            "repeated": row["eval_repeated_8grams"],
+        }
+        for name, row in stages
+    ]
+    change = rows[-1]["acceptance_length"] - rows[-2]["acceptance_length"]
+    _card(
+        DRAFTER_TEMPLATE,
+        folder,
+        tags=["speculative-decoding", "draft-model", "ppow", config["architecture"], "arxiv:2605.14978"],
+        architecture=config["architecture"],
+        parameters=f"{parameters:,}",
+        target=target,
+        window=window,
+        prompts=prompts,
+        stages=rows,
+        verdict=(
+            f"PPOW changed it by {change:+.2f} over the supervised stage. With {prompts} prompts and one seed, differences "
+            "below about 0.15 are noise; continued supervised training for the same time was not measured here."
+        ),
+    )
+
+
+def _card(template: str, folder: Path, tags: list[str], **values: Any) -> None:
+    data = ModelCardData(
+        library_name="ppow_hf",
+        license="apache-2.0",
+        language="code",
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    path = folder / ".template.md"
+    path.write_text(template)
+    try:
+        card = ModelCard.from_template(data, template_path=str(path), licence_note=LICENCE_NOTE, **values)
+        card.save(folder / "README.md")
+    finally:
+        path.unlink()

@@ -1,0 +1,567 @@
+"""Rollouts and losses against slow references: one plain forward per window, one Python loop per token."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
+
+from ppow_hf import PPOWDrafter
+from ppow_hf.data import SequenceDataset, collate_sequences
+from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+from ppow_hf.training.rollout import collect_rollout, keyed_uniforms
+from ppow_hf.training.target import FrozenTarget
+
+FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
+ARCHITECTURES = ["eagle", "standalone"]
+LENGTHS = [19, 11, 15]
+WINDOW = 4
+
+
+def random_dataset(lengths=LENGTHS, vocab_size=64, seed=0, loss_masks=None, written=None) -> SequenceDataset:
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    masks = loss_masks or [[True] * length for length in lengths]
+    return SequenceDataset(sequences, masks, written)
+
+
+def batch_of(dataset: SequenceDataset, indices=None) -> dict:
+    return collate_sequences([dataset[i] for i in (range(len(dataset)) if indices is None else indices)], 0)
+
+
+def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWDrafter:
+    """An untrained drafter, disturbed so that nothing in it is still the target's."""
+    torch.manual_seed(seed)
+    if overrides.get("draft_vocab_size"):
+        overrides["token_counts"] = torch.rand(target.config.vocab_size)
+    drafter = PPOWDrafter.from_target(target, architecture, **overrides)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return drafter
+
+
+@pytest.fixture
+def make_trainer(tmp_path, make_target):
+    def make(architecture, objective="ppow", family="llama", dataset=None, draft_vocab_size=None, **settings):
+        target = make_target(family, initializer_range=0.3)
+        overrides = {"draft_vocab_size": draft_vocab_size} if draft_vocab_size else {}
+        drafter = make_drafter(target, architecture, **overrides)
+        defaults = {
+            "max_length": 32,
+            "max_window": WINDOW,
+            "num_prefixes": 3,
+            "num_rollouts": 4,
+            "rollout_temperature": 0.8,
+            "cost_ratio": 0.15,
+            "per_device_train_batch_size": 3,
+        }
+        args = PPOWTrainingArguments(
+            output_dir=str(tmp_path / "run"), objective=objective, use_cpu=True, report_to=[], **(defaults | settings)
+        )
+        return PPOWTrainer(drafter, target, args, train_dataset=dataset or random_dataset())
+
+    return make
+
+
+# Slow references
+
+
+@torch.no_grad()
+def target_logits_along(target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
+    """`[K, V]`: what the target says behind the prefix and behind each but the last token of the window."""
+    return target(torch.tensor([ids[: prefix + 1] + window[:-1]]), use_cache=False).logits[0, prefix:]
+
+
+def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
+    """`[K, DV]` on the drafter's own vocabulary, with gradients; one sequence, one token after another."""
+    draft = drafter.draft_model
+    if drafter.config.architecture == "standalone":
+        return draft.model(torch.tensor([ids[: prefix + 1] + window[:-1]]), use_cache=False).logits[0, prefix:]
+    with torch.no_grad():
+        hidden = target(torch.tensor([ids[: prefix + 1]]), output_hidden_states=True).hidden_states
+    states = torch.cat([hidden[layer] for layer in drafter.config.target_layer_ids], dim=-1)[:, :prefix]
+    causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()[None, None]
+    features, cache = draft.encode(
+        torch.tensor([ids[1 : prefix + 1]]), states, None, torch.arange(prefix)[None], causal
+    )
+    feature, logits = features[:, -1:], []
+    for j, token in enumerate(window):
+        logits.append(draft.logits(feature[0, 0]))
+        feature, cache = draft.advance(torch.tensor([[token]]), feature, cache, torch.tensor([[prefix + j]]), None)
+    return torch.stack(logits)
+
+
+def greedy_window_log_prob(target, ids: list[int], prefix: int, window: int) -> float:
+    ids, total = ids[: prefix + 1], 0.0
+    for _ in range(window):
+        log_probs = target(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        total += log_probs.max().item()
+        ids = ids + [int(log_probs.argmax())]
+    return total
+
+
+def on_target_vocabulary(drafter, logits: torch.Tensor) -> torch.Tensor:
+    if drafter.d2t is None:
+        return logits
+    full = torch.full((len(logits), drafter.config.vocab_size), -torch.inf)
+    for draft_id, offset in enumerate(drafter.d2t.tolist()):
+        full[:, draft_id + offset] = logits[:, draft_id]
+    return full
+
+
+def kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    p, q = target_logits.softmax(-1), draft_logits.softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def kept(drafter, target_logits: torch.Tensor) -> torch.Tensor:
+    if drafter.d2t is None:
+        return target_logits
+    return target_logits[..., [i + offset for i, offset in enumerate(drafter.d2t.tolist())]]
+
+
+def rollout_of(trainer, inputs, step=0, adaptive=False):
+    encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    return collect_rollout(
+        trainer.model, trainer.target, encoding, inputs, trainer.args,
+        step=step, cost_ratio=trainer.cost_ratio, adaptive=adaptive,
+    )  # fmt: skip
+
+
+# The frozen target
+
+
+def plain_verification(model, inputs, prefixes, draft_ids):
+    rows = []
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        along = [
+            target_logits_along(model, ids, prefix, window)
+            for prefix, window in zip(prefixes[row].tolist(), draft_ids[row].tolist(), strict=True)
+        ]
+        rows.append(torch.stack(along))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_verification_equals_plain_forwards_over_prefix_and_window(make_target, family):
+    model = make_target(family, initializer_range=0.2)
+    target = FrozenTarget(model, None)
+    assert target.head_is_plain
+    inputs = batch_of(random_dataset())
+    encoding = target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    prefixes = torch.tensor([[0, 7, 7, 18, 3], [10, 0, 2, 5, 5], [14, 1, 13, 14, 6]])
+    draft_ids = torch.randint(64, (3, 5, WINDOW), generator=torch.Generator().manual_seed(2))
+    expected = plain_verification(model, inputs, prefixes, draft_ids)
+    # All at once; then again, over the same cache, in two forwards, and in one per window.
+    for max_tokens in (4096, 3 * (WINDOW - 1), 1):
+        before = target.forward_tokens
+        found = target.logits(target.verify(encoding, prefixes, draft_ids, max_tokens))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert target.forward_tokens - before == 3 * 5 * (WINDOW - 1)
+        assert encoding.cache.get_seq_length() == max(LENGTHS)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_verification_of_the_shortest_windows(make_target, window):
+    model = make_target("llama", initializer_range=0.2)
+    target, inputs = FrozenTarget(model, None), batch_of(random_dataset())
+    encoding = target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    prefixes, draft_ids = torch.tensor([[4, 18], [10, 1], [0, 14]]), torch.full((3, 2, window), 5)
+    found = target.logits(target.verify(encoding, prefixes, draft_ids))
+    torch.testing.assert_close(found, plain_verification(model, inputs, prefixes, draft_ids), atol=1e-4, rtol=1e-4)
+    expected = greedy_window_log_prob(model, inputs["input_ids"][1].tolist(), 10, window)
+    assert target.greedy_window_log_probs(encoding, prefixes, window)[1, 0].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probability_of_the_greedy_window_equals_a_greedy_loop(make_target, family):
+    model = make_target(family, initializer_range=0.3)
+    target, inputs = FrozenTarget(model, None), batch_of(random_dataset())
+    encoding = target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    prefixes = torch.tensor([[0, 9, 18], [10, 2, 2], [14, 5, 1]])
+    found = target.greedy_window_log_probs(encoding, prefixes, WINDOW)
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        expected = [greedy_window_log_prob(model, ids, prefix, WINDOW) for prefix in prefixes[row].tolist()]
+        assert found[row].tolist() == pytest.approx(expected, abs=1e-3)
+    assert encoding.cache.get_seq_length() == max(LENGTHS)
+    torch.testing.assert_close(target.greedy_window_log_probs(encoding, prefixes, WINDOW), found)
+
+
+@pytest.mark.parametrize("scaled", ["granite", "cohere"])
+def test_a_target_that_scales_its_logits_has_them_kept_whole(scaled):
+    sizes = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3, "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    config = GraniteConfig(logits_scaling=5.0, **sizes) if scaled == "granite" else CohereConfig(**sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    target = FrozenTarget(model, [0, 1, 1])
+    assert not target.head_is_plain
+    inputs = batch_of(random_dataset(vocab_size=32))
+    encoding = target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    prefixes, draft_ids = torch.tensor([[3, 12], [10, 0], [14, 7]]), torch.arange(18).view(3, 2, 3)
+    expected = plain_verification(model, inputs, prefixes, draft_ids)
+    torch.testing.assert_close(
+        target.logits(target.verify(encoding, prefixes, draft_ids)), expected, atol=1e-4, rtol=1e-4
+    )
+    plain = model(inputs["input_ids"][1:2, :11]).logits
+    torch.testing.assert_close(target.logits(encoding.sources[1:2, :11]), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_target_with_broken_weights_is_refused(make_target):
+    import copy
+
+    model = copy.deepcopy(make_target("llama"))
+    model.model.layers[1].mlp.up_proj.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="target_model: its logits are not finite"):
+        FrozenTarget(model, None)
+
+
+# Rollouts
+
+
+def test_random_numbers_depend_on_seed_step_example_and_purpose_only():
+    indices = torch.tensor([3, 8, 5])
+    numbers = keyed_uniforms(0, 4, indices, (2, 3), "draft")
+    assert numbers.shape == (3, 2, 3) and 0 <= numbers.min() and numbers.max() < 1
+    torch.testing.assert_close(keyed_uniforms(0, 4, torch.tensor([5, 3]), (2, 3), "draft"), numbers[[2, 0]])
+    for other in ((1, 4, "draft"), (0, 5, "draft"), (0, 4, "accept")):
+        assert not torch.equal(keyed_uniforms(*other[:2], indices, (2, 3), other[2]), numbers)
+    digest = hashlib.sha256(b"0:4:8:draft").digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
+    torch.testing.assert_close(torch.rand((2, 3), generator=generator), numbers[1])
+
+
+def check_rollout_slowly(trainer, inputs, rollout, step=0):
+    """Drafts, accepted counts, rewards and advantages of `rollout`, each window on its own."""
+    drafter, model, args = trainer.model, trainer.target_model, trainer.args
+    groups, window = args.num_rollouts, args.max_window
+    shape = (args.num_prefixes * groups, window)
+    draws = keyed_uniforms(args.seed, step, inputs["index"], shape, "draft")
+    accepts = keyed_uniforms(args.seed, step, inputs["index"], shape, "accept")
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        rewards = []
+        for m, (prefix, drafted) in enumerate(
+            zip(rollout.prefixes[row].tolist(), rollout.draft_ids[row].tolist(), strict=True)
+        ):
+            with torch.no_grad():
+                logits = on_target_vocabulary(drafter, draft_logits_along(drafter, model, ids, prefix, drafted))
+            q = (logits / args.rollout_temperature).softmax(-1).double()
+            for j, token in enumerate(drafted):  # the first token whose cumulative probability exceeds the number
+                cumulative = q[j].cumsum(0)
+                assert token == int((cumulative > draws[row, m, j] * cumulative[-1]).nonzero()[0])
+            logits = target_logits_along(model, ids, prefix, drafted)
+            log_prob = sum(logits.log_softmax(-1)[j, token].item() for j, token in enumerate(drafted))
+            accepted = 0
+            for j, token in enumerate(drafted):
+                if args.target_temperature == 0:
+                    keep = int(logits[j].argmax()) == token
+                else:
+                    p = (logits[j] / args.target_temperature).softmax(-1)[token]
+                    keep = bool(accepts[row, m, j] < p / q[j, token])
+                if not keep:
+                    break
+                accepted += 1
+            assert rollout.accepted[row, m] == accepted
+            assert rollout.learned[row, m].tolist() == [j <= accepted for j in range(window)]
+            reward = args.speedup_weight * accepted / (accepted * trainer.cost_ratio + 1)
+            reward += args.throughput_weight * (accepted + 1) / (window * trainer.cost_ratio + 1)
+            if accepted == 0:
+                delta = greedy_window_log_prob(model, ids, prefix, window) - log_prob
+                reward += args.proximity_weight * (delta < args.proximity_threshold)
+            rewards.append(reward)
+        torch.testing.assert_close(rollout.rewards["total"][row].flatten(), torch.tensor(rewards))
+        for first in range(0, len(rewards), groups):
+            group = torch.tensor(rewards[first : first + groups])
+            expected = (group - group.mean()) / (group.std(unbiased=False) + 1e-4)
+            found = rollout.advantages[row, first : first + groups]
+            torch.testing.assert_close(found, expected * (group.max() > group.min()), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollouts_equal_a_check_of_every_window_on_its_own(make_trainer, architecture, temperature):
+    trainer = make_trainer(
+        architecture, target_temperature=temperature, throughput_weight=0.3, proximity_threshold=20.0
+    )
+    inputs = batch_of(trainer.train_dataset)
+    rollout = rollout_of(trainer, inputs)
+    check_rollout_slowly(trainer, inputs, rollout)
+    assert rollout.has_prefix.all() and 0 < rollout.accepted.float().mean() < WINDOW
+    assert rollout.rewards["proximity"].unique().tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollouts_work_for_every_family(make_trainer, architecture, family):
+    trainer = make_trainer(architecture, family=family, num_prefixes=2, num_rollouts=2)
+    inputs = batch_of(trainer.train_dataset, [0, 1])
+    check_rollout_slowly(trainer, inputs, rollout_of(trainer, inputs))
+
+
+def test_rollouts_with_a_reduced_draft_vocabulary(make_trainer):
+    trainer = make_trainer("eagle", draft_vocab_size=24, target_temperature=1.0)
+    inputs = batch_of(trainer.train_dataset)
+    rollout = rollout_of(trainer, inputs, adaptive=True)
+    assert set(rollout.draft_ids.unique().tolist()) <= set(trainer.model.kept_tokens.tolist())
+    check_rollout_slowly(trainer, inputs, rollout)
+
+
+def test_rollouts_with_windows_of_one_token(make_trainer):
+    for architecture in ARCHITECTURES:
+        trainer = make_trainer(architecture, max_window=1)
+        inputs = batch_of(trainer.train_dataset)
+        check_rollout_slowly(trainer, inputs, rollout_of(trainer, inputs))
+
+
+def test_greedy_windows_are_read_off_the_text_where_the_target_wrote_it(make_trainer, make_target):
+    model = make_target("llama", initializer_range=0.3)
+    prompts = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(5))
+    texts = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=14, do_sample=False)
+    written = [[False] * 4 + [True] * 14] * 2
+    counts = []
+    for marked in (written, None):
+        dataset = SequenceDataset(texts.tolist(), written, marked)
+        trainer = make_trainer("standalone", dataset=dataset, per_device_train_batch_size=2)
+        inputs = batch_of(dataset)
+        before = trainer.target.forward_tokens
+        rollout = rollout_of(trainer, inputs)
+        counts.append(trainer.target.forward_tokens - before)
+        assert bool((rollout.accepted == 0).any())
+        check_rollout_slowly(trainer, inputs, rollout)
+    assert counts[1] - counts[0] == 2 * 3 * (WINDOW - 1)  # B * N * (K - 1) tokens of greedy windows
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sequences_rollouts_do_not_depend_on_its_batch_or_padding(make_trainer, architecture, adaptive):
+    # The last sequence is shorter than a window: none of its windows ends inside it.
+    trainer = make_trainer(
+        architecture, dataset=random_dataset([19, 11, 25, 4]), num_prefixes=2, target_temperature=1.0
+    )
+    whole = rollout_of(trainer, batch_of(trainer.train_dataset), adaptive=adaptive)
+    for indices in ([0], [3], [2, 1], [1, 0]):
+        part = rollout_of(trainer, batch_of(trainer.train_dataset, indices), adaptive=adaptive)
+        for name in ("prefixes", "draft_ids", "accepted", "learned"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[indices]), name
+        torch.testing.assert_close(part.advantages, whole.advantages[indices], atol=1e-3, rtol=1e-3)
+
+
+def test_rollouts_of_a_step_repeat_and_those_of_another_step_differ(make_trainer):
+    trainer = make_trainer("eagle")
+    inputs = batch_of(trainer.train_dataset)
+    first, again, later = (rollout_of(trainer, inputs, step) for step in (0, 0, 1))
+    torch.manual_seed(99)
+    assert torch.equal(first.draft_ids, again.draft_ids) and torch.equal(first.prefixes, again.prefixes)
+    assert not torch.equal(first.prefixes, later.prefixes) and not torch.equal(first.draft_ids, later.draft_ids)
+
+
+def test_rollouts_leave_the_drafters_mode_and_the_random_state_alone(make_trainer):
+    trainer = make_trainer("standalone")
+    inputs = batch_of(trainer.train_dataset)
+    for training in (True, False):
+        trainer.model.train(training)
+        before = torch.get_rng_state()
+        rollout_of(trainer, inputs)
+        assert torch.equal(torch.get_rng_state(), before) and trainer.model.training == training
+
+
+def test_windows_that_would_leave_the_context_are_not_drafted(make_trainer):
+    trainer = make_trainer("standalone", family="gpt2", dataset=random_dataset([5]), per_device_train_batch_size=1)
+    trainer.model.config.context_length = 8
+    rollout = rollout_of(trainer, batch_of(trainer.train_dataset))
+    assert rollout.has_prefix.all() and int(rollout.prefixes.max()) + WINDOW < 8
+
+
+def test_a_sequence_without_anything_to_learn_takes_no_part(make_trainer):
+    masks = [[True] * 19, [False] * 11, [False] * 2 + [True] * 13]
+    trainer = make_trainer("eagle", dataset=random_dataset(loss_masks=masks))
+    rollout = rollout_of(trainer, batch_of(trainer.train_dataset))
+    assert rollout.has_prefix.tolist() == [True, False, True]
+    assert not rollout.learned[1].any() and rollout.learned[0].any()
+
+
+# Losses
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def backward(trainer, compute):
+    trainer.model.zero_grad(set_to_none=True)
+    loss = compute()
+    loss.backward()
+    return loss.item(), gradients(trainer)
+
+
+def same_gradients(found, expected):
+    assert found.keys() == expected.keys() and any(value.abs().max() > 1e-3 for value in expected.values())
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def naive_policy_loss(trainer, inputs):
+    """REINFORCE with the rollouts' advantages, and both KL anchors, one window at a time."""
+    args, drafter, model = trainer.args, trainer.model, trainer.target_model
+    rollout = rollout_of(trainer, inputs)
+    windows = rollout.prefixes.shape[1]
+    total = torch.zeros(())
+    values = {"kl": [], "entropy": [], "text_kl": []}
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        ids = ids[: int(inputs["attention_mask"][row].sum())]
+        if not rollout.has_prefix[row]:
+            continue
+        for m, (prefix, drafted) in enumerate(
+            zip(rollout.prefixes[row].tolist(), rollout.draft_ids[row].tolist(), strict=True)
+        ):
+            draft = draft_logits_along(drafter, model, ids, prefix, drafted)
+            target = kept(drafter, target_logits_along(model, ids, prefix, drafted))
+            policy = (on_target_vocabulary(drafter, draft) / args.rollout_temperature).log_softmax(-1)
+            for j in range(min(int(rollout.accepted[row, m]) + 1, len(drafted))):
+                divergence = kl(target[j], draft[j])
+                values["kl"].append(divergence.item())
+                probs = policy[j].exp()
+                values["entropy"].append(-sum(p * math.log(p) for p in probs.tolist() if p > 0))
+                gain = rollout.advantages[row, m] * policy[j, drafted[j]]
+                total = total + (args.kl_coef * divergence - gain) / (windows * args.max_window)
+        chosen = rollout.prefixes[row, :: args.num_rollouts].tolist()
+        for prefix in chosen if args.text_kl_coef else []:
+            text = ids[prefix + 1 : prefix + 1 + args.max_window]
+            draft = draft_logits_along(drafter, model, ids, prefix, text)
+            target = kept(drafter, target_logits_along(model, ids, prefix, text))
+            for j in range(len(text)):
+                if inputs["loss_mask"][row, prefix + 1 + j]:
+                    divergence = kl(target[j], draft[j])
+                    values["text_kl"].append(divergence.item())
+                    total = total + args.text_kl_coef * divergence / (len(chosen) * args.max_window)
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
+    return total / len(inputs["index"]), means
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_coef": 0.0, "text_kl_coef": 0.0},
+        {"kl_coef": 0.7, "text_kl_coef": 0.4, "chunk_size": 5, "advantages": "standardized"},
+    ],
+    ids=["policy", "policy and anchors, chunked"],
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_policy_gradient_equals_naive_reinforce(make_trainer, architecture, settings):
+    masks = [[False] * 6 + [True] * 9 + [False] * 4, [True] * 11, [False] * 2 + [True] * 3 + [False] * 10]
+    trainer = make_trainer(architecture, dataset=random_dataset(loss_masks=masks), **settings)
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.train()
+    _, found = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    metrics = {name: values[0] for name, values in trainer._metrics.items()}
+    _, expected = backward(trainer, lambda: naive_policy_loss(trainer, inputs)[0])
+    same_gradients(found, expected)
+    for name, value in naive_policy_loss(trainer, inputs)[1].items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4), name
+    rollout = rollout_of(trainer, inputs)
+    assert metrics["reward/mean"] == pytest.approx(rollout.rewards["total"].mean().item(), rel=1e-5)
+    assert metrics["accepted_length"] == pytest.approx(rollout.accepted.float().mean().item() + 1, rel=1e-5)
+    assert metrics["clip_fraction"] == 0
+
+
+def test_policy_gradient_with_a_reduced_draft_vocabulary_equals_naive_reinforce(make_trainer):
+    trainer = make_trainer("eagle", draft_vocab_size=24, kl_coef=0.7)
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.train()
+    _, found = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    same_gradients(found, backward(trainer, lambda: naive_policy_loss(trainer, inputs)[0])[1])
+
+
+def test_a_sequence_without_anything_to_learn_has_no_gradient(make_trainer):
+    """Neither of the policy nor of the text anchor, whose features would be those of no prefix at all."""
+    masks = [[True] * 19, [False] * 11, [True, True] + [False] * 13]
+    found = {}
+    for count in (3, 1):
+        trainer = make_trainer("eagle", dataset=random_dataset(LENGTHS[:count], loss_masks=masks[:count]),
+                               per_device_train_batch_size=count)  # fmt: skip
+        inputs = batch_of(trainer.train_dataset)
+        trainer.model.train()
+        found[count] = backward(trainer, lambda t=trainer, i=inputs: t.compute_loss(t.model, i))[1]
+    same_gradients({name: 3 * value for name, value in found[3].items()}, found[1])
+
+
+def sessions_supervised_loss(trainer, inputs) -> float:
+    """For every prefix, drafted on the text's own tokens by the session that decoding uses."""
+    args, drafter, model = trainer.args, trainer.model, trainer.target_model
+    first = drafter.draft_model.first_prefix
+    steps = args.unroll_steps if first else 1
+    weights = [args.unroll_decay**j / sum(args.unroll_decay**i for i in range(steps)) for j in range(steps)]
+    total, items = 0.0, 0
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        mask = inputs["loss_mask"][row].tolist()
+        items += sum(mask)
+        with torch.no_grad():
+            output = model(torch.tensor([ids]), output_hidden_states=True)
+        target_logits = output.logits[0]
+        states = None
+        if first:
+            states = torch.cat([output.hidden_states[layer] for layer in drafter.config.target_layer_ids], dim=-1)
+        for prefix in range(first, len(ids) - 1):
+            session = drafter.start_session()
+            read = None if states is None else states[:, :prefix]
+            session.observe(torch.tensor([ids[first : prefix + 1]]), read, first)
+            logits = session.first_logits()
+            for j, weight in enumerate(weights):
+                place = prefix + j + 1
+                if place >= len(ids):
+                    break
+                if mask[place]:
+                    own = kept(drafter, logits[0])
+                    total += weight * args.kl_weight * kl(kept(drafter, target_logits[place - 1]), own).item()
+                    log_prob = logits[0].log_softmax(-1)[ids[place]].item()
+                    total -= weight * args.ce_weight * log_prob if math.isfinite(log_prob) else 0.0
+                logits = session.next_logits(torch.tensor([[ids[place]]]), j)
+    return total / items
+
+
+@pytest.mark.parametrize(
+    ("architecture", "draft_vocab_size"), [("eagle", None), ("eagle", 24), ("standalone", None)]
+)
+@pytest.mark.parametrize("chunk_size", [1024, 7])
+def test_supervised_loss_equals_drafting_behind_every_prefix(
+    make_trainer, architecture, draft_vocab_size, chunk_size
+):
+    masks = [[True] * 19, [False] * 4 + [True] * 4 + [False] * 2 + [True], [False] * 6 + [True] * 9]
+    trainer = make_trainer(
+        architecture, "supervised", dataset=random_dataset(loss_masks=masks), draft_vocab_size=draft_vocab_size,
+        unroll_steps=3, unroll_decay=0.7, ce_weight=0.3, chunk_size=chunk_size,
+    )  # fmt: skip
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.train()
+    found = trainer.compute_loss(trainer.model, inputs).item()
+    trainer.model.eval()
+    assert found == pytest.approx(sessions_supervised_loss(trainer, inputs), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["supervised", "ppow"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_behind_the_loss_mask_have_no_effect(make_trainer, architecture, objective):
+    masks = [[False] * 6 + [True] * 4 + [False] * 9, [False] * 3 + [True] * 4 + [False] * 4]
+    results = []
+    for seed in (7, 8):
+        dataset = random_dataset(LENGTHS[:2], loss_masks=masks)
+        other = random_dataset(LENGTHS[:2], seed=seed)
+        sequences = [
+            torch.cat([dataset[i]["input_ids"][:end], other[i]["input_ids"][end:]]) for i, end in ((0, 10), (1, 7))
+        ]
+        dataset = SequenceDataset(sequences, masks)
+        trainer = make_trainer(architecture, objective, dataset=dataset, per_device_train_batch_size=2)
+        trainer.model.train()
+        inputs = batch_of(dataset)
+        results.append(backward(trainer, lambda t=trainer, i=inputs: t.compute_loss(t.model, i)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    same_gradients(*(gradient for _, gradient in results))

@@ -1,0 +1,135 @@
+"""The embedded pair: its corpus, its recipe, its weights, and the quickstart that uses them."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppow_hf import PPOWDrafter
+from ppow_hf.quickstart import run
+from ppow_hf.tiny import drafter_path, target_path
+from ppow_hf.tiny.corpus import function_prompts, is_held_out, standard_library
+from ppow_hf.tiny.recipe import StepBatches, TargetRecipe, bits_per_byte, make_target, orthogonalize, token_stream
+
+
+@pytest.fixture(scope="module")
+def files():
+    return standard_library()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = AutoModelForCausalLM.from_pretrained(target_path(), dtype=torch.float32).eval()
+    return target, AutoTokenizer.from_pretrained(target_path())
+
+
+def held_out_prompts(files, tokenizer, count):
+    texts = function_prompts([file for file in files if file.held_out], count)
+    return [tokenizer(t, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -96:].long() for t in texts]
+
+
+def test_about_a_tenth_of_the_modules_is_held_out_with_their_tests(files):
+    share = sum(file.held_out for file in files) / len(files)
+    assert 0.05 < share < 0.15
+    for name in ("textwrap", "json.decoder", "collections.__init__"):
+        assert is_held_out(name) == is_held_out("test.test_" + name.removesuffix(".__init__").split(".")[-1])
+
+
+def test_a_prompt_ends_where_a_function_body_begins(files):
+    prompts = function_prompts([file for file in files if file.held_out], 10)
+    assert len(set(prompts)) == 10
+    assert all("def " in prompt and prompt.endswith("\n") for prompt in prompts)
+    assert prompts == function_prompts([file for file in files if file.held_out], 10)
+
+
+def test_step_batches_are_a_function_of_the_step_alone_and_cover_every_chunk():
+    recipe = TargetRecipe(max_steps=8, tokens_per_step=2048, long_share=0.25)
+    stream = torch.arange(16 * 1024, dtype=torch.int32)
+    batches = StepBatches(stream, recipe)
+    assert batches[0]["input_ids"].shape == (8, 256) and batches[7]["input_ids"].shape == (2, 1024)
+    assert torch.equal(batches[3]["input_ids"], StepBatches(stream, recipe)[3]["input_ids"])
+    seen = torch.cat([batches[step]["input_ids"].flatten() for step in range(8)])
+    assert torch.equal(seen.sort().values, stream.long())
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 16, 48)
+    for shape in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonalize(shape))
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_the_embedded_target_is_of_the_promised_shape_and_better_than_chance(pair, files):
+    target, tokenizer = pair
+    config = target.config
+    assert config.num_hidden_layers >= 12 and config.hidden_size >= 256 and config.head_dim in (32, 64)
+    assert config.max_position_embeddings == 1024 and len(tokenizer) == 4096
+    assert (target_path() / "model.safetensors").stat().st_size <= 24e6
+    text = next(file.text for file in files if file.held_out and len(file.text) > 20_000)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    rows = token_stream([file for file in files if file.held_out][:12], tokenizer)[: 2 * 1024].view(2, 1024).long()
+    with torch.no_grad():
+        loss = target(input_ids=rows, labels=rows).loss.item()
+    assert loss < 0.6 * math.log(4096)
+
+
+def test_reported_bits_per_byte_are_those_of_the_shipped_weights(pair, files):
+    target, tokenizer = pair
+    report = json.loads((target_path() / "recipe.json").read_text())
+    measured = bits_per_byte(target, tokenizer, [file for file in files if file.held_out], max_chunks=16)
+    assert measured == pytest.approx(report["held_out_bits_per_byte"], rel=0.15)  # 16 of its 200 rows
+
+
+@pytest.mark.parametrize("name", ["tiny-eagle", "tiny-standalone"])
+def test_embedded_drafters_change_no_token_and_save_forwards(name, pair, files):
+    check_identity(name, pair, held_out_prompts(files, pair[1], 8), 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-eagle", "tiny-standalone"])
+def test_embedded_drafters_change_no_token_on_200_prompts(name, pair, files):
+    check_identity(name, pair, held_out_prompts(files, pair[1], 200), 64)
+
+
+def check_identity(name, pair, prompts, max_new_tokens):
+    target, _ = pair
+    drafter = PPOWDrafter.from_pretrained(drafter_path(name), dtype=torch.float32).eval()
+    rounds = tokens = 0
+    for ids in prompts:
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False}
+        plain = target.generate(ids, **settings)
+        assert torch.equal(target.generate(ids, assistant_model=drafter, **settings), plain)
+        rounds += len(drafter.last_trace.rounds)
+        tokens += plain.shape[1] - ids.shape[1]
+    assert tokens / rounds > 1.2
+
+
+def test_a_target_is_made_and_resumed_from_its_last_checkpoint(tmp_path, pair, monkeypatch):
+    recipe = TargetRecipe(
+        hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_key_value_heads=1, head_dim=16,
+        max_steps=50, tokens_per_step=1024, warmup_steps=2,
+    )  # fmt: skip
+    monkeypatch.setattr("ppow_hf.tiny.recipe.standard_library", lambda: standard_library()[:60])
+    make_target(tmp_path, recipe, tokenizer=pair[1])
+    first = json.loads((tmp_path / "recipe.json").read_text())
+    assert first["steps"] == 50 and (tmp_path / "loss.png").stat().st_size > 1000
+    recipe.max_steps = 60
+    make_target(tmp_path, recipe, tokenizer=pair[1])
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    assert log[-1]["step"] == 60 and min(row["step"] for row in log) == 10
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.use_cache
+
+
+def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):
+    result = run(str(tmp_path), fast=True, prompts=2, max_new_tokens=12)
+    names = [row["name"] for row in result["rows"]]
+    assert {"plain", "prompt_lookup_10", "ppow_fixed_8", "ppow_kl"} <= set(names)
+    assert any(name.startswith("transformers_assisted_") for name in names)
+    assert all(row["identical_to_plain"] for row in result["rows"])
+    assert json.loads((tmp_path / "benchmark.json").read_text())["rows"] == result["rows"]
+    assert (tmp_path / "windows.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "PPOWDrafter.from_pretrained" in printed and "ppow_kl" in printed
