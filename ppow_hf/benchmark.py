@@ -179,6 +179,9 @@ def run_benchmark(
             check_call(target, model, GenerationConfig())
             model.eval()
     target.eval()
+    assistant_settings = None
+    if standalone is not None:
+        assistant_settings = copy.deepcopy(standalone.draft_model.model.generation_config)
     ways, left_out = _ways_to_generate(target, drafter, standalone)
     ways = _chosen(ways, rows, left_out)
 
@@ -226,6 +229,8 @@ def run_benchmark(
                 for name in names[first:] + names[:first]:
                     ids, seconds, trace = generate(name, prompt)
                     runs[name].add(repeat, number, prompt.shape[1], ids, seconds, trace)
+    if assistant_settings is not None:
+        standalone.draft_model.model.generation_config = assistant_settings  # type: ignore[union-attr]
     if traces is not None:
         traces.update({name: runs[name].traces[0] for name in names})
 

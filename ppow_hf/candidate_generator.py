@@ -69,9 +69,11 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
         self.context_length = context_length
+        self.mask_length = getattr(generation_config, "_mask_length", None)  # where a mask of ones was left out
         self.session = self.model.start_session(target_width)
         # Only eagle reads states; a standalone drafter spares the target the trouble of returning them.
-        self.model_kwargs_overrides = {"output_hidden_states": True} if config.target_layer_ids else {}
+        self.target_kwargs = {"output_hidden_states": True} if config.target_layer_ids else {}
+        self.model_kwargs_overrides: dict[str, Any] = self.target_kwargs  # what the loop adds to each target forward
         costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], _stored_costs(config))
         self.rule = make_window_rule(
             settings["window"], settings["max_window"], costs, config.calibration, self.do_sample
@@ -102,6 +104,8 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self._round = RoundTrace(0, 0, [])
         if not is_first_iteration:
             self._take_states(input_ids, model_outputs, int(n_last_matches))
+        unread = self._unread_inputs(input_ids, model_kwargs or {}) if is_first_iteration else {}
+        self.model_kwargs_overrides = self.target_kwargs | unread
         longest = 0 if is_first_iteration else self.rule.start(self._room(input_ids.shape[1]))
         candidates = input_ids
         if longest > 0:
@@ -132,6 +136,27 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.trace.speculation_pays = self.rule.pays
         costs = self.rule.costs.model
         self.trace.cost_ratio, self.trace.verification_cost = costs.cost_ratio, costs.verification_cost
+
+    def _unread_inputs(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The prompt's part that a cache handed to `generate` does not hold, as inputs of the target's first forward.
+
+        Plain decoding cuts the prompt like this; the assisted loop of transformers (5.17 to 5.23) feeds it all again.
+        """
+        cache, length = model_kwargs.get("past_key_values"), input_ids.shape[1]
+        mask = model_kwargs.get("attention_mask")
+        mask_length = mask.shape[-1] if mask is not None else self.mask_length or length
+        if mask_length != length:
+            raise ValueError(
+                f"input_ids: {length} tokens given with an attention_mask of {mask_length}. With past_key_values, "
+                "pass the whole sequence as input_ids, the tokens in the cache included: the drafter has not read them."
+            )
+        past = cache.get_seq_length() if cache is not None else 0
+        if not 0 < past < length:
+            return {}
+        along = ("position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
+        parts = {name: model_kwargs[name] for name in along if model_kwargs.get(name) is not None}
+        parts = {name: value[..., past:] for name, value in parts.items() if value.shape[-1] == length}
+        return {"input_ids": input_ids[:, past:]} | parts
 
     def _room(self, length: int) -> int:
         """Longest window that fits: its round commits one token more, and the target must be able to read it."""

@@ -144,7 +144,11 @@ class EagleDrafter(nn.Module):
 
 
 class StandaloneDrafter(nn.Module):
-    """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm)."""
+    """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm).
+
+    Sliding windows are not honoured: in training the masks of packed windows cannot express them, and in decoding a
+    cache that forgets cannot be rolled back. Every layer sees the whole prefix in both.
+    """
 
     first_prefix = 0
 
@@ -152,17 +156,18 @@ class StandaloneDrafter(nn.Module):
         super().__init__()
         self.config = config.draft_config
         self.model = AutoModelForCausalLM.from_config(config.draft_config)
+        self.slides = getattr(config.draft_config, "sliding_window", None) is not None
 
     def encode(self, tokens, states, cache, positions, allowed):
         """Tokens p `[B, L]` -> features `[B, L, h]`, cache; the target's states are not read."""
         return self.advance(tokens, None, cache, positions, allowed)
 
     def advance(self, tokens, features, cache, positions, allowed):
-        mask = None
-        if allowed is not None:
-            mask = additive_mask(allowed, self.model.dtype)
+        if allowed is None and self.slides:  # left to itself the model would make sliding masks
+            allowed = causal_allowed(tokens.shape[1], self.cache_length(cache), tokens.device)
+        mask = None if allowed is None else additive_mask(allowed, self.model.dtype)
         if cache is None and not torch.is_grad_enabled():
-            cache = DynamicCache(config=self.config)
+            cache = DynamicCache()
         outputs = self.model.base_model(
             input_ids=tokens,
             attention_mask=mask,

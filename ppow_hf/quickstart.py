@@ -124,7 +124,5 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float) ->
     for name, length in lengths:
         print(f"  {name:<18}{length:.2f}")
     gain = lengths[-1][1] - lengths[-2][1]
-    print(
-        f"  PPOW changed it by {gain:+.2f} on 8 prompts; differences below about 0.2 are noise at this size."
-    )
+    print(f"  PPOW changed it by {gain:+.2f} on 8 prompts; differences below about 0.2 are noise at this size.")
     return drafter.eval()

@@ -16,7 +16,16 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import nn
-from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers import pipeline as make_pipeline
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -80,7 +89,7 @@ def trained_eagle(target, steps: int = 60, **options) -> PPOWDrafter:
 
 @functools.cache
 def drafter_for(target, architecture: str) -> PPOWDrafter:
-    return trained_eagle(target) if architecture == "eagle" else noisy_copy(target, 0.1)
+    return trained_eagle(target) if architecture == "eagle" else noisy_copy(target, 0.005)
 
 
 @functools.cache
@@ -358,6 +367,36 @@ def test_a_drafter_with_a_shorter_context_stops_drafting_at_its_end(make_target)
     assert view.last_trace.drafted == 0
 
 
+@pytest.mark.lowest
+@both_architectures
+@pytest.mark.parametrize("config_class", [MistralConfig, Qwen3Config])
+def test_output_is_the_same_beyond_a_sliding_window(target, architecture, config_class):
+    sizes = {name: getattr(target.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    options = {"use_sliding_window": True, "max_window_layers": 2} if config_class is Qwen3Config else {}
+    config = config_class(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=12,
+        initializer_range=0.5,
+        max_position_embeddings=256,
+        eos_token_id=None,
+        pad_token_id=0,
+        **sizes,
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sliding = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    drafter = noisy_copy(sliding, 0.0) if architecture == "standalone" else trained_eagle(sliding)
+    view = drafter.with_settings(window="fixed", max_window=6)
+    for seed, length in ((0, 5), (1, 11), (2, 30)):
+        ids = prompt(seed, length)
+        assert torch.equal(generate(sliding, ids, view), generate(sliding, ids))
+        assert view.last_trace.drafted > 0
+
+
 @both_architectures
 def test_padding_on_the_left_changes_nothing(target, architecture):
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt(0)], dim=1)
@@ -582,7 +621,7 @@ def test_adaptive_window_hardly_drafts_with_a_drafter_that_knows_nothing(target,
 
 
 def test_adaptive_window_drafts_far_with_a_drafter_that_agrees(target):
-    view = noisy_copy(target, 0.005).with_settings(window="kl", **COSTS)
+    view = noisy_copy(target, 1e-5).with_settings(window="kl", **COSTS)
     generate(target, prompt(0), view, max_new_tokens=200)
     windows = [r.window for r in view.last_trace.rounds]
     assert sum(windows[5:-1]) / len(windows[5:-1]) > 6
@@ -601,6 +640,20 @@ def test_settings_of_a_view_do_not_reach_the_drafter(target):
 
 
 # -- mistakes
+
+
+@both_architectures
+def test_new_tokens_alone_behind_a_cache_are_refused(target, architecture):
+    first = generate(target, prompt(0), return_dict_in_generate=True)
+    mask = torch.ones(1, first.sequences.shape[1] + 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="input_ids: 5 tokens .* past_key_values"):
+        generate(
+            target,
+            prompt(1, 5),
+            drafter_for(target, architecture),
+            past_key_values=first.past_key_values,
+            attention_mask=mask,
+        )
 
 
 @both_architectures
@@ -650,7 +703,7 @@ def test_unknown_and_impossible_settings_are_refused(target):
 
 
 @both_architectures
-def test_options_that_change_the_output_are_refused(target, architecture):
+def test_several_sequences_of_one_prompt_are_refused(target, architecture):
     with pytest.raises(ValueError, match="num_return_sequences"):
         generate(target, prompt(0), drafter_for(target, architecture), num_return_sequences=2, do_sample=True)
 

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.configuration_ppow import default_target_layers, vocabulary_fingerprint
@@ -156,16 +156,31 @@ def test_eagle_features_of_a_whole_sequence_equal_the_slow_reference(target):
 @both_architectures
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_sequence_logits_equal_those_of_a_session_token_by_token(make_target, family, architecture):
-    """Read in pieces, with abandoned drafts between them, as decoding does."""
     target = make_target(family)
     drafter = make_drafter(target, architecture)
-    first = drafter.draft_model.first_prefix
     input_ids = tokens(1, S)
-    states = states_of(target, drafter, input_ids)
-    drafted = tokens(1, 3, seed=4)
+    check_session(drafter, input_ids, states_of(target, drafter, input_ids))
+
+
+@pytest.mark.lowest
+def test_a_session_of_a_drafter_with_sliding_windows_equals_its_whole_sequence_logits(make_target):
+    target = make_target("qwen3")
+    config = MistralConfig(
+        **{name: getattr(target.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+    )
+    check_session(make_drafter(target, "standalone", draft_config=config), tokens(1, S), None)
+
+
+def check_session(drafter, input_ids, states):
+    """A session that reads in pieces, with abandoned drafts between them as in decoding, against whole sequences."""
+    drafted, start = tokens(1, 3, seed=4), drafter.draft_model.first_prefix
     with torch.no_grad():
         whole = drafter(input_ids, states).logits[0]
-        session, start = drafter.start_session(), first
+        session = drafter.start_session()
         for end in (4, 5, 8, 9, S):
             session.observe(input_ids[:, start:end], None if states is None else states[:, start - 1 : end - 1], start)
             torch.testing.assert_close(session.first_logits()[0], whole[end - 1], atol=2e-4, rtol=2e-4)

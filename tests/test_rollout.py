@@ -227,7 +227,7 @@ def test_a_target_with_broken_weights_is_refused(make_target):
 def test_random_numbers_depend_on_seed_step_example_and_purpose_only():
     indices = torch.tensor([3, 8, 5])
     numbers = keyed_uniforms(0, 4, indices, (2, 3), "draft")
-    assert numbers.shape == (3, 2, 3) and 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.shape == (3, 2, 3) and numbers.min() >= 0 and numbers.max() < 1
     torch.testing.assert_close(keyed_uniforms(0, 4, torch.tensor([5, 3]), (2, 3), "draft"), numbers[[2, 0]])
     for other in ((1, 4, "draft"), (0, 5, "draft"), (0, 4, "accept")):
         assert not torch.equal(keyed_uniforms(*other[:2], indices, (2, 3), other[2]), numbers)
@@ -240,6 +240,7 @@ def check_rollout_slowly(trainer, inputs, rollout, step=0):
     """Drafts, accepted counts, rewards and advantages of `rollout`, each window on its own."""
     drafter, model, args = trainer.model, trainer.target_model, trainer.args
     groups, window = args.num_rollouts, args.max_window
+    drafter.eval()  # no dropout
     shape = (args.num_prefixes * groups, window)
     draws = keyed_uniforms(args.seed, step, inputs["index"], shape, "draft")
     accepts = keyed_uniforms(args.seed, step, inputs["index"], shape, "accept")
@@ -406,7 +407,8 @@ def backward(trainer, compute):
 def same_gradients(found, expected):
     assert found.keys() == expected.keys() and any(value.abs().max() > 1e-3 for value in expected.values())
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        difference = (found[name] - expected[name]).abs().max().item()
+        assert difference < 1e-5 + 1e-4 * expected[name].abs().max().item(), name
 
 
 def naive_policy_loss(trainer, inputs):

@@ -18,7 +18,7 @@ from ppow_hf.candidate_generator import KLAdaptiveCandidateGenerator, PendingTok
 VOCABULARY = 6
 LENGTH = 4  # joint distribution of so many tokens
 NEW_TOKENS = 5  # so that a window of 3 fits behind the first one, which is never drafted
-TEMPERATURE, TOP_K, TOP_P = 0.8, 5, 0.95
+TEMPERATURE, TOP_K, TOP_P = 0.6, 5, 0.95
 PROMPT = torch.tensor([[1, 4, 2, 5]])
 ALPHA = 1e-4
 COSTS = {"cost_ratio": 0.02, "verification_cost": 0.01}

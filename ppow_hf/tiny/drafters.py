@@ -55,6 +55,16 @@ def target_text(
     )
 
 
+def all_positions(data: SequenceDataset) -> SequenceDataset:
+    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
+    items = [data[index] for index in range(len(data))]
+    return SequenceDataset(
+        [item["input_ids"] for item in items],
+        [torch.ones_like(item["loss_mask"]) for item in items],
+        [item["target_written"] for item in items],
+    )
+
+
 class Clock(TrainerCallback):
     """Ends training after `seconds`, evaluations not counted, and says how much of the time is gone."""
 
@@ -117,7 +127,7 @@ def train_stage(
         model=drafter,
         target_model=target,
         args=arguments,
-        train_dataset=train_data,
+        train_dataset=all_positions(train_data) if stage.objective == "supervised" else train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[clock],
@@ -131,7 +141,7 @@ def train_stage(
 def default_stages(seconds: float) -> list[Stage]:
     """Supervised for 60% of the time, PPOW for 40%."""
     return [
-        Stage("supervised", 0.6 * seconds, 1e-3, {}),
+        Stage("supervised", 0.6 * seconds, 2e-3, {"unroll_steps": 3}),
         Stage("ppow", 0.4 * seconds, 1e-4, {}),
     ]
 

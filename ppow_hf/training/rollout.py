@@ -1,6 +1,6 @@
 """Rollouts: windows drafted from chosen prefixes, verified by the target, and what they earned.
 
-All randomness is keyed by (seed, step, example), so that it is the same on one process, on several, and after a resume.
+All randomness is keyed by (seed, step, example): it is the same on one process, on several, and after a resume.
 """
 
 import hashlib
@@ -72,7 +72,9 @@ def divergence_of_prefixes(
 
 
 @torch.no_grad()
-def collect_rollout(drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive):
+def collect_rollout(
+    drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive
+) -> Rollout:
     """Choose prefixes, draft G windows from each, verify them all in one packed forward, and reward them."""
     was_training = drafter.training
     drafter.eval()
@@ -99,8 +101,8 @@ def collect_rollout(drafter, target: FrozenTarget, encoding: TargetEncoding, inp
         probs = (logits / args.rollout_temperature).softmax(-1)
         if not bool(torch.isfinite(probs).all()):
             raise ValueError(
-                f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its weights "
-                "and dtype; the last checkpoint is untouched."
+                f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its "
+                "weights and dtype; the last checkpoint is untouched."
             )
         tokens = sample_from_uniform(probs, draws[:, :, j])
         drafted.append(tokens)
@@ -175,7 +177,8 @@ def greedy_log_probs(target: FrozenTarget, encoding, inputs, chosen, window: int
     from_text = inside & written.gather(1, clamped).view(places.shape).all(-1)
     if not bool(from_text.all()):
         return target.greedy_window_log_probs(encoding, chosen, window)
-    rows = encoding.sources.gather(1, (clamped - 1)[..., None].expand(-1, -1, encoding.sources.shape[-1])).flatten(0, 1)
+    before = (clamped - 1)[..., None].expand(-1, -1, encoding.sources.shape[-1])
+    rows = encoding.sources.gather(1, before).flatten(0, 1)
     tokens = input_ids.gather(1, clamped).flatten()
     parts = []
     for start in range(0, len(rows), chunk_size):

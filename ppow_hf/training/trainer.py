@@ -95,8 +95,8 @@ class PPOWTrainer(Trainer):
                 batch *= args.gradient_accumulation_steps
             if len(train_sequences) < batch:
                 raise ValueError(
-                    f"train_dataset: {len(train_sequences)} sequences of up to {args.max_length} tokens do not fill one "
-                    f"batch of {batch}. Give more data, or lower max_length or per_device_train_batch_size."
+                    f"train_dataset: {len(train_sequences)} sequences of up to {args.max_length} tokens do not fill "
+                    f"one batch of {batch}. Give more data, or lower max_length or per_device_train_batch_size."
                 )
         super().__init__(
             model=model,
@@ -111,6 +111,7 @@ class PPOWTrainer(Trainer):
         )
         # The loss is divided by what the whole global batch holds, here, not by Trainer.
         self.model_accepts_loss_kwargs = True
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the loop counts them
         self.cost_ratio: float | None = args.cost_ratio
         self._rollouts: dict[int, Rollout] = {}
         self._micro_step = 0
@@ -140,7 +141,7 @@ class PPOWTrainer(Trainer):
     # -- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer's; `resume_from_checkpoint=True` takes the last complete checkpoint, or starts if there is none."""
+        """As Trainer's; `resume_from_checkpoint=True` takes the last complete checkpoint, or starts without one."""
         if self.train_dataset is None:
             raise ValueError("train_dataset: None given; training needs data.")
         if resume_from_checkpoint is True:
@@ -164,8 +165,9 @@ class PPOWTrainer(Trainer):
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
                 drafter.config.max_window = self.args.max_window
+                prompts = self._eval_prompts()[:8]
                 drafter.config.calibration = calibrate(
-                    self.target_model, drafter, self._eval_prompts()[:8], self.args.eval_new_tokens, seed=self.args.seed
+                    self.target_model, drafter, prompts, self.args.eval_new_tokens, seed=self.args.seed
                 )
             self.accelerator.wait_for_everyone()
         return result
@@ -209,8 +211,8 @@ class PPOWTrainer(Trainer):
         loss = loss * self.args.world_size
         if not torch.isfinite(loss):
             raise ValueError(
-                f"model: the loss is {loss.item()} at step {self.state.global_step}, so the drafter's logits are no longer "
-                "finite. Lower learning_rate, or check the dtype; the last checkpoint is untouched."
+                f"model: the loss is {loss.item()} at step {self.state.global_step}, so the drafter's logits are no "
+                "longer finite. Lower learning_rate, or check the dtype; the last checkpoint is untouched."
             )
         return (loss, PPOWDrafterOutput(loss=loss)) if return_outputs else loss
 
@@ -353,8 +355,8 @@ class PPOWTrainer(Trainer):
         )  # fmt: skip
         if not bool(rollout.has_prefix.any()):
             raise ValueError(
-                f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that a "
-                f"window could begin with. Sequences need more than {drafter.draft_model.first_prefix + 1} tokens."
+                f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that "
+                f"a window could begin with. Sequences need more than {drafter.draft_model.first_prefix + 1} tokens."
             )
         self._rollouts[slot] = rollout
         seconds = time.perf_counter() - started
@@ -410,7 +412,7 @@ class PPOWTrainer(Trainer):
         return (policy + self.args.kl_coef * kl) / (windows * window)
 
     def _text_anchor(self, drafter, features, chosen, has_prefix, inputs, sources) -> torch.Tensor:
-        """KL(P||Q) along the learned text behind the chosen prefixes `[B, N]`, divided by N * K; sum over sequences."""
+        """KL(P||Q) along the learned text behind the prefixes `[B, N]`, divided by N * K; sum over sequences."""
         length = inputs["input_ids"].shape[1]
         places = chosen[..., None] + torch.arange(features.shape[2], device=chosen.device)
         next_places = (places + 1).clamp_max(length - 1)
@@ -495,7 +497,7 @@ class PPOWTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write the checkpoint beside its place and rename it: a kill never leaves half of one that resume would take."""
+        """Write the checkpoint beside its place and rename it: resume never takes half of one that a kill left."""
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / ".staging" / name, run_dir / name
@@ -571,7 +573,8 @@ class CurvesCallback(TrainerCallback):
     @staticmethod
     def _draw(args, state) -> None:
         if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / "training.png", title=f"objective: {args.objective}")
+            path = Path(args.output_dir) / "training.png"
+            draw_curves(state.log_history, path, title=f"objective: {args.objective}")
 
 
 def draw_curves(log_history: list[dict], path: Path, title: str = "") -> Path | None:
@@ -623,14 +626,14 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
         return
     if len(tokenizer) > width:
         raise ValueError(
-            f"processing_class: the tokenizer has {len(tokenizer)} tokens and the target's logits only {width}. Pass the "
-            "target's own tokenizer."
+            f"processing_class: the tokenizer has {len(tokenizer)} tokens and the target's logits only {width}. Pass "
+            "the target's own tokenizer."
         )
     known = config.target_vocabulary_fingerprint
     if known and known != vocabulary_fingerprint(tokenizer):
         raise ValueError(
-            f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter was "
-            f"trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
+            f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
+            f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
         )
 
 
@@ -644,8 +647,8 @@ def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, conte
         )
     if context_length is not None and longest > context_length:
         raise ValueError(
-            f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target take "
-            f"{context_length} (max_position_embeddings). Lower max_length."
+            f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target "
+            f"take {context_length} (max_position_embeddings). Lower max_length."
         )
 
 
@@ -668,10 +671,17 @@ def check_complete(checkpoint: str | Path) -> None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ValueError(
-            f"resume_from_checkpoint: {str(folder)!r} has no {MANIFEST}, so it is not a checkpoint that was written to "
-            "its end. Pass another, or True to take the last complete one."
+            f"resume_from_checkpoint: {str(folder)!r} has no {MANIFEST}, so it is not a checkpoint that was written "
+            "to its end. Pass another, or True to take the last complete one."
         )
-    for name, size in json.loads(manifest.read_text()).items():
+    try:
+        sizes = dict(json.loads(manifest.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {MANIFEST} in {str(folder)!r} is damaged ({error}). Pass another checkpoint, or "
+            "True to take the last complete one."
+        ) from error
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
