@@ -148,7 +148,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         if mask_length != length:
             raise ValueError(
                 f"input_ids: {length} tokens given with an attention_mask of {mask_length}. With past_key_values, "
-                "pass the whole sequence as input_ids, the tokens in the cache included: the drafter has not read them."
+                "pass the whole sequence as input_ids, tokens in the cache included: the drafter has not read them."
             )
         past = cache.get_seq_length() if cache is not None else 0
         if not 0 < past < length:

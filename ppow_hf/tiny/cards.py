@@ -20,9 +20,9 @@ TARGET_TEMPLATE = """---
 
 # Embedded {{ family }} target of ppow_hf
 
-A small language model of Python, trained from nothing on the source of the standard library. It exists so that drafters
-can be trained and speculative decoding can be tried and tested anywhere, without a download. It writes text that looks
-like Python, and no useful programs.
+A small language model of Python, trained from nothing on the source of the standard library. It exists so that
+drafters can be trained and speculative decoding can be tried and tested anywhere, without a download. What it writes
+has the look of Python, is often wrong in its syntax, and is of no use as a program.
 
 | | |
 |---|---|
@@ -60,8 +60,8 @@ DRAFTER_TEMPLATE = """---
 
 # Embedded {{ architecture }} drafter of ppow_hf
 
-Drafts for the embedded target `{{ target }}`: {{ parameters }} parameters, trained on text that the target wrote, first
-supervised and then with PPOW ([arXiv 2605.14978](https://arxiv.org/abs/2605.14978)).
+Drafts for the embedded target `{{ target }}`: {{ parameters }} parameters, trained on text that the target wrote,
+first supervised and then with PPOW ([arXiv 2605.14978](https://arxiv.org/abs/2605.14978)).
 
 Acceptance length (mean of k + 1 over rounds; the bonus or correction token counted), greedy chain of
 {{ window }} tokens, {{ prompts }} prompts from held-out modules, measured by real decoding during training:
@@ -69,8 +69,7 @@ Acceptance length (mean of k + 1 over rounds; the bonus or correction token coun
 | stage | acceptance length | wasted drafts | repeated 8-grams |
 |---|---|---|---|
 {% for row in stages -%}
-| {{ row.name }} | {{ "%.2f" | format(row.acceptance_length) }} | {{ "%.0f%%" | format(100 * row.wasted) }} | {{ "%.0f%%"
-| format(100 * row.repeated) }} |
+| {{ row.name }} | {{ row.acceptance_length }} | {{ row.wasted }} | {{ row.repeated }} |
 {% endfor %}
 {{ verdict }}
 
@@ -91,7 +90,7 @@ Made with `ppow tiny-drafter --architecture {{ architecture }} --output-dir DIR`
 
 
 def write_target_card(folder: str | Path, samples: list[tuple[str, str]]) -> None:
-    """Write `README.md` from the folder's `recipe.json` and `training_log.json`; `samples` are (prompt, completion)."""
+    """Write `README.md` from the folder's `recipe.json` and `training_log.json`, with (prompt, completion) samples."""
     folder = Path(folder)
     report = json.loads((folder / "recipe.json").read_text())
     log = json.loads((folder / "training_log.json").read_text())
@@ -129,17 +128,18 @@ def write_drafter_card(folder: str | Path, parameters: int, target: str, window:
     stages = []
     for name in dict.fromkeys(row["objective"] for row in log):
         stages.append((f"after {name}", [row for row in evaluations if row["objective"] == name][-1]))
-    stages.insert(0, ("untrained", evaluations[0]))
+    first = evaluations[0]
+    stages.insert(0, ("untrained" if first["step"] == 0 else f"supervised, step {first['step']}", first))
     rows = [
         {
             "name": name,
-            "acceptance_length": row["eval_acceptance_length"],
-            "wasted": row["eval_wasted"],
-            "repeated": row["eval_repeated_8grams"],
+            "acceptance_length": f"{row['eval_acceptance_length']:.2f}",
+            "wasted": f"{row['eval_wasted']:.0%}",
+            "repeated": f"{row['eval_repeated_8grams']:.0%}",
         }
         for name, row in stages
     ]
-    change = rows[-1]["acceptance_length"] - rows[-2]["acceptance_length"]
+    change = stages[-1][1]["eval_acceptance_length"] - stages[-2][1]["eval_acceptance_length"]
     _card(
         DRAFTER_TEMPLATE,
         folder,
@@ -151,8 +151,9 @@ def write_drafter_card(folder: str | Path, parameters: int, target: str, window:
         prompts=prompts,
         stages=rows,
         verdict=(
-            f"PPOW changed it by {change:+.2f} over the supervised stage. With {prompts} prompts and one seed, differences "
-            "below about 0.15 are noise; continued supervised training for the same time was not measured here."
+            f"PPOW changed it by {change:+.2f} over the supervised stage. With {prompts} prompts and one seed, "
+            "differences below about 0.15 are noise; continued supervised training for the same time was not "
+            "measured here."
         ),
     )
 

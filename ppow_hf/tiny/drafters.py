@@ -133,9 +133,9 @@ def train_stage(
         callbacks=[clock],
         optimizers=(optimizer, schedule),
     )
-    trainer.evaluate()
+    before = {**trainer.evaluate(), "step": 0}  # train() begins a log of its own
     trainer.train()
-    return trainer.state.log_history
+    return [before, *trainer.state.log_history]
 
 
 def default_stages(seconds: float) -> list[Stage]:

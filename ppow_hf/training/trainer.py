@@ -232,7 +232,7 @@ class PPOWTrainer(Trainer):
             prefixes = torch.arange(first, length - 1, device=input_ids.device).expand(len(input_ids), -1)
             call = {}
 
-        def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
+        def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
             features = output.features[:, first:-1, None] if not call else output.window_features
             return self._text_loss(drafter, features, prefixes, input_ids, mask, encoding.sources)
 
@@ -320,7 +320,7 @@ class PPOWTrainer(Trainer):
             texts = text_windows(inputs["input_ids"], chosen, self.args.max_window)
             draft_ids = torch.cat([draft_ids, texts], dim=1)
 
-        def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
+        def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
             loss = self._policy_loss(drafter, output.window_features[:, :count], rollout, slot)
             if with_text:
                 loss = loss + self.args.text_kl_coef * self._text_anchor(
