@@ -37,7 +37,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         stopping_criteria (`StoppingCriteriaList`): the call's criteria.
         generation_config (`GenerationConfig`): the call's configuration.
         target_width (`int`): width of the target's logits.
-        context_length (`int`, *optional*): longest sequence the target can take.
+        context_length (`int`, *optional*): longest sequence that target and drafter can both take.
     """
 
     requires_model_outputs = True

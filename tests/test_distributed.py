@@ -14,6 +14,11 @@ RUNS = {
     "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
     "ppow": {"objective": "ppow", "architecture": "standalone", "num_iterations": 2, "max_steps": 6},
 }
+EVALUATION = {
+    "optim": "sgd", "evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "eval_prompts": 3,
+    "eval_new_tokens": 6, "load_best_model_at_end": True, "metric_for_best_model": "eval_acceptance_length",
+    "calibrate_at_end": False,
+}  # fmt: skip
 
 
 def free_port() -> int:
@@ -22,33 +27,42 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def train(folder: Path, processes: int, settings: dict, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
+def train(folder: Path, processes: int) -> None:
+    """Both objectives, one after the other, in `processes` processes."""
+    folder.mkdir()
+    runs = [
+        COMMON | EVALUATION | run | {"output_dir": str(folder / name), "per_device_train_batch_size": 4 // processes}
+        for name, run in RUNS.items()
+    ]
+    script = folder / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        # --multi_gpu is accelerate's word for torch's launcher; with --cpu it starts one process, unless by MPI.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    command += [str(script), str(folder), json.dumps(COMMON | settings)]
+    command += [str(script), json.dumps(runs)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders with the runs of one process and of two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for name, processes in (("one", 1), ("two", 2)):
+        train(folder / name, processes)
+    return folder / "one", folder / "two"
+
+
 @pytest.mark.parametrize("objective", ["supervised", "ppow"])
-def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(tmp_path, objective):
-    settings = RUNS[objective] | {
-        "optim": "sgd", "evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "eval_prompts": 3,
-        "eval_new_tokens": 6, "load_best_model_at_end": True, "metric_for_best_model": "eval_acceptance_length",
-        "calibrate_at_end": False,
-    }  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(one, 1, settings | {"per_device_train_batch_size": 4}, tmp_path)
-    train(two, 2, settings | {"per_device_train_batch_size": 2}, tmp_path)
+def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, objective):
+    one, two = (folder / objective for folder in runs)
     assert (two / "state_1.json").is_file()  # there were two
 
     expected, found = step_logs(one), step_logs(two)
-    assert [row["step"] for row in found] == list(range(1, settings["max_steps"] + 1))
+    assert [row["step"] for row in found] == list(range(1, RUNS[objective]["max_steps"] + 1))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4), name
     for name in ("reward/mean", "accepted_length", "groups_without_spread") if objective == "ppow" else ():
@@ -62,7 +76,7 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(tmp_pat
     ]
     assert lengths[0] == pytest.approx(lengths[1]) and lengths[0] == pytest.approx(lengths[2]) and lengths[0]
     # Every process loads the best checkpoint from where it lies in the end.
-    assert [Path(state["best"]).parent.name for state in states] == ["one", "two", "two"]
+    assert [Path(state["best"]).parent for state in states] == [one, two, two]
     assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[2]["best"]).is_dir()
     weights = [load_file(folder / "final/model.safetensors") for folder in (one, two)]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])

@@ -126,10 +126,10 @@ def test_decoding_leaves_random_state_and_mode_alone(target, drafter):
 
 
 def test_sampled_decoding_is_reproduced_by_its_seed_when_costs_are_given(target, drafter):
-    runs = [decode(target, drafter, PROMPTS, 16, temperature=1.0, seed=seed, **COSTS)[0] for seed in (3, 3, 4)]
-    assert runs[0] == runs[1] != runs[2]
+    runs = [decode(target, drafter, PROMPTS[:2], 12, temperature=1.0, seed=seed, **COSTS)[0] for seed in (3, 4)]
+    assert runs[0] != runs[1]
     torch.rand(17)  # whatever the global state
-    assert decode(target, drafter, PROMPTS, 16, temperature=1.0, seed=3, **COSTS)[0] == runs[0]
+    assert decode(target, drafter, PROMPTS[:2], 12, temperature=1.0, seed=3, **COSTS)[0] == runs[0]
 
 
 def test_evaluation_is_decoding_and_reporting(target, drafter):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from ppow_hf.training.trainer import last_complete_checkpoint
 
 TESTS = Path(__file__).parent
-# Trains for 8 steps over several epochs. KILL=step: N kills at the end of step N; save: N kills while the optimizer of
-# checkpoint N is being written, half a file on disk.
+# Trains once for each of the given settings. KILL=step:N kills at the end of step N; save:N while the optimizer's state
+# of checkpoint N is being written, half a file on disk.
 SCRIPT = '''
 import json, os, signal, sys
 sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
@@ -25,9 +25,6 @@ from transformers import TrainerCallback
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 
 torch.set_num_threads(1)
-folder, settings = sys.argv[1], json.loads(sys.argv[2])
-architecture, resume = settings.pop("architecture"), settings.pop("resume", False)
-evaluate = random_dataset([9, 12, 8], seed=4) if settings.pop("evaluate", False) else None
 how, _, at = os.environ.get("KILL", "never:0").partition(":")
 
 
@@ -41,29 +38,30 @@ class Killer(TrainerCallback):
             die()
 
 
-target = build_target("llama", initializer_range=0.3)
-trainer = PPOWTrainer(
-    make_drafter(target, architecture), target,
-    PPOWTrainingArguments(folder, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, **settings),
-    train_dataset=random_dataset([13, 11, 15, 12, 9, 14, 10, 16, 8]), eval_dataset=evaluate, callbacks=[Killer()],
-)
+def save_half(content, path, *args, save=torch.save, **kwargs):
+    save(content, path, *args, **kwargs)
+    if str(path).endswith(f"checkpoint-{at}/optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+
 if how == "save":
-    save = torch.save
-
-    def save_half(content, path, *args, **kwargs):
-        save(content, path, *args, **kwargs)
-        if trainer.state.global_step == int(at) and str(path).endswith("optimizer.pt"):
-            os.truncate(path, os.path.getsize(path) // 2)
-            die()
-
     torch.save = save_half
-trainer.train(resume_from_checkpoint=resume)
-rank = trainer.args.process_index
-state = {"log": trainer.state.log_history, "best": trainer.state.best_model_checkpoint}
-with open(os.path.join(folder, f"state_{rank}.json"), "w") as file:
-    json.dump(state, file)
-if rank == 0:
-    trainer.save_model(os.path.join(folder, "final"))
+target = build_target("llama", initializer_range=0.3)
+for settings in json.loads(sys.argv[1]):
+    architecture, resume = settings.pop("architecture"), settings.pop("resume", False)
+    evaluate = random_dataset([9, 12, 8], seed=4) if settings.pop("evaluate", False) else None
+    args = PPOWTrainingArguments(use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, **settings)
+    trainer = PPOWTrainer(
+        make_drafter(target, architecture), target, args, eval_dataset=evaluate, callbacks=[Killer()],
+        train_dataset=random_dataset([13, 11, 15, 12, 9, 14, 10, 16, 8]),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    state = {"log": trainer.state.log_history, "best": trainer.state.best_model_checkpoint}
+    with open(os.path.join(args.output_dir, f"state_{args.process_index}.json"), "w") as file:
+        json.dump(state, file)
+    if args.process_index == 0:
+        trainer.save_model(os.path.join(args.output_dir, "final"))
 '''
 COMMON = {
     "max_length": 20, "max_window": 3, "num_prefixes": 2, "num_rollouts": 4, "rollout_temperature": 0.8,
@@ -83,8 +81,9 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | own | variables
 
 
-def run(folder: Path, settings: dict, kill: str = "never:0", resume: bool = False) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(COMMON | settings | {"resume": resume})]
+def run(*runs: dict, kill: str = "never:0") -> int:
+    """Exit status of a new process that trains once for each of `runs`, and may be killed on the way."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps([COMMON | settings for settings in runs])]
     done = subprocess.run(command, env=environment(KILL=kill), capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
     return done.returncode
@@ -95,21 +94,28 @@ def step_logs(folder: Path, rank: int = 0) -> list[dict]:
     return [row for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("objective", ["supervised", "ppow"])
-def test_a_run_killed_between_and_during_saves_resumes_to_the_same_losses(tmp_path, objective):
-    whole, killed, settings = tmp_path / "whole", tmp_path / "killed", RUNS[objective]
-    assert run(whole, settings) == 0
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """A folder with an uninterrupted run of each objective."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(*(settings | {"output_dir": str(folder / name)} for name, settings in RUNS.items())) == 0
+    return folder
 
-    assert run(killed, settings, kill="step:5") == -signal.SIGKILL
+
+@pytest.mark.parametrize("objective", ["supervised", "ppow"])
+def test_a_run_killed_between_and_during_saves_resumes_to_the_same_losses(tmp_path, uninterrupted, objective):
+    whole, killed = uninterrupted / objective, tmp_path
+    settings = RUNS[objective] | {"output_dir": str(killed)}
+    assert run(settings, kill="step:5") == -signal.SIGKILL
     assert last_complete_checkpoint(killed) == str(killed / "checkpoint-4")
 
-    assert run(killed, settings, kill="save:6", resume=True) == -signal.SIGKILL
+    assert run(settings | {"resume": True}, kill="save:6") == -signal.SIGKILL
     # Half a checkpoint lies beside its place, and is not taken.
     assert (killed / ".staging/checkpoint-6/optimizer.pt").is_file() and not (killed / "checkpoint-6").exists()
     assert last_complete_checkpoint(killed) == str(killed / "checkpoint-4")
 
-    assert run(killed, settings, resume=True) == 0
-    assert not list(killed.glob(".staging/*")) and last_complete_checkpoint(killed) == str(killed / "checkpoint-8")
+    assert run(settings | {"resume": True}) == 0
+    assert not (killed / ".staging").exists() and last_complete_checkpoint(killed) == str(killed / "checkpoint-8")
     expected, found = step_logs(whole), step_logs(killed)
     assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(1, 9))
     for name in ("loss", "grad_norm", "kl", "learning_rate"):

@@ -51,7 +51,7 @@ def make_trainer(tmp_path, make_target):
         defaults = {
             "max_length": 32,
             "max_window": WINDOW,
-            "num_prefixes": 3,
+            "num_prefixes": 2,
             "num_rollouts": 4,
             "rollout_temperature": 0.8,
             "cost_ratio": 0.15,
@@ -299,7 +299,7 @@ def test_rollouts_equal_a_check_of_every_window_on_its_own(make_trainer, archite
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rollouts_work_for_every_family(make_trainer, architecture, family):
-    trainer = make_trainer(architecture, family=family, num_prefixes=2, num_rollouts=2)
+    trainer = make_trainer(architecture, family=family, num_rollouts=2)
     inputs = batch_of(trainer.train_dataset, [0, 1])
     check_rollout_slowly(trainer, inputs, rollout_of(trainer, inputs))
 
@@ -334,7 +334,7 @@ def test_greedy_windows_are_read_off_the_text_where_the_target_wrote_it(make_tra
         counts.append(trainer.target.forward_tokens - before)
         assert bool((rollout.accepted == 0).any())
         check_rollout_slowly(trainer, inputs, rollout)
-    assert counts[1] - counts[0] == 2 * 3 * (WINDOW - 1)  # B * N * (K - 1) tokens of greedy windows
+    assert counts[1] - counts[0] == 2 * 2 * (WINDOW - 1)  # B * N * (K - 1) tokens of greedy windows
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -342,7 +342,7 @@ def test_greedy_windows_are_read_off_the_text_where_the_target_wrote_it(make_tra
 def test_a_sequences_rollouts_do_not_depend_on_its_batch_or_padding(make_trainer, architecture, adaptive):
     # The last sequence is shorter than a window: none of its windows ends inside it.
     trainer = make_trainer(
-        architecture, dataset=random_dataset([19, 11, 25, 4]), num_prefixes=2, target_temperature=1.0
+        architecture, dataset=random_dataset([19, 11, 25, 4]), target_temperature=1.0
     )
     whole = rollout_of(trainer, batch_of(trainer.train_dataset), adaptive=adaptive)
     for indices in ([0], [3], [2, 1], [1, 0]):

@@ -526,6 +526,7 @@ class PPOWTrainer(Trainer):
             if final.exists():
                 shutil.rmtree(final)
             os.replace(staged, final)
+            shutil.rmtree(run_dir / ".staging", ignore_errors=True)
             rotate_checkpoints(
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
