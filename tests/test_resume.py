@@ -15,7 +15,7 @@ from ppow_hf.training.trainer import last_complete_checkpoint
 TESTS = Path(__file__).parent
 # Trains once for each of the given settings. KILL=step:N kills at the end of step N; save:N while the optimizer's state
 # of checkpoint N is being written, half a file on disk.
-SCRIPT = '''
+SCRIPT = """
 import json, os, signal, sys
 sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
 import torch
@@ -62,7 +62,7 @@ for settings in json.loads(sys.argv[1]):
         json.dump(state, file)
     if args.process_index == 0:
         trainer.save_model(os.path.join(args.output_dir, "final"))
-'''
+"""
 COMMON = {
     "max_length": 20, "max_window": 3, "num_prefixes": 2, "num_rollouts": 4, "rollout_temperature": 0.8,
     "unroll_steps": 2, "cost_ratio": 0.15, "learning_rate": 1e-2, "max_steps": 8, "save_strategy": "steps",

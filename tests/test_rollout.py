@@ -341,9 +341,7 @@ def test_greedy_windows_are_read_off_the_text_where_the_target_wrote_it(make_tra
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_sequences_rollouts_do_not_depend_on_its_batch_or_padding(make_trainer, architecture, adaptive):
     # The last sequence is shorter than a window: none of its windows ends inside it.
-    trainer = make_trainer(
-        architecture, dataset=random_dataset([19, 11, 25, 4]), target_temperature=1.0
-    )
+    trainer = make_trainer(architecture, dataset=random_dataset([19, 11, 25, 4]), target_temperature=1.0)
     whole = rollout_of(trainer, batch_of(trainer.train_dataset), adaptive=adaptive)
     for indices in ([0], [3], [2, 1], [1, 0]):
         part = rollout_of(trainer, batch_of(trainer.train_dataset, indices), adaptive=adaptive)
@@ -530,13 +528,9 @@ def sessions_supervised_loss(trainer, inputs) -> float:
     return total / items
 
 
-@pytest.mark.parametrize(
-    ("architecture", "draft_vocab_size"), [("eagle", None), ("eagle", 24), ("standalone", None)]
-)
+@pytest.mark.parametrize(("architecture", "draft_vocab_size"), [("eagle", None), ("eagle", 24), ("standalone", None)])
 @pytest.mark.parametrize("chunk_size", [1024, 7])
-def test_supervised_loss_equals_drafting_behind_every_prefix(
-    make_trainer, architecture, draft_vocab_size, chunk_size
-):
+def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, architecture, draft_vocab_size, chunk_size):
     masks = [[True] * 19, [False] * 4 + [True] * 4 + [False] * 2 + [True], [False] * 6 + [True] * 9]
     trainer = make_trainer(
         architecture, "supervised", dataset=random_dataset(loss_masks=masks), draft_vocab_size=draft_vocab_size,

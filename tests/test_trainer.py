@@ -150,9 +150,7 @@ def test_ppow_raises_the_reward_of_a_drafter_that_only_has_to_choose(make_traine
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluated_acceptance_length_is_that_of_generate(make_trainer, make_target, architecture):
-    evaluation = SequenceDataset(
-        [list(range(1, 13)), list(range(20, 35))], [[False] * 4 + [True] * 8, [True] * 15]
-    )
+    evaluation = SequenceDataset([list(range(1, 13)), list(range(20, 35))], [[False] * 4 + [True] * 8, [True] * 15])
     trainer = make_trainer(architecture, evaluate=evaluation, eval_prompt_length=6, eval_new_tokens=10)
     found = trainer.evaluate()
     target, rounds = make_target("llama", initializer_range=0.3), []

@@ -187,9 +187,7 @@ class PPOWTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if self.args.objective != "ppow" or self.args.num_iterations == 1:
             return sampler
-        block = (
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        )
+        block = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return RepeatedBlocks(sampler, block, self.args.num_iterations, seed)
 
