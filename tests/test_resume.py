@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from ppow_hf.training.trainer import last_complete_checkpoint
 
 TESTS = Path(__file__).parent
-# Trains once for each of the given settings. KILL=step:N kills at the end of step N; save:N while the optimizer's state
-# of checkpoint N is being written, half a file on disk.
+# Trains once for each of the given settings. KILL=step:N kills at the end of step N; save:N while the state of the
+# optimizer of checkpoint N is being written, half a file on disk.
 SCRIPT = """
 import json, os, signal, sys
 sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
@@ -106,10 +106,10 @@ def uninterrupted(tmp_path_factory) -> Path:
 def test_a_run_killed_between_and_during_saves_resumes_to_the_same_losses(tmp_path, uninterrupted, objective):
     whole, killed = uninterrupted / objective, tmp_path
     settings = RUNS[objective] | {"output_dir": str(killed)}
-    assert run(settings, kill="step:5") == -signal.SIGKILL
-    assert last_complete_checkpoint(killed) == str(killed / "checkpoint-4")
+    assert run(settings, kill=f"step:{last + 1}") == -signal.SIGKILL
+    assert last_complete_checkpoint(killed) == str(killed / f"checkpoint-{last}")
 
-    assert run(settings | {"resume": True}, kill="save:6") == -signal.SIGKILL
+    assert run(settings | {"resume": True}, kill=f"save:{last + 2}") == -signal.SIGKILL
     # Half a checkpoint lies beside its place, and is not taken.
     assert (killed / ".staging/checkpoint-6/optimizer.pt").is_file() and not (killed / "checkpoint-6").exists()
     assert last_complete_checkpoint(killed) == str(killed / "checkpoint-4")

@@ -546,13 +546,13 @@ def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, archi
 @pytest.mark.parametrize("objective", ["supervised", "ppow"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_behind_the_loss_mask_have_no_effect(make_trainer, architecture, objective):
-    masks = [[False] * 6 + [True] * 4 + [False] * 9, [False] * 3 + [True] * 4 + [False] * 4]
+    masks = [[False] * 6 + [True] * 2 + [False] * 11, [False] * 3 + [True] * 4 + [False] * 4]
     results = []
     for seed in (7, 8):
         dataset = random_dataset(LENGTHS[:2], loss_masks=masks)
         other = random_dataset(LENGTHS[:2], seed=seed)
         sequences = [
-            torch.cat([dataset[i]["input_ids"][:end], other[i]["input_ids"][end:]]) for i, end in ((0, 10), (1, 7))
+            torch.cat([dataset[i]["input_ids"][:end], other[i]["input_ids"][end:]]) for i, end in ((0, 8), (1, 7))
         ]
         dataset = SequenceDataset(sequences, masks)
         trainer = make_trainer(architecture, objective, dataset=dataset, per_device_train_batch_size=2)

@@ -249,13 +249,13 @@ class RawProbabilities(KLAdaptiveCandidateGenerator):
 
 def test_raw_draft_probabilities_fail_the_check(small_vocab_target, monkeypatch):
     monkeypatch.setattr(candidate_generator, "KLAdaptiveCandidateGenerator", RawProbabilities)
-    view = drafter_for(small_vocab_target, "eagle").with_settings(window="fixed", max_window=3)
+    view = drafter_for(small_vocab_target, "eagle").with_settings(window="fixed", max_window=2)
     assert p_value(small_vocab_target, view, RUNS) < ALPHA
 
 
 def test_dropping_a_drawn_end_token_fails_the_check(small_vocab_target, monkeypatch):
     monkeypatch.setattr(PendingTokenVerifier, "__call__", lambda self, input_ids, scores: scores)
-    view = drafter_for(small_vocab_target, "standalone").with_settings(window="fixed", max_window=3)
+    view = drafter_for(small_vocab_target, "eagle").with_settings(window="fixed", max_window=2)
     assert p_value(small_vocab_target, view, RUNS, "eos") < ALPHA
 
 
