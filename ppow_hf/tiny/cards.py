@@ -139,6 +139,13 @@ def write_drafter_card(folder: str | Path, parameters: int, target: str, window:
         }
         for name, row in stages
     ]
+    adaptive = sum(row.get("adaw", 0.0) > 0 for row in log) / max(sum("adaw" in row for row in log), 1)
+    windows = (
+        f"In the last {adaptive:.0%} of the PPOW stage the windows were chosen by divergence (ADAW)."
+        if adaptive
+        else "All windows of the PPOW stage were chosen uniformly; the phase of divergence-aware choice (ADAW) was not "
+        "part of this run."
+    )
     change = stages[-1][1]["eval_acceptance_length"] - stages[-2][1]["eval_acceptance_length"]
     _card(
         DRAFTER_TEMPLATE,
@@ -153,7 +160,7 @@ def write_drafter_card(folder: str | Path, parameters: int, target: str, window:
         verdict=(
             f"PPOW changed it by {change:+.2f} over the supervised stage. With {prompts} prompts and one seed, "
             "differences below about 0.15 are noise; continued supervised training for the same time was not "
-            "measured here."
+            f"measured here. {windows}"
         ),
     )
 

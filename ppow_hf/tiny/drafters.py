@@ -90,6 +90,16 @@ class Clock(TrainerCallback):
             control.should_evaluate = True
 
 
+class TimedTrainer(PPOWTrainer):
+    """PPOWTrainer whose progress is that of the clock instead of the step count."""
+
+    clock: Clock
+
+    @property
+    def progress(self) -> float:
+        return self.clock.fraction
+
+
 def train_stage(
     drafter: PPOWDrafter,
     target,
@@ -123,7 +133,7 @@ def train_stage(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - clock.fraction, 0.05)
     )
-    trainer = PPOWTrainer(
+    trainer = TimedTrainer(
         model=drafter,
         target_model=target,
         args=arguments,
@@ -133,6 +143,7 @@ def train_stage(
         callbacks=[clock],
         optimizers=(optimizer, schedule),
     )
+    trainer.clock = clock
     before = {**trainer.evaluate(), "step": 0}  # train() begins a log of its own
     trainer.train()
     return [before, *trainer.state.log_history]

@@ -335,6 +335,11 @@ class PPOWTrainer(Trainer):
             loss_function=loss_function,
         ).loss
 
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, which decides when ADAW begins."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
     def _next_rollout(self, drafter, inputs, encoding) -> tuple[Rollout, int | None]:
         """This micro-batch's rollouts: new ones, or those kept for a further gradient step."""
         accumulation = self.args.gradient_accumulation_steps
@@ -345,7 +350,7 @@ class PPOWTrainer(Trainer):
         if place >= accumulation and slot in self._rollouts:
             return self._rollouts[slot], slot
         started, tokens_before = time.perf_counter(), self.target.forward_tokens
-        adaptive = self.state.global_step >= self.args.adaw_start * max(self.state.max_steps, 1)
+        adaptive = self.progress >= self.args.adaw_start
         assert self.cost_ratio is not None
         rollout = collect_rollout(
             drafter, self.target, encoding, inputs, self.args,
