@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quick.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
     quick.add_argument(
-        "--minutes", type=float, default=4.0, help="time given to training, about (default: %(default)s)"
+        "--minutes", type=float, default=3.2, help="time given to training, about (default: %(default)s)"
     )
     quick.set_defaults(run=quickstart)
 

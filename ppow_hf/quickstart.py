@@ -25,7 +25,7 @@ def run(
     prompts: int = 20,
     max_new_tokens: int = 64,
     seed: int = 0,
-    minutes: float = 4.0,
+    minutes: float = 3.2,
     command: str = "ppow quickstart",
 ) -> dict[str, Any]:
     """Train a drafter for the embedded target (not when `fast`), compare it with the other ways, save and print.
@@ -36,7 +36,7 @@ def run(
         prompts (`int`, *optional*, defaults to `20`): held-out functions to complete.
         max_new_tokens (`int`, *optional*, defaults to `64`): tokens generated behind each.
         seed (`int`, *optional*, defaults to `0`): of data and training.
-        minutes (`float`, *optional*, defaults to `4.0`): time for the two training stages together.
+        minutes (`float`, *optional*, defaults to `3.2`): time for the two training stages together.
         command (`str`, *optional*): recorded in `benchmark.json`.
 
     Returns:
@@ -110,7 +110,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float) ->
         offset = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.objective, seed,
-            eval_prompts=8, eval_new_tokens=48, eval_steps=25, disable_tqdm=True,
+            eval_prompts=8, eval_new_tokens=48, eval_steps=40, disable_tqdm=True,
             calibrate_at_end=stage.objective == "ppow",
         )  # fmt: skip
         log += [{**row, "step": row["step"] + offset} for row in history]

@@ -143,8 +143,8 @@ def write_drafter_card(folder: str | Path, parameters: int, target: str, window:
     windows = (
         f"In the last {adaptive:.0%} of the PPOW stage the windows were chosen by divergence (ADAW)."
         if adaptive
-        else "All windows of the PPOW stage were chosen uniformly; the phase of divergence-aware choice (ADAW) was not "
-        "part of this run."
+        else "All windows of the PPOW stage were chosen uniformly; the phase of divergence-aware choice (ADAW) was "
+        "not part of this run."
     )
     change = stages[-1][1]["eval_acceptance_length"] - stages[-2][1]["eval_acceptance_length"]
     _card(
