@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 HEAD_SIZE = 8
 

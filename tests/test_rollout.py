@@ -287,12 +287,17 @@ def check_rollout_slowly(trainer, inputs, rollout, step=0):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rollouts_equal_a_check_of_every_window_on_its_own(make_trainer, architecture, temperature):
     trainer = make_trainer(
-        architecture, target_temperature=temperature, throughput_weight=0.3, proximity_threshold=20.0
+        architecture,
+        target_temperature=temperature,
+        throughput_weight=0.3,
+        proximity_threshold=20.0,
     )
     inputs = batch_of(trainer.train_dataset)
     rollout = rollout_of(trainer, inputs)
     check_rollout_slowly(trainer, inputs, rollout)
-    assert rollout.has_prefix.all() and 0 < rollout.accepted.float().mean() < WINDOW
+    assert rollout.has_prefix.all() and rollout.accepted.float().mean() < WINDOW
+    if architecture == "standalone" or temperature > 0:  # an untrained eagle drafter seldom meets the target's choice
+        assert rollout.accepted.float().mean() > 0
     assert rollout.rewards["proximity"].unique().tolist() == [0.0, 0.5]
 
 
