@@ -298,7 +298,7 @@ def test_rollouts_equal_a_check_of_every_window_on_its_own(make_trainer, archite
     assert rollout.has_prefix.all() and rollout.accepted.float().mean() < WINDOW
     if architecture == "standalone" or temperature > 0:  # an untrained eagle drafter seldom meets the target's choice
         assert rollout.accepted.float().mean() > 0
-    assert rollout.rewards["proximity"].unique().tolist() == [0.0, 0.5]
+        assert rollout.rewards["proximity"].unique().tolist() == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gpt2"])
