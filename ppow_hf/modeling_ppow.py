@@ -487,6 +487,7 @@ class PPOWDrafter(PreTrainedModel):
                 raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
             given = overrides.pop("draft_config", None)
             draft_config = copy.deepcopy(given if given is not None else text)
+            draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
             if given is None:
                 overrides.setdefault("num_hidden_layers", 1)
                 draft_config.vocab_size = vocab_size
