@@ -21,6 +21,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .candidate_generator import check_call, target_width
+from .drafting import cache_argument
 from .modeling_ppow import DrafterView, PPOWDrafter, collect_target_states
 from .trace import GenerationTrace, RoundTrace
 
@@ -82,13 +83,13 @@ def measure_costs(
     length = input_ids.shape[1]
 
     cache = DynamicCache(config=target.config.get_text_config())
-    outputs = target(input_ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+    outputs = target(input_ids, use_cache=True, output_hidden_states=True, **{cache_argument(target): cache})
     cache.activate_past_recording()  # without it a sliding-window cache cannot be cropped
     states = collect_target_states(outputs.hidden_states, model.config.target_layer_ids)
 
     def forward_seconds(tokens: torch.Tensor) -> float:
         started = _now(target.device)
-        target(tokens, past_key_values=cache, use_cache=True)
+        target(tokens, use_cache=True, **{cache_argument(target): cache})
         seconds = _now(target.device) - started
         cache.crop(-tokens.shape[1])
         return seconds

@@ -16,6 +16,7 @@ from transformers.generation import EosTokenCriteria, LogitsProcessor, MaxLength
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
+from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
 from .trace import GenerationTrace, RoundTrace
 from .windowing import MAX_KL, AcceptanceEstimator, CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
@@ -142,7 +143,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
 
         Plain decoding cuts the prompt like this; the assisted loop of transformers (5.17 to 5.23) feeds it all again.
         """
-        cache, length = model_kwargs.get("past_key_values"), input_ids.shape[1]
+        cache, length = model_kwargs.get("cache", model_kwargs.get("past_key_values")), input_ids.shape[1]
         mask = model_kwargs.get("attention_mask")
         mask_length = mask.shape[-1] if mask is not None else self.mask_length or length
         if mask_length != length:
@@ -380,15 +381,16 @@ def _wrap_assisted_decoding(original):
         drafter: Any = call.get("assistant_model")
         if not _is_ours(drafter):
             return original(self, *args, **kwargs)
-        if call["input_ids"].shape[0] > 1:
-            raise ValueError(
-                f"input_ids: {call['input_ids'].shape[0]} sequences given, but assisted generation in transformers "
-                "takes one at a time. Call generate for each prompt, or generate the batch without assistant_model."
-            )
         if call["input_ids"].shape[1] == 0:
             raise ValueError(
                 "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
             )
+        if call["input_ids"].shape[0] > 1:  # more than the stock loop can do
+            view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
+            parts = {name: call.get(name) for name in ("logits_processor", "stopping_criteria", "generation_config")}
+            decoding = SpeculativeDecoding(view, streamer=None)
+            decoding.view = view  # whose traces the caller will read
+            return decoding(self, call["input_ids"], **parts, streamer=call.get("streamer"), **call["model_kwargs"])
         generator = KLAdaptiveCandidateGenerator(
             drafter,
             call["logits_processor"],

@@ -28,21 +28,16 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import ModelOutput
 
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-
-
-def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`allowed` bool `[..., queries, keys]` as the float mask that transformers' attention implementations add."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )
-
-
-def causal_allowed(query_count: int, past_count: int, device: torch.device) -> torch.Tensor:
-    """Causal mask `[1, 1, queries, past + queries]` for new tokens behind `past_count` cached ones."""
-    queries = torch.arange(past_count, past_count + query_count, device=device)
-    return (torch.arange(past_count + query_count, device=device) <= queries[:, None])[None, None]
+from .drafting import (
+    DrafterView,
+    DraftSession,
+    KeysValues,
+    additive_mask,
+    cache_argument,
+    causal_allowed,
+    packed_allowed,
+    rearrange_cache,
+)
 
 
 class EagleAttention(nn.Module):
@@ -137,6 +132,11 @@ class EagleDrafter(nn.Module):
     def cropped(cache: KeysValues, length: int) -> KeysValues:
         return cache[0][:, :, :length], cache[1][:, :, :length]
 
+    @staticmethod
+    def rearranged(cache: KeysValues, change: Callable[[torch.Tensor], torch.Tensor]) -> KeysValues:
+        """`change` applied to keys and values `[B, heads, L, d]`."""
+        return change(cache[0]), change(cache[1])
+
     def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
         """Keep only the output rows of `kept_tokens`."""
         self.lm_head.weight.data = self.lm_head.weight.data[kept_tokens].clone()
@@ -172,8 +172,8 @@ class StandaloneDrafter(nn.Module):
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{cache_argument(self.model.base_model): cache},
         )
         return outputs.last_hidden_state, cache
 
@@ -190,6 +190,10 @@ class StandaloneDrafter(nn.Module):
         if surplus > 0:
             cache.crop(-surplus)
         return cache
+
+    @staticmethod
+    def rearranged(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+        return rearrange_cache(cache, change)
 
 
 @dataclass
@@ -243,6 +247,7 @@ class PPOWDrafter(PreTrainedModel):
             self.d2t: Any = None
             self.t2d: Any = None
         self.last_trace: Any = None
+        self.last_traces: list[Any] = []
         inner = getattr(self.draft_model, "model", None)
         if inner is not None:
             tied = inner.all_tied_weights_keys.items()
@@ -443,16 +448,24 @@ class PPOWDrafter(PreTrainedModel):
 
     # -- one sequence, token by token (decoding)
 
-    def start_session(self, width: int | None = None) -> "DraftSession":
+    def start_session(self, width: int | None = None) -> DraftSession:
         """A [`DraftSession`]: the drafter's side of one generation call; `width` is that of the target's logits."""
         return DraftSession(self, width)
 
-    def with_settings(self, **settings) -> "DrafterView":
+    def with_settings(self, **settings) -> DrafterView:
         """This drafter with other window settings, for one call: `assistant_model=drafter.with_settings(window=...)`.
 
         Accepts `window`, `max_window`, `cost_ratio`, `verification_cost`. The view's `last_trace` is its own.
         """
         return DrafterView(self, settings)
+
+    def generate_with(self, **options):
+        """`target.generate(**inputs, custom_generate=drafter.generate_with())`: our own loop, for batches too.
+
+        See [`~ppow_hf.generation.SpeculativeDecoding`] for the options (`streamer`, `tokenizer`, `stop_strings`) and
+        [`with_settings`] for the window settings, which may be given here as well.
+        """
+        return self.with_settings().generate_with(**options)
 
     # -- making one
 
@@ -591,23 +604,6 @@ def check_width(draft_width: int, target_width: int) -> None:
         )
 
 
-def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-    """Tree mask `[B, 1, S + M*K, S + M*K]` of a sequence with M windows of K tokens behind it.
-
-    The sequence is causal; a window's token sees its prefix and the window's own earlier tokens and itself.
-    """
-    batch, count = prefixes.shape
-    device = prefixes.device
-    total = length + count * window
-    allowed = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
-    allowed[:, :length, :length] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    to_prefix = torch.arange(length, device=device) <= prefixes[..., None]  # [B, M, S]
-    allowed[:, length:, :length] = to_prefix.repeat_interleave(window, dim=1)
-    step = torch.ones(window, window, dtype=torch.bool, device=device).tril()
-    allowed[:, length:, length:] = torch.block_diag(*[step] * count) if window else False
-    return allowed[:, None]
-
-
 def eagle_layer_config(text_config, vocab_size: int):
     """The Llama configuration of an eagle drafter's one layer: the target's shape where it has one."""
     hidden = text_config.hidden_size
@@ -638,85 +634,6 @@ def collect_target_states(hidden_states: tuple[torch.Tensor, ...], layer_ids: li
     if layer_ids is None:
         return None
     return torch.cat([hidden_states[layer] for layer in layer_ids], dim=-1)
-
-
-class DraftSession:
-    """The drafter's side of one generation call: its cache, what it has read, and the window it is drafting.
-
-    `observe` reads committed tokens; `first_logits` gives the distribution behind them; `next_logits(token)` the one
-    behind a drafted token. A drafter that proposes a whole window in one forward answers `next_logits` from what
-    `first_logits` computed.
-    """
-
-    def __init__(self, drafter: PPOWDrafter, width: int | None = None):
-        self.drafter = drafter
-        self.width = width or drafter.config.vocab_size
-        self._cache: Any = None
-        self._committed = 0  # committed tokens that the cache holds
-        self._feature: torch.Tensor | None = None
-        self._drafting: torch.Tensor | None = None
-        self._position = 0
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been observed yet."""
-        return self._cache is None
-
-    def _readable(self, tokens: torch.Tensor) -> torch.Tensor:
-        """A target padded wider than the drafter may hold tokens that the drafter has no embedding of."""
-        return tokens.clamp_max(self.drafter.get_input_embeddings().num_embeddings - 1)
-
-    @torch.inference_mode()
-    def observe(self, tokens: torch.Tensor, target_states: torch.Tensor | None, first_position: int) -> None:
-        """Read committed tokens `[1, L]`, whose first one stands at `first_position` of the sequence.
-
-        For eagle `target_states` `[1, L, 3*h]` holds the states of the tokens one position earlier each.
-        """
-        draft = self.drafter.draft_model
-        if self._cache is not None:
-            self._cache = draft.cropped(self._cache, self._committed)
-        length = tokens.shape[1]
-        positions = torch.arange(first_position, first_position + length, device=tokens.device)[None]
-        past = self._committed
-        tokens = self._readable(tokens)
-        allowed = causal_allowed(length, past, tokens.device) if length > 1 else None
-        features, self._cache = draft.encode(
-            tokens, target_states, self._cache, positions - draft.first_prefix, allowed
-        )
-        self._committed += length
-        self._feature = features[:, -1:]
-        self._position = first_position + length
-
-    @torch.inference_mode()
-    def first_logits(self) -> torch.Tensor:
-        """Logits `[1, V]` of the token behind everything observed."""
-        self._drafting = self._feature
-        return self.drafter.compute_logits(self._feature[:, 0], self.width)  # type: ignore[index]
-
-    @torch.inference_mode()
-    def next_logits(self, token: torch.Tensor, drafted: int) -> torch.Tensor:
-        """Logits `[1, V]` behind the drafted `token` `[1, 1]`, the window's `drafted`-th (counted from 0)."""
-        draft = self.drafter.draft_model
-        positions = torch.full((1, 1), self._position + drafted, device=token.device) - draft.first_prefix
-        token = self._readable(token)
-        self._drafting, self._cache = draft.advance(token, self._drafting, self._cache, positions, None)
-        return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
-
-
-class DrafterView:
-    """A drafter with window settings of its own; made by [`PPOWDrafter.with_settings`]."""
-
-    def __init__(self, drafter: PPOWDrafter, settings: dict[str, Any]):
-        for name, value in settings.items():
-            if name == "architecture":
-                raise ValueError("architecture: a drafter's architecture cannot be changed for a call.")
-            check_settings(**{name: value})
-        self.drafter = drafter
-        self.settings = settings
-        self.last_trace: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["drafter"], name)
 
 
 AutoConfig.register("ppow_drafter", PPOWDrafterConfig, exist_ok=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..modeling_ppow import additive_mask, collect_target_states
+from ..drafting import additive_mask, cache_argument
+from ..modeling_ppow import collect_target_states
 
 
 @dataclass
@@ -79,18 +80,19 @@ class FrozenTarget:
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool) -> TargetEncoding:
         """One forward over right-padded sequences `[B, S]`."""
         kept = {"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}
+        cache = DynamicCache() if with_cache else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=DynamicCache() if with_cache else None,
             use_cache=with_cache,
             output_hidden_states=True,
+            **{cache_argument(self.model): cache},
             **kept,
         )
         self.forward_tokens += int(attention_mask.sum())
         sources = outputs.hidden_states[-1] if self.head_is_plain else outputs.logits
         states = collect_target_states(outputs.hidden_states, self.layer_ids)
-        return TargetEncoding(sources, states, outputs.past_key_values if with_cache else None, attention_mask)
+        return TargetEncoding(sources, states, cache, attention_mask)
 
     @torch.no_grad()
     def verify(
@@ -130,9 +132,9 @@ class FrozenTarget:
             input_ids=tokens,
             attention_mask=additive_mask(allowed, self.model.dtype),
             position_ids=positions,
-            past_key_values=encoding.cache,
             use_cache=True,
             output_hidden_states=True,
+            **{cache_argument(self.model): encoding.cache},
             **({"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}),
         )
         self.forward_tokens += tokens.numel()

@@ -1,0 +1,227 @@
+"""The drafter's side of a generation call, for one sequence or a batch of them, and the masks and caches it needs.
+
+Knows features, caches and attention masks; knows nothing about windows, verification or training.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_ppow import check_settings
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`allowed` bool `[..., queries, keys]` as the float mask that transformers' attention implementations add."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )
+
+
+def causal_allowed(query_count: int, past_count: int, device: torch.device) -> torch.Tensor:
+    """Causal mask `[1, 1, queries, past + queries]` for new tokens behind `past_count` cached ones."""
+    queries = torch.arange(past_count, past_count + query_count, device=device)
+    return (torch.arange(past_count + query_count, device=device) <= queries[:, None])[None, None]
+
+
+def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+    """Tree mask `[B, 1, S + M*K, S + M*K]` of a sequence with M windows of K tokens behind it.
+
+    The sequence is causal; a window's token sees its prefix and the window's own earlier tokens and itself.
+    """
+    batch, count = prefixes.shape
+    device = prefixes.device
+    total = length + count * window
+    allowed = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
+    allowed[:, :length, :length] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    to_prefix = torch.arange(length, device=device) <= prefixes[..., None]  # [B, M, S]
+    allowed[:, length:, :length] = to_prefix.repeat_interleave(window, dim=1)
+    step = torch.ones(window, window, dtype=torch.bool, device=device).tril()
+    allowed[:, length:, length:] = torch.block_diag(*[step] * count) if window else False
+    return allowed[:, None]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    parameters = _forward_parameters(type(model))
+    if "cache" in parameters or "past_key_values" in parameters:
+        return "cache" if "cache" in parameters else "past_key_values"
+    from transformers import LlamaForCausalLM  # a wrapper that hides the signature: what this transformers does
+
+    return "cache" if "cache" in _forward_parameters(LlamaForCausalLM) else "past_key_values"
+
+
+@functools.cache
+def _forward_parameters(model_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def rearrange_cache(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` applied to every layer's keys and values `[B, heads, L, d]`, in place."""
+    for layer in cache.layers:
+        if layer.keys is not None and layer.keys.numel():
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return cache
+
+
+def gather_columns(columns: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The change of a cache `[B, heads, L, d]` that keeps `columns` `[B, kept]` of each row, in that order."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        index = columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+        return tensor.gather(2, index.to(tensor.device))
+
+    return change
+
+
+def compacting_columns(visible: torch.Tensor) -> torch.Tensor:
+    """Columns `[B, kept]` of a cache with holes, `visible` `[B, L]` bool, in which only left padding remains."""
+    kept = int(visible.sum(1).max())
+    return visible.long().argsort(dim=1, stable=True)[:, visible.shape[1] - kept :]
+
+
+class DraftSession:
+    """The drafter's side of one generation call: its cache, what it has read, and the window it is drafting.
+
+    `observe` reads committed tokens; `first_logits` gives the distribution behind them; `next_logits(token)` the one
+    behind a drafted token. A drafter that proposes a whole window in one forward answers `next_logits` from what
+    `first_logits` computed. Rows of a batch end at the same column: what is not a row's own is padding on the left of
+    what was observed, never seen again (`visible` False).
+    """
+
+    def __init__(self, drafter: Any, width: int | None = None):
+        self.drafter = drafter
+        self.width = width or drafter.config.vocab_size
+        self._cache: Any = None
+        self._committed = 0  # columns of committed tokens that the cache holds
+        self._visible: torch.Tensor | None = None  # [B, columns] of them; None while every one is some row's token
+        self._feature: torch.Tensor | None = None
+        self._drafting: torch.Tensor | None = None
+        self._position: int | torch.Tensor = 0  # of the token behind everything observed
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been observed yet."""
+        return self._cache is None
+
+    def _readable(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A target padded wider than the drafter may hold tokens that the drafter has no embedding of."""
+        return tokens.clamp_max(self.drafter.get_input_embeddings().num_embeddings - 1)
+
+    @torch.inference_mode()
+    def observe(
+        self,
+        tokens: torch.Tensor,
+        target_states: torch.Tensor | None,
+        first_position: int | torch.Tensor,
+        visible: torch.Tensor | None = None,
+    ) -> None:
+        """Read committed tokens `[B, L]`, whose first one stands at `first_position` of the sequence.
+
+        For eagle `target_states` `[B, L, 3*h]` holds the states of the tokens one position earlier each. Rows of
+        different lengths are padded on the left, `visible` `[B, L]` False there, and `first_position` `[B]` is that
+        of each row's first own token.
+        """
+        draft = self.drafter.draft_model
+        if self._cache is not None:
+            self._cache = draft.cropped(self._cache, self._committed)
+        (batch, length), past, device = tokens.shape, self._committed, tokens.device
+        if visible is not None and self._visible is None and bool(visible.all()):
+            visible = None
+        allowed: torch.Tensor | None
+        if visible is None and self._visible is None:
+            allowed = causal_allowed(length, past, device) if length > 1 else None
+            own = torch.arange(length, device=device)[None].expand(batch, -1)
+        else:
+            visible = torch.ones_like(tokens, dtype=torch.bool) if visible is None else visible
+            seen = visible.new_ones(batch, past) if self._visible is None else self._visible
+            self._visible = torch.cat([seen, visible], dim=1)
+            itself = torch.eye(length, past + length, dtype=torch.bool, device=device).roll(past, dims=1)
+            allowed = (causal_allowed(length, past, device) & self._visible[:, None, None]) | itself
+            own = (visible.long().cumsum(1) - 1).clamp_min(0)
+        start = first_position if isinstance(first_position, int) else first_position[:, None]
+        positions = (own + start - draft.first_prefix).clamp_min(0)
+        features, self._cache = draft.encode(self._readable(tokens), target_states, self._cache, positions, allowed)
+        self._committed += length
+        self._feature = features[:, -1:]
+        if isinstance(first_position, int) and visible is None:
+            self._position = first_position + length
+        else:
+            self._position = positions[:, -1] + 1 + draft.first_prefix
+
+    @torch.inference_mode()
+    def first_logits(self) -> torch.Tensor:
+        """Logits `[B, V]` of the token behind everything observed."""
+        self._drafting = self._feature
+        return self.drafter.compute_logits(self._feature[:, 0], self.width)  # type: ignore[index]
+
+    @torch.inference_mode()
+    def next_logits(self, token: torch.Tensor, drafted: int) -> torch.Tensor:
+        """Logits `[B, V]` behind the drafted `token` `[B, 1]`, the window's `drafted`-th (counted from 0)."""
+        draft = self.drafter.draft_model
+        allowed = None
+        if isinstance(self._position, int):
+            positions = torch.full((token.shape[0], 1), self._position + drafted, device=token.device)
+        else:
+            positions = self._position[:, None] + drafted
+        if self._visible is not None:
+            allowed = nn.functional.pad(self._visible, (0, drafted + 1), value=True)[:, None, None]
+        self._drafting, self._cache = draft.advance(
+            self._readable(token), self._drafting, self._cache, positions - draft.first_prefix, allowed
+        )
+        return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
+
+    @torch.inference_mode()
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Go on with these rows `[B']` of the batch alone; between a window's verification and the next `observe`."""
+        draft = self.drafter.draft_model
+        self._cache = draft.rearranged(draft.cropped(self._cache, self._committed), lambda t: t[rows])
+        self._feature = self._feature[rows]  # type: ignore[index]
+        self._visible = None if self._visible is None else self._visible[rows]
+        self._position = self._position if isinstance(self._position, int) else self._position[rows]
+
+    @torch.inference_mode()
+    def compact(self) -> None:
+        """Forget the columns that no row can see; between a window's verification and the next `observe`."""
+        if self._visible is None:
+            return
+        draft, columns = self.drafter.draft_model, compacting_columns(self._visible)
+        self._cache = draft.rearranged(draft.cropped(self._cache, self._committed), gather_columns(columns))
+        self._visible = self._visible.gather(1, columns)
+        self._committed = columns.shape[1]
+
+    @property
+    def waste(self) -> float:
+        """Share of the cache's columns that compacting would free."""
+        if self._visible is None or not self._committed:
+            return 0.0
+        return 1 - int(self._visible.sum(1).max()) / self._committed
+
+
+class DrafterView:
+    """A drafter with window settings of its own; made by [`PPOWDrafter.with_settings`]."""
+
+    def __init__(self, drafter: Any, settings: dict[str, Any]):
+        for name, value in settings.items():
+            if name == "architecture":
+                raise ValueError("architecture: a drafter's architecture cannot be changed for a call.")
+            check_settings(**{name: value})
+        self.drafter = drafter
+        self.settings = settings
+        self.last_trace: Any = None
+        self.last_traces: list[Any] = []
+        self.record = True
+
+    def generate_with(self, **options):
+        """See [`PPOWDrafter.generate_with`]."""
+        from .generation import SpeculativeDecoding
+
+        return SpeculativeDecoding(self, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["drafter"], name)
