@@ -6,25 +6,36 @@ one line on stderr and exit code 2 (`PPOW_DEBUG=1` shows the traceback instead).
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .tiny import EMBEDDED_NAMES, embedded_path, is_embedded
+from .commands import COMMANDS
+from .loading import (
+    MODEL_HELP,
+    STDLIB_PROMPT_TOKENS,
+    add_models,
+    check_fits,
+    check_positive,
+    check_tokenizer,
+    ensure_file_writable,
+    ensure_writable,
+    load_drafter,
+    load_pair,
+    load_prompts,
+    load_target,
+    load_tokenizer,
+)
+from .tiny import is_embedded
 
 if TYPE_CHECKING:
-    import torch
-
     from .modeling_ppow import PPOWDrafter
     from .trace import GenerationTrace
-
-STDLIB_PROMPT_TOKENS = 128
-MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
 
 
 @dataclasses.dataclass
@@ -163,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue a prompt with a target and a drafter",
         description="Continue a prompt. The text goes to stdout, a summary of the drafting to stderr.",
     )
-    _add_models(generation)
+    add_models(generation)
     generation.add_argument("--prompt", required=True, help="the text to continue, or - to read it from stdin")
     generation.add_argument(
         "--max-new-tokens", type=int, default=128, help="most tokens to generate (default: %(default)s)"
@@ -190,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate greedily from the same prompts in turns: plain, with prompt lookup, with transformers' "
         "own assisted generation (given a standalone drafter) and with the drafter; print a table.",
     )
-    _add_models(bench)
+    add_models(bench)
     bench.add_argument("--standalone", metavar="MODEL", help=f"a standalone drafter to compare with: {MODEL_HELP}")
     bench.add_argument(
         "--prompts",
@@ -212,21 +223,13 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", metavar="FILE", help="also draw the windows of the adaptive rule as a PNG")
     bench.set_defaults(run=bench_models)
 
+    for name in COMMANDS:
+        importlib.import_module(f".commands.{name}", __package__).register(commands)
+
     commands.add_parser(
         "train", add_help=False, help="train a drafter on your own data (ppow train --help lists its arguments)"
     )
     return parser
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {MODEL_HELP}")
-    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the drafter: {MODEL_HELP}")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="number format of the models (default: float32 on a CPU, the model's own on a GPU)",
-    )
-    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
 
 
 # -- the commands
@@ -235,8 +238,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def quickstart(arguments: argparse.Namespace) -> int:
     """`ppow quickstart`."""
     for name in ("prompts", "max_new_tokens"):
-        _check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
-    _check_positive("--minutes", arguments.minutes)
+        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_positive("--minutes", arguments.minutes)
     ensure_writable(arguments.output_dir, "--output-dir")
     from . import quickstart as module
 
@@ -255,7 +258,7 @@ def quickstart(arguments: argparse.Namespace) -> int:
 def tiny_target(arguments: argparse.Namespace) -> int:
     """`ppow tiny-target`."""
     if arguments.max_steps is not None:
-        _check_positive("--max-steps", arguments.max_steps)
+        check_positive("--max-steps", arguments.max_steps)
     ensure_writable(arguments.output_dir, "--output-dir")
     tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
     from .tiny.recipe import QWEN3_RECIPE, TargetRecipe, make_target
@@ -269,8 +272,8 @@ def tiny_target(arguments: argparse.Namespace) -> int:
 
 def tiny_drafter(arguments: argparse.Namespace) -> int:
     """`ppow tiny-drafter`."""
-    _check_positive("--minutes", arguments.minutes)
-    _check_positive("--sequences", arguments.sequences)
+    check_positive("--minutes", arguments.minutes)
+    check_positive("--sequences", arguments.sequences)
     ensure_writable(arguments.output_dir, "--output-dir")
     target = load_target(arguments.target, "--target", None, None)
     tokenizer = load_tokenizer(arguments.target, "--target")
@@ -291,13 +294,13 @@ def tiny_drafter(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace) -> int:
     """`ppow generate`."""
-    _check_positive("--max-new-tokens", arguments.max_new_tokens)
+    check_positive("--max-new-tokens", arguments.max_new_tokens)
     if not 0 <= arguments.temperature < float("inf"):
         raise ValueError(f"--temperature: {arguments.temperature} given; 0 (greedy) or a positive number is needed.")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    target, tokenizer, drafter = _load_pair(arguments)
+    target, tokenizer, drafter = load_pair(arguments)
     input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
-    _check_fits("--prompt", input_ids.shape[1], arguments.max_new_tokens, target)
+    check_fits("--prompt", input_ids.shape[1], arguments.max_new_tokens, target)
     settings = {
         name: getattr(arguments, name) for name in ("window", "max_window") if getattr(arguments, name) is not None
     }
@@ -333,15 +336,15 @@ def generate(arguments: argparse.Namespace) -> int:
 def bench_models(arguments: argparse.Namespace) -> int:
     """`ppow bench`."""
     for name in ("num_prompts", "max_new_tokens", "repeats"):
-        _check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     for name in ("json", "plot"):
         if getattr(arguments, name):
-            _ensure_file_writable(getattr(arguments, name), f"--{name}")
+            ensure_file_writable(getattr(arguments, name), f"--{name}")
     if arguments.prompts != "stdlib" and not Path(arguments.prompts).is_file():
         raise FileNotFoundError(
             f"--prompts: there is no file {arguments.prompts!r}. Pass a .jsonl or .txt file, or stdlib."
         )
-    target, tokenizer, drafter = _load_pair(arguments)
+    target, tokenizer, drafter = load_pair(arguments)
     standalone = None
     if arguments.standalone:
         standalone = load_drafter(arguments.standalone, "--standalone", arguments.dtype, arguments.device)
@@ -450,161 +453,7 @@ def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDr
     return drafter.float()
 
 
-# -- loading
-
-
-def resolve(name: str) -> str:
-    """The folder of an embedded model's name; any other name or path as it is."""
-    return str(embedded_path(name)) if is_embedded(name) else os.path.expanduser(name)
-
-
-def load_target(name: str, argument: str = "--target", dtype: str | None = None, device: str | None = None) -> Any:
-    """The causal language model that `name` stands for, in eval mode; float32 on a CPU by default."""
-    from transformers import AutoModelForCausalLM
-
-    return _load(AutoModelForCausalLM, name, argument, dtype, device)
-
-
-def load_drafter(
-    name: str, argument: str = "--drafter", dtype: str | None = None, device: str | None = None
-) -> "PPOWDrafter":
-    """The [`PPOWDrafter`] that `name` stands for; `ValueError` if it is another kind of model."""
-    from transformers import AutoModel
-
-    from .modeling_ppow import PPOWDrafter
-
-    model = _load(AutoModel, name, argument, dtype, device)
-    if not isinstance(model, PPOWDrafter):
-        raise ValueError(
-            f"{argument}: {name!r} is a {type(model).__name__}, not a PPOWDrafter. Make one with `ppow train`, or use "
-            "an embedded one (tiny-eagle, tiny-standalone)."
-        )
-    return model
-
-
-def load_tokenizer(name: str, argument: str = "--target") -> Any:
-    """The tokenizer that lies with the model `name`."""
-    from transformers import AutoTokenizer
-
-    path = _existing(name, argument)
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
-
-
-def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
-    """Raise `ValueError` if the drafter was trained for a tokenizer with another vocabulary."""
-    from .configuration_ppow import vocabulary_fingerprint
-
-    expected, given = drafter.config.target_vocabulary_fingerprint, vocabulary_fingerprint(tokenizer)
-    if expected is not None and expected != given:
-        of = f" ({drafter.config.target_name_or_path})" if drafter.config.target_name_or_path else ""
-        raise ValueError(
-            f"{argument}: it was trained for a target with another vocabulary{of}: fingerprint {expected}, and the "
-            f"target's tokenizer has {given}. Use a drafter that was trained for this target."
-        )
-
-
-def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
-    """Token ids `[1, n]` of the first `count` prompts of a file, or of held-out functions of the standard library."""
-    import torch
-
-    from .data import extract_prompts
-
-    context = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    room = context - max_new_tokens
-    if room < 1:
-        raise ValueError(f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}.")
-    rows: Any = source
-    if source == "stdlib":
-        from .tiny.corpus import function_prompts, standard_library
-
-        held_out = [file for file in standard_library() if file.held_out]
-        rows = [{"prompt": prompt} for prompt in function_prompts(held_out, count)]
-        room = min(room, STDLIB_PROMPT_TOKENS)
-    elif source.endswith(".txt"):
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-        rows = [{"prompt": line} for line in lines if line.strip()]
-    prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
-    return [torch.tensor([prompt]) for prompt in prompts]
-
-
-def ensure_writable(folder: str | Path, argument: str) -> Path:
-    """Make `folder` if need be and try to write in it, before any work is done.
-
-    Raises `ValueError` naming `argument` if that is not possible.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{argument}: cannot write to {str(folder)!r} ({error.strerror or error}). Pass a folder that can be "
-            "written to."
-        ) from error
-    return folder
-
-
-def _ensure_file_writable(path: str, argument: str) -> None:
-    if Path(path).is_dir():
-        raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
-    ensure_writable(Path(path).parent, argument)
-
-
-def _load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
-    target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
-    tokenizer = load_tokenizer(arguments.target, "--target")
-    drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
-    check_tokenizer(drafter, tokenizer)
-    return target, tokenizer, drafter
-
-
-def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
-    import torch
-
-    path = _existing(name, argument)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        dtype = "float32" if device == "cpu" else "auto"
-    try:
-        model = auto_class.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
-    try:
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
-
-
-def _existing(name: str, argument: str) -> str:
-    """`name` resolved; a path that is not there is said to be missing before the Hub is asked for it."""
-    path = resolve(name)
-    looks_like_path = path.startswith((".", os.sep)) or path.count("/") > 1
-    if looks_like_path and not Path(path).is_dir():
-        raise FileNotFoundError(f"{argument}: there is no folder {name!r}.")
-    return path
-
-
-# -- checks and messages
-
-
-def _check_positive(argument: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
-
-
-def _check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:
-    if prompt_length < 1:
-        raise ValueError(f"{argument}: it is empty; at least one token is needed to continue.")
-    context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt_length + max_new_tokens > context:
-        raise ValueError(
-            f"{argument}: {prompt_length} tokens and --max-new-tokens {max_new_tokens} are more than the target's "
-            f"context of {context}. Shorten the prompt, or generate fewer tokens."
-        )
+# -- messages
 
 
 def _as_command(argv: Sequence[str]) -> str:

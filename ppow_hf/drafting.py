@@ -48,7 +48,7 @@ def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Te
 
 def cache_argument(model: nn.Module) -> str:
     """What this model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
-    parameters = _forward_parameters(type(model))
+    parameters = _forward_parameters(model.__class__)
     if "cache" in parameters or "past_key_values" in parameters:
         return "cache" if "cache" in parameters else "past_key_values"
     from transformers import LlamaForCausalLM  # a wrapper that hides the signature: what this transformers does
@@ -57,7 +57,7 @@ def cache_argument(model: nn.Module) -> str:
 
 
 @functools.cache
-def _forward_parameters(model_class: type) -> frozenset[str]:
+def _forward_parameters(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 

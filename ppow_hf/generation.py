@@ -1,7 +1,7 @@
 """Our own draft-verify loop: batches of prompts, ragged acceptance, one trace a row.
 
-`target.generate(**inputs, custom_generate=drafter.generate_with())` runs it; so does `assistant_model=drafter` with more
-than one prompt, where transformers' assisted loop ends. Knows targets, drafters and their caches; trains nothing.
+`target.generate(**inputs, custom_generate=drafter.generate_with())` runs it; so does `assistant_model=drafter` with
+more than one prompt, where transformers' assisted loop ends. Knows targets, drafters and their caches; trains nothing.
 
 Rows of a batch share one cache. Draft tokens that were rejected stay in it unseen (attention_mask 0, explicit
 position_ids) until they are too many, when the cache is compacted; rows that are finished leave the batch.
@@ -214,8 +214,8 @@ class SpeculativeCall:
         left_out = getattr(self.generation_config, "_mask_length", None)  # of a mask of ones, which generate drops
         if mask is None and left_out is not None and left_out != input_ids.shape[1]:
             raise ValueError(
-                f"attention_mask: {left_out} entries given for {input_ids.shape[1]} tokens. Pass one for each token (and, "
-                "with a cache, the whole sequence as input_ids: the drafter has not read the tokens in the cache)."
+                f"attention_mask: {left_out} entries given for {input_ids.shape[1]} tokens. Pass one for each token "
+                "(with a cache, the whole sequence as input_ids: the drafter has not read the tokens in the cache)."
             )
         if mask is None:
             return torch.ones_like(input_ids, dtype=torch.bool)
@@ -441,8 +441,10 @@ class SpeculativeCall:
         self.extra_inputs = {} if only_last else self.extra_inputs  # images and the like belong to the prompt
         window = self._sliding_window()
         if self.takes["attention_mask"]:
-            by_position = window is not None and self.ragged
-            inputs["attention_mask"] = self._masks(seen, positions, window) if by_position else seen.long()
+            if window is not None and self.ragged:
+                inputs["attention_mask"] = self._masks(seen, positions, window)
+            else:
+                inputs["attention_mask"] = seen.long()
         if self.takes["position_ids"]:
             inputs["position_ids"] = positions
         if only_last and self.takes["logits_to_keep"]:

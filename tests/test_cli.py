@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 import ppow_hf
-from ppow_hf import cli, tiny
+from ppow_hf import cli, loading, tiny
 from ppow_hf.configuration_ppow import vocabulary_fingerprint
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
@@ -117,9 +117,9 @@ def test_stdlib_prompts_are_short_and_held_out(tokenizer, make_target, monkeypat
         corpus.SourceFile("trained", f"def trained():\n{bodies}", held_out=False),
     ]
     monkeypatch.setattr(corpus, "standard_library", lambda: files)
-    (prompt,) = cli.load_prompts("stdlib", 1, tokenizer, make_target("llama"), max_new_tokens=4)
+    (prompt,) = loading.load_prompts("stdlib", 1, tokenizer, make_target("llama"), max_new_tokens=4)
     assert prompt.shape == (1, 128)
-    (short,) = cli.load_prompts("stdlib", 1, tokenizer, make_target("llama"), max_new_tokens=200)
+    (short,) = loading.load_prompts("stdlib", 1, tokenizer, make_target("llama"), max_new_tokens=200)
     assert short.shape == (1, 56)
 
 
@@ -162,7 +162,7 @@ def test_unwritable_folders_are_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for command in ("quickstart", "tiny-target"):
         assert "--output-dir: cannot write to" in fails(capsys, command, "--output-dir", tmp_path / "file" / "below")
-    assert cli.ensure_writable(tmp_path / "a" / "b", "--output-dir").is_dir()
+    assert loading.ensure_writable(tmp_path / "a" / "b", "--output-dir").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
@@ -264,15 +264,15 @@ def test_embedded_names_resolve_to_folders_that_are_complete(tmp_path, monkeypat
         ("tiny-eagle", "ppow tiny-drafter --architecture"),
     ):
         with pytest.raises(FileNotFoundError, match=rf"{name}: .*config.json is missing.*{remake}"):
-            cli.resolve(name)
+            loading.resolve(name)
     for folder in ("llama", "qwen3", "eagle", "standalone"):
         (tmp_path / folder).mkdir()
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             (tmp_path / folder / file).write_text("")
     assert tiny.target_path() == tiny.target_path("tiny") == tmp_path / "llama"
     assert tiny.drafter_path("eagle") == tiny.drafter_path("tiny-eagle") == tmp_path / "eagle"
-    assert cli.resolve("tiny-qwen3") == str(tmp_path / "qwen3")
-    assert cli.resolve("org/model") == "org/model" and cli.resolve("~/x") == os.path.expanduser("~/x")
+    assert loading.resolve("tiny-qwen3") == str(tmp_path / "qwen3")
+    assert loading.resolve("org/model") == "org/model" and loading.resolve("~/x") == os.path.expanduser("~/x")
     for function, name in ((tiny.target_path, "tiny-eagle"), (tiny.drafter_path, "tiny")):
         with pytest.raises(ValueError, match="name: "):
             function(name)

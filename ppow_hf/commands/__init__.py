@@ -1,0 +1,6 @@
+"""Subcommands of `ppow`, one module each: `register(commands)` adds its parser, whose `run` default does the work.
+
+A module imports heavy libraries inside its functions, so that `ppow --help` is quick.
+"""
+
+COMMANDS: tuple[str, ...] = ()
