@@ -5,16 +5,14 @@ import dataclasses
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 
-import ppow_hf
-from ppow_hf import cli, loading, tiny
+from ppow_hf import PPOWDrafter, cli, loading, tiny
 from ppow_hf.configuration_ppow import vocabulary_fingerprint
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
@@ -40,7 +38,7 @@ def saved(make_target, tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder / "target")
     fingerprint = vocabulary_fingerprint(tokenizer)
     for architecture in ("eagle", "standalone"):
-        drafter = ppow_hf.PPOWDrafter.from_target(
+        drafter = PPOWDrafter.from_target(
             target, architecture, target_vocabulary_fingerprint=fingerprint, max_window=4
         )
         drafter.save_pretrained(folder / architecture)
@@ -151,7 +149,7 @@ def test_a_target_without_its_tokenizer_is_refused(saved, make_target, tmp_path,
 
 
 def test_a_drafter_of_another_vocabulary_is_refused(saved, tmp_path, capsys):
-    drafter = ppow_hf.PPOWDrafter.from_pretrained(saved / "eagle")
+    drafter = PPOWDrafter.from_pretrained(saved / "eagle")
     drafter.config.target_vocabulary_fingerprint = "0123456789abcdef"
     drafter.save_pretrained(tmp_path / "other")
     argv = ["generate", "--target", saved / "target", "--drafter", tmp_path / "other", "--prompt", "a"]
@@ -182,27 +180,6 @@ def test_usage_mistakes_and_help_have_argparse_exit_codes(capsys):
         assert "usage: ppow" in capsys.readouterr().out
 
 
-def test_quickstart_passes_its_arguments_on(tmp_path, monkeypatch):
-    calls = []
-    module = types.ModuleType("ppow_hf.quickstart")
-    module.run = lambda **arguments: calls.append(arguments) or {}
-    monkeypatch.setitem(sys.modules, "ppow_hf.quickstart", module)
-    monkeypatch.setattr(ppow_hf, "quickstart", module, raising=False)
-    folder = str(tmp_path / "out")
-    assert cli.main(["quickstart", "--fast", "--output-dir", folder, "--prompts", "3", "--minutes", "4.5"]) == 0
-    assert calls == [
-        {
-            "output_dir": folder,
-            "fast": True,
-            "prompts": 3,
-            "max_new_tokens": 64,
-            "seed": 0,
-            "minutes": 4.5,
-            "command": f"ppow quickstart --fast --output-dir {folder} --prompts 3 --minutes 4.5",
-        }
-    ]
-
-
 def test_tiny_target_chooses_the_recipe(tmp_path, monkeypatch):
     from ppow_hf.tiny import recipe
 
@@ -213,41 +190,35 @@ def test_tiny_target_chooses_the_recipe(tmp_path, monkeypatch):
     assert made == [(dataclasses.replace(recipe.QWEN3_RECIPE, max_steps=7), None)]
 
 
-def test_train_builds_the_drafter_and_hands_everything_to_the_trainer(saved, tmp_path, monkeypatch, tokenizer):
-    trainers_made = []
-
-    class FakeTrainer:
-        def __init__(self, **arguments):
-            self.arguments, self.calls = arguments, []
-            trainers_made.append(self)
-
-        def train(self, resume_from_checkpoint=None):
-            self.calls.append(("train", resume_from_checkpoint))
-
-        def save_model(self):
-            self.calls.append("save")
-
-    module = types.ModuleType("ppow_hf.training")
-    module.PPOWTrainer, module.PPOWTrainingArguments = FakeTrainer, TrainingArguments
-    monkeypatch.setitem(sys.modules, "ppow_hf.training", module)
+def test_train_makes_a_drafter_goes_on_with_it_and_resumes(saved, tmp_path, tokenizer):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(4)))
-    argv = ["train", "--target", saved / "target", "--train_data", data, "--output_dir", tmp_path / "out"]
-    argv += ["--draft_vocab_size", 16, "--use_cpu", "--resume"]
-    assert cli.main(list(map(str, argv))) == 0
-    (trainer,) = trainers_made
-    drafter = trainer.arguments["model"]
+    data.write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(8)))
+    common = ["train", "--target", saved / "target", "--train_data", data, "--eval_data", data, "--use_cpu"]
+    common += ["--max_length", 24, "--per_device_train_batch_size", 2, "--report_to", "none", "--disable_tqdm", "true"]
+    common += ["--eval_prompts", 1, "--eval_prompt_length", 8, "--eval_new_tokens", 4, "--max_window", 3]
+    common += ["--save_steps", 2, "--logging_steps", 1]
+
+    first = [*common, "--output_dir", tmp_path / "a", "--objective", "supervised", "--draft_vocab_size", 16]
+    assert cli.main([*map(str, first), "--max_steps", "2"]) == 0
+    drafter = PPOWDrafter.from_pretrained(tmp_path / "a")
     assert drafter.config.architecture == "eagle" and drafter.config.draft_vocab_size == 16
     counts = torch.bincount(torch.tensor(tokenizer(TEXT)["input_ids"]), minlength=64)
     assert counts[drafter.kept_tokens].min() >= counts[~drafter.t2d].max()
     assert drafter.config.target_vocabulary_fingerprint == vocabulary_fingerprint(tokenizer)
-    assert trainer.arguments["train_dataset"] == str(data) and trainer.arguments["eval_dataset"] is None
-    assert trainer.calls == [("train", True), "save"]
 
-    argv = ["train", "--target", saved / "target", "--train_data", data, "--output_dir", tmp_path / "out"]
-    assert cli.main([*map(str, argv), "--drafter", str(saved / "standalone"), "--use_cpu"]) == 0
-    assert trainers_made[1].arguments["model"].config.architecture == "standalone"
-    assert trainers_made[1].calls[0] == ("train", None)
+    written = (tmp_path / "a" / "checkpoint-2" / "complete.json").stat().st_mtime_ns
+    assert cli.main([*map(str, first), "--max_steps", "4", "--resume"]) == 0
+    state = json.loads((tmp_path / "a" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4 and (tmp_path / "a" / "training.png").is_file()
+    assert (tmp_path / "a" / "checkpoint-2" / "complete.json").stat().st_mtime_ns == written, "it went on from it"
+
+    second = [*common, "--output_dir", tmp_path / "b", "--objective", "ppow", "--drafter", tmp_path / "a"]
+    second += ["--max_steps", 1, "--num_prefixes", 2, "--num_rollouts", 2]
+    before = drafter.state_dict()
+    assert cli.main(list(map(str, second))) == 0
+    after = PPOWDrafter.from_pretrained(tmp_path / "b").state_dict()
+    assert before.keys() == after.keys() and torch.equal(before["d2t"], after["d2t"])
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_train_names_missing_data(saved, tmp_path, capsys):
