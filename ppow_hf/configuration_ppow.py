@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-ARCHITECTURES = ("eagle", "standalone")
+ARCHITECTURES = ("eagle", "standalone", "medusa")
 WINDOWS = ("kl", "fixed", "heuristic")
 
 
@@ -37,17 +37,21 @@ class PPOWDrafterConfig(PreTrainedConfig):
     Args:
         architecture (`str`, *optional*, defaults to `"eagle"`):
             `"eagle"`: the EAGLE-3 computation over the target's hidden states; `"standalone"`: a causal language model
-            of its own.
+            of its own; `"medusa"`: heads on the target's last state, one for each token of a window.
         draft_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the drafter's own transformer. For `"eagle"` a Llama configuration whose one layer's shape
-            is used; for `"standalone"` the configuration of any causal language model.
+            is used; for `"standalone"` the configuration of any causal language model; not used by `"medusa"`.
         vocab_size (`int`, *optional*, defaults to `32000`):
             Width of the target's logits.
         draft_vocab_size (`int`, *optional*):
             Width of the drafter's own logits. `eagle` may have fewer tokens than the target (`d2t` maps them).
-        target_hidden_size (`int`, *optional*): width of the target's hidden states (eagle).
+        target_hidden_size (`int`, *optional*): width of the target's hidden states (eagle, medusa).
         target_layer_ids (`list[int]`, *optional*):
-            Target states that an eagle drafter reads; id k is transformers' `hidden_states[k]`.
+            Target states that the drafter reads; id k is transformers' `hidden_states[k]`. Three for eagle; for medusa
+            the last one, after the final norm.
+        medusa_heads (`int`, *optional*):
+            Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
+        medusa_layers (`int`, *optional*, defaults to `1`): residual layers of each head.
         target_name_or_path, target_revision, target_model_type (`str`, *optional*): the target it was trained for.
         target_vocabulary_fingerprint (`str`, *optional*): see [`vocabulary_fingerprint`].
         context_length (`int`, *optional*): longest sequence that drafter and target take together.
@@ -79,6 +83,8 @@ class PPOWDrafterConfig(PreTrainedConfig):
         draft_vocab_size: int | None = None,
         target_hidden_size: int | None = None,
         target_layer_ids: list[int] | None = None,
+        medusa_heads: int | None = None,
+        medusa_layers: int = 1,
         target_name_or_path: str | None = None,
         target_revision: str | None = None,
         target_model_type: str | None = None,
@@ -104,6 +110,8 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.draft_vocab_size = draft_vocab_size
         self.target_hidden_size = target_hidden_size
         self.target_layer_ids = target_layer_ids
+        self.medusa_heads = medusa_heads
+        self.medusa_layers = medusa_layers
         self.target_name_or_path = target_name_or_path
         self.target_revision = target_revision
         self.target_model_type = target_model_type
@@ -123,6 +131,24 @@ class PPOWDrafterConfig(PreTrainedConfig):
         check_settings(
             window=window, max_window=max_window, cost_ratio=cost_ratio, verification_cost=verification_cost
         )
+        for name, value in (("medusa_heads", medusa_heads), ("medusa_layers", medusa_layers)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
+        self.check_window(max_window)
+
+    @property
+    def longest_window(self) -> int | None:
+        """The longest window that the drafter can draft at all: a medusa drafter's heads; `None`: no limit."""
+        return (self.medusa_heads or self.max_window) if self.architecture == "medusa" else None
+
+    def check_window(self, max_window: int) -> None:
+        """Raise `ValueError` when a drafter of this configuration cannot draft windows of `max_window` tokens."""
+        longest = self.longest_window
+        if longest is not None and max_window > longest:
+            raise ValueError(
+                f"max_window: {max_window} given, but this medusa drafter has {longest} heads, one for each token of "
+                "a window. Give at most that many, or make a drafter with more medusa_heads."
+            )
 
 
 def check_settings(**settings: Any) -> None:

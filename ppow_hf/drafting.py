@@ -89,9 +89,9 @@ class DraftSession:
     """The drafter's side of one generation call: its cache, what it has read, and the window it is drafting.
 
     `observe` reads committed tokens; `first_logits` gives the distribution behind them; `next_logits(token)` the one
-    behind a drafted token. A drafter that proposes a whole window in one forward answers `next_logits` from what
-    `first_logits` computed. Rows of a batch end at the same column: what is not a row's own is padding on the left of
-    what was observed, never seen again (`visible` False).
+    behind a drafted token. A drafter that proposes a whole window from one state (medusa) answers `next_logits` from
+    the state that `first_logits` had. Rows of a batch end at the same column: what is not a row's own is padding on
+    the left of what was observed, never seen again (`visible` False).
     """
 
     def __init__(self, drafter: Any, width: int | None = None):
@@ -111,7 +111,8 @@ class DraftSession:
 
     def _readable(self, tokens: torch.Tensor) -> torch.Tensor:
         """A target padded wider than the drafter may hold tokens that the drafter has no embedding of."""
-        return tokens.clamp_max(self.drafter.get_input_embeddings().num_embeddings - 1)
+        embeddings = self.drafter.get_input_embeddings()
+        return tokens if embeddings is None else tokens.clamp_max(embeddings.num_embeddings - 1)
 
     @torch.inference_mode()
     def observe(
@@ -211,6 +212,8 @@ class DrafterView:
             if name == "architecture":
                 raise ValueError("architecture: a drafter's architecture cannot be changed for a call.")
             check_settings(**{name: value})
+            if name == "max_window":
+                drafter.config.check_window(value)
         self.drafter = drafter
         self.settings = settings
         self.last_trace: Any = None

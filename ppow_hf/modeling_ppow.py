@@ -15,185 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
-from .drafting import (
-    DrafterView,
-    DraftSession,
-    KeysValues,
-    additive_mask,
-    cache_argument,
-    causal_allowed,
-    packed_allowed,
-    rearrange_cache,
-)
-
-
-class EagleAttention(nn.Module):
-    """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # masks are always explicit
-        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(self, x, position_embeddings, mask, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
-        batch, length = x.shape[:2]
-        queries, keys, values = (
-            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
-        return self.o_proj(output.reshape(batch, length, -1)), (keys, values)
-
-
-class EagleDecoderLayer(GradientCheckpointingLayer):
-    """EAGLE-3's one layer: attention over [norm(embedding), norm(state)]; the residual is the state."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn = EagleAttention(config)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, embeddings, states, position_embeddings, mask, past: KeysValues | None):
-        x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
-        attended, keys_values = self.self_attn(x, position_embeddings, mask, past)
-        states = states + attended
-        return states + self.mlp(self.post_attention_layernorm(states)), keys_values
-
-
-class EagleDrafter(nn.Module):
-    """The EAGLE-3 computation; parameter names are those of the published checkpoints.
-
-    A feature is the layer's output before the final norm: it is what later draft steps are fed.
-    """
-
-    first_prefix = 1
-
-    def __init__(self, config: PPOWDrafterConfig):
-        super().__init__()
-        draft = config.draft_config
-        self.config = draft
-        width = config.draft_vocab_size or config.vocab_size
-        fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, draft.hidden_size)
-        self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
-        self.midlayer = EagleDecoderLayer(draft)
-        self.norm = LlamaRMSNorm(draft.hidden_size, eps=draft.rms_norm_eps)
-        self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
-        self.rotary_emb = LlamaRotaryEmbedding(draft)
-
-    def encode(self, tokens, states, cache, positions, allowed):
-        """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache."""
-        return self.advance(tokens, self.fc(states.to(self.fc.weight.dtype)), cache, positions, allowed)
-
-    def advance(self, tokens, features, cache, positions, allowed):
-        """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
-        embeddings = self.embed_tokens(tokens)
-        mask = allowed
-        if mask is not None and self.config._attn_implementation == "eager":
-            mask = additive_mask(mask, embeddings.dtype)
-        position_embeddings = self.rotary_emb(embeddings, positions)
-        return self.midlayer(embeddings, features, position_embeddings, mask, cache)
-
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(self.norm(features))
-
-    @staticmethod
-    def cache_length(cache: KeysValues | None) -> int:
-        return 0 if cache is None else cache[0].shape[2]
-
-    @staticmethod
-    def cropped(cache: KeysValues, length: int) -> KeysValues:
-        return cache[0][:, :, :length], cache[1][:, :, :length]
-
-    @staticmethod
-    def rearranged(cache: KeysValues, change: Callable[[torch.Tensor], torch.Tensor]) -> KeysValues:
-        """`change` applied to keys and values `[B, heads, L, d]`."""
-        return change(cache[0]), change(cache[1])
-
-    def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
-        """Keep only the output rows of `kept_tokens`."""
-        self.lm_head.weight.data = self.lm_head.weight.data[kept_tokens].clone()
-        self.lm_head.out_features = len(kept_tokens)
-
-
-class StandaloneDrafter(nn.Module):
-    """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm).
-
-    Sliding windows are not honoured: in training the masks of packed windows cannot express them, and in decoding a
-    cache that forgets cannot be rolled back. Every layer sees the whole prefix in both.
-    """
-
-    first_prefix = 0
-
-    def __init__(self, config: PPOWDrafterConfig):
-        super().__init__()
-        self.config = config.draft_config
-        self.model = AutoModelForCausalLM.from_config(config.draft_config)
-        self.slides = getattr(config.draft_config, "sliding_window", None) is not None
-
-    def encode(self, tokens, states, cache, positions, allowed):
-        """Tokens p `[B, L]` -> features `[B, L, h]`, cache; the target's states are not read."""
-        return self.advance(tokens, None, cache, positions, allowed)
-
-    def advance(self, tokens, features, cache, positions, allowed):
-        if allowed is None and self.slides:  # left to itself the model would make sliding masks
-            allowed = causal_allowed(tokens.shape[1], self.cache_length(cache), tokens.device)
-        mask = None if allowed is None else additive_mask(allowed, self.model.dtype)
-        if cache is None and not torch.is_grad_enabled():
-            cache = DynamicCache()
-        outputs = self.model.base_model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=cache is not None,
-            **{cache_argument(self.model.base_model): cache},
-        )
-        return outputs.last_hidden_state, cache
-
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        return self.model.get_output_embeddings()(features)
-
-    @staticmethod
-    def cache_length(cache: DynamicCache | None) -> int:
-        return 0 if cache is None else cache.get_seq_length()
-
-    @staticmethod
-    def cropped(cache: DynamicCache, length: int) -> DynamicCache:
-        surplus = cache.get_seq_length() - length
-        if surplus > 0:
-            cache.crop(-surplus)
-        return cache
-
-    @staticmethod
-    def rearranged(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
-        return rearrange_cache(cache, change)
+from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
+from .drafting import DrafterView, DraftSession, causal_allowed, packed_allowed
 
 
 @dataclass
@@ -216,6 +44,9 @@ class PPOWDrafterOutput(ModelOutput):
     window_features: torch.Tensor | None = None
 
 
+DRAFT_MODELS: dict[str, Any] = {"eagle": EagleDrafter, "standalone": StandaloneDrafter, "medusa": MedusaDrafter}
+
+
 class PPOWDrafter(PreTrainedModel):
     """A drafter for speculative decoding, trained with PPOW (arXiv 2605.14978) or supervised.
 
@@ -230,12 +61,12 @@ class PPOWDrafter(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["EagleDecoderLayer"]
+    _no_split_modules = ["EagleDecoderLayer", "MedusaBlock"]
 
     def __init__(self, config: PPOWDrafterConfig):
         super().__init__(config)
         config.draft_config._attn_implementation = config._attn_implementation
-        self.draft_model: Any = {"eagle": EagleDrafter, "standalone": StandaloneDrafter}[config.architecture](config)
+        self.draft_model: Any = DRAFT_MODELS[config.architecture](config)
         width = config.draft_vocab_size
         if width is not None and config.architecture == "eagle":
             # Named and meant as in published EAGLE-3 checkpoints: target id = draft id + d2t[draft id].
@@ -301,14 +132,19 @@ class PPOWDrafter(PreTrainedModel):
         return self.to_target_width(self.draft_logits(features), width)
 
     def get_input_embeddings(self):
+        """The drafter's own token embeddings; `None` for medusa, which reads states only."""
         draft = self.draft_model
+        if isinstance(draft, MedusaDrafter):
+            return None
         return draft.embed_tokens if isinstance(draft, EagleDrafter) else draft.model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         if isinstance(self.draft_model, EagleDrafter):
             self.draft_model.embed_tokens = value
-        else:
+        elif isinstance(self.draft_model, StandaloneDrafter):
             self.draft_model.model.set_input_embeddings(value)
+        else:
+            raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
 
     # -- whole sequences (training, evaluation)
 
@@ -334,7 +170,7 @@ class PPOWDrafter(PreTrainedModel):
         if first:
             if target_states is None:
                 raise ValueError(
-                    "target_states: an eagle drafter reads the target's hidden states of the layers "
+                    f"target_states: this {self.config.architecture} drafter reads the target's hidden states "
                     f"{self.config.target_layer_ids}; pass them (see collect_target_states)."
                 )
             states = target_states[:, :-1]
@@ -482,7 +318,7 @@ class PPOWDrafter(PreTrainedModel):
 
         Args:
             target (`PreTrainedModel`): the causal language model to be drafted for.
-            architecture (`str`, *optional*, defaults to `"eagle"`): `"eagle"` or `"standalone"`.
+            architecture (`str`, *optional*, defaults to `"eagle"`): `"eagle"`, `"standalone"` or `"medusa"`.
             draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary (eagle only).
             token_counts (`torch.Tensor` of shape `(V,)`, *optional*):
                 How often each token occurs in the training data; needed with `draft_vocab_size`, whose tokens are the
@@ -495,9 +331,9 @@ class PPOWDrafter(PreTrainedModel):
         vocab_size = target.get_output_embeddings().weight.shape[0]
         own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in own_fields}
+        if architecture != "eagle" and draft_vocab_size is not None:
+            raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
         if architecture == "standalone":
-            if draft_vocab_size is not None:
-                raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
             given = overrides.pop("draft_config", None)
             draft_config = copy.deepcopy(given if given is not None else text)
             draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
@@ -518,7 +354,17 @@ class PPOWDrafter(PreTrainedModel):
             setattr(draft_config, name, value)
         if getattr(draft_config, "layer_types", None):
             draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
-        layers = settings.pop("target_layer_ids", None) or default_target_layers(text.num_hidden_layers)
+        layers = settings.pop("target_layer_ids", None)
+        if architecture == "medusa":
+            settings.setdefault("medusa_heads", settings.get("max_window", PPOWDrafterConfig().max_window))
+            settings.setdefault("max_window", settings["medusa_heads"])
+            if layers not in (None, [text.num_hidden_layers]):
+                raise ValueError(
+                    f"target_layer_ids: {layers} given, but medusa heads read the target's last state, "
+                    f"[{text.num_hidden_layers}]. Leave it out."
+                )
+            layers = [text.num_hidden_layers]
+        layers = layers or default_target_layers(text.num_hidden_layers)
         if architecture == "eagle" and (
             len(layers) != 3 or not 0 <= min(layers) <= max(layers) < text.num_hidden_layers
         ):
@@ -532,7 +378,7 @@ class PPOWDrafter(PreTrainedModel):
             vocab_size=vocab_size,
             draft_vocab_size=draft_vocab_size,
             target_hidden_size=text.hidden_size,
-            target_layer_ids=list(layers) if architecture == "eagle" else None,
+            target_layer_ids=list(layers) if architecture != "standalone" else None,
             **{
                 "target_name_or_path": target.config._name_or_path or None,
                 "target_revision": getattr(target.config, "_commit_hash", None),
@@ -556,6 +402,12 @@ class PPOWDrafter(PreTrainedModel):
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel, token_counts: torch.Tensor | None) -> None:
         draft = self.draft_model
+        if isinstance(draft, MedusaDrafter):  # each head begins as the target's own, for the token that it knows
+            for parameter in draft.blocks.parameters():
+                parameter.zero_()
+            for own_head in draft.lm_heads:
+                own_head.weight.copy_(target.get_output_embeddings().weight.to(own_head.weight))
+            return
         source = target.get_input_embeddings().weight
         embeddings = self.get_input_embeddings().weight
         if source.shape[1] == embeddings.shape[1] and source.is_floating_point():

@@ -481,7 +481,7 @@ def test_from_target_names_an_unknown_or_impossible_argument(target):
         ({"number_of_layers": 2}, "number_of_layers: "),
         ({"target_layer_ids": [1, 2, 4]}, "target_layer_ids: "),
         ({"target_layer_ids": [1, 2]}, "target_layer_ids: "),
-        ({"architecture": "medusa"}, "architecture: 'medusa'"),
+        ({"architecture": "lookahead"}, "architecture: 'lookahead'"),
         ({"max_window": 0}, "max_window: 0"),
     ):
         with pytest.raises(ValueError, match=message):

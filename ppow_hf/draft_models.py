@@ -1,0 +1,247 @@
+"""The computations that a PPOWDrafter can have inside: eagle, standalone and medusa behind one interface.
+
+Each turns known tokens (and the target's states) into features (`encode`), features and one more token into the next
+features (`advance`), and features into logits on its own vocabulary (`logits`). Knows nothing about windows,
+verification or training. `first_prefix` is the shortest prefix that has a feature.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .configuration_ppow import PPOWDrafterConfig
+from .drafting import KeysValues, additive_mask, cache_argument, causal_allowed, rearrange_cache
+
+
+class EagleAttention(nn.Module):
+    """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # masks are always explicit
+        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, position_embeddings, mask, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
+        batch, length = x.shape[:2]
+        queries, keys, values = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.o_proj(output.reshape(batch, length, -1)), (keys, values)
+
+
+class EagleDecoderLayer(GradientCheckpointingLayer):
+    """EAGLE-3's one layer: attention over [norm(embedding), norm(state)]; the residual is the state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = EagleAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, embeddings, states, position_embeddings, mask, past: KeysValues | None):
+        x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+        attended, keys_values = self.self_attn(x, position_embeddings, mask, past)
+        states = states + attended
+        return states + self.mlp(self.post_attention_layernorm(states)), keys_values
+
+
+class EagleDrafter(nn.Module):
+    """The EAGLE-3 computation; parameter names are those of the published checkpoints.
+
+    A feature is the layer's output before the final norm: it is what later draft steps are fed.
+    """
+
+    first_prefix = 1
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        draft = config.draft_config
+        self.config = draft
+        width = config.draft_vocab_size or config.vocab_size
+        fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, draft.hidden_size)
+        self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
+        self.midlayer = EagleDecoderLayer(draft)
+        self.norm = LlamaRMSNorm(draft.hidden_size, eps=draft.rms_norm_eps)
+        self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(draft)
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache."""
+        return self.advance(tokens, self.fc(states.to(self.fc.weight.dtype)), cache, positions, allowed)
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
+        embeddings = self.embed_tokens(tokens)
+        mask = allowed
+        if mask is not None and self.config._attn_implementation == "eager":
+            mask = additive_mask(mask, embeddings.dtype)
+        position_embeddings = self.rotary_emb(embeddings, positions)
+        return self.midlayer(embeddings, features, position_embeddings, mask, cache)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.norm(features))
+
+    @staticmethod
+    def cache_length(cache: KeysValues | None) -> int:
+        return 0 if cache is None else cache[0].shape[2]
+
+    @staticmethod
+    def cropped(cache: KeysValues, length: int) -> KeysValues:
+        return cache[0][:, :, :length], cache[1][:, :, :length]
+
+    @staticmethod
+    def rearranged(cache: KeysValues, change: Callable[[torch.Tensor], torch.Tensor]) -> KeysValues:
+        """`change` applied to keys and values `[B, heads, L, d]`."""
+        return change(cache[0]), change(cache[1])
+
+    def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
+        """Keep only the output rows of `kept_tokens`."""
+        self.lm_head.weight.data = self.lm_head.weight.data[kept_tokens].clone()
+        self.lm_head.out_features = len(kept_tokens)
+
+
+class StandaloneDrafter(nn.Module):
+    """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm).
+
+    Sliding windows are not honoured: in training the masks of packed windows cannot express them, and in decoding a
+    cache that forgets cannot be rolled back. Every layer sees the whole prefix in both.
+    """
+
+    first_prefix = 0
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        self.config = config.draft_config
+        self.model = AutoModelForCausalLM.from_config(config.draft_config)
+        self.slides = getattr(config.draft_config, "sliding_window", None) is not None
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """Tokens p `[B, L]` -> features `[B, L, h]`, cache; the target's states are not read."""
+        return self.advance(tokens, None, cache, positions, allowed)
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        if allowed is None and self.slides:  # left to itself the model would make sliding masks
+            allowed = causal_allowed(tokens.shape[1], self.cache_length(cache), tokens.device)
+        mask = None if allowed is None else additive_mask(allowed, self.model.dtype)
+        if cache is None and not torch.is_grad_enabled():
+            cache = DynamicCache()
+        outputs = self.model.base_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=cache is not None,
+            **{cache_argument(self.model.base_model): cache},
+        )
+        return outputs.last_hidden_state, cache
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.get_output_embeddings()(features)
+
+    @staticmethod
+    def cache_length(cache: DynamicCache | None) -> int:
+        return 0 if cache is None else cache.get_seq_length()
+
+    @staticmethod
+    def cropped(cache: DynamicCache, length: int) -> DynamicCache:
+        surplus = cache.get_seq_length() - length
+        if surplus > 0:
+            cache.crop(-surplus)
+        return cache
+
+    @staticmethod
+    def rearranged(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+        return rearrange_cache(cache, change)
+
+
+class MedusaBlock(GradientCheckpointingLayer):
+    """Residual layers of one head: x + silu(W x + b), `num_layers` times."""
+
+    def __init__(self, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(hidden_size, hidden_size) for _ in range(num_layers)])
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            states = states + nn.functional.silu(layer(states))
+        return states
+
+
+class MedusaDrafter(nn.Module):
+    """Medusa (2401.10774): head i reads the target's state of token p, after its final norm, and predicts token p+2+i.
+
+    Parameter names are those of vLLM's MedusaModel. No head reads another's token: a whole window hangs on the one
+    state that the target's last forward left, and drafting needs no cache. A feature is that state with the number of
+    the next head in a last channel, so that `logits` knows which head to ask; heads are computed when they are asked
+    for, so that a window which stops early pays for its own tokens only.
+    """
+
+    first_prefix = 1
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        self.config = config.draft_config
+        hidden = config.target_hidden_size or config.draft_config.hidden_size
+        heads = config.medusa_heads or config.max_window
+        self.blocks = nn.ModuleList([MedusaBlock(hidden, config.medusa_layers) for _ in range(heads)])
+        self.lm_heads = nn.ModuleList([nn.Linear(hidden, config.vocab_size, bias=False) for _ in range(heads)])
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """The target's states of tokens p - 1 `[B, L, h]` -> features of prefixes p `[B, L, h + 1]`, no cache."""
+        states = states.to(self.lm_heads[0].weight.dtype)
+        return nn.functional.pad(states, (0, 1)), ()
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        """The next head's turn, whatever `tokens` were drafted; the last head stays the last."""
+        states, head = features[..., :-1], features[..., -1:]
+        return torch.cat([states, (head + 1).clamp_max(len(self.blocks) - 1)], dim=-1), cache
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        states, head = features[..., :-1], features[..., -1].long()
+        # With gradients every head takes part, if only with no rows: DDP waits for each parameter's gradient.
+        used = range(len(self.blocks)) if torch.is_grad_enabled() else head.unique().tolist()
+        if len(used) == 1:
+            return self.lm_heads[used[0]](self.blocks[used[0]](states))
+        logits = states.new_zeros(*head.shape, self.lm_heads[0].out_features)
+        for number in used:
+            rows = head == number
+            logits = logits.index_put((rows,), self.lm_heads[number](self.blocks[number](states[rows])).to(logits))
+        return logits
+
+    @staticmethod
+    def cache_length(cache: tuple) -> int:
+        return 0
+
+    @staticmethod
+    def cropped(cache: tuple, length: int) -> tuple:
+        return cache
+
+    @staticmethod
+    def rearranged(cache: tuple, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
+        return cache
