@@ -9,6 +9,7 @@ target's state of token p - 1 together with the embedding of token p.
 """
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -304,6 +305,12 @@ class PPOWDrafter(PreTrainedModel):
         return self.with_settings().generate_with(**options)
 
     # -- making one
+
+    @classmethod
+    def from_eagle3(cls, checkpoint: str, target: Any = None, **options: Any) -> "PPOWDrafter":
+        """A published EAGLE-3 checkpoint as a drafter; see [`~ppow_hf.export.import_eagle3`] for the options."""
+        # By name, so that a drafter's code on the Hub carries nothing of the export with it.
+        return importlib.import_module("ppow_hf.export").import_eagle3(checkpoint, target, **options)
 
     @classmethod
     def from_target(

@@ -1,0 +1,84 @@
+"""`ppow export`: a drafter as a directory that vLLM, SGLang or speculators serve as it is."""
+
+import argparse
+from typing import Any
+
+from ..loading import MODEL_HELP, ensure_writable, load_drafter, load_target, load_tokenizer, resolve
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a drafter as a directory for vLLM, SGLang or speculators",
+        description="Write a drafter as a directory that a serving engine loads as it is, check it, and say what an "
+        "engine cannot serve. The directory's README holds the commands that serve it.",
+    )
+    parser.add_argument("drafter", metavar="DRAFTER", help=f"the drafter: {MODEL_HELP}")
+    parser.add_argument(
+        "--format",
+        choices=["vllm", "sglang", "speculators", "standalone"],
+        default="vllm",
+        help="what it is for; vllm and sglang are the same directory (default: %(default)s)",
+    )
+    parser.add_argument("--output-dir", required=True, help="folder of the directory's files")
+    parser.add_argument(
+        "--target",
+        metavar="MODEL",
+        help=f"the target, for the commands and the checks: {MODEL_HELP} (default: the one it was trained for)",
+    )
+    parser.add_argument(
+        "--share-embeddings",
+        action="store_true",
+        help="leave out an eagle drafter's embeddings where they are the target's (the target is loaded to compare)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="number format of the weights (default: the drafter's own)",
+    )
+    parser.add_argument(
+        "--speculative-tokens",
+        type=int,
+        default=5,
+        metavar="N",
+        help="draft tokens a round in the commands (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    ensure_writable(arguments.output_dir, "--output-dir")
+    drafter = load_drafter(arguments.drafter, "DRAFTER", arguments.dtype or "auto", "cpu")
+    target = load_target(arguments.target, "--target", "auto", "cpu") if _needs_target(arguments) else None
+    tokenizer = None
+    if drafter.config.architecture == "standalone":
+        from pathlib import Path
+
+        if (Path(resolve(arguments.drafter)) / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(arguments.drafter, "DRAFTER")
+    from ..export import export_drafter
+
+    report = export_drafter(
+        drafter,
+        arguments.output_dir,
+        arguments.format,
+        target=target,
+        target_name=arguments.target,
+        tokenizer=tokenizer,
+        share_embeddings=arguments.share_embeddings,
+        speculative_tokens=arguments.speculative_tokens,
+    )
+    print(
+        f"{report.folder}: {report.layout}, {report.tensors} tensors, {report.parameters / 1e6:.2f} million "
+        f"parameters; names, shapes and numbers checked. Files: {', '.join(report.files)}"
+    )
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"The commands that serve it are in {report.folder / 'README.md'}")
+    return 0
+
+
+def _needs_target(arguments: argparse.Namespace) -> bool:
+    if arguments.share_embeddings and arguments.target is None:
+        raise ValueError("--share-embeddings: pass --target too, whose embeddings are compared with the drafter's.")
+    return arguments.share_embeddings

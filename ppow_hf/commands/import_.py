@@ -1,0 +1,67 @@
+"""`ppow import`: a published EAGLE-3 drafter as one that PPOW can train on."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..loading import MODEL_HELP, ensure_writable, load_tokenizer, resolve
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="turn a published EAGLE-3 drafter into one that ppow train can go on with",
+        description="Read an EAGLE-3 checkpoint, as its authors or speculators publish them, check it, and save it as "
+        "a drafter for ppow train --drafter, ppow bench and ppow export.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a name on the Hub")
+    parser.add_argument("--output-dir", required=True, help="folder for the drafter")
+    parser.add_argument(
+        "--target",
+        metavar="MODEL",
+        help=f"its target: {MODEL_HELP}; needed where the checkpoint has no embeddings or names no layers",
+    )
+    parser.add_argument(
+        "--target-layer-ids",
+        metavar="I,J,K",
+        help="target states it reads, counted as transformers' hidden_states (default: as the checkpoint says)",
+    )
+    parser.add_argument("--revision", help="revision of a checkpoint on the Hub")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    ensure_writable(arguments.output_dir, "--output-dir")
+    layers = None
+    if arguments.target_layer_ids is not None:
+        try:
+            layers = [int(layer) for layer in arguments.target_layer_ids.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--target-layer-ids: {arguments.target_layer_ids!r} given; write whole numbers with commas: 2,16,29."
+            ) from None
+    from ..configuration_ppow import vocabulary_fingerprint
+    from ..export import import_eagle3
+
+    settings = {}
+    tokenizer = None
+    if arguments.target is not None:
+        tokenizer = load_tokenizer(arguments.target, "--target")
+        settings["target_vocabulary_fingerprint"] = vocabulary_fingerprint(tokenizer)
+    checkpoint = arguments.checkpoint
+    if Path(resolve(checkpoint)).is_dir():
+        checkpoint = Path(resolve(checkpoint))
+    drafter = import_eagle3(
+        checkpoint, arguments.target, target_layer_ids=layers, revision=arguments.revision, **settings
+    )
+    drafter.save_pretrained(arguments.output_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(arguments.output_dir)
+    config = drafter.config
+    print(
+        f"{arguments.output_dir}: an eagle drafter with {sum(p.numel() for p in drafter.parameters()) / 1e6:.2f} "
+        f"million parameters in {str(drafter.dtype).removeprefix('torch.')}, draft vocabulary "
+        f"{config.draft_vocab_size or config.vocab_size} of {config.vocab_size}, reading the target's states "
+        f"{config.target_layer_ids}."
+    )
+    return 0

@@ -1,0 +1,178 @@
+"""An EAGLE-3 checkpoint on disk, of either format, and everything that can be wrong with it.
+
+The one reader behind both the export, which checks what it wrote, and the import of what others published. Knows
+files and formats; knows nothing about drafters.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .formats import EAGLE3_ARCHITECTURE, LAYER_NAMES, SPECULATORS_ARCHITECTURE, eagle3_shapes
+
+OPTIONAL_TENSORS = ("embed_tokens.weight", "t2d")  # absent: the target's embeddings; t2d follows from d2t
+# Variants that compute something else than EAGLE-3 does, by the config field that turns them on.
+UNKNOWN_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias")
+
+
+@dataclass
+class Eagle3Checkpoint:
+    """What [`read_eagle3`] found.
+
+    Args:
+        format (`str`): `"eagle3"` (format A) or `"speculators"` (format B).
+        config (`dict`): config.json as it stands.
+        fields (`dict`): its part about the one layer.
+        tensors (`dict[str, torch.Tensor]`): all tensors by the names in the files.
+        layer_ids (`list[int]`, *optional*): the target's states read, counted as transformers' `hidden_states`.
+        target_name (`str`, *optional*): the target it names.
+    """
+
+    format: str
+    config: dict[str, Any]
+    fields: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    layer_ids: list[int] | None
+    target_name: str | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.fields["vocab_size"]
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return self.config.get("draft_vocab_size") or self.vocab_size
+
+    def problems(self) -> list[str]:
+        """Each way in which this is not an EAGLE-3 checkpoint that engines serve as it was trained; empty if none."""
+        return [*self._config_problems(), *self._tensor_problems(), *self._vocabulary_problems()]
+
+    def _config_problems(self) -> list[str]:
+        found = []
+        if self.fields.get("num_hidden_layers", 1) != 1:
+            found.append(f"num_hidden_layers: {self.fields['num_hidden_layers']}, where EAGLE-3 has one layer")
+        for name in UNKNOWN_VARIANTS:
+            if self.config.get(name) or self.fields.get(name):
+                found.append(f"{name}: a variant whose computation differs from EAGLE-3's")
+        if self.format == "speculators" and "norm_before_residual" not in self.config:
+            found.append("norm_before_residual: not given, and readers disagree about what that means")
+        ids = self.layer_ids
+        if ids is not None:
+            if list(ids) != sorted(set(ids)) or min(ids, default=-1) < 0:
+                found.append(f"eagle_aux_hidden_state_layer_ids: {ids}, where ascending ids from 0 on are needed")
+            inner = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+            outer = self.config.get("eagle_aux_hidden_state_layer_ids")
+            if inner is not None and outer is not None and list(inner) != [layer - 1 for layer in outer]:
+                found.append(f"eagle_config: its layer ids {inner} are not the outer ones {outer} less one")
+        return found
+
+    def _tensor_problems(self) -> list[str]:
+        found = []
+        expected = eagle3_shapes(self.fields, self.draft_vocab_size, LAYER_NAMES[self.format])
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                if name not in OPTIONAL_TENSORS:
+                    found.append(f"{name}: missing")
+                continue
+            given = tuple(self.tensors[name].shape)
+            if len(given) != len(shape) or any(
+                want not in (None, have) for want, have in zip(shape, given, strict=True)
+            ):
+                wanted = tuple("any" if size is None else size for size in shape)
+                found.append(f"{name}: shape {given} instead of {wanted}")
+        for name, tensor in self.tensors.items():
+            if name not in expected:
+                # A full draft vocabulary may still come with its (empty) translation.
+                if name in ("d2t", "t2d") and self.draft_vocab_size == self.vocab_size:
+                    continue
+                found.append(f"{name}: not a tensor of EAGLE-3")
+            elif name not in ("d2t", "t2d") and not tensor.is_floating_point():
+                found.append(f"{name}: {tensor.dtype} instead of a floating-point format")
+            elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                found.append(f"{name}: holds infinite or undefined numbers")
+        states = self.tensors.get("fc.weight")
+        if self.layer_ids and states is not None and states.shape[-1] % len(self.layer_ids):
+            found.append(f"fc.weight: {states.shape[-1]} columns for the states of {len(self.layer_ids)} layers")
+        return found
+
+    def _vocabulary_problems(self) -> list[str]:
+        offsets = self.tensors.get("d2t")
+        if offsets is None or offsets.ndim != 1:
+            return []
+        found = []
+        if offsets.dtype != torch.int64:
+            found.append(f"d2t: {offsets.dtype} instead of torch.int64")
+        ids = offsets.long() + torch.arange(len(offsets))
+        if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= self.vocab_size:
+            found.append(
+                "d2t: the target ids i + d2t[i] do not ascend within the target's vocabulary (d2t holds offsets, not "
+                "ids)"
+            )
+            return found
+        flags = self.tensors.get("t2d")
+        if flags is not None:
+            if flags.dtype != torch.bool:
+                found.append(f"t2d: {flags.dtype} instead of torch.bool")
+            elif flags.shape == (self.vocab_size,) and flags.nonzero().flatten().tolist() != ids.tolist():
+                found.append("t2d: marks other tokens than d2t names")
+        return found
+
+
+def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Checkpoint:
+    """Read config.json and all tensors of an EAGLE-3 checkpoint of either format.
+
+    Raises `FileNotFoundError` or `ValueError` naming `argument` if `folder` holds no such checkpoint.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}: {str(folder)!r} has no config.json. Pass the folder of an EAGLE-3 drafter."
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if EAGLE3_ARCHITECTURE in architectures:
+        kind, fields = "eagle3", config
+    elif SPECULATORS_ARCHITECTURE in architectures or config.get("speculators_model_type") == "eagle3":
+        kind, fields = "speculators", config.get("transformer_layer_config") or {}
+    else:
+        raise ValueError(
+            f"{argument}: {str(folder)!r} is a {architectures or config.get('model_type')}, not an EAGLE-3 drafter. "
+            f"Accepted are {EAGLE3_ARCHITECTURE} (as its authors publish) and speculators' {SPECULATORS_ARCHITECTURE}."
+        )
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    missing = [name for name in needed if not isinstance(fields.get(name), int)]
+    if missing:
+        raise ValueError(f"{argument}: config.json of {str(folder)!r} lacks {', '.join(missing)}.")
+    ids = config.get("eagle_aux_hidden_state_layer_ids")
+    inner = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if ids is None and inner is not None:  # SGLang's way to count: the layer behind whose output a state is taken
+        ids = [layer + 1 for layer in inner]
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    return Eagle3Checkpoint(
+        format=kind,
+        config=config,
+        fields=fields,
+        tensors=_read_tensors(folder, argument),
+        layer_ids=None if ids is None else [int(layer) for layer in ids],
+        target_name=verifier.get("name_or_path"),
+    )
+
+
+def _read_tensors(folder: Path, argument: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        tensors |= load_file(file)
+    if not files:
+        files = sorted(folder.glob("pytorch_model*.bin"))
+        for file in files:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    if not files:
+        raise FileNotFoundError(f"{argument}: {str(folder)!r} has neither *.safetensors nor pytorch_model.bin.")
+    return tensors

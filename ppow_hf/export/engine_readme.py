@@ -1,0 +1,111 @@
+"""The README of an exported directory: what it is and the exact command of each engine.
+
+Text only. Commands that were run by this project's tests are told from those that were not.
+"""
+
+import json
+from typing import Any
+
+from ..tiny import is_embedded
+
+EMBEDDED_FOLDER = '"$(python -c \'from ppow_hf import tiny; print(tiny.target_path("{name}"))\')"'
+
+HEAD = """\
+# {title}
+
+{what} Written by ppow_hf {version}; the weights are those of the PPOW drafter it came from.
+Speculative decoding does not change what the target says, only how fast.
+
+| | |
+|---|---|
+{facts}
+
+Run the commands in the folder that contains `{folder}`.
+"""
+
+VLLM = """
+## vLLM
+
+```bash
+vllm serve {target} --speculative-config '{speculative}'
+```
+
+```python
+from vllm import LLM, SamplingParams
+
+llm = LLM(model={quoted}, speculative_config={speculative})
+print(llm.generate(["def add(a, b):"], SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
+```
+"""
+
+SPECULATORS = """
+## vLLM
+
+The directory names its target, so it is served by itself:
+
+```bash
+vllm serve {folder}
+```
+
+## speculators
+
+```python
+from speculators import SpeculatorModel
+
+model = SpeculatorModel.from_pretrained("{folder}")
+```
+"""
+
+SGLANG = """
+## SGLang
+
+By SGLang's source; not run by ppow_hf's tests.
+
+```bash
+python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\
+  --speculative-draft-model-path {folder} --speculative-num-steps {tokens} --speculative-eagle-topk 1 \\
+  --speculative-num-draft-tokens {tokens_and_one}
+```
+"""
+
+WHAT = {
+    "eagle3": "An EAGLE-3 drafter (`LlamaForCausalLMEagle3`) that vLLM and SGLang load as it is.",
+    "speculators": "An EAGLE-3 drafter in the format of speculators (`Eagle3DraftModel`), which vLLM serves too.",
+    "standalone": "A small causal language model to draft for a larger one with the same vocabulary.",
+}
+
+
+def engine_readme(
+    drafter: Any, layout: str, folder: str, target: str | None, notes: list[str], tokens: int, version: str
+) -> str:
+    """The README of a directory called `folder`, as Markdown."""
+    config = drafter.config
+    name = target or "TARGET"
+    shell_target = EMBEDDED_FOLDER.format(name=name) if is_embedded(name) else name
+    python_target = f'str(tiny.target_path("{name}"))' if is_embedded(name) else json.dumps(name)
+    rows = {"target": f"`{name}`", "vocabulary": f"{config.vocab_size} tokens"}
+    if layout != "standalone":
+        rows["draft vocabulary"] = f"{config.draft_vocab_size or config.vocab_size} tokens"
+        layers = ", ".join(map(str, config.target_layer_ids))
+        rows["target states read"] = f"behind {layers} of its layers (transformers' `hidden_states`)"
+    rows["number format"] = str(drafter.dtype).removeprefix("torch.")
+    facts = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
+    text = HEAD.format(title=folder, what=WHAT[layout], version=version, facts=facts, folder=folder)
+    if layout == "speculators":
+        text += SPECULATORS.format(folder=folder)
+    else:
+        method = "eagle3" if layout == "eagle3" else "draft_model"
+        speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})
+        vllm = VLLM.format(target=shell_target, quoted=python_target, speculative=speculative)
+        if is_embedded(name):
+            vllm = vllm.replace("from vllm import", "from ppow_hf import tiny\nfrom vllm import")
+        text += vllm + SGLANG.format(
+            target=shell_target,
+            algorithm="EAGLE3" if layout == "eagle3" else "STANDALONE",
+            folder=folder,
+            tokens=tokens,
+            tokens_and_one=tokens + 1,
+        )
+    if notes:
+        text += "\n## To know before serving\n\n" + "".join(f"- {note}\n" for note in notes)
+    return text

@@ -1,0 +1,72 @@
+"""What the engines cannot serve, or serve otherwise than one would think, said before anyone tries.
+
+Facts about vLLM 0.32 (measured on a CPU, or read in its source where so said) and SGLang (read in its source). Knows
+configurations only.
+"""
+
+from typing import Any
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+# Part of one of these names is what vLLM asks of the model_type of an EAGLE-3 drafter's target.
+VLLM_EAGLE3_TARGETS = ("llama", "qwen")
+TESTED_FAMILIES = ("llama", "qwen3")
+
+
+def serving_notes(
+    drafter: Any, layout: str, target_config: Any = None, own_embeddings: bool | None = None
+) -> list[str]:
+    """Sentences about what this drafter will meet in the engines; empty if nothing is known to be in its way.
+
+    `own_embeddings`: whether an eagle drafter's embeddings differ from the target's, where that is known.
+    """
+    config, draft = drafter.config, drafter.config.draft_config
+    text = None if target_config is None else target_config.get_text_config()
+    notes = []
+    sizes = {"drafter": _head_dim(draft)} | ({} if text is None else {"target": _head_dim(text)})
+    for whose, size in sizes.items():
+        if size not in VLLM_CPU_HEAD_SIZES:
+            notes.append(
+                f"vLLM on a CPU does not start: the {whose}'s attention heads have {size} numbers, and its CPU build "
+                f"takes {', '.join(map(str, VLLM_CPU_HEAD_SIZES))}. On a GPU other limits hold."
+            )
+    family = config.target_model_type or getattr(text, "model_type", None)
+    if layout == "standalone":
+        if draft.model_type not in TESTED_FAMILIES:
+            notes.append(
+                f"The drafter is a {draft.model_type} model; its export was tested in vLLM for "
+                f"{' and '.join(TESTED_FAMILIES)}."
+            )
+        if getattr(draft, "sliding_window", None) is not None and getattr(draft, "use_sliding_window", True):
+            notes.append(
+                f"Engines honour the drafter's sliding window of {draft.sliding_window} tokens; it was trained "
+                "without one, so that behind longer contexts they may accept less than ppow_hf does."
+            )
+        return notes
+    if family is not None and not any(known in family for known in VLLM_EAGLE3_TARGETS):
+        notes.append(f"vLLM refuses EAGLE-3 drafters for {family} targets unless its list of families knows them.")
+    if family not in (None, *TESTED_FAMILIES):
+        notes.append(f"The target is a {family} model; export was tested for {' and '.join(TESTED_FAMILIES)}.")
+    if len(config.target_layer_ids) != 3:
+        notes.append(f"The drafter reads {len(config.target_layer_ids)} states of the target; engines expect 3.")
+    if text is not None and max(config.target_layer_ids) == text.num_hidden_layers:
+        notes.append(
+            f"It reads the state behind the last layer, {text.num_hidden_layers}: transformers gives it after the "
+            "final norm and vLLM before it, so that vLLM will accept little."
+        )
+    if layout == "speculators" and config.target_hidden_size not in (None, draft.hidden_size):
+        notes.append(
+            f"speculators' own class needs the target's width in the drafter ({config.target_hidden_size} and "
+            f"{draft.hidden_size} given), by its source."
+        )
+    if layout == "eagle3" and 0 in config.target_layer_ids:
+        notes.append("SGLang is told layer -1 for the target's embeddings, by its source; not run.")
+    if layout == "eagle3" and own_embeddings:
+        notes.append(
+            "SGLang drafts with the target's embeddings instead of the drafter's, which training changed "
+            "(train_embeddings): it will accept less."
+        )
+    return notes
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,0 +1,167 @@
+"""A published EAGLE-3 checkpoint as a PPOWDrafter, so that a drafter already in service can be trained on with PPOW.
+
+Knows checkpoints, their targets' configurations and the Hub; trains nothing and changes no weight.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+from ..configuration_ppow import PPOWDrafterConfig
+from ..modeling_ppow import PPOWDrafter
+from ..tiny import embedded_path, is_embedded
+from .checkpoint import Eagle3Checkpoint, read_eagle3
+from .formats import drafter_state
+
+CHECKPOINT_FILES = ["config.json", "*.safetensors", "pytorch_model*.bin"]
+
+
+def import_eagle3(
+    checkpoint: str | Path,
+    target: Any = None,
+    *,
+    target_layer_ids: list[int] | None = None,
+    revision: str | None = None,
+    **settings: Any,
+) -> PPOWDrafter:
+    """The EAGLE-3 drafter of `checkpoint` as a [`PPOWDrafter`], tensor for tensor and in its number format.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            Folder or Hub name of a checkpoint as EAGLE-3's authors publish them (`LlamaForCausalLMEagle3`), or in the
+            format of speculators (`Eagle3DraftModel`).
+        target (`PreTrainedModel` or `str`, *optional*):
+            The target, or its folder or name. Needed where the checkpoint leaves out the embeddings (the target's
+            are used then; a name makes the target load) or says nothing about the layers it reads.
+        target_layer_ids (`list[int]`, *optional*):
+            The target's states that it reads, counted as transformers' `hidden_states`. By default those of the
+            checkpoint, or else engines' own rule (2, N // 2, N - 3) for N layers.
+        revision (`str`, *optional*): of a checkpoint on the Hub.
+        settings: further fields of [`PPOWDrafterConfig`], such as `max_window`.
+
+    Raises:
+        `ValueError`: if the checkpoint computes something else than EAGLE-3 does, lacks a tensor, or does not fit the
+            target, with everything that is wrong; `FileNotFoundError` if it is not there.
+    """
+    folder = _local(checkpoint, revision)
+    found = read_eagle3(folder)
+    target_config = _target_config(target)
+    layers = target_layer_ids or found.layer_ids
+    if layers is None and target_config is not None:
+        count = target_config.num_hidden_layers
+        layers = [2, count // 2, count - 3]
+    if layers is None:
+        raise ValueError(
+            f"target: {str(checkpoint)!r} does not say which of the target's layers it reads; pass the target, for "
+            "the rule that engines use, or target_layer_ids."
+        )
+    found.layer_ids = list(layers)
+    problems = found.problems() + _misfits(found, target_config)
+    if problems:
+        raise ValueError(f"checkpoint: {str(checkpoint)!r} cannot be used as it is: {'; '.join(problems)}.")
+    tensors = dict(found.tensors)
+    if "embed_tokens.weight" not in tensors:
+        tensors["embed_tokens.weight"] = _target_embeddings(target, found)
+    config = _drafter_config(found, tensors, target, target_config, settings)
+    drafter = PPOWDrafter(config).to(tensors["fc.weight"].dtype)
+    state = drafter_state(tensors)
+    if config.draft_vocab_size is None:
+        state = {name: tensor for name, tensor in state.items() if name not in ("d2t", "t2d")}
+    else:
+        drafter.set_draft_vocabulary(tensors["d2t"] + torch.arange(len(tensors["d2t"])))
+        state.setdefault("t2d", drafter.t2d)
+    drafter.load_state_dict(state, strict=True)
+    return drafter.eval()
+
+
+def _local(checkpoint: str | Path, revision: str | None) -> Path:
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(checkpoint, Path) or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:
+        raise FileNotFoundError(f"checkpoint: there is no folder {str(checkpoint)!r}.")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=CHECKPOINT_FILES))
+
+
+def _target_config(target: Any) -> Any:
+    if target is None:
+        return None
+    if isinstance(target, str | Path):
+        name = str(target)
+        return AutoConfig.from_pretrained(embedded_path(name) if is_embedded(name) else name).get_text_config()
+    return target.config.get_text_config()
+
+
+def _misfits(found: Eagle3Checkpoint, target_config: Any) -> list[str]:
+    if target_config is None:
+        return []
+    problems = []
+    width = found.tensors["fc.weight"].shape[-1] if "fc.weight" in found.tensors else None
+    layers: list[int] = found.layer_ids or []
+    if width is not None and width != len(layers) * target_config.hidden_size:
+        problems.append(
+            f"fc.weight: {width} columns, where {len(layers)} states of this target have "
+            f"{len(layers) * target_config.hidden_size}"
+        )
+    if max(layers) > target_config.num_hidden_layers:
+        problems.append(f"target_layer_ids: {layers} of a target with {target_config.num_hidden_layers} layers")
+    if found.vocab_size != target_config.vocab_size:
+        problems.append(f"vocab_size: {found.vocab_size}, and the target's is {target_config.vocab_size}")
+    return problems
+
+
+def _target_embeddings(target: Any, found: Eagle3Checkpoint) -> torch.Tensor:
+    if target is None:
+        raise ValueError(
+            "target: the checkpoint has no embed_tokens.weight, so that the target's embeddings belong to it; pass "
+            "the target, or its folder or name."
+        )
+    if isinstance(target, str | Path):
+        from transformers import AutoModelForCausalLM
+
+        name = str(target)
+        path = embedded_path(name) if is_embedded(name) else name
+        target = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    weight = target.get_input_embeddings().weight.detach().cpu()
+    wanted = (found.vocab_size, found.fields["hidden_size"])
+    if tuple(weight.shape) != wanted:
+        raise ValueError(
+            f"target: its embeddings are {tuple(weight.shape)} and the drafter needs {wanted}: it is another target."
+        )
+    return weight.to(found.tensors["fc.weight"].dtype)
+
+
+def _drafter_config(found, tensors, target, target_config, settings) -> PPOWDrafterConfig:
+    not_for_llama = ("architectures", "model_type", "transformers_version", "auto_map", "eagle_config", "torch_dtype")
+    fields = {
+        name: value
+        for name, value in found.fields.items()
+        if name not in not_for_llama and not name.startswith(("eagle_", "draft_", "norm_", "target_"))
+    }
+    draft = LlamaConfig(**{**fields, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    layers = found.layer_ids or []
+    name = str(target) if isinstance(target, str | Path) else None
+    if name is None and target is not None:
+        name = target.config._name_or_path or None
+    described: dict[str, Any] = {
+        "target_name_or_path": name or found.target_name,
+        "target_hidden_size": tensors["fc.weight"].shape[-1] // len(layers),
+        "target_model_type": getattr(target_config, "model_type", None),
+        # Rotary positions have no end of their own: where the target is known its context is the limit.
+        "context_length": getattr(target_config or draft, "max_position_embeddings", None),
+    }
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = found.fields.get(token)
+        described[token] = given if given is not None else getattr(target_config, token, None)
+    return PPOWDrafterConfig(
+        architecture="eagle",
+        draft_config=draft,
+        vocab_size=found.vocab_size,
+        draft_vocab_size=None if found.draft_vocab_size == found.vocab_size else found.draft_vocab_size,
+        target_layer_ids=layers,
+        **{**described, **settings},
+    )

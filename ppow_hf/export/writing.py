@@ -1,0 +1,248 @@
+"""Write a PPOWDrafter as a directory that serving engines load as it is, and check what was written.
+
+Knows formats, files and the limits of the engines; changes no weight. What the engines do with the directory is
+tested against the engines themselves (tests/engines).
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling_ppow import PPOWDrafter
+from ..tiny import is_embedded, target_path
+from .checkpoint import read_eagle3
+from .engine_readme import engine_readme
+from .engines import serving_notes
+from .formats import LAYER_NAMES, eagle3_config, eagle3_tensors, package_version, portable_rope, speculators_config
+
+FORMATS = ("vllm", "sglang", "speculators", "standalone")
+
+
+@dataclass
+class ExportReport:
+    """What [`export_drafter`] wrote.
+
+    Args:
+        folder (`Path`): the directory.
+        layout (`str`): `"eagle3"`, `"speculators"` or `"standalone"`.
+        files (`list[str]`): names of its files.
+        tensors, parameters (`int`): counts.
+        notes (`list[str]`): what an engine cannot serve, or what to know before it does.
+    """
+
+    folder: Path
+    layout: str
+    files: list[str]
+    tensors: int
+    parameters: int
+    notes: list[str] = field(default_factory=list)
+
+
+def export_drafter(
+    drafter: PPOWDrafter,
+    output_dir: str | Path,
+    format: str = "vllm",
+    *,
+    target: Any = None,
+    target_name: str | None = None,
+    tokenizer: Any = None,
+    share_embeddings: bool = False,
+    speculative_tokens: int = 5,
+) -> ExportReport:
+    """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
+
+    `"vllm"` and `"sglang"` write the same: an EAGLE-3 checkpoint that both read, or, for a standalone drafter, a plain
+    causal language model.
+
+    Args:
+        drafter ([`PPOWDrafter`]): the drafter; its weights are written in the number format they are in.
+        output_dir (`str` or `Path`): the directory; made if need be, files of the same names are replaced.
+        format (`str`, *optional*, defaults to `"vllm"`): `"vllm"`, `"sglang"`, `"speculators"` or `"standalone"`.
+        target (`PreTrainedModel`, *optional*): the target; its embeddings are compared for `share_embeddings`.
+        target_name (`str`, *optional*):
+            Folder or Hub name of the target for the README and for speculators; by default the one that the drafter
+            was trained for. A folder's config.json is read to check that the drafter fits.
+        tokenizer (*optional*): written beside a standalone drafter.
+        share_embeddings (`bool`, *optional*, defaults to `False`):
+            Leave out the embeddings, so that engines take the target's: for a drafter that has the very same.
+        speculative_tokens (`int`, *optional*, defaults to `5`): window of the commands in the README.
+
+    Returns:
+        [`ExportReport`]
+
+    Raises:
+        `ValueError`: if the drafter's architecture has no such format, an argument is out of range, the target is
+        another one, or what was written does not read back as it should.
+    """
+    layout = _layout(drafter, format)
+    if not 1 <= speculative_tokens <= 64:
+        raise ValueError(f"speculative_tokens: {speculative_tokens} given; a window of 1 to 64 tokens is needed.")
+    name = target_name or drafter.config.target_name_or_path
+    target_config = _target_config(target, name)
+    if target_config is not None:
+        _check_target(drafter, target_config)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved at the end: a directory that an engine may be reading never holds half of each.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+        written = Path(scratch)
+        if layout == "standalone":
+            tensors = _write_standalone(drafter, written, tokenizer)
+        else:
+            tensors = eagle3_tensors(drafter, LAYER_NAMES[layout])
+            if share_embeddings:
+                _check_shared(drafter, target)
+                del tensors["embed_tokens.weight"]
+            fields = eagle3_config(drafter)
+            if layout == "speculators":
+                fields = _speculators_fields(drafter, name, target_config, speculative_tokens)
+            _write_eagle3(written, tensors, fields)
+        notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
+        text = engine_readme(
+            drafter, layout, folder.resolve().name, name, notes, speculative_tokens, package_version()
+        )
+        (written / "README.md").write_text(text, encoding="utf-8")
+        files = sorted(path.name for path in written.iterdir())
+        for file in files:
+            shutil.move(written / file, folder / file)
+    return ExportReport(folder, layout, files, len(tensors), sum(tensor.numel() for tensor in tensors.values()), notes)
+
+
+def _layout(drafter: PPOWDrafter, format: str) -> str:
+    architecture = drafter.config.architecture
+    layouts = {
+        "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators"},
+        "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone"},
+    }[architecture]
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} is not one of {list(FORMATS)}.")
+    if format not in layouts:
+        raise ValueError(f"format: {format!r} is not for {architecture} drafters; take one of {list(layouts)}.")
+    return layouts[format]
+
+
+# -- the target
+
+
+def _target_config(target: Any, name: str | None) -> Any:
+    """The target's own configuration where it is at hand: from the model, an embedded target or a folder."""
+    if target is not None:
+        return target.config
+    if name is None:
+        return None
+    folder = Path(target_path(name) if is_embedded(name) else name).expanduser()
+    if not (folder / "config.json").is_file():
+        return None  # a name on the Hub: nothing is fetched for a check
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
+    config, text = drafter.config, target_config.get_text_config()
+    differences = []
+    if config.target_hidden_size not in (None, text.hidden_size):
+        differences.append(f"states of {config.target_hidden_size} numbers where the target's have {text.hidden_size}")
+    if config.target_model_type not in (None, text.model_type):
+        differences.append(f"a {config.target_model_type} target where this is {text.model_type}")
+    if max(config.target_layer_ids or [0]) > text.num_hidden_layers:
+        differences.append(f"layers {config.target_layer_ids} of a target with {text.num_hidden_layers}")
+    if config.vocab_size != text.vocab_size:
+        differences.append(f"{config.vocab_size} tokens where the target has {text.vocab_size}")
+    if differences:
+        raise ValueError(
+            f"target: the drafter was made for another one: {'; '.join(differences)}. Name the target that it was "
+            "trained for; engines refuse other sizes or draft badly."
+        )
+
+
+def _has_own_embeddings(drafter: PPOWDrafter, target: Any) -> bool | None:
+    """Whether the drafter's embeddings differ from the target's; `None` if the target is not at hand."""
+    if target is None:
+        return None
+    own = drafter.get_input_embeddings().weight.detach()
+    theirs = target.get_input_embeddings().weight.detach().to(own)
+    return theirs.shape != own.shape or not torch.equal(theirs, own)
+
+
+def _check_shared(drafter: PPOWDrafter, target: Any) -> None:
+    if target is None:
+        raise ValueError("target: share_embeddings needs the target itself, to compare its embeddings.")
+    if _has_own_embeddings(drafter, target):
+        raise ValueError(
+            "share_embeddings: the drafter's embeddings are not the target's (training changed them), so that an "
+            "engine would draft with others. Export without it."
+        )
+
+
+# -- the layouts
+
+
+def _write_eagle3(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    found = read_eagle3(folder, "output_dir")
+    problems = found.problems()
+    if found.layer_ids is None:
+        problems.append("eagle_aux_hidden_state_layer_ids: missing")
+    if found.tensors.keys() != tensors.keys():
+        problems.append(f"tensors: {sorted(found.tensors.keys() ^ tensors.keys())} differ from what was written")
+    problems += [
+        f"{name}: reads back as other numbers"
+        for name in found.tensors.keys() & tensors.keys()
+        if not torch.equal(found.tensors[name], tensors[name])
+    ]
+    _raise_problems(problems)
+
+
+def _speculators_fields(drafter, name, target_config, speculative_tokens) -> dict[str, Any]:
+    if name is None or target_config is None:
+        raise ValueError(
+            f"target_name: {name!r} given; the speculators format names its target, and that target's architecture is "
+            "read from it. Pass the target's folder, or the target itself and its name on the Hub."
+        )
+    where = str(target_path(name).resolve()) if is_embedded(name) else name
+    return speculators_config(drafter, where, list(target_config.architectures or []), speculative_tokens)
+
+
+def _write_standalone(drafter: PPOWDrafter, folder: Path, tokenizer: Any) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = drafter.draft_model.model
+    if model.config.get_text_config().vocab_size != drafter.config.vocab_size:
+        raise ValueError(
+            f"drafter: its vocabulary has {model.config.get_text_config().vocab_size} tokens and the target's "
+            f"{drafter.config.vocab_size}; engines need both of one size."
+        )
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    fields = portable_rope(json.loads(path.read_text(encoding="utf-8")))
+    fields["torch_dtype"] = fields.pop("dtype", None) or str(drafter.dtype).removeprefix("torch.")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Read back by the library itself, which is also what the engines' loaders are made after.
+    found, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    problems = [f"{name}: {kind}" for kind in ("missing_keys", "unexpected_keys") for name in loading[kind]]
+    ours, theirs = model.state_dict(), found.state_dict()
+    problems += [
+        f"{name}: reads back as other numbers"
+        for name in ours
+        if name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
+    ]
+    if getattr(found.config, "rope_parameters", None) != getattr(model.config, "rope_parameters", None):
+        problems.append(f"rope_parameters: read back as {found.config.rope_parameters}")
+    _raise_problems(problems)
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def _raise_problems(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"output_dir: what was written is not what engines read: {'; '.join(problems)}.")
