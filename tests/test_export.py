@@ -121,7 +121,8 @@ def test_full_vocabulary_has_no_translation_and_shared_embeddings_are_left_out(t
 def test_standalone_directory_is_a_plain_causal_language_model(tmp_path, target, tied):
     theta = {"rope_type": "default", "rope_theta": 777.0}
     drafter = PPOWDrafter.from_target(target, "standalone", rope_parameters=theta, tie_word_embeddings=tied)
-    drafter = drafter.to(torch.bfloat16)
+    drafter.save_pretrained(tmp_path / "ours")
+    drafter = PPOWDrafter.from_pretrained(tmp_path / "ours", dtype="bfloat16")
     report = export_drafter(drafter, tmp_path, "standalone")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
@@ -202,6 +203,7 @@ def test_round_trip_is_tensor_identical(tmp_path, target, format, reduced):
     theirs, ours = found.state_dict(), drafter.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert all(theirs[name].dtype == ours[name].dtype for name in ours)
+    assert found.draft_model.rotary_emb.inv_freq.dtype == torch.float32  # as in every model that was loaded
     assert found.config.draft_config.rope_parameters == drafter.config.draft_config.rope_parameters
     same = ("vocab_size", "draft_vocab_size", "target_layer_ids", "target_hidden_size", "eos_token_id")
     assert all(getattr(found.config, name) == getattr(drafter.config, name) for name in same)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from ..configuration_ppow import PPOWDrafterConfig
 from ..modeling_ppow import PPOWDrafter
@@ -65,7 +65,8 @@ def import_eagle3(
     if "embed_tokens.weight" not in tensors:
         tensors["embed_tokens.weight"] = _target_embeddings(target, found)
     config = _drafter_config(found, tensors, target, target_config, settings)
-    drafter = PPOWDrafter(config).to(tensors["fc.weight"].dtype)
+    # Not made and then cast: that would round the rotary frequencies, which stay float32 in every number format.
+    drafter = AutoModel.from_config(config, dtype=tensors["fc.weight"].dtype)
     state = drafter_state(tensors)
     if config.draft_vocab_size is None:
         state = {name: tensor for name, tensor in state.items() if name not in ("d2t", "t2d")}
