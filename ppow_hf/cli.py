@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=25.0, help="time for the two training stages (default: %(default)s)"
     )
     tiny_draft.add_argument(
-        "--sequences", type=int, default=1500, help="texts that the target writes first (default: %(default)s)"
+        "--sequences", type=int, default=2000, help="texts that the target writes first (default: %(default)s)"
     )
     tiny_draft.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
     tiny_draft.set_defaults(run=tiny_drafter)

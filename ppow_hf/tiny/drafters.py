@@ -18,6 +18,7 @@ from ..modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainer, PPOWTrainingArguments
 from .cards import write_drafter_card
 from .corpus import SourceFile, standard_library
+from .recipe import bfloat16_pays
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
 
@@ -50,7 +51,7 @@ def target_text(
         tokenizer,
         max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
         max_new_tokens=COMPLETION_TOKENS,
-        batch_size=32,
+        batch_size=128,
         cache_dir=cache_dir,
     )
 
@@ -125,8 +126,10 @@ def train_stage(
         save_strategy="no",
         report_to=[],
         seed=seed,
+        bf16=bfloat16_pays("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
-        **{"eval_steps": 50, **settings, **stage.settings},
+        chunk_size=8192,  # at this vocabulary memory is no concern, and smaller chunks are computed twice
+        **{"eval_steps": 150, **settings, **stage.settings},
     )
     trainable = [p for name, p in drafter.named_parameters() if "embed_tokens" not in name or p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -163,7 +166,7 @@ def make_drafter(
     target,
     tokenizer,
     seconds: float = 1500.0,
-    sequences: int = 1500,
+    sequences: int = 2000,
     eval_prompts: int = 24,
     seed: int = 0,
     cache_dir: str | Path | None = None,
