@@ -16,8 +16,8 @@ from ppow_hf.data import (
     extract_prompts,
     prepare_sequences,
     read_rows,
-    regenerate,
 )
+from ppow_hf.regeneration import regenerate
 
 BOS, EOS, PAD, TURN = "<|begin|>", "<|end|>", "<|pad|>", "<|turn|>"
 LINES = [
@@ -475,7 +475,7 @@ def test_a_damaged_cache_is_deleted_and_written_anew(
     first = regenerate(PROMPTS[:3], target, tokenizer, **options)
     damage(next(tmp_path.glob(f"*{suffix}")))
     forward_calls.clear()
-    with caplog.at_level(logging.WARNING, logger="ppow_hf.data"):
+    with caplog.at_level(logging.WARNING, logger="ppow_hf.regeneration"):
         second = regenerate(PROMPTS[:3], target, tokenizer, **options)
     assert forward_calls and "damaged" in caplog.text
     assert second.fingerprint == first.fingerprint

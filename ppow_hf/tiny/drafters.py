@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..data import SequenceDataset, regenerate
+from ..data import SequenceDataset
 from ..modeling_ppow import PPOWDrafter
+from ..regeneration import regenerate
 from ..training import PPOWTrainer, PPOWTrainingArguments
 from .cards import write_drafter_card
 from .corpus import SourceFile, standard_library
