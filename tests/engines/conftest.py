@@ -1,0 +1,113 @@
+"""The embedded pair, held-out prompts and a real vLLM in an environment of its own (see make_environment.sh)."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import NEW_TOKENS, PROMPTS, OurRun, run_ours
+
+from ppow_hf import PPOWDrafter, tiny
+from ppow_hf.evaluation import decode
+from ppow_hf.export import export_drafter
+from ppow_hf.loading import load_prompts, load_target, load_tokenizer
+from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE, run_vllm
+
+
+@pytest.fixture(scope="session")
+def engine_python() -> str:
+    """The interpreter of vLLM's environment. That it is not named is the only reason to skip these tests."""
+    python = os.environ.get(PYTHON_VARIABLE)
+    if not python:
+        pytest.skip(
+            f"{PYTHON_VARIABLE} is not set: make vLLM's environment with tests/engines/make_environment.sh FOLDER and "
+            f"run {PYTHON_VARIABLE}=FOLDER/bin/python pytest -m engines -n 0 tests/engines"
+        )
+    assert Path(python).is_file(), f"{PYTHON_VARIABLE}: there is no {python}"
+    return python
+
+
+@pytest.fixture(scope="session")
+def target():
+    """The embedded target in float32, which goes on behind an end-of-sequence token."""
+    target = copy.deepcopy(load_target("tiny", dtype="float32", device="cpu"))
+    target.generation_config.eos_token_id = None
+    return target
+
+
+@pytest.fixture(scope="session")
+def prompts(target) -> list[list[int]]:
+    tokenizer = load_tokenizer("tiny")
+    return [ids[0].tolist() for ids in load_prompts("stdlib", PROMPTS, tokenizer, target, NEW_TOKENS)]
+
+
+@pytest.fixture(scope="session")
+def plain(engine_python, prompts):
+    """vLLM without speculation."""
+    return run_vllm(tiny.target_path(), prompts, NEW_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def eagle() -> PPOWDrafter:
+    return PPOWDrafter.from_pretrained(tiny.drafter_path("tiny-eagle"), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def reduced_eagle(eagle, target, prompts) -> PPOWDrafter:
+    """The embedded eagle drafter with the 1,000 tokens that its target writes most, another rotary base and norm.
+
+    So everything that an export could lose without a word has a value of its own: d2t, rope_theta, norm.weight.
+    """
+    outputs, _ = decode(target, eagle, prompts[:10], NEW_TOKENS)
+    counts = torch.bincount(torch.tensor(outputs).flatten(), minlength=eagle.config.vocab_size).float()
+    counts[::5] += 0.5  # and every fifth of the others
+    kept = counts.topk(1000).indices.sort().values
+    config = copy.deepcopy(eagle.config)
+    config.draft_vocab_size = len(kept)
+    config.draft_config.rope_parameters = {"rope_type": "default", "rope_theta": 3000.0}
+    drafter = PPOWDrafter(config)
+    weights = {name: tensor.clone() for name, tensor in eagle.state_dict().items()}
+    weights["draft_model.lm_head.weight"] = weights["draft_model.lm_head.weight"][kept]
+    # Moved from the head's columns to the norm: the same drafter, and a poor one where the norm gets lost.
+    scale = torch.logspace(-1, 1, config.draft_config.hidden_size)
+    weights["draft_model.norm.weight"] *= scale
+    weights["draft_model.lm_head.weight"] /= scale
+    drafter.load_state_dict(weights, strict=False)
+    drafter.set_draft_vocabulary(kept)
+    return drafter.eval()
+
+
+@pytest.fixture(scope="session")
+def standalone() -> PPOWDrafter:
+    return PPOWDrafter.from_pretrained(tiny.drafter_path("tiny-standalone"), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """`exported(name, drafter, format)`: the directory of an export, made once."""
+    made = {}
+
+    def export(name: str, drafter: PPOWDrafter, format: str = "vllm") -> Path:
+        if (name, format) not in made:
+            folder = tmp_path_factory.mktemp("exports") / f"{name}-{format}"
+            export_drafter(drafter, folder, format, target_name="tiny")
+            made[name, format] = folder
+        return made[name, format]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def ours(target, prompts, eagle, reduced_eagle, standalone):
+    """`ours(name)`: our run of a drafter with a fixed window, made once."""
+    drafters = {"eagle": eagle, "reduced-eagle": reduced_eagle, "standalone": standalone}
+    made = {}
+
+    def run(name: str) -> OurRun:
+        if name not in made:
+            made[name] = run_ours(target, drafters[name], prompts)
+        return made[name]
+
+    run.drafters = drafters
+    return run
