@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
 from .trace import GenerationTrace, RoundTrace
-from .windowing import MAX_KL, AcceptanceEstimator, CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
+from .windowing import MAX_KL, CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
 
 SUPPORTED = "transformers>=5.17,<6"
 
@@ -84,6 +84,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.pending: tuple[int, int, torch.Tensor] | None = None  # sequence length, token, its distribution
         self._unread_states: list[torch.Tensor] = []
         self._unread_from: int | None = None  # position of the first committed token the drafter has not read
+        self._rule_read = 0  # tokens that the window rule has read
         self._draft_logits: torch.Tensor | None = None
         self._prefilled = False
         self._round: RoundTrace | None = None
@@ -187,6 +188,8 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         first_read = not self.trace.rounds or self.session.is_empty
         unread = input_ids[:, self._unread_from :].to(device)
         started = time.perf_counter()
+        self.rule.read(input_ids[0, self._rule_read :].tolist())
+        self._rule_read = input_ids.shape[1]
         self.session.observe(unread, states, self._unread_from)
         self._unread_states, self._unread_from = [], input_ids.shape[1]
         if first_read:
@@ -197,15 +200,16 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         while True:
             scores = self.logits_processor(ids, logits.float().to(ids.device))
             log_probs = scores.log_softmax(-1)
-            top = log_probs.max(-1)
+            top = log_probs.topk(2, dim=-1)
             entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-            top_probability, entropy_nats = torch.stack([top.values.exp()[0], entropy[0]]).tolist()
-            if not top_probability > 0:  # NaN: nothing can be drawn from this distribution
+            looked = torch.cat([top.values[0].exp(), entropy, top.indices[0, :1].float()])  # ids below 2^24 are exact
+            first, second, entropy_nats, likeliest = looked.tolist()
+            if not first > 0:  # NaN: nothing can be drawn from this distribution
                 break
-            features = AcceptanceEstimator.features(top_probability, entropy_nats, self.rule.lagged_kl, drafted)
+            features = self.rule.describe(first, second, entropy_nats, int(likeliest), this_round.draft_ids)
             if not self.rule.include(drafted, features):
                 break
-            token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else top.indices[:, None]
+            token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else top.indices[:, :1]
             extended = torch.cat([ids, token], dim=-1)
             if self._would_stop(extended):
                 if self.do_sample:

@@ -6,10 +6,13 @@ probability that the next draft token is kept.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_KL = 20.0  # nats; a saturated softmax or a token outside the draft vocabulary gives infinity
+LOOKBACK = 4  # tokens before a draft token that are looked up in the text
+MEMORY_TOKENS = 8192  # of a longer prompt, those at its end are looked up
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,61 @@ class OnlineCosts:
         return max(mean_seconds - slope * mean_window, 0.2 * mean_seconds), slope
 
 
+class TextMemory:
+    """Which short runs of tokens a text has held, so that a likely next token can be looked up in it [ours].
+
+    A token that has followed the last few tokens before is likelier to be the target's own choice, whatever the
+    drafter's confidence: the evidence that prompt lookup drafts from, used here to judge a draft.
+    """
+
+    def __init__(self) -> None:
+        self._tail: list[int] = []
+        self._followed: set[tuple[int, ...]] = set()  # runs of 1 to LOOKBACK tokens that something came after
+        self._seen: set[tuple[int, ...]] = set()  # runs of 2 to LOOKBACK + 1 tokens
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Take in the tokens that come next in the text."""
+        text = self._tail + list(tokens)[-MEMORY_TOKENS:]
+        for place in range(len(self._tail), len(text)):
+            for length in range(1, min(LOOKBACK, place) + 1):
+                self._followed.add(tuple(text[place - length : place]))
+                self._seen.add(tuple(text[place - length : place + 1]))
+        self._tail = text[-LOOKBACK:]
+
+    def look_up(self, token: int, drafted: Sequence[int] = ()) -> tuple[int, int]:
+        """How many of the last tokens, `drafted` ones counted, `token` has followed before, and how many others did.
+
+        Both are 0 to LOOKBACK: the longest run before `token` that was seen with it behind, and the longest one, if
+        longer, that was only seen with something else behind.
+        """
+        text = [*self._tail, *drafted[-LOOKBACK:]][-LOOKBACK:]
+        agreeing = opposing = 0
+        for length in range(1, len(text) + 1):
+            run = tuple(text[-length:])
+            if run not in self._followed:
+                break
+            if (*run, token) in self._seen:
+                agreeing, opposing = length, 0
+            else:
+                opposing = length
+        return agreeing, opposing
+
+
 @dataclass(frozen=True)
 class AcceptanceEstimator:
     """Probability that a draft token is kept, from what is known before it is drawn [ours].
 
-    Logistic in four features: the logit of the drafter's highest probability, its entropy (nats), the lagged
-    log-divergence, and the position in the window. Fitted by [`fit`] at the end of training on decoded text; the
-    default weights trust the drafter's confidence alone.
+    Logistic in the [`features`]. Fitted by [`fit`] at the end of training; the default weights trust the drafter's
+    confidence alone.
+
+    Args:
+        bias (`float`): log-odds where every feature is 0.
+        confidence (`float`): weight of the logit of the drafter's highest probability.
+        entropy (`float`): of its distribution's entropy, nats.
+        divergence (`float`): of the logarithm of the lagged KL(P||Q).
+        position (`float`): of the number of draft tokens before it in the window.
+        margin (`float`): of the logarithm of the highest probability over the second.
+        agreement, conflict (`float`): of what [`TextMemory.look_up`] says of the likeliest token.
     """
 
     bias: float = 0.0
@@ -119,45 +170,82 @@ class AcceptanceEstimator:
     entropy: float = -0.2
     divergence: float = -0.2
     position: float = 0.0
+    margin: float = 0.0
+    agreement: float = 0.0
+    conflict: float = 0.0
 
     @staticmethod
-    def features(max_probability: float, entropy: float, lagged_kl: float, position: int) -> list[float]:
-        """The four features, each finite whatever the inputs (NaN counts as the most doubtful value)."""
+    def features(
+        max_probability: float,
+        entropy: float,
+        lagged_kl: float,
+        position: int,
+        second_probability: float | None = None,
+        agreement: int = 0,
+        conflict: int = 0,
+    ) -> list[float]:
+        """The seven features, each finite whatever the inputs (NaN counts as the most doubtful value).
+
+        `second_probability` left out leaves the margin at 0.
+        """
         probability = min(max(_finite(max_probability, 0.0), 1e-4), 1 - 1e-4)
+        second = probability if second_probability is None else _finite(second_probability, 1.0)
         return [
             math.log(probability / (1 - probability)),
             min(max(_finite(entropy, 10.0), 0.0), 15.0),
             math.log(0.01 + min(max(_finite(lagged_kl, MAX_KL), 0.0), MAX_KL)),
             float(position),
+            math.log(probability / min(max(second, 1e-4), probability)),
+            float(agreement),
+            float(conflict),
         ]
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights in the order of the features."""
+        return (
+            self.confidence,
+            self.entropy,
+            self.divergence,
+            self.position,
+            self.margin,
+            self.agreement,
+            self.conflict,
+        )
+
     def probability(self, features: Sequence[float], shift: float = 0.0) -> float:
-        """alpha in (0, 1) from the four features; `shift` is added to its log-odds."""
-        weights = (self.confidence, self.entropy, self.divergence, self.position)
-        score = self.bias + shift + sum(weight * value for weight, value in zip(weights, features, strict=True))
+        """alpha in (0, 1) from the features; `shift` is added to its log-odds."""
+        score = self.bias + shift + sum(map(operator.mul, self.weights, features))
         return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
 
     @classmethod
-    def fit(cls, features: Sequence[Sequence[float]], accepted: Sequence[bool], ridge: float = 1.0):
+    def fit(
+        cls,
+        features: Sequence[Sequence[float]],
+        accepted: Sequence[bool],
+        ridge: float = 1.0,
+        counts: Sequence[float] | None = None,
+    ) -> "AcceptanceEstimator":
         """Logistic regression by Newton's method on observed (features, accepted) pairs of reached positions.
 
-        `ridge` pulls the weights (not the bias) towards zero; fewer than 20 pairs, or pairs of one kind only, give a
-        constant estimate (Laplace's rule).
+        `ridge` pulls the weights (not the bias) towards zero; `counts` is how much each pair counts, 1 by default.
+        Fewer than 20 pairs, or pairs of one kind only, give a constant estimate (Laplace's rule).
         """
         import numpy
 
         kept = sum(map(bool, accepted))
         if len(accepted) < 20 or kept in (0, len(accepted)):
             share = (kept + 1) / (len(accepted) + 2)
-            return cls(math.log(share / (1 - share)), 0.0, 0.0, 0.0, 0.0)
+            return cls(math.log(share / (1 - share)), 0.0, 0.0, 0.0)
         x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
         y = numpy.asarray(accepted, dtype=float)
+        each = numpy.ones(len(y)) if counts is None else numpy.asarray(counts, dtype=float)
         penalty = numpy.diag([1e-6] + [ridge] * (x.shape[1] - 1))
         weights = numpy.zeros(x.shape[1])
         for _ in range(50):
             p = 1 / (1 + numpy.exp(-numpy.clip(x @ weights, -30, 30)))
-            gradient = x.T @ (p - y) + penalty @ weights
-            hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty
+            gradient = x.T @ (each * (p - y)) + penalty @ weights
+            hessian = (x * (each * p * (1 - p))[:, None]).T @ x + penalty
             step = numpy.linalg.solve(hessian, gradient)
             step *= min(1.0, 4.0 / max(float(numpy.abs(step).max()), 1e-12))
             weights -= step
@@ -173,13 +261,31 @@ def _finite(value: float, otherwise: float) -> float:
 class WindowRule:
     """How long the next window is. One object per generation call; the loop drives it in this order each round:
 
-    `start(limit)` -> longest window to consider (0: do not draft); then, for position j = 0, 1, ...: the drafter's
-    distribution is computed, `include(...)` says whether a token is drawn and verified there, and `go_on(...)` whether
-    another distribution is worth a draft step; after the target's answer, `update(...)`.
+    `read(...)` of the tokens that are new in the text; `start(limit)` -> longest window to consider (0: do not draft);
+    then, for position j = 0, 1, ...: the drafter's distribution is computed and described by `describe(...)`,
+    `include(...)` says whether a token is drawn and verified there, and `go_on(...)` whether another distribution is
+    worth a draft step; after the target's answer, `update(...)`.
     """
 
     max_window: int
     costs: OnlineCosts
+    memory: TextMemory
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Take in the text's new tokens: first the prompt, then what each round committed."""
+        self.memory.read(tokens)
+
+    def describe(
+        self, max_probability: float, second_probability: float, entropy: float, likeliest: int, drafted: Sequence[int]
+    ) -> list[float]:
+        """Features of the distribution behind `drafted`, this round's draft tokens so far; `likeliest` is its mode.
+
+        Looks at nothing that is drawn there, so that sampling stays unbiased.
+        """
+        agreement, conflict = self.memory.look_up(likeliest, drafted)
+        return AcceptanceEstimator.features(
+            max_probability, entropy, self.lagged_kl, len(drafted), second_probability, agreement, conflict
+        )
 
     def start(self, limit: int) -> int:
         raise NotImplementedError
@@ -210,7 +316,7 @@ class FixedWindow(WindowRule):
     """Always `max_window` tokens, or as many as there is room for."""
 
     def __init__(self, max_window: int, costs: OnlineCosts):
-        self.max_window, self.costs = max_window, costs
+        self.max_window, self.costs, self.memory = max_window, costs, TextMemory()
         self._kl = 1.0
 
     def start(self, limit: int) -> int:
@@ -251,9 +357,16 @@ class KLAdaptiveWindow(FixedWindow):
     2, 4, ... up to `probe_every` rounds, so that a poor drafter costs next to nothing and one that gets better is
     noticed.
 
-    The estimator was fitted elsewhere, if at all. Its log-odds are shifted by what this text shows: an intercept with
-    a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter that
-    is sure and wrong is found out within a few rounds.
+    The estimators were fitted elsewhere, if at all. Their log-odds are shifted by what this text shows: an intercept
+    with a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter
+    that is sure and wrong is found out within a few rounds.
+
+    Args:
+        estimator ([`AcceptanceEstimator`], *optional*): alpha_j from the features of position j.
+        next_estimator ([`AcceptanceEstimator`], *optional*):
+            E[alpha_(j+1)] from the features of position j, before its own are known. `None`: half way between alpha_j
+            and the running acceptance.
+        prior_acceptance (`float`): acceptance to begin with.
     """
 
     def __init__(
@@ -263,9 +376,11 @@ class KLAdaptiveWindow(FixedWindow):
         estimator: AcceptanceEstimator | None = None,
         prior_acceptance: float = 0.7,
         probe_every: int = 64,
+        next_estimator: AcceptanceEstimator | None = None,
     ):
         super().__init__(max_window, costs)
         self.estimator = estimator or AcceptanceEstimator()
+        self.next_estimator = next_estimator
         self.probe_every = probe_every
         self._first_acceptance = prior_acceptance  # running share of first draft tokens that were kept
         self._acceptance = prior_acceptance  # running share of reached draft tokens that were kept
@@ -306,7 +421,10 @@ class KLAdaptiveWindow(FixedWindow):
             return False
         self._estimates.append(alpha)
         self._reached = reached
-        self._next_estimate = 0.5 * (alpha + self._acceptance)
+        if self.next_estimator is None:
+            self._next_estimate = 0.5 * (alpha + self._acceptance)
+        else:
+            self._next_estimate = self.next_estimator.probability(features, self._shift)
         return True
 
     def go_on(self, position: int) -> bool:
@@ -364,6 +482,11 @@ def make_window_rule(
         return HeuristicWindow(max_window, costs)
     if window != "kl":
         raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
-    weights = (calibration or {}).get("sampling" if sampling else "greedy") or {}
-    estimator = AcceptanceEstimator(**weights.get("weights", {}))
-    return KLAdaptiveWindow(max_window, costs, estimator, prior_acceptance=weights.get("acceptance", 0.7))
+    stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
+    return KLAdaptiveWindow(
+        max_window,
+        costs,
+        AcceptanceEstimator(**stored.get("weights", {})),
+        prior_acceptance=stored.get("acceptance", 0.7),
+        next_estimator=AcceptanceEstimator(**stored["next_weights"]) if "next_weights" in stored else None,
+    )
