@@ -360,7 +360,7 @@ def rejection_sample_tree(
         draft_probs (`[N, V]`): the distribution Q that each node's own token was drawn from. Siblings are drawn
             independently, with replacement; they may have different Q (a candidate that was not drawn but chosen, such
             as the drafter's greedy token, has all its mass on that token). Neither their number nor their order may
-            depend on the tokens drawn. Siblings drawn without replacement need another rule.
+            depend on the tokens drawn. For siblings drawn without replacement see `rejection_sample_distinct_tree`.
         root_target_probs (`[V]`): P after the context.
         node_target_probs (`[N, V]`): P after each node.
         uniforms (`[N]`): random numbers in [0, 1), one verdict each.
@@ -392,6 +392,73 @@ def rejection_sample_tree(
             to_try = list(children.get(node, []))
         else:
             probs = residual_distribution(probs, draft_probs[node])
+    next_uniform = torch.as_tensor(next_uniform, dtype=uniforms.dtype, device=probs.device)
+    return path, int(sample_from_uniform(probs, next_uniform))
+
+
+def rejection_sample_distinct_tree(
+    token_ids: Tensor,
+    parents: Tensor,
+    draft_probs: Tensor,
+    draft_rows: Sequence[int],
+    root_target_probs: Tensor,
+    node_target_probs: Tensor,
+    uniforms: Tensor,
+    next_uniform: float | Tensor,
+) -> tuple[list[int], int]:
+    """`rejection_sample_tree` for siblings drawn from one Q without replacement, so that no candidate comes twice.
+
+    At each node the children are tried in the order they were drawn. Child x is kept if u < P(x) / Q(x); after a
+    rejection P becomes norm(max(P - Q, 0)) and Q loses x: norm(Q without x) is what the next sibling was drawn from,
+    given those before it. Whatever x was, what follows its rejection is then distributed as the new P, so the whole is
+    distributed as P.
+
+    Args:
+        token_ids (`[N]`): the drafted token of each node; siblings in the order they were drawn.
+        parents (`[N]`): the node that each follows, -1 for the context.
+        draft_probs (`[M, V]`): the distributions Q that children were drawn from.
+        draft_rows (`Sequence[int]` of length N + 1): the row of `draft_probs` that the children of the context, then
+            of each node, were drawn from; any number for a node without children. How many children a node has may
+            hang on anything but their tokens.
+        root_target_probs (`[V]`), node_target_probs (`[N, V]`): P after the context and after each node.
+        uniforms (`[N]`): random numbers in [0, 1), one verdict each.
+        next_uniform (`float`): random number in [0, 1) for the token after the path.
+
+    Returns the path's node indices, from the context outwards, and the next token id. Source: recursive rejection
+    sampling without replacement, Jeon et al. 2402.14160; Yang et al. 2401.06706.
+    """
+    _require_tree(parents)
+    nodes, vocabulary = len(parents), root_target_probs.shape[-1]
+    _require_shape("token_ids", token_ids, (nodes,), "the shape of parents")
+    _require_shape("draft_probs", draft_probs, (len(draft_probs), vocabulary), "[M, V]")
+    _require_shape("root_target_probs", root_target_probs, (vocabulary,), "[V]")
+    _require_shape("node_target_probs", node_target_probs, (nodes, vocabulary), "[N, V]")
+    _require_shape("uniforms", uniforms, (nodes,), "the shape of parents")
+    if len(draft_rows) != nodes + 1:
+        raise ValueError(f"draft_rows: {len(draft_rows)} given, but the context and {nodes} nodes need one each.")
+    tokens = token_ids.tolist()
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(parents.tolist()):
+        children.setdefault(parent, []).append(node)
+
+    path: list[int] = []
+    probs, at = _at_least_float32(root_target_probs), -1
+    while True:
+        siblings, kept = children.get(at, []), None
+        remaining = _at_least_float32(draft_probs[draft_rows[at + 1]]) if siblings else probs
+        for node in siblings:
+            token = tokens[node]
+            if bool(_accepts(probs[token], remaining[token], uniforms[node])):
+                kept = node
+                break
+            probs = residual_distribution(probs, remaining)
+            remaining = remaining.clone()
+            remaining[token] = 0
+            remaining = remaining / remaining.sum().clamp_min(torch.finfo(remaining.dtype).tiny)
+        if kept is None:
+            break
+        path.append(kept)
+        probs, at = _at_least_float32(node_target_probs[kept]), kept
     next_uniform = torch.as_tensor(next_uniform, dtype=uniforms.dtype, device=probs.device)
     return path, int(sample_from_uniform(probs, next_uniform))
 

@@ -167,7 +167,14 @@ def check_settings(**settings: Any) -> None:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
+        elif name == "tree_nodes":
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"tree_nodes: {value!r} is not a whole number of at least 1 node (or None: chains).")
+        elif name == "tree_branches":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"tree_branches: {value!r} is not a whole number of at least 1 branch.")
         else:
             raise ValueError(
-                f"{name}: not a setting of a call; accepted are window, max_window, cost_ratio, verification_cost."
+                f"{name}: not a setting of a call; accepted are window, max_window, cost_ratio, verification_cost, "
+                "tree_nodes, tree_branches."
             )

@@ -178,6 +178,31 @@ class DraftSession:
         return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
 
     @torch.inference_mode()
+    def tree_logits(self, tokens: torch.Tensor, parents: torch.Tensor, seen: torch.Tensor, depth: int) -> torch.Tensor:
+        """Logits `[B, k, V]` behind the k tokens of a tree's level.
+
+        Args:
+            tokens (`[B, k]`): the level's tokens.
+            parents (`[B, k]`): the place of each one's parent in the level before; 0 in the first level.
+            seen (`[B, k, n + k]` bool): which of the n tokens of earlier levels and of these each one follows.
+            depth (`int`): the level, counted from 0.
+        """
+        draft = self.drafter.draft_model
+        features: Any = self._drafting
+        features = features.gather(1, parents[..., None].expand(-1, -1, features.shape[-1]))
+        batch, count = tokens.shape
+        committed = seen.new_ones(batch, self._committed) if self._visible is None else self._visible
+        allowed = torch.cat([committed[:, None].expand(-1, count, -1), seen], dim=-1)[:, None]
+        if isinstance(self._position, int):
+            positions = torch.full((batch, count), self._position + depth, device=tokens.device)
+        else:
+            positions = (self._position[:, None] + depth).expand(-1, count)
+        self._drafting, self._cache = draft.advance(
+            self._readable(tokens), features, self._cache, positions - draft.first_prefix, allowed
+        )
+        return self.drafter.compute_logits(self._drafting, self.width)
+
+    @torch.inference_mode()
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows `[B']` of the batch alone; between a window's verification and the next `observe`."""
         draft = self.drafter.draft_model
@@ -202,6 +227,61 @@ class DraftSession:
         if self._visible is None or not self._committed:
             return 0.0
         return 1 - int(self._visible.sum(1).max()) / self._committed
+
+
+class UnreadTokens:
+    """Committed tokens that the drafter has not read, flush right, with the states of the tokens before them.
+
+    Rounds without a draft leave the drafter behind; the next draft begins by reading all of it.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor | None,
+        own: torch.Tensor | None,
+        start: int | torch.Tensor,
+    ):
+        self.tokens, self.states = tokens, states  # [B, L], [B, L, 3*h]
+        self.own = own  # [B, L] False at padding; None where there is none
+        self.start = start  # position of the first token, one for all rows where own is None
+
+    def add(self, tokens: torch.Tensor, states: torch.Tensor | None, counts: torch.Tensor, most: int) -> None:
+        """The `counts` `[B]` + 1 (at most `most` + 1) first of each row of `tokens` were committed."""
+        if self.own is not None:
+            shift = torch.arange(most + 1, device=counts.device) - (most - counts)[:, None]  # [B, most + 1]
+            own, source = shift >= 0, shift.clamp_min(0)
+            tokens = tokens.gather(1, source)
+            if states is not None:
+                source = source.to(states.device)
+                states = states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
+            self.own = torch.cat([self.own, own], dim=1)
+        else:
+            tokens = tokens[:, : most + 1]
+            states = None if states is None else states[:, : most + 1]
+        if self.tokens.shape[1]:
+            tokens = torch.cat([self.tokens, tokens], dim=1)
+            states = states if states is None or self.states is None else torch.cat([self.states, states], dim=1)
+        self.tokens, self.states = tokens, states
+
+    def read(self, session: DraftSession) -> None:
+        """Let the drafter read it all."""
+        device = session.drafter.device
+        states = None if self.states is None else self.states.to(device)
+        own = None if self.own is None else self.own.to(device)
+        start = self.start if isinstance(self.start, int) else self.start.to(device)
+        session.observe(self.tokens.to(device), states, start, own)
+        read = self.tokens.shape[1] if self.own is None else self.own.sum(1)
+        self.start = self.start + read
+        self.tokens, self.states = self.tokens[:, :0], None
+        self.own = None if self.own is None else self.own[:, :0]
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Go on with these rows `[B']` alone."""
+        self.tokens = self.tokens[rows]
+        self.states = None if self.states is None else self.states[rows.to(self.states.device)]
+        self.own = None if self.own is None else self.own[rows]
+        self.start = self.start if isinstance(self.start, int) else self.start[rows]
 
 
 class DrafterView:

@@ -1,78 +1,40 @@
-"""Our own draft-verify loop: batches of prompts, ragged acceptance, one trace a row.
+"""Our own draft-verify loop: batches of prompts, ragged acceptance, chains and trees, one trace a row.
 
-`target.generate(**inputs, custom_generate=drafter.generate_with())` runs it; so does `assistant_model=drafter` with
-more than one prompt, where transformers' assisted loop ends. Knows targets, drafters and their caches; trains nothing.
-
-Rows of a batch share one cache. Draft tokens that were rejected stay in it unseen (attention_mask 0, explicit
-position_ids) until they are too many, when the cache is compacted; rows that are finished leave the batch.
+`target.generate(**inputs, custom_generate=drafter.generate_with())` runs it; so does `assistant_model=drafter` where
+transformers' assisted loop ends: with more than one prompt, or with trees. Puts the target's side
+([`~ppow_hf.verifying.TargetSession`]), the drafter's ([`~ppow_hf.drafting.DraftSession`]), the window rules and the
+acceptance together; trains nothing.
 """
 
-import copy
-import inspect
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
-from transformers.generation import logits_process as processors
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from .acceptance import greedy_accepted_counts, rejection_sample_chain
-from .drafting import DrafterView, cache_argument, compacting_columns, gather_columns, rearrange_cache
-from .modeling_ppow import collect_target_states
+from .acceptance import (
+    greedy_accepted_counts,
+    greedy_accepted_path,
+    rejection_sample_chain,
+    rejection_sample_distinct_tree,
+)
+from .drafting import DrafterView, UnreadTokens
+from .rows import Endings, Row, ScoreProcessing
 from .trace import GenerationTrace, RoundTrace
-from .windowing import MAX_KL, AcceptanceEstimator, CostModel, FixedWindow, OnlineCosts, WindowRule, make_window_rule
-
-# Processors that look at the scores alone: one call for all rows and positions.
-MEMORYLESS = (
-    processors.TemperatureLogitsWarper,
-    processors.TopKLogitsWarper,
-    processors.TopPLogitsWarper,
-    processors.MinPLogitsWarper,
-    processors.TypicalLogitsWarper,
-    processors.EpsilonLogitsWarper,
-    processors.EtaLogitsWarper,
-    processors.SuppressTokensLogitsProcessor,
-    processors.LogitNormalization,
-    processors.InfNanRemoveLogitsProcessor,
+from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, grow_trees, lay_out
+from .verifying import COMPACT_AT, TargetSession
+from .windowing import (
+    MAX_KL,
+    CostModel,
+    FixedWindow,
+    KLAdaptiveWindow,
+    OnlineCosts,
+    WindowRule,
+    make_window_rule,
 )
-# Processors that look at the length alone, which the caller gave for the padded prompt.
-LENGTH_ONLY = (
-    processors.MinLengthLogitsProcessor,
-    processors.MinNewTokensLengthLogitsProcessor,
-    processors.ForcedBOSTokenLogitsProcessor,
-    processors.ForcedEOSTokenLogitsProcessor,
-    processors.ExponentialDecayLengthPenalty,
-    processors.SuppressTokensAtBeginLogitsProcessor,
-)
-COMPACT_AT = 0.25  # share of a cache's columns that no row can see
 
-
-@dataclass
-class Row:
-    """One prompt of the batch on its way.
-
-    Args:
-        place (`int`): its row in the caller's batch.
-        padding (`int`): columns of padding on the left of its prompt.
-        ids (`list[int]`): its own tokens, prompt and continuation, without padding.
-        rule ([`WindowRule`]), trace ([`GenerationTrace`]): its own.
-        new_tokens (`int`): tokens generated.
-        limit (`int`): longest window of this round.
-    """
-
-    place: int
-    padding: int
-    ids: list[int]
-    rule: WindowRule
-    trace: GenerationTrace
-    new_tokens: int = 0
-    limit: int = 0
-    finished: bool = False
-    scores: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
+TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
 
 
 class SpeculativeDecoding:
@@ -91,7 +53,8 @@ class SpeculativeDecoding:
         record (`bool`, *optional*, defaults to `True`):
             whether fixed windows, whose rule needs no look at the distributions, leave divergences and features in the
             trace too.
-        settings: `window`, `max_window`, `cost_ratio`, `verification_cost`, see [`PPOWDrafter.with_settings`].
+        settings: `window`, `max_window`, `cost_ratio`, `verification_cost`, `tree_nodes`, `tree_branches`, see
+            [`PPOWDrafter.with_settings`].
     """
 
     def __init__(
@@ -145,8 +108,29 @@ class SpeculativeDecoding:
         return call.run()
 
 
+@dataclass
+class Verdict:
+    """What a round's target forward said, row by row, as chains: a tree's accepted path stands for its row.
+
+    Args:
+        drafts (`list[list[int]]`): the drafted tokens, of which the first `kept` were accepted.
+        states (`[B, T, 3*h]`, *optional*): the target's, of the last committed token and the drafted ones behind it.
+        columns (`int`): columns that the forward added to the target's cache, the kept ones in front.
+        kept (`list[int]`), following (`list[int]`): accepted tokens, and the token behind them.
+        logits, scores: of each row, `[at least kept + 1, V]`.
+    """
+
+    drafts: list[list[int]]
+    states: torch.Tensor | None
+    columns: int
+    kept: list[int]
+    following: list[int]
+    logits: Any
+    scores: Any
+
+
 class SpeculativeCall:
-    """One call of the loop: the rows, the target's cache, the drafter's session."""
+    """One call of the loop: the rows, the target's session, the drafter's session."""
 
     def __init__(
         self,
@@ -162,121 +146,71 @@ class SpeculativeCall:
         from .candidate_generator import check_call, common_context_length, target_width
 
         check_call(target, view, generation_config)
-        self.target, self.view, self.config = target, view, view.drafter.config
-        self.generation_config, self.streamer = generation_config, streamer
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"streamer: {len(input_ids)} prompts given, but a streamer shows one. Pass one prompt.")
+        for name in ("output_hidden_states", "output_attentions"):
+            if generation_config.return_dict_in_generate and getattr(generation_config, name):
+                raise ValueError(
+                    f"{name}: this loop returns scores and logits, but neither hidden states nor attentions. Leave it "
+                    "out, or generate without a drafter."
+                )
+        self.view, self.config = view, view.drafter.config
+        self.input_ids, self.streamer = input_ids, streamer
         self.do_sample = bool(generation_config.do_sample)
-        self.processors = list(logits_processor)
-        self._row_processors: dict[int, list[Any]] = {}
-        self.memoryless = all(isinstance(p, MEMORYLESS) for p in self.processors)
-        self.eos = {t for c in stopping_criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()}
-        self.other_criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
-        self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
-        self.context_length = common_context_length(target.config, self.config)
+        self.process = ScoreProcessing(logits_processor, input_ids)
+        context_length = common_context_length(target.config, self.config)
+        self.endings = Endings(stopping_criteria, generation_config, input_ids, context_length)
 
-        batch, self.prompt_length = input_ids.shape
-        if streamer is not None and batch > 1:
-            raise ValueError(f"streamer: {batch} prompts given, but a streamer shows one. Pass one prompt.")
         mask = model_kwargs.pop("attention_mask", None)
         model_kwargs.pop("position_ids", None)
         cache = model_kwargs.pop("cache", None)
         old_name_cache = model_kwargs.pop("past_key_values", None)
-        cache = old_name_cache if cache is None else cache
-        self.visible = self._check_mask(input_ids, mask)  # [B, columns of the target's cache], bool
-        self.positions = self.visible.sum(1)  # [B]: position of the token behind everything in the cache
-        self.input_ids = input_ids
-        self.ragged = batch > 1 or not bool(self.visible.all())
-        past = cache.get_seq_length() if cache is not None else 0
-        self._check_cache(cache, past, batch)
-        self.past = past if 0 < past < self.prompt_length else 0
-        self.cache: Any = cache if self.past or not self._needs_own_cache() else DynamicCache()
-        if self.cache is None:
-            self.cache = DynamicCache()
-        if hasattr(self.cache, "activate_past_recording"):
-            self.cache.activate_past_recording()
-        self.extra_inputs = {
+        extra_inputs = {
             name: value
             for name, value in model_kwargs.items()
             if value is not None and name not in ("use_cache", "cache_position", "logits_to_keep")
         }
-        forward = inspect.signature(target.forward).parameters
-        self.takes = {name: name in forward for name in ("position_ids", "logits_to_keep", "attention_mask")}
+        settings = self._settings()
+        self.trees = settings["tree_nodes"] is not None
+        self.target = TargetSession(
+            target,
+            self.config.target_layer_ids,
+            input_ids,
+            _visible(input_ids, mask, getattr(generation_config, "_mask_length", None)),
+            old_name_cache if cache is None else cache,
+            extra_inputs,
+            self.trees,
+        )
+        self.ragged = self.target.ragged
         self.session = view.drafter.start_session(target_width(target))
-        self.rows = self._make_rows(input_ids)
+        self.rows = self._make_rows(settings)
         self.everyone = list(self.rows)
         view.last_traces = [row.trace for row in self.rows]
         view.last_trace = view.drafter.last_trace = view.last_traces[0]
         view.drafter.last_traces = view.last_traces
 
-    # -- what is checked and set up before anything is computed
+    def _settings(self) -> dict[str, Any]:
+        given = self.view.settings
+        names = ("window", "max_window", "cost_ratio", "verification_cost")
+        settings = {name: given.get(name, getattr(self.config, name)) for name in names}
+        branches = given.get("tree_branches", TREE_BRANCHES)
+        return settings | {"tree_nodes": given.get("tree_nodes"), "tree_branches": branches}
 
-    def _check_mask(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        left_out = getattr(self.generation_config, "_mask_length", None)  # of a mask of ones, which generate drops
-        if mask is None and left_out is not None and left_out != input_ids.shape[1]:
-            raise ValueError(
-                f"attention_mask: {left_out} entries given for {input_ids.shape[1]} tokens. Pass one for each token "
-                "(with a cache, the whole sequence as input_ids: the drafter has not read the tokens in the cache)."
-            )
-        if mask is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask: shape {tuple(mask.shape)} given for input_ids of shape {tuple(input_ids.shape)}. "
-                "Pass a mask of 0 and 1 for each prompt token (and, with a cache, the whole sequence as input_ids)."
-            )
-        mask = mask.bool()
-        if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise ValueError(
-                "attention_mask: a prompt is padded on the right, or has a hole. Pad prompts on the left "
-                '(tokenizer.padding_side = "left").'
-            )
-        return mask
-
-    def _check_cache(self, cache: Any, past: int, batch: int) -> None:
-        text = self.target.config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or [])
-        if any("linear" in kind or kind in ("mamba", "recurrent", "conv") for kind in kinds) or getattr(
-            self.target, "_is_stateful", False
-        ):
-            raise ValueError(
-                f"{type(self.target).__name__} keeps a recurrent state, which cannot take back rejected draft tokens. "
-                "Generate without a drafter."
-            )
-        if past and batch > 1:
-            raise ValueError("past_key_values: a filled cache can be gone on from with one prompt only, not a batch.")
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"cache_implementation: a {type(cache).__name__} was given, but rejected draft tokens are taken back "
-                "from a dynamic cache. Leave out cache_implementation and past_key_values."
-            )
-
-    def _needs_own_cache(self) -> bool:
-        """Layers that drop what slid out of their window count columns, holes too: keep all, and mask by position."""
-        return self.ragged and self._sliding_window() is not None
-
-    def _sliding_window(self) -> int | None:
-        text = self.target.config.get_text_config()
-        if getattr(text, "use_sliding_window", True) is False:
-            return None
-        kinds = getattr(text, "layer_types", None)
-        if kinds is not None and not any("sliding" in kind for kind in kinds):
-            return None
-        return getattr(text, "sliding_window", None)
-
-    def _make_rows(self, input_ids: torch.Tensor) -> list[Row]:
-        settings = {
-            name: self.view.settings.get(name, getattr(self.config, name))
-            for name in ("window", "max_window", "cost_ratio", "verification_cost")
-        }
+    def _make_rows(self, settings: dict[str, Any]) -> list[Row]:
         stored = (self.config.calibration or {}).get("costs") or {}
         prior = CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
         self.costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], prior)
+        self.tree_rules: dict[int, TreeRule] = {}
         rows = []
-        for place, (ids, padding) in enumerate(zip(input_ids.tolist(), (~self.visible).sum(1).tolist(), strict=True)):
+        paddings = (~self.target.visible).sum(1).tolist()
+        for place, (ids, padding) in enumerate(zip(self.input_ids.tolist(), paddings, strict=True)):
             rule = make_window_rule(
                 settings["window"], settings["max_window"], self.costs, self.config.calibration, self.do_sample
             )
             rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=settings["window"])))
+            if self.trees:
+                nodes, branches = settings["tree_nodes"], settings["tree_branches"]
+                self.tree_rules[place] = TreeRule(rule, self.costs, nodes, branches, self.do_sample)
         return rows
 
     # -- the loop
@@ -287,53 +221,97 @@ class SpeculativeCall:
             self._round()
         if self.streamer is not None:
             self.streamer.end()
-        return self._result()
+        cache = self.target.finished_cache(len(self.everyone[0].ids)) if self.endings.records else None
+        return self.endings.result(self.everyone, self.input_ids, cache)
 
     def _prefill(self) -> None:
         """The target reads the prompts and gives each row its first token."""
         started = time.perf_counter()
-        unread = self.input_ids[:, self.past :]
-        logits, states = self._forward(unread, self.visible, self._prompt_positions(), only_last=True)
-        scores = self._process(logits, [[] for _ in self.rows])
+        visible = self.target.visible
+        logits, states = self.target.read_prompt(self.input_ids)
+        scores = self.process(logits, self.rows, lambda i, t: [])
         tokens = self._choose(scores)
         seconds = time.perf_counter() - started
-        visible = self.visible[:, self.past :]
-        for row, token, row_logits, row_scores in zip(self.rows, tokens[:, 0].tolist(), logits, scores, strict=True):
+        for i, (row, token) in enumerate(zip(self.rows, tokens[:, 0].tolist(), strict=True)):
             row.trace.rounds.append(RoundTrace(0, 0, [], verify_seconds=seconds))
-            self._commit(row, [token], row_logits, row_scores)
-        first = self.view.drafter.draft_model.first_prefix
+            self._commit(row, [token], logits[i], scores[i])
+        first, past = self.view.drafter.draft_model.first_prefix, self.target.past
         if first:  # eagle: the token behind each state; the row's own first token has no state before it
-            read = torch.cat([unread, tokens], dim=1)[:, 1:]
+            read = torch.cat([self.input_ids[:, past:], tokens], dim=1)[:, 1:]
+            visible = visible[:, past:]
             own = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)[:, 1:] & visible
         else:
             read = torch.cat([self.input_ids, tokens], dim=1)
-            own = torch.cat([self.visible, visible.new_ones(len(self.rows), 1)], dim=1)
-        self._to_observe = (read, states, own if self.ragged else None, self.past + 1 if first else 0)
+            own = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)
+        self.unread = UnreadTokens(read, states, own if self.ragged else None, past + 1 if first else 0)
         self._drop_finished()
 
     def _round(self) -> None:
         started = time.perf_counter()
-        batch = len(self.rows)
         longest = 0
         for row in self.rows:
-            row.limit = row.rule.start(self._room(row))
+            row.rule.read(row.ids[row.read :])
+            row.read = len(row.ids)
+            row.limit = row.rule.start(self.endings.room(row))
             longest = max(longest, row.limit)
             row.trace.rounds.append(RoundTrace(0, 0, []))
+        verdict = self._tree(started) if self.trees and longest else self._chain(longest, started)
+        costs = self.costs.model
+        kept, committed = verdict.kept, []
+        for i, row in enumerate(self.rows):
+            row.trace.speculation_pays = row.rule.pays
+            row.trace.cost_ratio, row.trace.verification_cost = costs.cost_ratio, costs.verification_cost
+            tokens = [*verdict.drafts[i][: kept[i]], verdict.following[i]]
+            count = self._commit(row, tokens, verdict.logits[i], verdict.scores[i])
+            kept[i] = min(kept[i], count - 1)  # behind a row's end nothing is read any more
+            committed.append(tokens[: kept[i] + 1])
+        most = max(kept)
+        counts = torch.tensor(kept, device=self.input_ids.device)
+        self.target.keep(verdict.columns, counts, most)
+        read = [tokens + [0] * (most + 1 - len(tokens)) for tokens in committed]
+        self.unread.add(torch.tensor(read, device=self.input_ids.device), verdict.states, counts, most)
+        self._drop_finished()
+
+    def _commit(self, row: Row, tokens: list[int], logits: torch.Tensor, scores: torch.Tensor) -> int:
+        committed = self.endings.commit(row, tokens, logits, scores)
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(tokens[:committed]))
+        record = row.trace.rounds[-1]
+        record.accepted = min(record.accepted, committed)
+        return committed
+
+    def _drop_finished(self) -> None:
+        staying = [i for i, row in enumerate(self.rows) if not row.finished]
+        if not staying:
+            self.rows = []
+            return
+        if len(staying) < len(self.rows):
+            self.rows = [self.rows[i] for i in staying]
+            rows = torch.tensor(staying, device=self.input_ids.device)
+            self.target.keep_rows(rows)
+            if not self.session.is_empty:
+                self.session.keep_rows(rows.to(self.view.drafter.device))
+            self.unread.keep_rows(rows)
+        self.target.compact()
+        if self.session.waste > COMPACT_AT:
+            self.session.compact()
+
+    # -- a round that drafts chains
+
+    def _chain(self, longest: int, started: float) -> Verdict:
+        batch, device = len(self.rows), self.input_ids.device
         if longest:
             draft_ids, draft_scores, valid = self._draft(longest)
         else:
             draft_ids = self.input_ids.new_zeros(batch, 0)
-            draft_scores, valid = None, torch.zeros(batch, 0, dtype=torch.bool, device=draft_ids.device)
+            draft_scores, valid = [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
         window = draft_ids.shape[1]
         drafted = time.perf_counter()
 
-        last = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.input_ids.device)
-        tokens = torch.cat([last, draft_ids], dim=1)
-        seen = torch.cat([self.visible, self.visible.new_ones(batch, 1), valid], dim=1)
-        positions = self.positions[:, None] + torch.arange(window + 1, device=tokens.device)
-        logits, states = self._forward(tokens, seen, positions)
+        last = torch.tensor([[row.ids[-1]] for row in self.rows], device=device)
+        logits, states = self.target.read_window(torch.cat([last, draft_ids], dim=1), valid)
         drafts = draft_ids.tolist()
-        scores = self._process(logits, drafts)
+        scores = self.process(logits, self.rows, lambda i, t: drafts[i][:t])
         if self.do_sample:
             counts, following = self._verify_sampled(draft_ids, draft_scores, scores, valid)
         else:
@@ -352,22 +330,14 @@ class SpeculativeCall:
             if divergences is not None:
                 record.kl = divergences[i][: min(kept[i] + 1, own_windows[i])]
             row.rule.update(record.window, record.draft_steps, record.accepted, record.kl)
-            row.trace.speculation_pays = row.rule.pays
-            self._commit(row, [*drafts[i][: kept[i]], nexts[i]], logits[i], scores[i])
         self.costs.observe_verification(window, verified - drafted)
-        costs = self.costs.model
-        for row in self.rows:
-            row.trace.cost_ratio, row.trace.verification_cost = costs.cost_ratio, costs.verification_cost
-        self._advance(tokens, states, counts, following)
-        self._drop_finished()
+        return Verdict(drafts, states, window + 1, kept, nexts, logits, scores)
 
     def _draft(self, longest: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Draft tokens `[B, W]`, their processed logits (W of `[B, V]`) and which are a row's own `[B, W]`."""
-        read, states, own, start = self._to_observe
         started = time.perf_counter()
         first_read = self.session.is_empty
-        self.session.observe(read, states, start, own)
-        self._to_observe = (read[:, :0], None, None, start)
+        self.unread.read(self.session)
         if first_read:
             started = time.perf_counter()  # reading the prompt is no draft step
         logits = self.session.first_logits()
@@ -381,31 +351,31 @@ class SpeculativeCall:
         steps = 1
         while True:
             position = len(drawn)
-            scores = self._process(logits.float().to(device)[:, None], drafts)[:, 0]
+            scores = self.process(logits.float().to(device)[:, None], self.rows, lambda i, t: drafts[i])[:, 0]
             log_probs = scores.log_softmax(-1)
             token = (
                 torch.multinomial(log_probs.exp().nan_to_num(1.0), 1) if self.do_sample else log_probs.argmax(-1, True)
             )
             if looks:
-                entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-                looked = torch.stack(
-                    [log_probs.amax(-1).exp().double(), entropy.double(), token[:, 0].double()]
-                ).tolist()
+                probs = log_probs.exp()
+                top = probs.topk(2)
+                entropies = (-(probs * log_probs.clamp_min(-1e4)).sum(-1)).tolist()
+                highest, modes, tokens = top.values.tolist(), top.indices[:, 0].tolist(), token[:, 0].tolist()
             own_here = []
             for i, row in enumerate(self.rows):
                 record = row.trace.rounds[-1]
                 record.draft_steps = max(record.draft_steps, steps) if active[i] else record.draft_steps
                 if active[i] and looks:
-                    features = AcceptanceEstimator.features(looked[0][i], looked[1][i], row.rule.lagged_kl, position)
-                    active[i] = looked[0][i] > 0 and row.rule.include(position, features)  # NaN: nothing to draw from
+                    features = row.rule.describe(*highest[i], entropies[i], modes[i], drafts[i])
+                    active[i] = highest[i][0] > 0 and row.rule.include(position, features)  # NaN: nothing to draw from
                     if active[i]:
                         record.features.append(features)
-                        if hasattr(row.rule, "acceptance_probability"):
+                        if isinstance(row.rule, KLAdaptiveWindow):
                             record.acceptance_probabilities.append(row.rule.acceptance_probability(features))
                 own_here.append(active[i])
                 if active[i] and looks:
-                    drafts[i].append(int(looked[2][i]))
-                    if drafts[i][-1] in self.eos:
+                    drafts[i].append(tokens[i])
+                    if drafts[i][-1] in self.endings.eos:
                         active[i] = False
                 if active[i] and (position + 1 >= row.limit or not row.rule.go_on(position + 1)):
                     active[i] = False
@@ -414,7 +384,7 @@ class SpeculativeCall:
             drawn.append(token)
             kept_scores.append(scores)
             valid.append(own_here)
-            if not looks and not self.memoryless:
+            if not looks and not self.process.memoryless:
                 for i, value in enumerate(token[:, 0].tolist()):
                     drafts[i].append(value)
             if not any(active):
@@ -426,158 +396,6 @@ class SpeculativeCall:
         if not drawn:
             return self.input_ids.new_zeros(batch, 0), [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
         return torch.cat(drawn, dim=1), kept_scores, torch.tensor(valid, device=device).T
-
-    # -- the target
-
-    def _prompt_positions(self) -> torch.Tensor:
-        return (self.visible.long().cumsum(1) - 1).clamp_min(0)[:, self.past :]
-
-    def _forward(self, tokens, seen, positions, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `[B, T, V]` in float32 and the drafter's states of new tokens behind the cache.
-
-        `seen` `[B, columns]` tells which columns, the new ones included, are a row's own.
-        """
-        inputs = dict(self.extra_inputs)
-        self.extra_inputs = {} if only_last else self.extra_inputs  # images and the like belong to the prompt
-        window = self._sliding_window()
-        if self.takes["attention_mask"]:
-            if window is not None and self.ragged:
-                inputs["attention_mask"] = self._masks(seen, positions, window)
-            else:
-                inputs["attention_mask"] = seen.long()
-        if self.takes["position_ids"]:
-            inputs["position_ids"] = positions
-        if only_last and self.takes["logits_to_keep"]:
-            inputs["logits_to_keep"] = 1
-        layers = self.config.target_layer_ids
-        outputs = self.target(
-            input_ids=tokens,
-            use_cache=True,
-            return_dict=True,
-            output_hidden_states=bool(layers),
-            **{cache_argument(self.target): self.cache},
-            **inputs,
-        )
-        logits = outputs.logits[:, -1:] if only_last else outputs.logits
-        states = collect_target_states(outputs.hidden_states, layers)
-        if states is not None:
-            states = states.to(self.view.drafter.device)
-        return logits.to(device=self.input_ids.device, dtype=torch.float32), states
-
-    def _masks(self, seen: torch.Tensor, positions: torch.Tensor, window: int) -> Any:
-        """Additive masks by position, where the target's own would count the columns of rejected tokens."""
-        key_positions = (seen.long().cumsum(1) - 1)[:, None]  # [B, 1, columns]
-        behind = torch.arange(seen.shape[1], device=seen.device) <= torch.arange(
-            seen.shape[1] - positions.shape[1], seen.shape[1], device=seen.device
-        ).unsqueeze(-1)
-        full = behind[None] & seen[:, None]
-        near = full & (positions[..., None] - key_positions < window)
-        itself = torch.eye(positions.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).roll(
-            seen.shape[1] - positions.shape[1], dims=1
-        )
-
-        def additive(allowed: torch.Tensor) -> torch.Tensor:
-            mask = torch.zeros(allowed.shape, dtype=self.target.dtype, device=seen.device)
-            return mask.masked_fill_(~(allowed | itself), torch.finfo(mask.dtype).min)[:, None]
-
-        kinds = getattr(self.target.config.get_text_config(), "layer_types", None)
-        if kinds is None or set(kinds) == {"sliding_attention"}:
-            return additive(near)
-        return {"full_attention": additive(full), "sliding_attention": additive(near)}
-
-    def _advance(self, tokens, states, counts, following) -> None:
-        """Caches and positions after a round: accepted tokens are seen, the others stay in the cache unseen."""
-        width, most = tokens.shape[1], int(counts.max())
-        if most + 1 < width:
-            self.cache.crop(-(width - most - 1))
-        elif hasattr(self.cache, "activate_past_recording"):
-            self.cache.crop(0)
-        arrived = torch.arange(most + 1, device=counts.device) <= counts[:, None]
-        self.visible = torch.cat([self.visible, arrived], dim=1)
-        self.positions = self.positions + counts + 1
-        # What the drafter has not read: the accepted tokens and the one behind them, flush right.
-        unread = torch.cat([tokens[:, 1:], following[:, None]], dim=1)  # the last is a place holder
-        unread[torch.arange(len(counts), device=counts.device), counts] = following
-        shift = torch.arange(most + 1, device=counts.device) - (most - counts)[:, None]  # [B, most + 1]
-        own, source = shift >= 0, shift.clamp_min(0)
-        read = unread.gather(1, source)
-        if states is not None:
-            source = source.to(states.device)
-            states = states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
-        start: Any = self.positions - counts if self.ragged else int(self.positions[0] - counts[0])
-        before, before_states, before_own, before_start = self._to_observe
-        if before.shape[1]:  # rounds without a draft leave the drafter behind
-            read, start = torch.cat([before, read], dim=1), before_start
-            states = None if states is None else torch.cat([before_states, states], dim=1)
-            own = torch.cat([before_own, own], dim=1) if self.ragged else own
-        self._to_observe = (read, states, own if self.ragged else None, start)
-
-    def _drop_finished(self) -> None:
-        staying = [i for i, row in enumerate(self.rows) if not row.finished]
-        if len(staying) < len(self.rows):
-            self.rows = [self.rows[i] for i in staying]
-            if not self.rows:
-                return
-            rows = torch.tensor(staying, device=self.input_ids.device)
-            rearrange_cache(self.cache, lambda tensor: tensor[rows.to(tensor.device)])
-            self.visible, self.positions = self.visible[rows], self.positions[rows]
-            if not self.session.is_empty:
-                self.session.keep_rows(rows.to(self.view.drafter.device))
-            read, states, own, start = self._to_observe
-            self._to_observe = (
-                read[rows],
-                None if states is None else states[rows.to(states.device)],
-                None if own is None else own[rows],
-                start if isinstance(start, int) else start[rows],
-            )
-        if self.ragged:
-            if 1 - int(self.visible.sum(1).max()) / self.visible.shape[1] > COMPACT_AT:
-                columns = compacting_columns(self.visible)
-                rearrange_cache(self.cache, gather_columns(columns))
-                self.visible = self.visible.gather(1, columns)
-            if self.session.waste > COMPACT_AT:
-                self.session.compact()
-
-    # -- scores, verdicts, tokens
-
-    def _process(self, logits: torch.Tensor, drafts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Processed scores of logits `[B, T, V]` that stand behind the rows and their drafts.
-
-        With T = 1 the scores behind all of a row's draft; else behind its first 0, 1, ..., T - 1 tokens.
-        """
-        if not self.processors:
-            return logits
-        batch, length, width = logits.shape
-        if self.memoryless:
-            flat, ids = logits.reshape(-1, width), self.input_ids.new_zeros(batch * length, 1)
-            for processor in self.processors:
-                flat = processor(ids, flat)
-            return flat.view(batch, length, width)
-        scores = logits.clone()
-        for i, row in enumerate(self.rows):
-            drafted = [int(token) for token in drafts[i]]
-            for t in range(length):
-                behind = drafted if length == 1 else drafted[:t]
-                own = torch.tensor([row.ids + behind], device=self.input_ids.device)
-                padded = torch.cat([self.input_ids[row.place : row.place + 1, : row.padding], own], dim=1)
-                here = scores[i, t : t + 1]
-                for processor in self._processors_of(row):
-                    here = processor(padded if isinstance(processor, LENGTH_ONLY) else own, here)
-                scores[i, t] = here[0]
-        return scores
-
-    def _processors_of(self, row: Row) -> list[Any]:
-        """The call's processors; one that was told of each row's padding gets a copy that knows of none."""
-        if row.place not in self._row_processors:
-            own = []
-            for processor in self.processors:
-                ignored = getattr(processor, "prompt_ignore_length", None)
-                if isinstance(ignored, torch.Tensor):
-                    processor = copy.copy(processor)
-                    processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
-                own.append(processor)
-            self._row_processors[row.place] = own
-        return self._row_processors[row.place]
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         """`[B, 1, V]` -> `[B, 1]`."""
@@ -595,71 +413,154 @@ class SpeculativeCall:
             draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], valid
         )
 
-    def _divergences(self, scores: torch.Tensor, draft_scores: list[torch.Tensor] | None) -> list[list[float]] | None:
+    def _divergences(self, scores: torch.Tensor, draft_scores: list[torch.Tensor]) -> list[list[float]] | None:
         """KL(P||Q) in nats at each drafted position."""
         if not draft_scores or (not self.view.record and all(type(row.rule) is FixedWindow for row in self.rows)):
             return None
-        target = scores[:, : len(draft_scores)].log_softmax(-1)
-        draft = torch.stack(draft_scores, dim=1).log_softmax(-1)
-        terms = (target.exp() * (target - draft)).masked_fill(target == -torch.inf, 0.0)
-        return terms.sum(-1).nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL).tolist()
+        return divergences(scores[:, : len(draft_scores)], torch.stack(draft_scores, dim=1)).tolist()
 
-    def _commit(self, row: Row, tokens: list[int], logits: torch.Tensor, scores: torch.Tensor) -> None:
-        """Append tokens up to the first that ends the row. What is cut off was never given out, at T > 0 neither."""
-        committed = 0
-        for token in tokens:
-            row.ids.append(token)
-            row.new_tokens += 1
-            committed += 1
-            row.finished = token in self.eos or (
-                self.max_length is not None and self.prompt_length + row.new_tokens >= self.max_length
-            )
-            if self.other_criteria:
-                ids = torch.tensor([row.ids], device=self.input_ids.device)
-                stops = [torch.as_tensor(criterion(ids, None)).any() for criterion in self.other_criteria]
-                row.finished = row.finished or any(map(bool, stops))
-            if row.finished:
-                break
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens[:committed]))
-        record = row.trace.rounds[-1]
-        record.accepted = min(record.accepted, committed)
-        if self.generation_config.return_dict_in_generate:
-            if self.generation_config.output_scores:
-                row.scores += list(scores[:committed])
-            if self.generation_config.output_logits:
-                row.logits += list(logits[:committed])
+    # -- a round that drafts trees
 
-    def _room(self, row: Row) -> int:
-        """Longest window that fits: its round commits one token more, and the target must be able to read it."""
-        room = row.rule.max_window
-        if self.max_length is not None:
-            room = min(room, self.max_length - self.prompt_length - row.new_tokens - 1)
-        if self.context_length is not None:
-            room = min(room, self.context_length - len(row.ids))
-        return max(room, 0)
+    def _tree(self, started: float) -> Verdict:
+        rules = [self.tree_rules[row.place] for row in self.rows]
+        device = self.input_ids.device
+        first_read = self.session.is_empty
+        self.unread.read(self.session)
+        begun = time.perf_counter() if first_read else started  # reading the prompt is no draft step
+        grown = grow_trees(
+            self.session,
+            rules,
+            [row.limit for row in self.rows],
+            lambda logits, paths: self.process(
+                logits.to(device), self.rows, lambda i, t: paths[i][t] if t < len(paths[i]) else []
+            ),
+            self.endings.eos,
+        )
+        trees, levels = grown.trees, len(grown.level_scores)
+        drafted = time.perf_counter()
+        self.costs.observe_drafting(levels - first_read, drafted - begun)
 
-    def _result(self):
-        longest = max(row.new_tokens for row in self.everyone)
-        pad = getattr(self.generation_config, "_pad_token_tensor", None)
-        pad_id = int(pad) if pad is not None else (self.generation_config.pad_token_id or 0)
-        new = torch.full((len(self.everyone), longest), pad_id, dtype=self.input_ids.dtype)
-        for row in self.everyone:
-            new[row.place, : row.new_tokens] = torch.tensor(row.ids[len(row.ids) - row.new_tokens :])
-        sequences = torch.cat([self.input_ids, new.to(self.input_ids.device)], dim=1)
-        if not self.generation_config.return_dict_in_generate:
-            return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=self._by_token("scores", longest) if self.generation_config.output_scores else None,
-            logits=self._by_token("logits", longest) if self.generation_config.output_logits else None,
+        tokens, depths, seen = lay_out(trees, [row.ids[-1] for row in self.rows], device)
+        logits, states = self.target.read_tree(tokens, depths, seen)
+        scores = self.process(
+            logits, self.rows, lambda i, t: trees[i].path_tokens(t - 1) if 0 < t <= len(trees[i].tokens) else []
+        )
+        if self.do_sample:
+            verdicts = [self._sampled_path(grown, i, tokens[i], scores[i].softmax(-1)) for i in range(len(trees))]
+        else:
+            choices = scores.argmax(-1)
+            verdicts = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
+        kls = [self._path_divergences(grown, i, path, scores[i]) for i, (path, _) in enumerate(verdicts)]
+        verified = time.perf_counter()
+
+        for i, (row, tree, rule) in enumerate(zip(self.rows, trees, rules, strict=True)):
+            path, record = verdicts[i][0], row.trace.rounds[-1]
+            record.window, record.accepted, record.draft_ids = len(tree.tokens), len(path), tree.tokens
+            record.parents, record.kl = tree.parents, kls[i]
+            record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
+            record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
+            rule.update(record.draft_steps, record.window, record.accepted)
+            update_window_rule(row.rule, tree, path, record)
+        self.costs.observe_verification(tokens.shape[1] - 1, verified - drafted)
+
+        # As chains: the accepted path stands for its row, in the caches too.
+        most = max(len(path) for path, _ in verdicts)
+        padded = [[*path, *range(len(path), most)] for path, _ in verdicts]
+        paths = torch.tensor(padded, dtype=torch.long, device=device).view(len(trees), most)
+        self.target.gather_paths(tokens.shape[1] - 1, paths)
+        order = torch.nn.functional.pad(paths + 1, (1, 0))  # [B, most + 1], the last committed token first
+        if states is not None:
+            index = order.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+            states = states.gather(1, index)
+        return Verdict(
+            drafts=[[tree.tokens[node] for node in path] for tree, (path, _) in zip(trees, verdicts, strict=True)],
+            states=states,
+            columns=tokens.shape[1],
+            kept=[len(path) for path, _ in verdicts],
+            following=[following for _, following in verdicts],
+            logits=[logits[i, order[i]] for i in range(len(trees))] if self.endings.records else logits,
+            scores=[scores[i, order[i]] for i in range(len(trees))] if self.endings.records else scores,
         )
 
-    def _by_token(self, name: str, longest: int) -> tuple[torch.Tensor, ...]:
-        """A tensor `[B, V]` for each new token, as plain `generate` gives; zeros behind a row's end."""
-        rows = [getattr(row, name) for row in sorted(self.everyone, key=lambda row: row.place)]
-        nothing = torch.zeros_like(rows[0][0])
-        return tuple(torch.stack([r[t] if t < len(r) else nothing for r in rows]) for t in range(longest))
+    def _sampled_path(self, grown: GrownTrees, i: int, tokens: torch.Tensor, target_probs: torch.Tensor):
+        tree = grown.trees[i]
+        nodes, expanded = len(tree.tokens), list(tree.expanded)
+        rows = {node: number for number, node in enumerate(expanded)}
+        uniforms = torch.rand(nodes + 1, device=target_probs.device, dtype=torch.float64)
+        return rejection_sample_distinct_tree(
+            tokens[1 : nodes + 1],
+            torch.tensor(tree.parents, dtype=torch.long),
+            grown.draft_scores(i, expanded).softmax(-1),
+            [rows.get(node, 0) for node in range(CONTEXT, nodes)],
+            target_probs[0],
+            target_probs[1 : nodes + 1],
+            uniforms[:nodes],
+            uniforms[nodes],
+        )
+
+    def _path_divergences(self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor) -> list[float]:
+        """KL(P||Q) in nats behind the context and the accepted nodes, where the drafter was asked."""
+        nodes = [node for node in (CONTEXT, *path) if node in grown.trees[i].expanded]
+        if not nodes:
+            return []
+        return divergences(scores[[node + 1 for node in nodes]], grown.draft_scores(i, nodes)).tolist()
+
+
+def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
+    """Accepted path of a tree at T = 0 and the token behind it.
+
+    `tokens`, `choices` `[N + 1 or more]` begin with the context's.
+    """
+    nodes = len(tree.tokens)
+    parents = torch.tensor(tree.parents, dtype=torch.long)
+    path = greedy_accepted_path(tokens[1 : nodes + 1], parents, choices[0], choices[1 : nodes + 1])
+    return path, int(choices[path[-1] + 1 if path else 0])
+
+
+def update_window_rule(rule: WindowRule, tree: DraftTree, path: list[int], record: RoundTrace) -> None:
+    """Tell a window rule what became of the tree's main chain, the window that it would have drafted alone."""
+    window = 0
+    for position, node in enumerate(chain := tree.main_chain()):
+        if not rule.include(position, tree.features[tree.parents[node]]):
+            break
+        window += 1
+    accepted = 0
+    while accepted < min(window, len(path)) and path[accepted] == chain[accepted]:
+        accepted += 1
+    rule.update(window, record.draft_steps, accepted, record.kl)
+
+
+def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> torch.Tensor:
+    """KL(P||Q) in nats of scores `[..., V]` each: `[...]`, brought into [0, MAX_KL]."""
+    target, draft = target_scores.log_softmax(-1), draft_scores.log_softmax(-1)
+    terms = (target.exp() * (target - draft)).masked_fill(target == -torch.inf, 0.0)
+    return terms.sum(-1).nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
+
+
+def _visible(input_ids: torch.Tensor, mask: torch.Tensor | None, left_out: int | None) -> torch.Tensor:
+    """Which tokens of the prompts are their own `[B, n]`; `left_out` is the length of a mask that generate dropped."""
+    if mask is None and left_out is not None and left_out != input_ids.shape[1]:
+        raise ValueError(
+            f"attention_mask: {left_out} entries given for {input_ids.shape[1]} tokens. Pass one for each token "
+            "(with a cache, the whole sequence as input_ids: the drafter has not read the tokens in the cache)."
+        )
+    if mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)} given for input_ids of shape {tuple(input_ids.shape)}. "
+            "Pass a mask of 0 and 1 for each prompt token (and, with a cache, the whole sequence as input_ids)."
+        )
+    mask = mask.bool()
+    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask: a prompt is padded on the right, or has a hole. Pad prompts on the left "
+            '(tokenizer.padding_side = "left").'
+        )
+    return mask
+
+
+SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "tree_nodes", "tree_branches")
 
 
 def generate(
@@ -667,10 +568,10 @@ def generate(
 ):
     """`target.generate(input_ids, custom_generate=drafter.generate_with(...), **kwargs)` as a function.
 
-    `kwargs` are those of `generate`, and `window`, `max_window`, `cost_ratio`, `verification_cost`.
+    `kwargs` are those of `generate`, and the settings of a call: `window`, `max_window`, `cost_ratio`,
+    `verification_cost`, `tree_nodes`, `tree_branches`.
     """
-    names = ("window", "max_window", "cost_ratio", "verification_cost")
-    settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+    settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     options = {"streamer": streamer, "tokenizer": tokenizer, "stop_strings": stop_strings}
     decoding = drafter.generate_with(**options, **settings)
     return target.generate(input_ids, custom_generate=decoding, **kwargs)

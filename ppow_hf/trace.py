@@ -11,9 +11,10 @@ class RoundTrace:
     """One round: a window drafted and verified.
 
     Args:
-        window (`int`): draft tokens that the target verified, W.
+        window (`int`): draft tokens that the target verified, W; of a tree its nodes.
         draft_steps (`int`): distributions that the drafter computed for it; one more than W where it stopped by doubt.
         draft_ids (`list[int]`): the drafted tokens.
+        parents (`list[int]`): of a tree, the node that each token follows (-1: the context); empty for a chain.
         accepted (`int`): draft tokens kept, k. The round committed k + 1 tokens.
         kl (`list[float]`): KL(P||Q) in nats at each verified position up to the first rejection.
         acceptance_probabilities (`list[float]`): what the window rule estimated for each drafted token.
@@ -30,6 +31,15 @@ class RoundTrace:
     features: list[list[float]] = field(default_factory=list)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    parents: list[int] = field(default_factory=list)
+
+    @property
+    def depth(self) -> int:
+        """The longest path that could have been kept: W, or the depth of a tree."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return max(depths, default=self.window)
 
 
 @dataclass
@@ -68,9 +78,9 @@ class GenerationTrace:
 
     def acceptance_by_position(self) -> list[float]:
         """Share of windows long enough for position j whose first j + 1 tokens were all kept."""
-        longest = max((r.window for r in self.rounds), default=0)
+        longest = max((r.depth for r in self.rounds), default=0)
         shares = []
         for position in range(longest):
-            long_enough = [r for r in self.rounds if r.window > position]
+            long_enough = [r for r in self.rounds if r.depth > position]
             shares.append(sum(r.accepted > position for r in long_enough) / len(long_enough))
         return shares

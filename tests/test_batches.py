@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, MistralConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ppow_hf import PPOWDrafter
+from ppow_hf import PPOWDrafter, verifying
 from ppow_hf import generation as loop
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
@@ -94,9 +94,10 @@ def test_compacting_caches_changes_nothing(make_target, architecture, threshold,
     drafter = make_drafter(target, architecture)
     prompts, ids, mask = ragged([5, 17, 2, 9])
     compactions = []
-    original = loop.compacting_columns
-    monkeypatch.setattr(loop, "compacting_columns", lambda seen: compactions.append(1) or original(seen))
+    original = verifying.compacting_columns
+    monkeypatch.setattr(verifying, "compacting_columns", lambda seen: compactions.append(1) or original(seen))
     monkeypatch.setattr(loop, "COMPACT_AT", threshold)
+    monkeypatch.setattr(verifying, "COMPACT_AT", threshold)
     given = together(target, drafter, ids, mask, window="fixed", max_window=5, max_new_tokens=60, **COSTS)
     assert_rows(given, alone(target, prompts, max_new_tokens=60))
     if architecture == "standalone":  # an untrained eagle's drafts are rejected alike, which leaves no holes
