@@ -389,8 +389,9 @@ def _wrap_assisted_decoding(original):
             raise ValueError(
                 "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
             )
-        if call["input_ids"].shape[0] > 1:  # more than the stock loop can do
-            view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
+        view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
+        # More than the stock loop can do:
+        if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:
             parts = {name: call.get(name) for name in ("logits_processor", "stopping_criteria", "generation_config")}
             decoding = SpeculativeDecoding(view, streamer=None)
             decoding.view = view  # whose traces the caller will read
