@@ -3,7 +3,9 @@
 `resave` is `SpeculatorModel.from_pretrained` and `save_pretrained`; `convert` is speculators' own converter.
 """
 
+import json
 import sys
+from pathlib import Path
 
 
 def main(action, folder, output, target):
@@ -16,7 +18,15 @@ def main(action, folder, output, target):
     elif action == "convert":
         from speculators.convert.entrypoints import convert_model
 
-        convert_model(model=folder, verifier=target, algorithm="eagle3", output_path=output)
+        config = json.loads(Path(folder, "config.json").read_text())
+        layers = config["eagle_aux_hidden_state_layer_ids"]  # the converter wants to be told, it does not look
+        convert_model(
+            model=folder,
+            verifier=target,
+            algorithm="eagle3",
+            output_path=output,
+            eagle_aux_hidden_state_layer_ids=layers,
+        )
 
 
 if __name__ == "__main__":

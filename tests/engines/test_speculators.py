@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS, assert_same_acceptance
+from engine_helpers import NEW_TOKENS, WINDOW, assert_same_acceptance
 from safetensors.torch import load_file
 
 from ppow_hf import PPOWDrafter, tiny
@@ -53,8 +53,9 @@ def test_speculators_converts_an_export(engine_python, exported, ours, plain, pr
     drafter = ours.drafters["reduced-eagle"]
     folder = exported("reduced-eagle", drafter)
     converted, _ = with_speculators(engine_python, "convert", folder, tmp_path / "converted")
-    found = json.loads((converted / "config.json").read_text())
-    print({name: found.get(name) for name in ("norm_before_residual", "eagle_aux_hidden_state_layer_ids")})
-    served = run_vllm(converted, prompts, NEW_TOKENS)
+    assert json.loads((converted / "config.json").read_text())["speculators_model_type"] == "eagle3"
+    # The converter writes three tokens a round; ours were five.
+    speculative = {"method": "eagle3", "model": str(converted), "num_speculative_tokens": WINDOW}
+    served = run_vllm(tiny.target_path(), prompts, NEW_TOKENS, speculative)
     assert served.outputs == plain.outputs
     assert_same_acceptance(served, ours("reduced-eagle"))

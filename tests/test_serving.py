@@ -1,0 +1,167 @@
+"""Drafting for an engine's changing batch: what is proposed, and what is learnt of it, against slow references.
+
+The engine here verifies by plain forwards of the target, one request at a time; vLLM itself is in tests/engines.
+"""
+
+import sys
+
+import numpy
+import pytest
+import torch
+
+from ppow_hf import PPOWDrafter
+from ppow_hf.serving.vllm_proposer import BatchDrafter, make_batch_drafter
+from ppow_hf.serving.vllm_runner import run_vllm, vllm_python
+from ppow_hf.windowing import FixedWindow, OnlineCosts
+
+PROMPTS = [[5, 9, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9], [40, 41], [5, 9, 2], [33], [60, 1, 60, 1, 60]]
+
+
+class RecordingWindow(FixedWindow):
+    """A fixed window that keeps what it is told."""
+
+    def __init__(self, max_window, costs, told):
+        super().__init__(max_window, costs)
+        self.told = told
+
+    def update(self, window, draft_steps, accepted, kl):
+        super().update(window, draft_steps, accepted, kl)
+        self.told.append((window, accepted, list(kl)))
+
+
+@pytest.fixture(scope="module")
+def target(make_target):
+    return make_target("llama", initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    """Half of the target's layers, so that some of what it drafts is right."""
+    torch.manual_seed(0)
+    drafter = PPOWDrafter.from_target(target, "standalone", num_hidden_layers=3)
+    theirs = target.state_dict()
+    with torch.no_grad():
+        for name, parameter in drafter.draft_model.model.named_parameters():
+            parameter.copy_(theirs[name])
+    return drafter.eval()
+
+
+@torch.no_grad()
+def greedy(model, ids, count):
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids
+
+
+@torch.no_grad()
+def predictions(model, ids, draft):
+    """What `model` says behind `ids` and behind each token of `draft` after them."""
+    return model(torch.tensor([[*ids, *draft]])).logits[0, len(ids) - 1 :].argmax(-1).tolist()
+
+
+class SlowEngine:
+    """At most `seats` requests at once; a free seat goes to the next one, and the last seat's request fills a gap."""
+
+    def __init__(self, target, prompts, new_tokens, seats=3, cut=lambda step: None):
+        self.target, self.seats, self.new_tokens, self.cut = target, seats, new_tokens, cut
+        self.waiting, self.running, self.done = [(list(p), len(p)) for p in prompts], [], []
+        self.steps, self.rounds = 0, []  # accepted tokens of each drafted window, and whether those were all of it
+
+    def run(self, batch: BatchDrafter, check=lambda tokens, draft: None):
+        drafts = {}
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.seats:
+                self.running.append(self.waiting.pop(0))
+            for ids, _ in self.running:
+                whole = drafts.get(id(ids), [])
+                draft = whole[: self.cut(self.steps)]
+                truth = predictions(self.target, ids, draft)
+                kept = next((i for i, token in enumerate(draft) if token != truth[i]), len(draft))
+                if whole:  # whether a next token, drafted but cut off, would have been rejected shows as well
+                    self.rounds.append(
+                        (kept, kept == len(draft) and truth[kept] in whole[kept : kept + 1] or kept == len(whole))
+                    )
+                ids += truth[: kept + 1]
+            for seat in reversed(range(len(self.running))):
+                ids, start = self.running[seat]
+                if len(ids) - start >= self.new_tokens:
+                    self.done.append(ids[: start + self.new_tokens])
+                    last = self.running.pop()
+                    if seat < len(self.running):
+                        self.running[seat] = last
+            proposed = batch.propose([numpy.array(ids) for ids, _ in self.running])
+            drafts = {id(ids): draft for (ids, _), draft in zip(self.running, proposed, strict=True)}
+            for (ids, _), draft in zip(self.running, proposed, strict=True):
+                check(ids, draft)
+            self.steps += 1
+        return self.done
+
+
+@pytest.mark.parametrize("window", ["fixed", "kl"])
+def test_proposes_the_drafters_own_continuation_of_each_request(target, drafter, window):
+    lengths = []
+
+    def check(ids, draft):
+        lengths.append(len(draft))
+        assert draft == predictions(drafter, ids, draft)[: len(draft)]
+
+    batch = make_batch_drafter(drafter, 5, 256, window, cost_ratio=0.1, verification_cost=0.05)
+    done = SlowEngine(target, PROMPTS, 20).run(batch, check)
+    assert sorted(done) == sorted(greedy(target, prompt, 20) for prompt in PROMPTS)
+    if window == "fixed":
+        assert set(lengths) == {5}
+    else:
+        assert len(set(lengths)) > 2  # different ones for each request and step
+
+
+def test_learns_what_the_engine_accepted(target, drafter):
+    told = []
+    costs = OnlineCosts(0.1, 0.05)
+    batch = BatchDrafter(drafter, lambda shared: RecordingWindow(4, shared, told), costs, 256)
+    engine = SlowEngine(target, PROMPTS, 16, cut=lambda step: 1 if step % 3 == 2 else None)  # some windows are cut
+    engine.run(batch)
+    expected = list(engine.rounds)
+    for window, kept, kl in told:
+        expected.remove((kept, kept == window))
+        assert len(kl) == min(kept + 1, window) and all(value >= 0 for value in kl)
+    assert len(expected) == len(PROMPTS)  # a request that ends is not seen again: nothing is learnt of its last round
+    assert {window for window, _, _ in told} == {1, 4} and len({kept for _, kept, _ in told}) > 2
+
+
+def test_divergence_is_what_the_drafter_gave_the_targets_token(drafter):
+    told = []
+    batch = BatchDrafter(drafter, lambda shared: RecordingWindow(3, shared, told), OnlineCosts(), 256)
+    (draft,) = batch.propose([numpy.array([5, 9, 2])])
+    other = (draft[1] + 1) % 64  # the target's own token where it rejects the second one
+    batch.propose([numpy.array([5, 9, 2, draft[0], other])])
+    with torch.no_grad():
+        log_probs = drafter(torch.tensor([[5, 9, 2, draft[0]]])).logits[0].log_softmax(-1)
+    ((window, accepted, kl),) = told
+    assert (window, accepted) == (3, 1)
+    assert kl == pytest.approx([-float(log_probs[2, draft[0]]), -float(log_probs[3, other])], rel=1e-4)
+
+
+def test_stays_within_the_engines_longest_sequence(drafter):
+    batch = make_batch_drafter(drafter, 5, 10, "fixed")
+    proposed = batch.propose([numpy.arange(1, 1 + length) for length in (4, 7, 8, 9, 10)] + [None])
+    assert [len(draft) for draft in proposed] == [5, 2, 1, 0, 0, 0]
+
+
+def test_other_drafters_are_refused(target):
+    with pytest.raises(ValueError, match="drafter: eagle drafters read the target's hidden states"):
+        make_batch_drafter(PPOWDrafter.from_target(target, "eagle"), 5, 256)
+
+
+# -- running an engine in another environment
+
+
+def test_missing_environment_is_explained(monkeypatch):
+    monkeypatch.delenv("PPOW_VLLM_PYTHON", raising=False)
+    with pytest.raises(FileNotFoundError, match="PPOW_VLLM_PYTHON: None is no interpreter.*make_environment.sh"):
+        vllm_python()
+
+
+def test_an_engine_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="No module named 'vllm'|exit code"):
+        run_vllm("nowhere", [[1, 2]], 4, python=sys.executable, timeout_seconds=120)
