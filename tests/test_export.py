@@ -147,6 +147,31 @@ def test_speculators_directory_names_its_target(tmp_path, target, drafter):
         export_drafter(drafter, tmp_path / "other", "speculators")
 
 
+def test_medusa_directory_computes_what_the_heads_do(tmp_path, target):
+    torch.manual_seed(0)
+    drafter = PPOWDrafter.from_target(target, "medusa", medusa_heads=3, medusa_layers=2)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.normal_(std=0.3)
+    report = export_drafter(drafter, tmp_path, target=target)
+    config, weights = saved(tmp_path)
+    assert config["architectures"] == ["MedusaModel"] and config["num_heads"] == 3 and config["medusa_fc_bias"] is True
+    assert report.tensors == len(weights) == 3 + 3 * 2 * 2
+    state = torch.randn(1, 2, 32)  # of tokens 0 and 1, where head i predicts tokens 2 + i and 3 + i
+    features, _ = drafter.draft_model.encode(None, state, None, None, None)
+    for head in range(3):
+        x = state
+        for layer in range(2):
+            name = f"blocks.{head}.layers.{layer}"
+            x = x + torch.nn.functional.silu(x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
+        torch.testing.assert_close(x @ weights[f"lm_heads.{head}.weight"].T, drafter.draft_model.logits(features))
+        features, _ = drafter.draft_model.advance(None, features, (), None, None)
+    text = (tmp_path / "README.md").read_text()
+    assert '"method": "medusa"' in text and '"num_speculative_tokens": 3' in text and "SGLang" not in text
+    with pytest.raises(ValueError, match="format: 'sglang' is not for medusa drafters"):
+        export_drafter(drafter, tmp_path, "sglang")
+
+
 def test_readme_holds_the_commands(tmp_path, target, drafter):
     folder = tmp_path / "my-drafter"
     export_drafter(drafter, folder, target_name="someone/target", speculative_tokens=3)
@@ -164,7 +189,7 @@ def test_what_an_engine_cannot_serve_is_said(tmp_path, make_target, target, draf
     assert "attention heads have 8 numbers" in (tmp_path / "README.md").read_text()
     neox = make_target("gpt_neox")
     notes = " ".join(export_drafter(PPOWDrafter.from_target(neox), tmp_path, target=neox).notes)
-    assert "vLLM refuses EAGLE-3 drafters for gpt_neox targets" in notes
+    assert "vLLM 0.32 takes no EAGLE-3 drafter for a gpt_neox target" in notes
     gpt2 = make_target("gpt2")
     notes = " ".join(export_drafter(PPOWDrafter.from_target(gpt2, "standalone"), tmp_path / "2", target=gpt2).notes)
     assert "The drafter is a gpt2 model" in notes

@@ -72,6 +72,7 @@ WHAT = {
     "eagle3": "An EAGLE-3 drafter (`LlamaForCausalLMEagle3`) that vLLM and SGLang load as it is.",
     "speculators": "An EAGLE-3 drafter in the format of speculators (`Eagle3DraftModel`), which vLLM serves too.",
     "standalone": "A small causal language model to draft for a larger one with the same vocabulary.",
+    "medusa": "Medusa heads (`MedusaModel`) that vLLM loads as they are; it drafts a chain with them, no tree.",
 }
 
 
@@ -84,7 +85,10 @@ def engine_readme(
     shell_target = EMBEDDED_FOLDER.format(name=name) if is_embedded(name) else name
     python_target = f'str(tiny.target_path("{name}"))' if is_embedded(name) else json.dumps(name)
     rows = {"target": f"`{name}`", "vocabulary": f"{config.vocab_size} tokens"}
-    if layout != "standalone":
+    if layout == "medusa":
+        tokens = len(drafter.draft_model.lm_heads)
+        rows["heads"] = str(tokens)
+    elif layout != "standalone":
         rows["draft vocabulary"] = f"{config.draft_vocab_size or config.vocab_size} tokens"
         layers = ", ".join(map(str, config.target_layer_ids))
         rows["target states read"] = f"behind {layers} of its layers (transformers' `hidden_states`)"
@@ -94,18 +98,20 @@ def engine_readme(
     if layout == "speculators":
         text += SPECULATORS.format(folder=folder)
     else:
-        method = "eagle3" if layout == "eagle3" else "draft_model"
+        method = {"eagle3": "eagle3", "standalone": "draft_model", "medusa": "medusa"}[layout]
         speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})
         vllm = VLLM.format(target=shell_target, quoted=python_target, speculative=speculative)
         if is_embedded(name):
             vllm = vllm.replace("from vllm import", "from ppow_hf import tiny\nfrom vllm import")
-        text += vllm + SGLANG.format(
-            target=shell_target,
-            algorithm="EAGLE3" if layout == "eagle3" else "STANDALONE",
-            folder=folder,
-            tokens=tokens,
-            tokens_and_one=tokens + 1,
-        )
+        text += vllm
+        if layout != "medusa":
+            text += SGLANG.format(
+                target=shell_target,
+                algorithm="EAGLE3" if layout == "eagle3" else "STANDALONE",
+                folder=folder,
+                tokens=tokens,
+                tokens_and_one=tokens + 1,
+            )
     if notes:
         text += "\n## To know before serving\n\n" + "".join(f"- {note}\n" for note in notes)
     return text

@@ -7,8 +7,11 @@ configurations only.
 from typing import Any
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-# Part of one of these names is what vLLM asks of the model_type of an EAGLE-3 drafter's target.
-VLLM_EAGLE3_TARGETS = ("llama", "qwen")
+# Beginnings of the model types whose classes hand out their layers' states, by vLLM's source.
+VLLM_EAGLE3_TARGETS = (
+    *("llama", "mllama4", "mistral", "pixtral", "llava", "qwen2", "qwen3", "deepseek", "kimi_k", "gpt_oss", "gemma4"),
+    *("granite", "minicpm", "minimax", "nemotron_h", "cohere2", "apertus", "afmoe", "mimo", "plamo3", "phi3", "step1"),
+)
 TESTED_FAMILIES = ("llama", "qwen3")
 
 
@@ -22,7 +25,8 @@ def serving_notes(
     config, draft = drafter.config, drafter.config.draft_config
     text = None if target_config is None else target_config.get_text_config()
     notes = []
-    sizes = {"drafter": _head_dim(draft)} | ({} if text is None else {"target": _head_dim(text)})
+    sizes = {} if layout == "medusa" else {"drafter": _head_dim(draft)}
+    sizes |= {} if text is None else {"target": _head_dim(text)}
     for whose, size in sizes.items():
         if size not in VLLM_CPU_HEAD_SIZES:
             notes.append(
@@ -42,8 +46,11 @@ def serving_notes(
                 "without one, so that behind longer contexts they may accept less than ppow_hf does."
             )
         return notes
-    if family is not None and not any(known in family for known in VLLM_EAGLE3_TARGETS):
-        notes.append(f"vLLM refuses EAGLE-3 drafters for {family} targets unless its list of families knows them.")
+    if layout == "medusa":
+        heads = len(drafter.draft_model.lm_heads)
+        return [*notes, f"vLLM drafts with all heads or none: num_speculative_tokens must be {heads}."]
+    if family is not None and not family.startswith(VLLM_EAGLE3_TARGETS):
+        notes.append(f"vLLM 0.32 takes no EAGLE-3 drafter for a {family} target, by its source.")
     if family not in (None, *TESTED_FAMILIES):
         notes.append(f"The target is a {family} model; export was tested for {' and '.join(TESTED_FAMILIES)}.")
     if len(config.target_layer_ids) != 3:

@@ -50,14 +50,19 @@ def eagle3_shapes(fields: dict[str, Any], width: int, layer: str) -> dict[str, t
     return shapes
 
 
+def named_tensors(drafter: Any) -> dict[str, torch.Tensor]:
+    """The drafter's tensors by the names of its inner model, on the CPU."""
+    state = drafter.state_dict()
+    return {name.removeprefix("draft_model."): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
 def eagle3_tensors(drafter: Any, layer: str) -> dict[str, torch.Tensor]:
     """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU."""
     tensors = {}
-    for name, tensor in drafter.state_dict().items():
-        name = name.removeprefix("draft_model.")
+    for name, tensor in named_tensors(drafter).items():
         if name.startswith(LAYER_NAMES["eagle3"]):
             name = layer + name.removeprefix(LAYER_NAMES["eagle3"])
-        tensors[name] = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor
     if drafter.config.draft_vocab_size == drafter.config.vocab_size:  # a permutation of nothing: engines want it gone
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
     return tensors
@@ -166,6 +171,32 @@ def speculators_config(
             ],
             "verifier": {"name_or_path": target_name, "architectures": target_architectures},
         },
+    }
+
+
+def medusa_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of vLLM's `MedusaModel`, by its config.json."""
+    hidden, shapes = fields["hidden_size"], {}
+    for head in range(fields["num_heads"]):
+        shapes[f"lm_heads.{head}.weight"] = (fields["vocab_size"], hidden)
+        for layer in range(fields["num_hidden_layers"]):
+            shapes[f"blocks.{head}.layers.{layer}.weight"] = (hidden, hidden)
+            shapes[f"blocks.{head}.layers.{layer}.bias"] = (hidden,)
+    return shapes
+
+
+def medusa_config(drafter: Any) -> dict[str, Any]:
+    """config.json of vLLM's `MedusaModel`. Without `medusa_fc_bias` it would drop the biases without a word."""
+    config, heads = drafter.config, drafter.draft_model.lm_heads
+    return {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": heads[0].in_features,
+        "vocab_size": config.vocab_size,
+        "num_heads": len(heads),
+        "num_hidden_layers": config.medusa_layers,
+        "medusa_fc_bias": True,
+        "torch_dtype": str(drafter.dtype).removeprefix("torch."),
     }
 
 

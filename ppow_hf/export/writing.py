@@ -18,7 +18,17 @@ from ..tiny import is_embedded, target_path
 from .checkpoint import read_eagle3
 from .engine_readme import engine_readme
 from .engines import serving_notes
-from .formats import LAYER_NAMES, eagle3_config, eagle3_tensors, package_version, portable_rope, speculators_config
+from .formats import (
+    LAYER_NAMES,
+    eagle3_config,
+    eagle3_tensors,
+    medusa_config,
+    medusa_shapes,
+    named_tensors,
+    package_version,
+    portable_rope,
+    speculators_config,
+)
 
 FORMATS = ("vllm", "sglang", "speculators", "standalone")
 
@@ -29,7 +39,7 @@ class ExportReport:
 
     Args:
         folder (`Path`): the directory.
-        layout (`str`): `"eagle3"`, `"speculators"` or `"standalone"`.
+        layout (`str`): `"eagle3"`, `"speculators"`, `"standalone"` or `"medusa"`.
         files (`list[str]`): names of its files.
         tensors, parameters (`int`): counts.
         notes (`list[str]`): what an engine cannot serve, or what to know before it does.
@@ -57,7 +67,7 @@ def export_drafter(
     """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
 
     `"vllm"` and `"sglang"` write the same: an EAGLE-3 checkpoint that both read, or, for a standalone drafter, a plain
-    causal language model.
+    causal language model. Medusa heads are for vLLM alone.
 
     Args:
         drafter ([`PPOWDrafter`]): the drafter; its weights are written in the number format they are in.
@@ -93,6 +103,9 @@ def export_drafter(
         written = Path(scratch)
         if layout == "standalone":
             tensors = _write_standalone(drafter, written, tokenizer)
+        elif layout == "medusa":
+            tensors = named_tensors(drafter)
+            _write_medusa(written, tensors, medusa_config(drafter))
         else:
             tensors = eagle3_tensors(drafter, LAYER_NAMES[layout])
             if share_embeddings:
@@ -118,6 +131,7 @@ def _layout(drafter: PPOWDrafter, format: str) -> str:
     layouts = {
         "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators"},
         "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone"},
+        "medusa": {"vllm": "medusa"},
     }[architecture]
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is not one of {list(FORMATS)}.")
@@ -163,7 +177,7 @@ def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
 
 def _has_own_embeddings(drafter: PPOWDrafter, target: Any) -> bool | None:
     """Whether the drafter's embeddings differ from the target's; `None` if the target is not at hand."""
-    if target is None:
+    if target is None or drafter.get_input_embeddings() is None:
         return None
     own = drafter.get_input_embeddings().weight.detach()
     theirs = target.get_input_embeddings().weight.detach().to(own)
@@ -183,11 +197,28 @@ def _check_shared(drafter: PPOWDrafter, target: Any) -> None:
 # -- the layouts
 
 
-def _write_eagle3(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
+def _save(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_medusa(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    _save(folder, tensors, fields)
+    found = load_file(folder / "model.safetensors")
+    expected = medusa_shapes(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    problems = [f"{name}: missing or not expected" for name in sorted(expected.keys() ^ found.keys())]
+    for name in expected.keys() & found.keys():
+        if tuple(found[name].shape) != expected[name] or not torch.equal(found[name], tensors[name]):
+            problems.append(f"{name}: reads back otherwise than it was written, or of a wrong shape")
+    _raise_problems(problems)
+
+
+def _write_eagle3(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
+    _save(folder, tensors, fields)
     found = read_eagle3(folder, "output_dir")
     problems = found.problems()
     if found.layer_ids is None:
