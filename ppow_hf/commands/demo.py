@@ -1,0 +1,45 @@
+"""`ppow demo`: the page that the Space shows, on this machine."""
+
+import argparse
+import os
+from typing import Any
+
+from ..loading import MODEL_HELP
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow demo`."""
+    parser = commands.add_parser(
+        "demo",
+        help="watch a drafter at work on a page in the browser",
+        description="Serve the page of the Space: gauge, windows and text of a run, round by round. What is not given "
+        "here is read from the environment variables PPOW_DEMO_TARGET, PPOW_DEMO_DRAFTER, PPOW_DEMO_COMPARE, ...",
+    )
+    parser.add_argument("--target", metavar="MODEL", help=f"the target: {MODEL_HELP} (default: tiny)")
+    parser.add_argument("--drafter", metavar="MODEL", help=f"the drafter: {MODEL_HELP} (default: tiny-eagle)")
+    parser.add_argument(
+        "--compare", metavar="MODEL", help="a second drafter of the same target, such as the supervised one"
+    )
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="number format")
+    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
+    parser.add_argument("--host", help="address to serve on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve the page until interrupted."""
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            'ppow demo: gradio is not installed, which draws the page. Install it with pip install "ppow-hf[demo]".'
+        ) from error
+    from ..demo.app import launch
+    from ..demo.settings import DemoSettings
+
+    names = ("target", "drafter", "compare", "dtype", "device")
+    given = {f"PPOW_DEMO_{name.upper()}": getattr(arguments, name) for name in names if getattr(arguments, name)}
+    settings = DemoSettings.from_environment({**os.environ, **given})
+    launch(settings, server_name=arguments.host, server_port=arguments.port)
+    return 0
