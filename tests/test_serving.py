@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ppow_hf import PPOWDrafter
+from ppow_hf.serving.engine_bench import EngineRow, format_rows
 from ppow_hf.serving.vllm_proposer import BatchDrafter, make_batch_drafter
 from ppow_hf.serving.vllm_runner import run_vllm, vllm_python
 from ppow_hf.windowing import FixedWindow, OnlineCosts
@@ -154,6 +155,19 @@ def test_other_drafters_are_refused(target):
 
 
 # -- running an engine in another environment
+
+
+def test_rows_are_compared_with_their_own_side():
+    rows = [
+        EngineRow("vLLM", tokens=100, seconds=1.0),
+        EngineRow("vLLM, drafter, 5 tokens", 100, 0.5, drafts=40, drafted=200, accepted=60),
+        EngineRow("transformers", 100, 4.0),
+        EngineRow("transformers, drafter, adaptive", 100, 2.5, 50, 100, 50, different_prompts=2),
+    ]
+    lines = [line.split() for line in format_rows(rows).splitlines()]
+    assert lines[2][-5:] == ["200.0", "2.00x", "2.50", "70%", "yes"]  # 1 + 60 / 40
+    assert lines[3][-5:] == ["25.0", "1.00x", "1.00", "-", "yes"]
+    assert lines[4][-6:] == ["40.0", "1.60x", "2.00", "50%", "no", "(2)"]
 
 
 def test_missing_environment_is_explained(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS, PROMPTS, OurRun, run_ours
+from engine_helpers import NEW_TOKENS, PROMPTS, WINDOW, OurRun, run_ours
 
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.evaluation import decode
@@ -84,6 +84,29 @@ def standalone() -> PPOWDrafter:
 
 
 @pytest.fixture(scope="session")
+def medusa(target, eagle, prompts) -> PPOWDrafter:
+    """Medusa heads, trained here for half a minute on what the target writes behind some of the prompts."""
+    torch.manual_seed(0)
+    drafter = PPOWDrafter.from_target(target, "medusa", medusa_heads=WINDOW)
+    outputs, _ = decode(target, eagle, prompts[:10], NEW_TOKENS)
+    shortest = min(32, *map(len, prompts[:10]))
+    ids = torch.tensor([[*prompt[-shortest:], *output] for prompt, output in zip(prompts[:10], outputs, strict=False)])
+    with torch.no_grad():
+        states = target(ids, output_hidden_states=True).hidden_states[-1]
+    heads, optimizer = drafter.draft_model, torch.optim.Adam(drafter.parameters(), lr=2e-3)
+    for step in range(30):
+        rows = torch.arange(step % 3, ids.shape[1] - WINDOW - 2, 3)  # every third position
+        loss = 0.0
+        for number, (block, head) in enumerate(zip(heads.blocks, heads.lm_heads, strict=True)):
+            logits = head(block(states[:, rows]))
+            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, rows + 2 + number].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return drafter.eval()
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """`exported(name, drafter, format)`: the directory of an export, made once."""
     made = {}
@@ -99,9 +122,9 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ours(target, prompts, eagle, reduced_eagle, standalone):
+def ours(target, prompts, eagle, reduced_eagle, standalone, medusa):
     """`ours(name)`: our run of a drafter with a fixed window, made once."""
-    drafters = {"eagle": eagle, "reduced-eagle": reduced_eagle, "standalone": standalone}
+    drafters = {"eagle": eagle, "reduced-eagle": reduced_eagle, "standalone": standalone, "medusa": medusa}
     made = {}
 
     def run(name: str) -> OurRun:

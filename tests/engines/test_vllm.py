@@ -16,7 +16,7 @@ from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
 
-METHODS = {"eagle": "eagle3", "reduced-eagle": "eagle3", "standalone": "draft_model"}
+METHODS = {"eagle": "eagle3", "reduced-eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa"}
 
 
 def speculative(name, folder, window=WINDOW):
