@@ -1,0 +1,85 @@
+"""Metrics for `evaluate` (`evaluate.load(ppow_hf.metrics.path("acceptance_length"))`), and measuring with them.
+
+Each metric is a folder that loads from anywhere and imports nothing of this package.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).parent
+
+
+def path(name: str) -> str:
+    """The folder of a metric, as `evaluate.load` takes it. Raises `ValueError` for an unknown name."""
+    names = sorted(folder.name for folder in _ROOT.iterdir() if (folder / f"{folder.name}.py").is_file())
+    if name not in names:
+        raise ValueError(f"name: {name!r} is not a metric of ppow_hf; there are {names}.")
+    return str(_ROOT / name)
+
+
+def measure_acceptance(
+    target: Any,
+    drafter: Any,
+    workloads: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    temperatures: Sequence[float] = (0.0,),
+    windows: Sequence[str] = ("fixed", "kl"),
+    max_window: int | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    target_name: str | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Decode each workload's prompts for real and compute the metric from the rounds: what `acceptance.json` holds.
+
+    Args:
+        target (`PreTrainedModel`), drafter ([`PPOWDrafter`]): the pair.
+        workloads (`dict[str, list[list[int]]]`): name -> token ids of its prompts.
+        temperatures (`list[float]`), windows (`list[str]`): every combination is measured.
+        max_window (`int`, *optional*): by default the drafter's own.
+        max_new_tokens (`int`, *optional*, defaults to `64`), seed (`int`, *optional*, defaults to `0`).
+        target_name (`str`, *optional*): by default the name that the target was loaded from.
+        command (`str`, *optional*): recorded; by default the process's own.
+    """
+    import evaluate
+
+    from ..evaluation import decode, repeated_ngrams
+    from ..provenance import describe, public_name
+
+    metric = evaluate.load(path("acceptance_length"))
+    longest = max_window or drafter.config.max_window
+    rows = []
+    for workload, prompts in workloads.items():
+        for temperature in temperatures:
+            for window in windows:
+                outputs, traces = decode(
+                    target, drafter, prompts, max_new_tokens, temperature, seed, window=window, max_window=longest
+                )
+                rounds = [r for trace in traces for r in trace.rounds[1:]]  # the first reads the prompt
+                costs = traces[0]
+                row = metric.compute(
+                    drafted=[r.window for r in rounds],
+                    accepted=[r.accepted for r in rounds],
+                    cost_ratio=costs.cost_ratio,
+                    verification_cost=costs.verification_cost,
+                )
+                rows.append(
+                    {
+                        "workload": workload,
+                        "temperature": temperature,
+                        "window": window,
+                        "max_window": longest,
+                        "prompts": len(prompts),
+                        "repeated_8grams": repeated_ngrams(outputs, 8),
+                        **row,
+                    }
+                )
+    facts = {
+        "target": public_name(target_name or target.config._name_or_path),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "rows": rows,
+    }
+    return describe(target.device, command, **facts)

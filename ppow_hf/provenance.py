@@ -1,0 +1,90 @@
+"""Where something came from: the command, the versions, the source revision, the machine, seeds and data.
+
+Written beside every trained drafter and measurement, and pushed with them: so it names no user, host or folder.
+"""
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what computes."""
+    from . import __version__
+
+    found = {"python": platform.python_version(), "ppow_hf": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision(folder: Path | None = None) -> str | None:
+    """The commit of the checkout that this package runs from, `-modified` behind it if tracked files were changed.
+
+    `None` where the package is installed as a copy: a repository that merely lies around its folder says nothing.
+    """
+    folder = folder or Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            return None
+        changed = "-modified" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(device: Any, command: str | None = None, **facts: Any) -> dict[str, Any]:
+    """The content of `provenance.json`: command, time, versions, source revision, machine, and `facts`.
+
+    Args:
+        device (`torch.device`): what was computed on.
+        command (`str`, *optional*): by default the process's own; file-system paths in it are cut to names.
+        facts: whatever else is known (`seeds`, `data_fingerprint`, ...).
+    """
+    from .benchmark import describe_machine, without_paths
+
+    if command is None:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        "command": without_paths(command),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "machine": describe_machine(device),
+        **facts,
+    }
+
+
+def public_name(name: str | None) -> str | None:
+    """A model's name as it may be published: a name on the Hub as it is, of a path no more than its last part.
+
+    The folder of a snapshot in the Hub's cache becomes the name of its repository.
+    """
+    if not name:
+        return None
+    path = Path(name)
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    is_path = path.is_absolute() or name.startswith(("~", ".")) or path.exists() or name.count("/") > 1
+    return path.name if is_path else name
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Whether `name` can be that of a repository on the Hub, `namespace/name`."""
+    return name is not None and name.count("/") == 1 and public_name(name) == name
