@@ -111,24 +111,19 @@ def evaluate_acceptance(target, drafter, prompts, max_new_tokens=64, temperature
 
 
 def fit_estimator(traces: Sequence[GenerationTrace]) -> dict[str, Any]:
-    """Weights of the [`~ppow_hf.windowing.AcceptanceEstimator`]s from traces of fixed windows.
+    """Weights of the [`~ppow_hf.windowing.AcceptanceEstimator`] from traces of fixed windows.
 
-    Every draft token that was reached (all before it kept) is one observation: of its own features, and of those of
-    the token before it.
+    Every draft token that was reached (all before it kept) is one observation.
     """
-    features, accepted, before, next_accepted = [], [], [], []
+    features, accepted = [], []
     for trace in traces:
         for r in trace.rounds:
             for position in range(min(r.accepted + 1, r.window)):
                 features.append(r.features[position])
                 accepted.append(position < r.accepted)
-                if position > 0:
-                    before.append(r.features[position - 1])
-                    next_accepted.append(position < r.accepted)
     share = sum(accepted) / len(accepted) if accepted else 0.5
     return {
         "weights": asdict(AcceptanceEstimator.fit(features, accepted)),
-        "next_weights": asdict(AcceptanceEstimator.fit(before, next_accepted)),
         "acceptance": round(share, 4),
         "observations": len(accepted),
     }

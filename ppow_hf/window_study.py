@@ -1,12 +1,11 @@
-"""What window rules are worth: a table of drafts from every prefix of the target's text, and any rule replayed on it.
+"""A table of drafts from every prefix of the target's text, and any window rule replayed on it.
 
-Knows tables, rules and costs. Nothing is timed here, and nothing depends on how text is generated: at T = 0 a round that
-starts behind a given prefix has the same drafts and the same verdict whatever came before, so that one table answers
-for every rule. [`live_check`] holds the replay against real decoding.
+Knows tables, rules and costs; times nothing. At T = 0 a round that starts behind a given prefix has the same drafts
+and the same verdict whatever came before, so that one table answers for every rule.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ class DraftTable:
         max_probability, second_probability, entropy (`numpy.ndarray` of shape `(N - 1, K)`):
             Of the distributions they come from; nats.
         kl (`numpy.ndarray` of shape `(N - 1, K)`):
-            KL(P||Q) in nats against the target's distribution there; NaN behind the first token that is not the text's.
+            KL(P||Q) in nats against the target's distribution there; NaN behind the first token that is rejected.
         accepted (`numpy.ndarray` of shape `(N - 1,)`): how many of a row's draft tokens the target keeps.
         max_new_tokens (`int`): where the call that the text stands for would have ended.
         eos_token_ids (`frozenset[int]`): tokens that end a text; a draft ends before one.
@@ -98,14 +97,16 @@ def draft_table(
     features, cache = drafter.prefix_features(ids.to(drafter.device), states)
     committed = length - first
 
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("ids", "max_probability", "second", "entropy", "kl")}
+    names = ("ids", "max_probability", "second", "entropy", "kl")
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for start in range(before, length - 1, PREFIXES_AT_ONCE):
         prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
         drawn: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
 
         def look(j: int, here: torch.Tensor, prefixes=prefixes, drawn=drawn) -> torch.Tensor:
             log_probs = drafter.compute_logits(here[0], width).float().log_softmax(-1)
-            there = target_log_probs[(prefixes[0] + j).clamp_max(length - 1).to(target_log_probs.device)].to(here.device)
+            places = (prefixes[0] + j).clamp_max(length - 1)
+            there = target_log_probs[places.to(target_log_probs.device)].to(here.device)
             terms = (there.exp() * (there - log_probs)).masked_fill(there == -torch.inf, 0.0)
             top = log_probs.topk(2, dim=-1)
             likeliest = top.indices[:, 0]
@@ -198,35 +199,45 @@ def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int)
 # -- rules on the table
 
 
-def replay(rule: WindowRule, table: DraftTable) -> GenerationTrace:
-    """The rounds that decoding with `rule` would take, driven through the rule's own interface; none has a time."""
+def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> GenerationTrace:
+    """The rounds that decoding with `rule` would take, driven through the rule's own interface; none has a time.
+
+    With `record` a fixed window, which needs no look at the distributions, leaves features and divergences too.
+    """
+    looks = record or type(rule) is not FixedWindow
     trace = GenerationTrace(rounds=[RoundTrace(0, 0, [])])  # the target's forward over the prompt
-    rule.read(table.prompt.tolist())
     committed, read = 1, 0
+    whole = [*table.prompt.tolist(), *table.text.tolist()]
     while committed < len(table.text):
         row = committed - 1
         drafts = table.draft_ids[row].tolist()
         longest = min(rule.start(table.room(committed)), len(drafts))
         one_round = RoundTrace(0, 0, [])
-        if longest > 0:  # a drafter that drafts has read the text, and the rule with it
-            rule.read(table.text[read:committed].tolist())
-            read = committed
+        if longest > 0 and looks:  # a drafter that drafts has read the text, and the rule with it
+            there = len(table.prompt) + committed
+            rule.read(whole[read:there])
+            read = there
         while len(one_round.draft_ids) < longest:
             position = len(one_round.draft_ids)
             one_round.draft_steps += 1
-            looked = (column[row, position].item() for column in table.looked_at)
-            features = rule.describe(*looked, drafts[position], drafts[:position])
-            if not rule.include(position, features) or drafts[position] in table.eos_token_ids:
+            if looks:
+                looked = (column[row, position].item() for column in table.looked_at)
+                features = rule.describe(*looked, drafts[position], drafts[:position])
+                if not rule.include(position, features):
+                    break
+            if drafts[position] in table.eos_token_ids:
                 break
             one_round.draft_ids.append(drafts[position])
-            one_round.features.append(features)
+            if looks:
+                one_round.features.append(features)
             if isinstance(rule, KLAdaptiveWindow):
                 one_round.acceptance_probabilities.append(rule.acceptance_probability(features))
             if position + 1 == longest or not rule.go_on(position + 1):
                 break
         one_round.window = len(one_round.draft_ids)
         one_round.accepted = min(int(table.accepted[row]), one_round.window)
-        one_round.kl = table.kl[row, : min(one_round.accepted + 1, one_round.window)].tolist()
+        if looks:
+            one_round.kl = table.kl[row, : min(one_round.accepted + 1, one_round.window)].tolist()
         rule.update(one_round.window, one_round.draft_steps, one_round.accepted, one_round.kl)
         trace.rounds.append(one_round)
         committed += one_round.accepted + 1
@@ -290,7 +301,7 @@ class ConfidenceStop(FixedWindow):
 
 
 def least_cost_threshold(matches: Sequence[int], probabilities: Sequence[float]) -> float:
-    """Of the seen probabilities the one that, as a threshold, has the least false positive + 3 x false negative rate."""
+    """The seen probability that, as a threshold, has the least false positive rate + 3 x false negative rate."""
     order = numpy.argsort(-numpy.asarray(probabilities), kind="stable")
     scores, kept = numpy.asarray(probabilities)[order], numpy.asarray(matches)[order]
     last = numpy.append(scores[1:] != scores[:-1], True)  # of each run of equal probabilities
@@ -302,8 +313,7 @@ def least_cost_threshold(matches: Sequence[int], probabilities: Sequence[float])
 class EntropyStop(FixedWindow):
     """AdaEDL (arXiv 2410.18351): a draft ends with the first token drawn where 1 - sqrt(0.2 H) is below a threshold.
 
-    The threshold follows the running acceptance: up by 0.001 a round while it is under 0.9, down otherwise [settings of
-    the paper].
+    The threshold follows the running acceptance: up by 0.001 a round while that is under 0.9, down otherwise.
     """
 
     def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4):
@@ -325,3 +335,20 @@ class EntropyStop(FixedWindow):
             self._acceptance = 0.5 * self._acceptance + 0.5 * accepted / window
             moved = self.threshold + (0.01 if self._acceptance < 0.9 else -0.01)
             self.threshold = 0.9 * self.threshold + 0.1 * moved
+
+
+def mixed_stream(workloads: Mapping[str, Sequence[DraftTable]], segment_tokens: int) -> list[DraftTable]:
+    """Texts of all workloads in turns, each turn going on until `segment_tokens` tokens were committed.
+
+    Ends when a workload has no text left, so that all have a like share.
+    """
+    remaining = {name: list(tables) for name, tables in workloads.items()}
+    stream: list[DraftTable] = []
+    while True:
+        for tables in remaining.values():
+            tokens = 0
+            while tokens < segment_tokens:
+                if not tables:
+                    return stream
+                stream.append(tables.pop(0))
+                tokens += stream[-1].tokens

@@ -1,0 +1,365 @@
+"""The window study: every rule at every cost on every workload, with the fixed windows and the clairvoyant around it.
+
+Knows tables and rules ([`window_study`]) and what the numbers are for; reads no files and loads no models.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .evaluation import decode, fit_estimator
+from .trace import GenerationTrace
+from .window_study import (
+    DEPTH,
+    ConfidenceStop,
+    DraftTable,
+    EntropyStop,
+    clairvoyant,
+    mixed_stream,
+    replay,
+)
+from .windowing import (
+    AcceptanceEstimator,
+    CostModel,
+    FixedWindow,
+    HeuristicWindow,
+    KLAdaptiveWindow,
+    OnlineCosts,
+    WindowRule,
+    make_window_rule,
+)
+
+MIXED = "mixed stream"
+OURS, CONFIDENCE_ONLY = "ppow kl", "ppow kl, confidence alone"
+ENTROPY_THRESHOLDS = (0.3, 0.5, 0.7)
+THRIFT = (1.5, 2.5, 4.0)  # times the true costs, told to the rule to make it draft less
+FITTING_WINDOWS = (16, 8, 4, 2)
+COMPARED_FIXED = 8
+
+MakeRule = Callable[[OnlineCosts], WindowRule]
+Tables = Mapping[str, Sequence[DraftTable]]
+
+
+def fit_on_tables(tables: Sequence[DraftTable]) -> dict[str, Any]:
+    """The estimate that `config.calibration["greedy"]` holds, from fixed windows replayed on texts of their own."""
+    costs = OnlineCosts(0.0, 0.0)
+    return fit_estimator(
+        [replay(FixedWindow(window, costs), table, record=True) for window in FITTING_WINDOWS for table in tables]
+    )
+
+
+def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
+    """The same from confidence, entropy, divergence and position alone, the other weights being 0."""
+    costs = OnlineCosts(0.0, 0.0)
+    traces = [replay(FixedWindow(window, costs), table, record=True) for window in FITTING_WINDOWS for table in tables]
+    for trace in traces:
+        for one_round in trace.rounds:
+            one_round.features = [[*features[:4], 0.0, 0.0, 0.0] for features in one_round.features]
+    return fit_estimator(traces)
+
+
+def speed(traces: Sequence[GenerationTrace], costs: CostModel) -> dict[str, float]:
+    """Tokens per one-token target forward, and what was drafted for them; the prompts' forwards are not counted."""
+    rounds = [one_round for trace in traces for one_round in trace.rounds[1:]]
+    drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
+    cost = sum(costs.round_cost(r.window, r.draft_steps) for r in rounds)
+    return {
+        "tokens_per_cost": (accepted + len(rounds)) / cost,
+        "wasted": (drafted - accepted) / drafted if drafted else 0.0,
+        "mean_window": drafted / len(rounds),
+        "rounds": len(rounds),
+        "drafted": drafted,
+        "draft_steps": sum(r.draft_steps for r in rounds),
+        "accepted": accepted,
+    }
+
+
+def run(make_rule: MakeRule, tables: Sequence[DraftTable], costs: CostModel, as_one: bool) -> list[GenerationTrace]:
+    """Replay on each table, with a new rule for each as in a call of its own, or `as_one` text with one rule."""
+    given = OnlineCosts(costs.cost_ratio, costs.verification_cost)
+    if as_one:
+        rule = make_rule(given)
+        return [replay(rule, table) for table in tables]
+    return [replay(make_rule(given), table) for table in tables]
+
+
+def competitors(
+    calibration: dict[str, Any], plain_calibration: dict[str, Any], threshold: float
+) -> dict[str, MakeRule]:
+    """Name -> the rule, made afresh from the costs it is given."""
+    return {
+        "transformers heuristic": lambda costs: HeuristicWindow(DEPTH, costs),
+        "transformers confidence 0.4": lambda costs: ConfidenceStop(DEPTH, costs),
+        "transformers dynamic confidence": lambda costs: ConfidenceStop(DEPTH, costs, dynamic=True),
+        "entropy stop (AdaEDL)": lambda costs: EntropyStop(DEPTH, costs, threshold),
+        CONFIDENCE_ONLY: lambda costs: make_window_rule("kl", DEPTH, costs, {"greedy": plain_calibration}),
+        OURS: lambda costs: make_window_rule("kl", DEPTH, costs, {"greedy": calibration}),
+    }
+
+
+def best_entropy_threshold(tables: Sequence[DraftTable], costs: CostModel) -> float:
+    """The entropy stop's first threshold that is fastest on the texts for fitting."""
+
+    def tokens_per_cost(threshold: float) -> float:
+        return speed(run(lambda given: EntropyStop(DEPTH, given, threshold), tables, costs, False), costs)[
+            "tokens_per_cost"
+        ]
+
+    return max(ENTROPY_THRESHOLDS, key=tokens_per_cost)
+
+
+def study(
+    fitting: Tables, tables: Tables, costs: Mapping[str, CostModel], segment_tokens: int = 256
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Replay every rule on every workload and on a stream that changes workload every `segment_tokens` tokens.
+
+    Args:
+        fitting (`dict`): workload -> tables of the texts that the estimate and thresholds are fitted on.
+        tables (`dict`): workload -> tables of other texts, which the numbers are from.
+        costs (`dict`): name -> the costs of a machine.
+        segment_tokens (`int`, *optional*, defaults to `256`): least length of the mixed stream's segments.
+
+    Returns:
+        `dict`: results, one entry for each workload and cost, with a `summary`; and the calibration that was fitted.
+    """
+    fit_tables = [table for workload in fitting.values() for table in workload]
+    calibration, plain_calibration = fit_on_tables(fit_tables), without_look_up(fit_tables)
+    workloads = {**tables, MIXED: mixed_stream(tables, segment_tokens)}
+    thresholds = {name: best_entropy_threshold(fit_tables, cost) for name, cost in costs.items()}
+    results = []
+    for workload, these in workloads.items():
+        as_one = workload == MIXED
+        fixed = [
+            run(lambda given, window=window: FixedWindow(window, given), these, CostModel(), as_one)
+            for window in range(DEPTH + 1)
+        ]
+        for cost_name, cost in costs.items():
+            makers = competitors(calibration, plain_calibration, thresholds[cost_name])
+            rules = {name: speed(run(maker, these, cost, as_one), cost) for name, maker in makers.items()}
+            fixed_speeds = [speed(traces, cost) for traces in fixed]
+            limit = speed([clairvoyant(table, cost) for table in these], cost)
+            thrifty = None
+            for factor in THRIFT:
+                told = CostModel(cost.cost_ratio * factor, cost.verification_cost * factor)
+                found = speed(run(makers[OURS], these, told, as_one), cost)
+                if found["tokens_per_cost"] >= fixed_speeds[COMPARED_FIXED]["tokens_per_cost"]:
+                    thrifty = found | {"told_costs_times": factor}
+            results.append(
+                describe_result(workload, cost_name, cost, fixed_speeds, rules, limit, thresholds[cost_name])
+                | {"thrifty": thrifty or rules[OURS] | {"told_costs_times": 1.0}}
+            )
+    return {"results": results, "summary": summarise(results)}, {
+        "greedy": calibration,
+        "confidence_alone": plain_calibration,
+    }
+
+
+def describe_result(
+    workload: str,
+    cost_name: str,
+    cost: CostModel,
+    fixed: list[dict[str, float]],
+    rules: dict[str, dict[str, float]],
+    limit: dict[str, float],
+    threshold: float,
+) -> dict[str, Any]:
+    """One workload at one cost: every rule beside the best fixed window and the clairvoyant."""
+    speeds = [one["tokens_per_cost"] for one in fixed]
+    best = max(speeds)
+    described = {}
+    for name, found in rules.items():
+        gain = found["tokens_per_cost"] - best
+        way = gain / (limit["tokens_per_cost"] - best) if limit["tokens_per_cost"] > best else 0.0
+        described[name] = found | {"over_best_fixed": gain / best, "way_to_clairvoyant": way}
+    return {
+        "workload": workload,
+        "cost": cost_name,
+        **asdict(cost),
+        "fixed": fixed,
+        "best_fixed_window": speeds.index(best),
+        "best_fixed_tokens_per_cost": best,
+        "rules": described,
+        "entropy_stop_threshold": threshold,
+        "clairvoyant": limit,
+    }
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers that say whether adaptivity pays: of each rule its worst, mean and mixed-stream gains."""
+    summary = {}
+    for name in results[0]["rules"]:
+        ours = [result["rules"][name] for result in results]
+        mixed = [result["rules"][name]["over_best_fixed"] for result in results if result["workload"] == MIXED]
+        worst = min(range(len(results)), key=lambda place: ours[place]["over_best_fixed"])
+        summary[name] = {
+            "worst_over_best_fixed": ours[worst]["over_best_fixed"],
+            "worst_at": f"{results[worst]['workload']}, {results[worst]['cost']}",
+            "mean_over_best_fixed": sum(one["over_best_fixed"] for one in ours) / len(ours),
+            "mixed_over_best_single_fixed": mixed,
+            "mean_way_to_clairvoyant": sum(one["way_to_clairvoyant"] for one in ours) / len(ours),
+            "least_way_to_clairvoyant": min(one["way_to_clairvoyant"] for one in ours),
+        }
+    return summary
+
+
+# -- is the estimate right, and is the replay
+
+
+class _WatchedWindow(KLAdaptiveWindow):
+    """Estimates and learns as the adaptive rule does, but always drafts all there is room for."""
+
+    def start(self, limit: int) -> int:
+        super().start(limit)
+        return min(self.max_window, limit)
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        self._estimates.append(self.acceptance_probability(features))
+        return True
+
+    def go_on(self, position: int) -> bool:
+        return True
+
+
+def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable], bins: int = 10) -> dict[str, Any]:
+    """Predicted against measured acceptance of reached draft tokens, by position and by predicted probability.
+
+    The estimates are those that the rule would have had in decoding, its shift included, in windows of full depth.
+    """
+    estimator = AcceptanceEstimator(**calibration["weights"])
+    pairs = []
+    for table in tables:
+        rule = _WatchedWindow(DEPTH, OnlineCosts(0.0, 0.0), estimator, calibration["acceptance"])
+        for one_round in replay(rule, table).rounds:
+            for position in range(min(one_round.accepted + 1, one_round.window)):
+                estimate = one_round.acceptance_probabilities[position]
+                pairs.append((position, estimate, position < one_round.accepted))
+
+    def means(chosen: list[tuple[int, float, bool]]) -> dict[str, float]:
+        count = len(chosen)
+        return {
+            "predicted": sum(pair[1] for pair in chosen) / count,
+            "measured": sum(pair[2] for pair in chosen) / count,
+            "count": count,
+        }
+
+    by_position = [[pair for pair in pairs if pair[0] == position] for position in range(DEPTH)]
+    by_estimate = [[pair for pair in pairs if int(min(pair[1], 0.999999) * bins) == place] for place in range(bins)]
+    return {
+        "by_position": [{"position": place, **means(group)} for place, group in enumerate(by_position) if group],
+        "by_estimate": [means(group) for group in by_estimate if group],
+        "expected_error": sum(
+            len(group) * abs(means(group)["predicted"] - means(group)["measured"]) for group in by_estimate if group
+        )
+        / max(len(pairs), 1),
+    }
+
+
+def live_check(
+    target: Any,
+    drafter: Any,
+    tables: Sequence[DraftTable],
+    calibration: dict[str, Any],
+    costs: CostModel,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Decode the tables' prompts in earnest, with given costs, and compare text and rounds with the replay's.
+
+    `settings` names the rules to check: `window` and `max_window`; by default ours, a fixed one and the heuristic.
+    """
+    settings = settings or {
+        OURS: {"window": "kl", "max_window": DEPTH},
+        "fixed 5": {"window": "fixed", "max_window": 5},
+        "transformers heuristic": {"window": "heuristic", "max_window": DEPTH},
+    }
+    stored = drafter.config.calibration
+    drafter.config.calibration = {"greedy": calibration}
+    given = asdict(costs)
+    found: dict[str, Any] = {}
+    try:
+        for name, chosen in settings.items():
+            same_text = same_rounds = 0
+            all_replayed, all_live = [], []
+            for table in tables:
+                outputs, traces = decode(
+                    target, drafter, [table.prompt.tolist()], table.max_new_tokens, **chosen, **given
+                )
+                rule = make_window_rule(
+                    chosen["window"],
+                    chosen["max_window"],
+                    OnlineCosts(costs.cost_ratio, costs.verification_cost),
+                    drafter.config.calibration,
+                )
+                replayed = replay(rule, table)
+                same_text += outputs[0] == table.text.tolist()
+                same_rounds += _rounds(traces[0]) == _rounds(replayed)
+                all_replayed.append(replayed)
+                all_live.append(traces[0])
+            found[name] = {
+                "texts": len(tables),
+                "same_text": same_text,
+                "same_rounds": same_rounds,
+                "replayed_tokens_per_cost": speed(all_replayed, costs)["tokens_per_cost"],
+                "live_tokens_per_cost": speed(all_live, costs)["tokens_per_cost"],
+            }
+    finally:
+        drafter.config.calibration = stored
+    return found
+
+
+def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
+    return [(r.window, r.draft_steps, r.accepted, r.draft_ids) for r in trace.rounds[1:]]
+
+
+# -- how it is shown
+
+
+def format_study(found: dict[str, Any]) -> str:
+    """A line for each workload and cost, and what they come to."""
+    lines = [
+        f"{'workload':<14} {'costs':<12} {'best fixed':>11} {'fixed 8':>8} {'ours':>6} {'gain':>7} {'clairv.':>8} "
+        f"{'of the way':>10} {'waste':>6} {'fixed 8':>8}"
+    ]
+    for result in found["results"]:
+        ours, eight = result["rules"][OURS], result["fixed"][COMPARED_FIXED]
+        best = f"{result['best_fixed_tokens_per_cost']:.2f} ({result['best_fixed_window']})"
+        lines.append(
+            f"{result['workload'][:14]:<14} {result['cost'][:12]:<12} {best:>11} {eight['tokens_per_cost']:>8.2f} "
+            f"{ours['tokens_per_cost']:>6.2f} {ours['over_best_fixed']:>+7.1%} "
+            f"{result['clairvoyant']['tokens_per_cost']:>8.2f} {ours['way_to_clairvoyant']:>10.0%} "
+            f"{ours['wasted']:>6.0%} {eight['wasted']:>8.0%}"
+        )
+    lines.append("")
+    lines.append(f"{'rule':<34} {'worst':>8} {'mean':>7} {'mixed, each cost':>28} {'of the way':>11}")
+    for name, total in found["summary"].items():
+        mixed = " ".join(f"{gain:+.1%}" for gain in total["mixed_over_best_single_fixed"])
+        lines.append(
+            f"{name:<34} {total['worst_over_best_fixed']:>+8.1%} {total['mean_over_best_fixed']:>+7.1%} {mixed:>28} "
+            f"{total['mean_way_to_clairvoyant']:>11.0%}"
+        )
+    return "\n".join(lines)
+
+
+def speed_panels(found: dict[str, Any], cost_name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For [`~ppow_hf.plots.plot_curves`]: tokens per cost over the fixed window, with the rules as level lines."""
+    panels = {}
+    for result in found["results"]:
+        if result["cost"] != cost_name:
+            continue
+        ends = (0.0, float(DEPTH))
+        panel = {"fixed": [(float(w), one["tokens_per_cost"]) for w, one in enumerate(result["fixed"])]}
+        for name in ("transformers dynamic confidence", OURS):
+            panel[name] = [(x, result["rules"][name]["tokens_per_cost"]) for x in ends]
+        panel["clairvoyant"] = [(x, result["clairvoyant"]["tokens_per_cost"]) for x in ends]
+        panels[result["workload"]] = panel
+    return panels
+
+
+def calibration_panels(curves: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For [`~ppow_hf.plots.plot_curves`]: predicted and measured acceptance over the position, for each workload."""
+    return {
+        workload: {
+            kind: [(one["position"] + 1.0, one[kind]) for one in curve["by_position"]]
+            for kind in ("predicted", "measured")
+        }
+        for workload, curve in curves.items()
+    }
