@@ -499,6 +499,124 @@ def test_a_sequence_without_anything_to_learn_has_no_gradient(make_trainer):
     same_gradients({name: 3 * value for name, value in found[3].items()}, found[1])
 
 
+def naive_window_terms(trainer, inputs, weights) -> torch.Tensor:
+    """Every term on drafted windows, and on the text behind their prefixes, one token at a time."""
+    args, drafter, model = trainer.args, trainer.model, trainer.target_model
+    rollout, groups, window = rollout_of(trainer, inputs), args.num_rollouts, args.max_window
+    count = rollout.prefixes.shape[1]
+    accepts = keyed_uniforms(args.seed, 0, inputs["index"], (count, window), "accept")
+    total = torch.zeros(())
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        ids = ids[: int(inputs["attention_mask"][row].sum())]
+        along, verdicts = [], []
+        for m in range(count):
+            prefix, drafted = int(rollout.prefixes[row, m]), rollout.draft_ids[row, m].tolist()
+            draft = draft_logits_along(drafter, model, ids, prefix, drafted)
+            target = target_logits_along(model, ids, prefix, drafted)
+            policy = (draft / args.rollout_temperature).log_softmax(-1)
+            if args.target_temperature > 0:
+                verifier = (target / args.target_temperature).softmax(-1)
+            else:
+                verifier = torch.nn.functional.one_hot(target.argmax(-1), target.shape[-1]).float()
+            chances = [verifier[j, x] / policy[j, x].exp() for j, x in enumerate(drafted)]
+            limit = accepts[row, m] if args.target_temperature > 0 else torch.zeros(window)
+            verdicts.append([bool(u < chance) for u, chance in zip(limit, chances, strict=True)])
+            along.append((prefix, drafted, draft, target, policy, verifier))
+        kept = [next((j for j, verdict in enumerate(v) if not verdict), window) for v in verdicts]
+        assert kept == rollout.accepted[row].tolist()
+        for m, (_, drafted, draft, target, policy, verifier) in enumerate(along):
+            group = [n for n in range(count) if n // groups == m // groups and n != m]
+            for j in range(window):
+                reached = j <= kept[m]
+                rivals = [n for n in group if j <= kept[n]]
+                gains = {}
+                agreed = [float(verdict[j]) for verdict in verdicts]
+                returned = [count_kept - j for count_kept in kept]
+                for name, earned in (("token_rl", agreed), ("reinforce", returned)):
+                    mean = sum(earned[n] for n in rivals) / max(len(rivals), 1)
+                    gains[name] = -(earned[m] - mean) * policy[j, drafted[j]] if rivals else torch.zeros(())
+                p, q = target[j].softmax(-1), draft[j].softmax(-1)
+                gains["opd"] = (p * (p.log() - q.log())).sum()
+                gains["opd_reverse"] = (q * (q.log() - p.log())).sum()
+                alpha = torch.minimum(verifier[j], policy[j].exp()).sum()
+                more = policy[j, drafted[j]] if verifier[j, drafted[j]] > policy[j, drafted[j]].exp() else 0.0
+                gains["expected_acceptance"] = -(alpha + (kept[m] - j - 1) * more * (j < kept[m]))
+                for name in set(weights) & set(gains):
+                    if reached or (name.startswith("opd") and args.on_policy_positions == "all"):
+                        total = total + weights[name] * gains[name] / (count * window)
+        for prefix in rollout.prefixes[row, ::groups].tolist() if "tv" in weights else []:
+            text = ids[prefix + 1 : prefix + 1 + window]
+            draft = draft_logits_along(drafter, model, ids, prefix, text).softmax(-1)
+            target = target_logits_along(model, ids, prefix, text).softmax(-1)
+            for j in range(len(text)):
+                variation = 0.5 * (draft[j] - target[j]).abs().sum()
+                total = total + weights["tv"] * variation / (args.num_prefixes * window)
+    return total / len(inputs["index"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings"),
+    [
+        ({"opd": 0.5, "opd_reverse": 2.0}, {}),
+        ({"opd": 1.0, "tv": 0.4}, {"on_policy_positions": "all", "chunk_size": 7}),
+        ({"token_rl": 0.3, "reinforce": 1.0}, {"target_temperature": 1.0}),
+        ({"token_rl": 1.0, "expected_acceptance": 0.7}, {"target_temperature": 1.0, "rollout_temperature": 1.0}),
+        ({"expected_acceptance": 1.0}, {"num_rollouts": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_terms_on_drafted_windows_equal_a_loop_over_their_tokens(make_trainer, architecture, weights, settings):
+    trainer = make_trainer(architecture, weights, **settings)
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.train()
+    loss, found = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    expected_loss, expected = backward(trainer, lambda: naive_window_terms(trainer, inputs, weights))
+    same_gradients(found, expected)
+    if "token_rl" not in weights:  # the value of a clipped policy loss is not that of REINFORCE
+        assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-5)
+
+
+def test_expected_rewards_are_the_mean_over_many_sampled_verdicts(make_trainer):
+    settings = {
+        "target_temperature": 1.0,
+        "rollout_temperature": 1.0,
+        "throughput_weight": 0.5,
+        "proximity_threshold": 9.0,
+    }
+    trainer = make_trainer("standalone", expected_reward=True, **settings)
+    inputs = batch_of(trainer.train_dataset)
+    rollout = rollout_of(trainer, inputs)
+    gamma, draw = trainer.cost_ratio, torch.Generator().manual_seed(0)
+    near = rollout_of(make_trainer("standalone", **settings), inputs)  # whose proximity is paid where nothing was kept
+    for b, n, g in ((0, 0, 0), (1, 1, 2), (2, 0, 3)):
+        chances = rollout.acceptance[b, n * 4 + g].tolist()
+        uniforms = torch.rand(20_000, WINDOW, generator=draw)
+        kept = (uniforms < torch.tensor(chances)).long().cumprod(-1).sum(-1).double()
+        speed, throughput = (kept / (kept * gamma + 1)).mean(), 0.5 * ((kept + 1) / (WINDOW * gamma + 1)).mean()
+        assert rollout.rewards["speedup"][b, n, g].item() == pytest.approx(speed.item(), abs=0.03)
+        assert rollout.rewards["throughput"][b, n, g].item() == pytest.approx(throughput.item(), abs=0.03)
+        if near.accepted[b, n * 4 + g] == 0:
+            expected = near.rewards["proximity"][b, n, g] * (1 - chances[0])
+            torch.testing.assert_close(rollout.rewards["proximity"][b, n, g], expected)
+
+
+def test_candidates_share_the_reward_of_their_best(make_trainer):
+    own = rollout_of(make_trainer("standalone", proximity_weight=0.0), batch_of(random_dataset()))
+    for kind, size in (("best", 2), ("marginal", 2), ("marginal", None)):
+        trainer = make_trainer("standalone", proximity_weight=0.0, group_reward=kind, candidate_group=size)
+        rollout = rollout_of(trainer, batch_of(trainer.train_dataset))
+        assert torch.equal(rollout.draft_ids, own.draft_ids)
+        for group, alone in zip(
+            rollout.rewards["total"].flatten(0, 1).tolist(), own.rewards["total"].flatten(0, 1).tolist(), strict=True
+        ):
+            for m in range(4):
+                start = m // (size or 4) * (size or 4)
+                rivals = alone[start:m] + alone[m + 1 : start + (size or 4)]
+                best = max([alone[m], *rivals])
+                assert group[m] == pytest.approx(best if kind == "best" else best - max(rivals))
+
+
 def sessions_supervised_loss(trainer, inputs) -> float:
     """For every prefix, drafted on the text's own tokens by the session that decoding uses."""
     args, drafter, model = trainer.args, trainer.model, trainer.target_model

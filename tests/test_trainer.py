@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from ppow_hf import PPOWDrafter
 from ppow_hf.data import SequenceDataset
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
-from ppow_hf.training.trainer import RepeatedBlocks, check_complete, check_writable, last_complete_checkpoint
+from ppow_hf.training.checkpoints import check_complete, check_writable, last_complete_checkpoint
+from ppow_hf.training.trainer import RepeatedBlocks
 
 OBJECTIVES = ["supervised", "ppow"]
 EVERY_KIND = [(architecture, objective) for architecture in ARCHITECTURES for objective in OBJECTIVES]
@@ -123,6 +124,34 @@ def test_a_run_trains_logs_evaluates_and_keeps_the_best(make_trainer, architectu
     trainer.save_model(str(folder / "final"))
     again = PPOWDrafter.from_pretrained(folder / "final")
     assert again.config.calibration == trainer.model.config.calibration and again.config.max_window == WINDOW
+
+
+@pytest.mark.parametrize("objective", ["tv", "lk", "0.3*kl + lk_hybrid", "opd_reverse", "reinforce + 0.5*kl"])
+def test_every_kind_of_objective_trains_and_is_logged(make_trainer, objective):
+    trainer = make_trainer("eagle", objective, max_steps=12, learning_rate=3e-3, train=random_dataset([24] * 4))
+    before = weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+    for name in ("tv", "lk", "lk_hybrid"):
+        if name == objective.split(" + ")[-1]:
+            assert sum(logged(trainer, name)[-3:]) < sum(logged(trainer, name)[:3])
+    assert bool(logged(trainer, "accepted_length")) == ("opd" in objective or "reinforce" in objective)
+    assert bool(logged(trainer, "text_kl")) == ("reinforce" in objective)
+
+
+def test_an_objective_follows_its_schedule_and_goes_on_with_it_after_a_resume(make_trainer):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    trainer = make_trainer("standalone", "kl; 0.5: 0.3*kl + ppow", **settings)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows if "reward/mean" in row] == [3, 4]
+    expected = weights(trainer)
+    resumed = make_trainer("standalone", "kl; 0.5: 0.3*kl + ppow", **settings)
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    assert_same_weights(weights(resumed), expected)
+    other = make_trainer("standalone", "kl", **settings)
+    other.train()
+    assert any((other.model.state_dict()[name] - value).abs().max() > 1e-4 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -476,6 +505,14 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
         ({"num_prefixes": 0}, "num_prefixes: 0 given"),
         ({"objective": "sft"}, "objective: 'sft'"),
         ({"advantages": "none"}, "advantages: 'none'"),
+        ({"group_reward": "all"}, "group_reward: 'all'"),
+        ({"candidate_group": 4}, "candidate_group: without effect"),
+        ({"group_reward": "best"}, "candidate_group: 8 candidates .* num_rollouts=8"),
+        ({"group_reward": "marginal", "candidate_group": 3}, "candidate_group: 3 candidates"),
+        ({"group_reward": "marginal", "expected_reward": True}, "expected_reward: the best"),
+        ({"on_policy_positions": "none"}, "on_policy_positions: 'none'"),
+        ({"objective": "kl + opd", "max_length": 10, "max_window": 10}, "max_length: 10"),
+        ({"lk_decay": 0.0}, "lk_decay: 0.0"),
         ({"rollout_temperature": 0.0}, "rollout_temperature: 0.0"),
         ({"target_temperature": -1.0}, "target_temperature: -1.0"),
         ({"cost_ratio": math.nan}, "cost_ratio: nan"),

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-OBJECTIVES = ("supervised", "ppow")
+from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, objective_text, parse_objective
+
+GROUP_REWARDS = ("own", "best", "marginal")
 
 
 @dataclass
@@ -16,7 +18,17 @@ class PPOWTrainingArguments(TrainingArguments):
         > Parameters that control what is trained
 
         objective (`str`, *optional*, defaults to `"ppow"`):
-            `"supervised"`: cross-entropy and forward KL on text; `"ppow"`: reinforcement learning on windows [paper].
+            What is minimised: a name, a weighted sum (`"0.3*kl + tv"`; in Python also `{"kl": 0.3, "tv": 1.0}`), or a
+            schedule of them (`"kl; 0.5: 0.3*kl + tv"`: the second one from half of the training on).
+            Along the text, for every token: `"ce"` -log Q(text); `"kl"` KL(P||Q); `"tv"` TV(P, Q); `"lk"` -log alpha
+            [2602.23881]; `"lk_hybrid"` KL and TV mixed by alpha [2602.23881; mixed position by position: ours];
+            `"supervised"` the first two by their weights below, what continued supervised training (CST) goes on with.
+            Along windows that the drafter drafts, verified by the target: `"ppow"` reinforcement learning on windows
+            with the rewards and anchors below [paper]; `"token_rl"` a token's reward is its own agreement with the
+            target [ours]; `"reinforce"` the accepted tokens from each token on, up to the first rejection, against the
+            group's other windows [ours]; `"expected_acceptance"` the expected accepted tokens, exact over each next
+            token [ours]; `"opd"`, `"opd_reverse"` on-policy distillation, KL(P||Q) or KL(Q||P) [2605.29343; which
+            positions: ours]. Terms of the text that stand beside these follow the text behind the chosen prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether an eagle drafter's token embeddings are trained; as in EAGLE-3 they stay the target's.
 
@@ -37,7 +49,10 @@ class PPOWTrainingArguments(TrainingArguments):
             Draft steps that an eagle drafter is unrolled on its own features (EAGLE-3's training-time test).
         unroll_decay (`float`, *optional*, defaults to `0.9`): weight of each further step.
 
-        > Parameters of the PPOW objective
+        lk_decay (`float`, *optional*, defaults to `3.0`):
+            How fast `lk_hybrid` goes from KL to TV as acceptance rises [2602.23881; its value is ours].
+
+        > Parameters of the objectives on drafted windows
 
         max_window (`int`, *optional*, defaults to `10`): tokens in a window, K [paper].
         num_rollouts (`int`, *optional*, defaults to `8`): windows drafted from each chosen prefix, G [paper].
@@ -49,6 +64,18 @@ class PPOWTrainingArguments(TrainingArguments):
             0: a draft token is kept if it is the target's choice; above 0: by rejection sampling.
         speedup_weight (`float`, *optional*, defaults to `1.0`): weight of k / (k * gamma + 1) [paper].
         throughput_weight (`float`, *optional*, defaults to `0.0`): weight of (k + 1) / (K * gamma + 1) [ours].
+        group_reward (`str`, *optional*, defaults to `"own"`):
+            `"own"`: a window earns what it yields alone [paper]; for decoders that verify `candidate_group` windows at
+            once and keep the longest: `"best"`, every window earns what the best of its candidates yields, and
+            `"marginal"`, what its candidates would lose without it [ours].
+        candidate_group (`int`, *optional*):
+            Windows verified at once, C; divides `num_rollouts`, and `None` means all of them [ours].
+        expected_reward (`bool`, *optional*, defaults to `False`):
+            At T > 0, rewards averaged over the target's verdicts, given the drafted tokens (Rao-Blackwell), in place
+            of those of one sampled verdict [ours].
+        on_policy_positions (`str`, *optional*, defaults to `"reached"`):
+            Tokens of drafted windows that `opd` and `opd_reverse` learn: up to the first rejected one, or `"all"`
+            [ours].
         proximity_weight (`float`, *optional*, defaults to `0.5`): eta [paper; its value is ours].
         proximity_threshold (`float`, *optional*, defaults to `5.0`): epsilon in nats [paper; its value is ours].
         advantages (`str`, *optional*, defaults to `"standardized"`): or `"leave_one_out"`.
@@ -73,7 +100,13 @@ class PPOWTrainingArguments(TrainingArguments):
         calibrate_at_end (`bool`, *optional*, defaults to `True`): whether training ends by fitting the window rule.
     """
 
-    objective: str = field(default="ppow", metadata={"help": "'supervised' or 'ppow'."})
+    objective: str = field(
+        default="ppow",
+        metadata={
+            "help": f"supervised, {', '.join(TEXT_TERMS)} (text) or {', '.join(WINDOW_TERMS)} (drafted windows); a "
+            "weighted sum '0.3*kl + tv'; a schedule 'kl; 0.5: 0.3*kl + tv'."
+        },
+    )
     train_embeddings: bool = field(default=False, metadata={"help": "Train an eagle drafter's token embeddings too."})
     max_length: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
     packing: bool = field(default=True, metadata={"help": "Join text rows and cut them into full sequences."})
@@ -85,6 +118,7 @@ class PPOWTrainingArguments(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(P||Q) (supervised)."})
     unroll_steps: int = field(default=4, metadata={"help": "Unrolled draft steps of an eagle drafter (supervised)."})
     unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
+    lk_decay: float = field(default=3.0, metadata={"help": "How fast lk_hybrid goes from KL to TV."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})
@@ -92,6 +126,10 @@ class PPOWTrainingArguments(TrainingArguments):
     target_temperature: float = field(default=0.0, metadata={"help": "0: greedy verification, else sampling."})
     speedup_weight: float = field(default=1.0, metadata={"help": "Weight of k/(k*gamma+1) [paper]."})
     throughput_weight: float = field(default=0.0, metadata={"help": "Weight of (k+1)/(K*gamma+1) [ours]."})
+    group_reward: str = field(default="own", metadata={"help": "'own' [paper], 'best' or 'marginal' of candidates."})
+    candidate_group: int | None = field(default=None, metadata={"help": "Windows verified at once; None: all."})
+    expected_reward: bool = field(default=False, metadata={"help": "Rewards averaged over verdicts (T > 0)."})
+    on_policy_positions: str = field(default="reached", metadata={"help": "'reached' or 'all' (opd)."})
     proximity_weight: float = field(default=0.5, metadata={"help": "eta of the proximity reward."})
     proximity_threshold: float = field(default=5.0, metadata={"help": "epsilon of the proximity reward, nats."})
     advantages: str = field(default="standardized", metadata={"help": "'standardized' or 'leave_one_out'."})
@@ -115,13 +153,19 @@ class PPOWTrainingArguments(TrainingArguments):
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: {self.objective!r} is not one of {list(OBJECTIVES)}.")
-        if self.advantages not in ("standardized", "leave_one_out"):
-            raise ValueError(f"advantages: {self.advantages!r} is not one of ['standardized', 'leave_one_out'].")
+        if isinstance(self.objective, dict):
+            self.objective = objective_text(self.objective)
+        self.weights_at(0.0)
+        for name, accepted in (
+            ("advantages", ("standardized", "leave_one_out")),
+            ("group_reward", GROUP_REWARDS),
+            ("on_policy_positions", ("reached", "all")),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(accepted)}.")
         for name, least, meaning in (
             ("max_window", 1, "draft tokens (K)"),
-            ("num_rollouts", 2 if self.objective == "ppow" else 1, "windows of a group (G), which are compared"),
+            ("num_rollouts", 2 if self._uses(GROUP_TERMS) else 1, "windows of a group (G), which are compared"),
             ("num_prefixes", 1, "prefixes of a sequence (N)"),
             ("num_iterations", 1, "gradient steps"),
             ("unroll_steps", 1, "draft steps"),
@@ -135,7 +179,7 @@ class PPOWTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} given; at least {least} {meaning} are needed.")
-        for name in ("rollout_temperature", "unroll_decay", "proximity_threshold", "clip_range"):
+        for name in ("rollout_temperature", "unroll_decay", "lk_decay", "proximity_threshold", "clip_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must be above 0.")
         for name in (
@@ -146,7 +190,47 @@ class PPOWTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must not be negative.")
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
-        if self.objective == "ppow" and self.max_length <= self.max_window:
+        if self.uses_rollouts and self.max_length <= self.max_window:
             raise ValueError(
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.group_reward == "own":
+            if self.candidate_group is not None:
+                raise ValueError('candidate_group: without effect with group_reward="own"; give "best" or "marginal".')
+            return
+        size = self.num_rollouts if self.candidate_group is None else self.candidate_group
+        if size < 1 or self.num_rollouts % size or (self.group_reward == "best" and size == self.num_rollouts):
+            raise ValueError(
+                f"candidate_group: {size} candidates given with num_rollouts={self.num_rollouts} and "
+                f"group_reward={self.group_reward!r}. It must divide num_rollouts, and leave something to compare: "
+                "less than num_rollouts with 'best'."
+            )
+        if self.expected_reward:
+            raise ValueError("expected_reward: the best of a group is taken from sampled verdicts; leave it out.")
+
+    # -- the objective
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The terms minimised at a share of the training, with their weights."""
+        phases = parse_objective(self.objective, self.ce_weight, self.kl_weight)
+        return dict([phase for phase in phases if phase.start <= progress][-1].weights)
+
+    def anchors(self, weights: dict[str, float]) -> dict[str, float]:
+        """The terms along the text among `weights`; `ppow` brings its own, KL(P||Q) by `text_kl_coef`."""
+        anchors = {name: weight for name, weight in weights.items() if name in TEXT_TERMS}
+        own = weights.get("ppow", 0.0) * self.text_kl_coef
+        if own > 0:
+            anchors["kl"] = anchors.get("kl", 0.0) + own
+        return {name: weight for name, weight in anchors.items() if weight > 0}
+
+    @property
+    def uses_rollouts(self) -> bool:
+        """Whether any phase of the objective drafts windows and has them verified."""
+        return self._uses(WINDOW_TERMS)
+
+    def _uses(self, terms: tuple[str, ...]) -> bool:
+        phases = parse_objective(self.objective, self.ce_weight, self.kl_weight)
+        return any(name in terms for phase in phases for name in phase.weights)

@@ -1,13 +1,79 @@
-"""Losses of drafters, chunked over positions so that a vocabulary-wide tensor never spans a batch.
+"""Losses of drafters, chunked over positions so that a vocabulary-wide tensor never spans a batch, and what an
+`objective` is made of.
 
-Pure functions of features and of what the target's logits are computed from. R rows are positions to be learned, DV
-is the drafter's vocabulary.
+Pure functions of logits, of features and of what the target's logits are computed from. R rows are positions to be
+learned, DV is the drafter's vocabulary.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+TEXT_TERMS = ("ce", "kl", "tv", "lk", "lk_hybrid")
+WINDOW_TERMS = ("ppow", "token_rl", "reinforce", "expected_acceptance", "opd", "opd_reverse")
+GROUP_TERMS = ("ppow", "token_rl", "reinforce")  # those that compare the windows of a group
+NAMES = ("supervised", *TEXT_TERMS, *WINDOW_TERMS)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is minimised from a share of the training on: weights of terms, by their names."""
+
+    start: float
+    weights: Mapping[str, float]
+
+
+def parse_objective(objective: str | Mapping[str, float], ce_weight: float, kl_weight: float) -> tuple[Phase, ...]:
+    """The phases of an `objective`, the first one starting at 0.
+
+    A name, a weighted sum (`"0.3*kl + tv"` or `{"kl": 0.3, "tv": 1.0}`), or a schedule of them
+    (`"kl; 0.5: 0.3*kl + tv"`: the second one from half of the training on). `"supervised"` stands for
+    `ce_weight*ce + kl_weight*kl`. Raises `ValueError` for anything else, naming it.
+    """
+    if isinstance(objective, Mapping):
+        objective = objective_text(objective)
+    phases: list[Phase] = []
+    for number, part in enumerate(objective.split(";")):
+        share, colon, terms = part.rpartition(":")
+        start = 0.0
+        if colon:
+            start = _number(share, objective)
+        if bool(colon) != bool(number) or not (not phases or phases[-1].start < start < 1):
+            raise ValueError(
+                f"objective: {objective!r} is no schedule. Begin every phase but the first with the share of the "
+                "training it starts at, ascending and below 1: 'kl; 0.5: 0.3*kl + tv'."
+            )
+        weights: dict[str, float] = {}
+        for term in terms.split("+"):
+            factor, star, name = term.rpartition("*")
+            weight, name = _number(factor, objective) if star else 1.0, name.strip()
+            if name not in NAMES:
+                raise ValueError(f"objective: {name!r} is not one of {list(NAMES)}, nor a sum or schedule of them.")
+            if not weight > 0:
+                raise ValueError(f"objective: {name} has the weight {weight}; weights must be above 0.")
+            expanded = {"ce": ce_weight, "kl": kl_weight} if name == "supervised" else {name: 1.0}
+            for expanded_name, own in expanded.items():
+                weights[expanded_name] = weights.get(expanded_name, 0.0) + weight * own
+        phases.append(Phase(start, weights))
+    return tuple(phases)
+
+
+def objective_text(weights: Mapping[str, float]) -> str:
+    """A dict of weights as the text that [`parse_objective`] reads."""
+    return " + ".join(f"{weight}*{name}" for name, weight in weights.items())
+
+
+def _number(text: str, objective: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"objective: {text.strip()!r} in {objective!r} is not a number; write '0.3*kl + tv'.")
+    return number
 
 
 def sum_over_chunks(
@@ -35,6 +101,34 @@ def forward_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch
     return (target.exp() * (target - draft)).masked_fill(target == -torch.inf, 0.0).sum(-1)
 
 
+def reverse_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """KL(Q||P) in nats `[R]`, as [`forward_kl`]. A token that the target never takes counts as one of e^-30."""
+    target, draft = target_logits.float().log_softmax(-1), draft_logits.float().log_softmax(-1)
+    return (draft.exp() * (draft - target.clamp_min(-30.0))).masked_fill(draft == -torch.inf, 0.0).sum(-1)
+
+
+def total_variation(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """TV(P, Q) `[R]`: the probability that a token drawn from Q is rejected at T = 1 (Leviathan et al. 2211.17192)."""
+    return 0.5 * (target_logits.float().softmax(-1) - draft_logits.float().softmax(-1)).abs().sum(-1)
+
+
+def negative_log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """-log alpha `[R]`, alpha = sum_x min(P(x), Q(x)): the LK loss (2602.23881), TV's gradient divided by alpha."""
+    alpha = torch.minimum(target_logits.float().softmax(-1), draft_logits.float().softmax(-1)).sum(-1)
+    return -alpha.clamp_min(1e-12).log()
+
+
+def lk_hybrid(target_logits: torch.Tensor, draft_logits: torch.Tensor, decay: float = 3.0) -> torch.Tensor:
+    """lambda * KL(P||Q) + (1 - lambda) * TV(P, Q) `[R]`, lambda = exp(-decay * alpha), without a gradient.
+
+    KL leads where hardly anything is accepted, TV where most is: the hybrid LK loss (2602.23881); lambda of each
+    position by itself [ours].
+    """
+    variation = total_variation(target_logits, draft_logits)
+    mix = (-decay * (1 - variation.detach())).exp()
+    return mix * forward_kl(target_logits, draft_logits) + (1 - mix) * variation
+
+
 def cross_entropy(draft_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """-log Q(label) in nats `[R]`; 0 where the label is negative (a token the drafter cannot propose)."""
     return torch.nn.functional.cross_entropy(draft_logits.float(), labels, ignore_index=-100, reduction="none")
@@ -48,3 +142,30 @@ def clipped_policy_loss(
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     return -torch.minimum(unclipped, clipped), clipped < unclipped
+
+
+def expected_acceptance_loss(
+    target_probs: torch.Tensor,
+    draft_log_probs: torch.Tensor,
+    tokens: torch.Tensor,
+    kept: torch.Tensor,
+    kept_after: torch.Tensor,
+) -> torch.Tensor:
+    """Loss `[R]` whose gradient, summed over the reached tokens of sampled windows, is without bias that of minus the
+    expected number of accepted tokens [ours].
+
+    A window x_1..x_K is drafted and kept up to x_j with probability prod_i min(P, Q)(x_i). At a reached position the
+    sum over what could have been drawn there is exact (Rao-Blackwell); what comes behind is sampled.
+
+    Args:
+        target_probs, draft_log_probs (`torch.Tensor` of shape `(R, V)`): P that verifies, and log Q that drafted.
+        tokens (`torch.LongTensor` of shape `(R,)`): the drafted tokens, drawn from Q.
+        kept (`torch.BoolTensor` of shape `(R,)`): whether the target kept them.
+        kept_after (`torch.Tensor` of shape `(R,)`): how many further tokens of the window it kept.
+    """
+    draft_probs = draft_log_probs.exp()
+    alpha = torch.minimum(target_probs, draft_probs).sum(-1)
+    log_prob = draft_log_probs.gather(-1, tokens[:, None])[:, 0]
+    # min(P, Q)(x) has a gradient only where it is Q(x).
+    grows = kept & (log_prob.detach().exp() < target_probs.gather(-1, tokens[:, None])[:, 0])
+    return -(alpha + kept_after * torch.where(grows, log_prob, torch.zeros_like(log_prob)))

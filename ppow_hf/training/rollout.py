@@ -16,7 +16,14 @@ from ..acceptance import (
     sample_from_uniform,
 )
 from ..modeling_ppow import PPOWDrafter
-from .rewards import group_advantages, proximity_reward, speedup_reward, throughput_reward
+from .rewards import (
+    candidate_rewards,
+    count_probabilities,
+    group_advantages,
+    proximity_reward,
+    speedup_reward,
+    throughput_reward,
+)
 from .target import FrozenTarget, TargetEncoding
 from .window_sampling import choose_prefixes, eligible_prefixes, window_priorities
 
@@ -43,6 +50,9 @@ class Rollout:
         target_sources (`torch.Tensor` of shape `(B, M, K, H)`): what the target's logits are computed from.
         rewards (`dict[str, torch.Tensor]`): each part and `total`, `(B, N, G)`.
         has_prefix (`torch.BoolTensor` of shape `(B,)`): false for sequences without anything to learn.
+        acceptance (`torch.Tensor` of shape `(B, M, K)`):
+            Each token's verdict given all before it, 0 or 1; its probability with `expected_reward`.
+        target_choices (`torch.LongTensor` of shape `(B, M, K)`): the target's likeliest token at each position.
         old_log_probs (`torch.Tensor` of shape `(B, M, K)`, *optional*): of the policy that drafted.
     """
 
@@ -54,6 +64,8 @@ class Rollout:
     target_sources: torch.Tensor
     rewards: dict[str, torch.Tensor]
     has_prefix: torch.Tensor
+    acceptance: torch.Tensor
+    target_choices: torch.Tensor
     old_log_probs: torch.Tensor | None = None
 
 
@@ -116,17 +128,24 @@ def collect_rollout(
     choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
     if args.target_temperature > 0:
         accept = keyed_uniforms(args.seed, step, indices, tuple(draft_ids.shape[1:]), "accept")
-        accepted = rejection_accepted_counts(draft_ids, torch.stack(draft_token_probs, -1), verify_probs, accept)
+        draft_probs = torch.stack(draft_token_probs, -1)
+        accepted = rejection_accepted_counts(draft_ids, draft_probs, verify_probs, accept)
+        acceptance = (verify_probs / draft_probs).clamp_max(1.0)
+        if not args.expected_reward:
+            acceptance = (accept < verify_probs / draft_probs).float()
     else:
         accepted = greedy_accepted_counts(draft_ids, choices)
+        acceptance = (draft_ids == choices).float()
     rewards = window_rewards(
-        target, encoding, inputs, chosen, accepted.unflatten(1, (-1, groups)), log_probs.unflatten(1, (-1, groups)),
-        args, cost_ratio,
+        target, encoding, inputs, chosen, accepted.unflatten(1, (-1, groups)),
+        acceptance.unflatten(1, (-1, groups)), log_probs.unflatten(1, (-1, groups)), args, cost_ratio,
     )  # fmt: skip
     advantages = group_advantages(rewards["total"], args.advantages).flatten(1)
     learned = first_rejection_mask(accepted, window) & has_prefix[:, None, None]
     drafter.train(was_training)
-    return Rollout(prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix)
+    return Rollout(
+        prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix, acceptance, choices
+    )
 
 
 def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_size: int):
@@ -147,19 +166,34 @@ def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_si
     return tuple(torch.cat(parts).view(draft_ids.shape) for parts in (choices, log_probs, probs))
 
 
-def window_rewards(target, encoding, inputs, chosen, accepted, log_probs, args, cost_ratio):
-    """Each weighted part of the reward and their `total`, `[B, N, G]` (METHOD: speedup, throughput, proximity)."""
+def window_rewards(target, encoding, inputs, chosen, accepted, acceptance, log_probs, args, cost_ratio):
+    """Each weighted part of the reward and their `total`, `[B, N, G]` (METHOD: speedup, throughput, proximity).
+
+    `accepted` `[B, N, G]` are sampled verdicts' counts; `acceptance` `[B, N, G, K]` are each token's probabilities
+    where `expected_reward` is on, whose rewards are averaged over all verdicts.
+    """
     window = args.max_window
+    expected = args.expected_reward and args.target_temperature > 0
+    counts = torch.arange(window + 1, device=accepted.device) if expected else accepted
     parts = {
-        "speedup": args.speedup_weight * speedup_reward(accepted, cost_ratio),
-        "throughput": args.throughput_weight * throughput_reward(accepted, window, cost_ratio),
+        "speedup": args.speedup_weight * speedup_reward(counts, cost_ratio),
+        "throughput": args.throughput_weight * throughput_reward(counts, window, cost_ratio),
     }
+    if expected:
+        probabilities = count_probabilities(acceptance)
+        parts = {name: (probabilities * values).sum(-1) for name, values in parts.items()}
+    if args.group_reward != "own":
+        size = args.candidate_group or args.num_rollouts
+        parts = {name: candidate_rewards(values, size, args.group_reward) for name, values in parts.items()}
     parts["proximity"] = torch.zeros_like(parts["speedup"])
-    if args.proximity_weight > 0 and bool((accepted == 0).any()):
+    if args.proximity_weight > 0 and (expected or bool((accepted == 0).any())):
         greedy = greedy_log_probs(target, encoding, inputs, chosen, window, args.chunk_size)
+        missed = torch.zeros_like(accepted) if expected else accepted
         parts["proximity"] = proximity_reward(
-            accepted, greedy, log_probs.sum(-1), args.proximity_weight, args.proximity_threshold
+            missed, greedy, log_probs.sum(-1), args.proximity_weight, args.proximity_threshold
         )
+        if expected:
+            parts["proximity"] = parts["proximity"] * (1 - acceptance[..., 0])
     parts["total"] = parts["speedup"] + parts["throughput"] + parts["proximity"]
     return parts
 

@@ -47,7 +47,9 @@ class FrozenTarget:
         self.layer_ids = layer_ids
         self.keeps = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
         self.head = model.get_output_embeddings()
-        self.forward_tokens = 0
+        self.forward_tokens = 0  # read by the target, or charged as such where a kept encoding spared the forward
+        self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] | None = None
+        self._bytes_left = 0
         self.head_is_plain = self._head_is_plain()
         text = model.config.get_text_config()
         self.vocab_size = self.head.weight.shape[0] if self.head is not None else text.vocab_size
@@ -76,9 +78,24 @@ class FrozenTarget:
         """Sources `[..., H]` -> logits `[..., V]` in float32."""
         return (self.head(sources) if self.head_is_plain else sources).float()  # type: ignore[misc]
 
+    def keep_encodings(self, max_bytes: int) -> None:
+        """Keep sources and states of sequences in memory, up to `max_bytes`, for encodings without a cache.
+
+        A sequence seen again is then not read again; its tokens are charged to `forward_tokens` all the same.
+        """
+        self._kept, self._bytes_left = {}, max_bytes
+
     @torch.no_grad()
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool) -> TargetEncoding:
         """One forward over right-padded sequences `[B, S]`."""
+        lengths = attention_mask.sum(1).tolist()
+        keys = []
+        if self._kept is not None and not with_cache:
+            rows = input_ids.cpu()
+            keys = [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+            if all(key in self._kept for key in keys):
+                self.forward_tokens += sum(lengths)
+                return self._from_kept(keys, attention_mask)
         kept = {"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}
         cache = DynamicCache() if with_cache else None
         outputs = self.model(
@@ -92,7 +109,28 @@ class FrozenTarget:
         self.forward_tokens += int(attention_mask.sum())
         sources = outputs.hidden_states[-1] if self.head_is_plain else outputs.logits
         states = collect_target_states(outputs.hidden_states, self.layer_ids)
+        for row, (key, length) in enumerate(zip(keys, lengths, strict=False)):
+            self._keep(key, sources[row, :length], None if states is None else states[row, :length])
         return TargetEncoding(sources, states, cache, attention_mask)
+
+    def _keep(self, key: bytes, sources: torch.Tensor, states: torch.Tensor | None) -> None:
+        assert self._kept is not None
+        size = sum(part.numel() * part.element_size() for part in (sources, states) if part is not None)
+        if key not in self._kept and size <= self._bytes_left:
+            self._bytes_left -= size
+            self._kept[key] = (sources.clone(), None if states is None else states.clone())
+
+    def _from_kept(self, keys: list[bytes], attention_mask: torch.Tensor) -> TargetEncoding:
+        assert self._kept is not None
+        length = attention_mask.shape[1]
+
+        def batch(parts: list[Any]) -> torch.Tensor:  # what stands at padding is never looked at
+            return torch.stack([torch.nn.functional.pad(part, (0, 0, 0, length - len(part))) for part in parts])
+
+        sources, states = zip(*(self._kept[key] for key in keys), strict=True)
+        return TargetEncoding(
+            batch(list(sources)), None if states[0] is None else batch(list(states)), None, attention_mask
+        )
 
     @torch.no_grad()
     def verify(

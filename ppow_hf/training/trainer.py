@@ -6,9 +6,7 @@ whole or not there. The mathematics is in objectives.py, rewards.py, rollout.py 
 
 import json
 import math
-import os
 import shutil
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,18 +21,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..benchmark import measure_costs
 from ..configuration_ppow import vocabulary_fingerprint
-from ..data import SequenceDataset, collate_sequences, prepare_sequences, regenerate
+from ..data import SequenceDataset, collate_sequences, prepare_sequences
 from ..evaluation import AcceptanceReport, calibrate, decode, report
-from ..modeling_ppow import PPOWDrafter, PPOWDrafterOutput, check_width
+from ..modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from ..plots import plot_curves
+from ..regeneration import regenerate
 from .arguments import PPOWTrainingArguments
-from .objectives import clipped_policy_loss, cross_entropy, forward_kl, sum_over_chunks
+from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
+from .checks import check_lengths, check_pair
+from .losses import text_loss, text_windows, window_loss, window_text_loss
+from .objectives import WINDOW_TERMS
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout
 from .target import FrozenTarget, TargetEncoding
-
-MANIFEST = "complete.json"
-STATE = "ppow_state.json"
 
 
 class PPOWTrainer(Trainer):
@@ -76,7 +75,8 @@ class PPOWTrainer(Trainer):
         if not hasattr(target_model, "hf_device_map") and not getattr(target_model, "is_quantized", False):
             target_model.to(args.device)
         self.target = FrozenTarget(target_model, model.config.target_layer_ids)
-        if args.objective == "ppow" and (self.target.sliding_window or math.inf) < args.max_length + args.max_window:
+        model.config.check_window(args.max_window)
+        if args.uses_rollouts and (self.target.sliding_window or math.inf) < args.max_length + args.max_window:
             raise ValueError(
                 f"max_length: the target attends to the last {self.target.sliding_window} tokens only, fewer than "
                 f"max_length + max_window = {args.max_length + args.max_window}. Lower max_length."
@@ -91,7 +91,7 @@ class PPOWTrainer(Trainer):
         if train_sequences is not None:
             check_lengths(train_sequences, args, model.config.context_length)
             batch = args.per_device_train_batch_size * args.world_size
-            if args.objective == "ppow" and args.num_iterations > 1:  # such batches are repeated whole
+            if args.uses_rollouts and args.num_iterations > 1:  # such batches are repeated whole
                 batch *= args.gradient_accumulation_steps
             if len(train_sequences) < batch:
                 raise ValueError(
@@ -150,7 +150,7 @@ class PPOWTrainer(Trainer):
             check_complete(resume_from_checkpoint)
         if resume_from_checkpoint and self.args.cost_ratio is None:
             self.cost_ratio = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["cost_ratio"]
-        by_steps = self.args.objective == "ppow" and self.args.save_strategy == "steps"
+        by_steps = self.args.uses_rollouts and self.args.save_strategy == "steps"
         if by_steps and self.args.num_iterations > 1 and self.args.save_steps % self.args.num_iterations:
             raise ValueError(
                 f"save_steps: {self.args.save_steps} is no multiple of num_iterations={self.args.num_iterations}; a "
@@ -185,7 +185,7 @@ class PPOWTrainer(Trainer):
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if self.args.objective != "ppow" or self.args.num_iterations == 1:
+        if not self.args.uses_rollouts or self.args.num_iterations == 1:
             return sampler
         block = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -193,19 +193,22 @@ class PPOWTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
-        supervised = self.args.objective == "supervised"
-        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=not supervised)
-        if supervised:
-            loss = self._supervised_loss(model, inputs, encoding)
+        weights = self.args.weights_at(self.progress)
+        rolled_out = any(name in WINDOW_TERMS for name in weights)
+        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=rolled_out)
+        if rolled_out:
+            loss = self._window_objective(model, inputs, encoding, weights)
+            loss = loss / (len(inputs["index"]) * self.args.world_size)
+            if self.model.training:
+                loss = loss / self.current_gradient_accumulation_steps
+        else:
+            self._rollouts.clear()
+            self._micro_step += int(self.model.training)
+            loss = self._text_objective(model, inputs, encoding, weights)
             items = num_items_in_batch
             if items is None:
                 items = (inputs["labels"] != -100).sum()
             loss = loss / items
-        else:
-            loss = self._ppow_loss(model, inputs, encoding)
-            loss = loss / (len(inputs["index"]) * self.args.world_size)
-            if self.model.training:
-                loss = loss / self.current_gradient_accumulation_steps
         loss = loss * self.args.world_size
         if not torch.isfinite(loss):
             raise ValueError(
@@ -214,25 +217,25 @@ class PPOWTrainer(Trainer):
             )
         return (loss, PPOWDrafterOutput(loss=loss)) if return_outputs else loss
 
-    # -- supervised
-
-    def _supervised_loss(self, model, inputs, encoding: TargetEncoding) -> torch.Tensor:
-        """Sum over positions of ce_weight * -log Q(text) + kl_weight * KL(P||Q), averaged over unrolled steps."""
-        input_ids, mask = inputs["input_ids"], inputs["loss_mask"]
+    def _text_objective(self, model, inputs, encoding: TargetEncoding, weights) -> torch.Tensor:
+        """Sum over positions of the weighted terms along the text, averaged over unrolled steps (eagle, medusa)."""
+        input_ids = inputs["input_ids"]
         drafter = self.accelerator.unwrap_model(model)
         first = drafter.draft_model.first_prefix
-        length = input_ids.shape[1]
-        if drafter.config.architecture == "eagle" and self.args.unroll_steps > 1:
-            prefixes = torch.arange(first, length - 1, device=input_ids.device).expand(len(input_ids), -1)
-            windows = text_windows(input_ids, prefixes, self.args.unroll_steps)
-            call = {"prefixes": prefixes, "draft_ids": windows}
-        else:
-            prefixes = torch.arange(first, length - 1, device=input_ids.device).expand(len(input_ids), -1)
-            call = {}
+        prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
+        # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
+        steps = {"eagle": self.args.unroll_steps, "medusa": self.args.max_window}.get(drafter.config.architecture, 1)
+        call = {}
+        if steps > 1:
+            call = {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
 
         def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
-            features = output.features[:, first:-1, None] if not call else output.window_features
-            return self._text_loss(drafter, features, prefixes, input_ids, mask, encoding.sources)
+            features = output.window_features if call else output.features[:, first:-1, None]
+            loss, metrics = text_loss(
+                drafter, self.target, self.args, weights, features, prefixes, inputs, encoding.sources
+            )
+            self._note(metrics)
+            return loss
 
         return model(
             input_ids=input_ids,
@@ -242,88 +245,30 @@ class PPOWTrainer(Trainer):
             **call,
         ).loss
 
-    def _text_loss(self, drafter, features, prefixes, input_ids, mask, sources) -> torch.Tensor:
-        """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`."""
-        steps = torch.arange(features.shape[2], device=input_ids.device)
-        places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
-        next_places = (places + 1).clamp_max(input_ids.shape[1] - 1)
-        learned = (places + 1 < input_ids.shape[1]) & mask.gather(1, next_places.flatten(1)).view(places.shape)
-        weights = (self.args.unroll_decay**steps).expand(places.shape) / (self.args.unroll_decay**steps).sum()
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None].expand(places.shape)[learned]
-        totals = self._kl_and_ce(
-            drafter,
-            features[learned],
-            sources[rows, places[learned]],
-            input_ids[rows, next_places[learned]],
-            weights[learned],
-            learned.nonzero()[:, 2] == 0,
-        )
-        kl, ce, first_kl, agreed, count = totals.unbind()
-        self._metrics["kl"].append((first_kl / count.clamp_min(1)).item())
-        self._metrics["agreement"].append((agreed / count.clamp_min(1)).item())
-        return self.args.kl_weight * kl + self.args.ce_weight * ce
-
-    def _kl_and_ce(self, drafter, features, sources, labels, weights, is_first) -> torch.Tensor:
-        """Sums over rows: weighted KL, weighted cross-entropy; over first steps: KL, agreements, count."""
-
-        def chunk(features, sources, labels, weights, is_first):
-            draft, target = self._paired_logits(drafter, features, sources)
-            labels = self._draft_labels(drafter, labels, draft.shape[-1])
-            kl = forward_kl(target, draft)
-            ce = cross_entropy(draft, labels)
-            agreed = draft.argmax(-1) == target.argmax(-1)
-            first = is_first.float()
-            return torch.stack(
-                [
-                    (weights * kl).sum(),
-                    (weights * ce).sum(),
-                    (first * kl.detach()).sum(),
-                    (first * agreed).sum(),
-                    first.sum(),
-                ]
-            )
-
-        return sum_over_chunks(chunk, self.args.chunk_size, features, sources, labels, weights, is_first)
-
-    def _paired_logits(self, drafter: PPOWDrafter, features, sources) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft and target logits `[R, DV]` on what the drafter can propose."""
-        draft, target = drafter.draft_logits(features).float(), self.target.logits(sources)
-        kept = drafter.kept_tokens
-        if kept is not None:
-            target = target[..., kept]
-        width = min(draft.shape[-1], target.shape[-1])
-        return draft[..., :width], target[..., :width]
-
-    @staticmethod
-    def _draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
-        """Token ids of the target as ids of the draft vocabulary; -100 where it has no such token."""
-        kept = drafter.kept_tokens
-        if kept is not None:
-            places = torch.searchsorted(kept, labels).clamp_max(len(kept) - 1)
-            return torch.where(kept[places] == labels, places, -100)
-        return torch.where(labels < width, labels, -100)
-
-    # -- PPOW
-
-    def _ppow_loss(self, model, inputs, encoding: TargetEncoding) -> torch.Tensor:
-        """Sum over the batch's sequences of policy loss and anchors, each averaged over the sequence's windows."""
+    def _window_objective(self, model, inputs, encoding: TargetEncoding, weights) -> torch.Tensor:
+        """Sum over the batch's sequences of the weighted terms, each averaged over the sequence's windows."""
         drafter = self.accelerator.unwrap_model(model)
         rollout, slot = self._next_rollout(drafter, inputs, encoding)
         count = rollout.prefixes.shape[1]
         chosen = rollout.prefixes[:, :: self.args.num_rollouts]
         prefixes, draft_ids = rollout.prefixes, rollout.draft_ids
-        with_text = self.args.text_kl_coef > 0
-        if with_text:  # the same forward follows the text behind the chosen prefixes too
+        anchors = self.args.anchors(weights)
+        if anchors:  # the same forward follows the text behind the chosen prefixes too
             prefixes = torch.cat([prefixes, chosen], dim=1)
             texts = text_windows(inputs["input_ids"], chosen, self.args.max_window)
             draft_ids = torch.cat([draft_ids, texts], dim=1)
 
         def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
-            loss = self._policy_loss(drafter, output.window_features[:, :count], rollout, slot)
-            if with_text:
-                loss = loss + self.args.text_kl_coef * self._text_anchor(
-                    drafter, output.window_features[:, count:], chosen, rollout.has_prefix, inputs, encoding.sources
-                )
+            along = output.window_features
+            loss, metrics = window_loss(drafter, self.target, self.args, weights, along[:, :count], rollout)
+            self._note(metrics)
+            if anchors:
+                anchor, metrics = window_text_loss(
+                    drafter, self.target, self.args, anchors, along[:, count:], chosen, rollout.has_prefix, inputs,
+                    encoding.sources,
+                )  # fmt: skip
+                self._note(metrics)
+                loss = loss + anchor
             return loss
 
         return model(
@@ -334,6 +279,10 @@ class PPOWTrainer(Trainer):
             draft_ids=draft_ids,
             loss_function=loss_function,
         ).loss
+
+    def _note(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
 
     @property
     def progress(self) -> float:
@@ -374,62 +323,6 @@ class PPOWTrainer(Trainer):
         metrics["target_forward_tokens"].append(self.target.forward_tokens - tokens_before)
         metrics["adaw"].append(float(adaptive))
         return rollout, slot
-
-    def _policy_loss(self, drafter, features, rollout: Rollout, slot: int | None) -> torch.Tensor:
-        """Clipped policy loss plus kl_coef * KL(P||Q) over tokens up to and including the first rejected one.
-
-        Divided by N * G * K, so that every sequence weighs the same and long windows are not favoured.
-        """
-        learned = rollout.learned
-        windows, window = rollout.draft_ids.shape[1:]
-        tokens = rollout.draft_ids[learned]
-        advantages = rollout.advantages[..., None].expand(learned.shape)[learned]
-        old = None if rollout.old_log_probs is None else rollout.old_log_probs[learned]
-        kept_log_probs: list[torch.Tensor] = []
-
-        def chunk(features, sources, tokens, advantages, old):
-            logits = drafter.compute_logits(features, self.target.vocab_size).float()
-            log_probs = (logits / self.args.rollout_temperature).log_softmax(-1)
-            chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
-            if old is None:
-                kept_log_probs.append(chosen.detach())
-            before = chosen.detach() if old is None else old
-            policy, clipped = clipped_policy_loss(chosen, before, advantages, self.args.clip_range)
-            draft, target = self._paired_logits(drafter, features, sources)
-            kl = forward_kl(target, draft)
-            with torch.no_grad():
-                probs = log_probs.exp()
-                entropy = -(probs * log_probs.clamp_min(-1e4)).sum(-1)
-            return torch.stack([policy.sum(), kl.sum(), clipped.float().sum(), entropy.sum()])
-
-        policy, kl, clipped, entropy = sum_over_chunks(
-            chunk, self.args.chunk_size, features[learned], rollout.target_sources[learned], tokens, advantages, old
-        ).unbind()
-        count = max(int(learned.sum()), 1)
-        if rollout.old_log_probs is None and self.args.num_iterations > 1:
-            rollout.old_log_probs = torch.zeros(learned.shape, device=learned.device)
-            rollout.old_log_probs[learned] = torch.cat(kept_log_probs)[: int(learned.sum())]
-        self._metrics["kl"].append((kl / count).item())
-        self._metrics["clip_fraction"].append((clipped / count).item())
-        self._metrics["entropy"].append((entropy / count).item())
-        return (policy + self.args.kl_coef * kl) / (windows * window)
-
-    def _text_anchor(self, drafter, features, chosen, has_prefix, inputs, sources) -> torch.Tensor:
-        """KL(P||Q) along the learned text behind the prefixes `[B, N]`, divided by N * K; sum over sequences."""
-        length = inputs["input_ids"].shape[1]
-        places = chosen[..., None] + torch.arange(features.shape[2], device=chosen.device)
-        next_places = (places + 1).clamp_max(length - 1)
-        real = inputs["loss_mask"].gather(1, next_places.flatten(1)).view(places.shape)
-        real = real & (places + 1 < length) & has_prefix[:, None, None]
-        rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(places.shape)[real]
-
-        def chunk(features, sources):
-            draft, target = self._paired_logits(drafter, features, sources)
-            return forward_kl(target, draft).sum()[None]
-
-        total = sum_over_chunks(chunk, self.args.chunk_size, features[real], sources[rows, places[real]])[0]
-        self._metrics["text_kl"].append((total / max(int(real.sum()), 1)).item())
-        return total / (chosen.shape[1] * features.shape[2])
 
     # -- evaluation
 
@@ -520,15 +413,7 @@ class PPOWTrainer(Trainer):
             if moved:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
             (staged / STATE).write_text(json.dumps({"cost_ratio": self.cost_ratio}))
-            files = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
-            (staged / MANIFEST).write_text(json.dumps(files, indent=1))
-            for path in staged.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(staged, final)
+            seal_checkpoint(staged, final)
             shutil.rmtree(run_dir / ".staging", ignore_errors=True)
             rotate_checkpoints(
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
@@ -602,106 +487,3 @@ def draw_curves(log_history: list[dict], path: Path, title: str = "") -> Path | 
     ]
     panels = [panel for panel in panels if any(panel.values())]
     return plot_curves(*panels, path, title=title) if panels else None
-
-
-def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-    """The text's own windows behind prefixes, `[B, M, K]`; what lies beyond the sequence repeats its last token."""
-    places = prefixes[..., None] + 1 + torch.arange(window, device=prefixes.device)
-    clamped = places.clamp_max(input_ids.shape[1] - 1)
-    return input_ids.gather(1, clamped.flatten(1)).view(places.shape)
-
-
-def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together."""
-    if not isinstance(drafter, PPOWDrafter):
-        raise ValueError(
-            f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
-            "PPOWDrafter.from_target(target)."
-        )
-    config, text = drafter.config, target.config.get_text_config()
-    width = target.get_output_embeddings().weight.shape[0]
-    check_width(config.vocab_size, width)
-    if config.target_layer_ids and config.target_hidden_size != text.hidden_size:
-        raise ValueError(
-            f"target_model: its hidden size is {text.hidden_size}, and this eagle drafter reads states of "
-            f"{config.target_hidden_size}. Use the target it was made for, or make a drafter with from_target."
-        )
-    if tokenizer is None:
-        return
-    if len(tokenizer) > width:
-        raise ValueError(
-            f"processing_class: the tokenizer has {len(tokenizer)} tokens and the target's logits only {width}. Pass "
-            "the target's own tokenizer."
-        )
-    known = config.target_vocabulary_fingerprint
-    if known and known != vocabulary_fingerprint(tokenizer):
-        raise ValueError(
-            f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
-            f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
-        )
-
-
-def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:
-    """Raise `ValueError` when a training sequence is longer than `max_length` or than the models' context."""
-    longest = max(len(sequences[index]["input_ids"]) for index in range(len(sequences)))
-    if longest > args.max_length:
-        raise ValueError(
-            f"train_dataset: its longest sequence has {longest} tokens, more than max_length={args.max_length}. Raise "
-            "max_length, or cut the sequences."
-        )
-    if context_length is not None and longest > context_length:
-        raise ValueError(
-            f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target "
-            f"take {context_length} (max_position_embeddings). Lower max_length."
-        )
-
-
-def check_writable(output_dir: str | Path) -> None:
-    """Raise `ValueError` when nothing can be written to `output_dir`, before any work is lost."""
-    path = Path(output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable"):  # several processes check at once
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: cannot write to {str(path)!r} ({error.strerror}). Name a folder that can be written."
-        ) from error
-
-
-def check_complete(checkpoint: str | Path) -> None:
-    """Raise `ValueError` when a checkpoint's files are missing or of another size than when it was written."""
-    folder = Path(checkpoint)
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise ValueError(
-            f"resume_from_checkpoint: {str(folder)!r} has no {MANIFEST}, so it is not a checkpoint that was written "
-            "to its end. Pass another, or True to take the last complete one."
-        )
-    try:
-        sizes = dict(json.loads(manifest.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"resume_from_checkpoint: {MANIFEST} in {str(folder)!r} is damaged ({error}). Pass another checkpoint, or "
-            "True to take the last complete one."
-        ) from error
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-            raise ValueError(
-                f"resume_from_checkpoint: {name} in {str(folder)!r} is damaged ({found}, {size} bytes written). Pass "
-                "another checkpoint, or True to take the last complete one."
-            )
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step in `output_dir`, or `None`."""
-    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        try:
-            check_complete(folder)
-        except ValueError:
-            continue
-        return str(folder)
-    return None

@@ -1,0 +1,235 @@
+"""An objective's weighted terms on a batch: along the text, and along the windows that the drafter drafted.
+
+Puts the pure functions of objectives.py and rewards.py on features and rollouts; returns a loss and what is logged.
+Knows nothing about optimizers, steps or processes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from ..modeling_ppow import PPOWDrafter
+from .arguments import PPOWTrainingArguments
+from .objectives import (
+    clipped_policy_loss,
+    cross_entropy,
+    expected_acceptance_loss,
+    forward_kl,
+    lk_hybrid,
+    negative_log_acceptance,
+    reverse_kl,
+    sum_over_chunks,
+    total_variation,
+)
+from .rewards import position_advantages, return_to_go
+from .rollout import Rollout
+from .target import FrozenTarget
+
+Loss = tuple[torch.Tensor, dict[str, float]]
+
+
+def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+    """The text's own windows behind prefixes, `[B, M, K]`; what lies beyond the sequence repeats its last token."""
+    places = prefixes[..., None] + 1 + torch.arange(window, device=prefixes.device)
+    clamped = places.clamp_max(input_ids.shape[1] - 1)
+    return input_ids.gather(1, clamped.flatten(1)).view(places.shape)
+
+
+def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, features, sources) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draft and target logits `[R, DV]` on what the drafter can propose."""
+    draft, goal = drafter.draft_logits(features).float(), target.logits(sources)
+    kept = drafter.kept_tokens
+    if kept is not None:
+        goal = goal[..., kept]
+    width = min(draft.shape[-1], goal.shape[-1])
+    return draft[..., :width], goal[..., :width]
+
+
+def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
+    """Token ids of the target as ids of the draft vocabulary; -100 where it has no such token."""
+    kept = drafter.kept_tokens
+    if kept is not None:
+        places = torch.searchsorted(kept, labels).clamp_max(len(kept) - 1)
+        return torch.where(kept[places] == labels, places, -100)
+    return torch.where(labels < width, labels, -100)
+
+
+def text_terms(names, draft: torch.Tensor, goal: torch.Tensor, labels: torch.Tensor, lk_decay: float) -> torch.Tensor:
+    """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens."""
+    functions = {
+        "ce": lambda: cross_entropy(draft, labels),
+        "kl": lambda: forward_kl(goal, draft),
+        "tv": lambda: total_variation(goal, draft),
+        "lk": lambda: negative_log_acceptance(goal, draft),
+        "lk_hybrid": lambda: lk_hybrid(goal, draft, lk_decay),
+    }
+    return torch.stack([functions[name]() for name in names])
+
+
+def text_loss(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    weights: Mapping[str, float],
+    features: torch.Tensor,
+    prefixes: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    sources: torch.Tensor,
+) -> Loss:
+    """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j decay."""
+    input_ids, mask = inputs["input_ids"], inputs["loss_mask"]
+    steps = torch.arange(features.shape[2], device=input_ids.device)
+    places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
+    next_places = (places + 1).clamp_max(input_ids.shape[1] - 1)
+    learned = (places + 1 < input_ids.shape[1]) & mask.gather(1, next_places.flatten(1)).view(places.shape)
+    of_steps = (args.unroll_decay**steps).expand(places.shape) / (args.unroll_decay**steps).sum()
+    rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None].expand(places.shape)[learned]
+    names = list(weights)
+    coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
+
+    def chunk(features, sources, labels, of_steps, is_first):
+        draft, goal = paired_logits(drafter, target, features, sources)
+        terms = text_terms(names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args.lk_decay)
+        first = is_first.float()
+        with torch.no_grad():
+            agreed = draft.argmax(-1) == goal.argmax(-1)
+            kl = terms[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
+            noted = torch.stack([kl, agreed, torch.ones_like(kl), *terms]) * first
+        return torch.cat([(coefficients[:, None] * terms * of_steps).sum()[None], noted.sum(-1)])
+
+    totals = sum_over_chunks(
+        chunk,
+        args.chunk_size,
+        features[learned],
+        sources[rows, places[learned]],
+        input_ids[rows, next_places[learned]],
+        of_steps[learned],
+        learned.nonzero()[:, 2] == 0,
+    )
+    kl, agreed, count, *values = totals[1:].detach().tolist()
+    metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, values, strict=True))
+    return totals[0], {name: value / max(count, 1) for name, value in metrics.items()}
+
+
+def window_text_loss(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    weights: Mapping[str, float],
+    features: torch.Tensor,
+    chosen: torch.Tensor,
+    has_prefix: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    sources: torch.Tensor,
+) -> Loss:
+    """The text's terms along the learned text behind the prefixes `[B, N]`, divided by N * K; sum over sequences."""
+    input_ids = inputs["input_ids"]
+    length = input_ids.shape[1]
+    places = chosen[..., None] + torch.arange(features.shape[2], device=chosen.device)
+    next_places = (places + 1).clamp_max(length - 1)
+    real = inputs["loss_mask"].gather(1, next_places.flatten(1)).view(places.shape)
+    real = real & (places + 1 < length) & has_prefix[:, None, None]
+    rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(places.shape)[real]
+    names = list(weights)
+    coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
+
+    def chunk(features, sources, labels):
+        draft, goal = paired_logits(drafter, target, features, sources)
+        return text_terms(
+            names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args.lk_decay
+        ).sum(-1)  # fmt: skip
+
+    totals = sum_over_chunks(
+        chunk, args.chunk_size, features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
+    )
+    count = max(int(real.sum()), 1)
+    metrics = {f"text_{name}": value / count for name, value in zip(names, totals.tolist(), strict=True)}
+    return (coefficients * totals).sum() / (chosen.shape[1] * features.shape[2]), metrics
+
+
+def window_loss(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    weights: Mapping[str, float],
+    features: torch.Tensor,
+    rollout: Rollout,
+) -> Loss:
+    """The terms on drafted windows, from `features` `[B, M, K, h]` along them; sum over sequences.
+
+    Learned are tokens up to and including the first rejected one. Divided by N * G * K, so that every sequence weighs
+    the same and long windows are not favoured. `ppow` brings KL(P||Q) by `kl_coef`.
+    """
+    reached = rollout.learned
+    windows, window = rollout.draft_ids.shape[1:]
+    distils = [name for name in ("opd", "opd_reverse") if name in weights]
+    rows = reached
+    if distils and args.on_policy_positions == "all":
+        rows = rollout.has_prefix[:, None, None].expand(reached.shape)
+    policies = [name for name in ("ppow", "token_rl", "reinforce") if name in weights]
+    advantages = torch.stack([_advantages(name, rollout, args) for name in policies], -1) if policies else None
+    kept = torch.arange(window, device=reached.device) < rollout.accepted[..., None]
+    kept_after = torch.nn.functional.pad(return_to_go(rollout.acceptance)[..., 1:], (0, 1))
+    old = None if rollout.old_log_probs is None else rollout.old_log_probs[rows]
+    kept_log_probs: list[torch.Tensor] = []
+    names = [*policies, *distils, *(["expected_acceptance"] if "expected_acceptance" in weights else [])]
+
+    def chunk(features, sources, tokens, reached, advantages, old, kept, kept_after, choices):
+        logits = drafter.compute_logits(features, target.vocab_size).float()
+        log_probs = (logits / args.rollout_temperature).log_softmax(-1)
+        chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
+        if old is None:
+            kept_log_probs.append(chosen.detach())
+        before = chosen.detach() if old is None else old
+        draft, goal = paired_logits(drafter, target, features, sources)
+        kl = forward_kl(goal, draft)
+        sums: list[torch.Tensor] = []
+        clipped = torch.zeros_like(reached)
+        for number, name in enumerate(policies):
+            policy, here = clipped_policy_loss(chosen, before, advantages[:, number], args.clip_range)
+            clipped = clipped | here
+            extra = args.kl_coef * kl if name == "ppow" else 0.0
+            sums.append(((policy + extra) * reached).sum())
+        for name in distils:
+            sums.append((kl if name == "opd" else reverse_kl(goal, draft)).sum())
+        if "expected_acceptance" in weights:
+            verifier = torch.nn.functional.one_hot(choices, log_probs.shape[-1]).to(log_probs)
+            if args.target_temperature > 0:
+                verifier = (target.logits(sources) / args.target_temperature).softmax(-1)
+            loss = expected_acceptance_loss(verifier, log_probs, tokens, kept, kept_after)
+            sums.append((loss * reached).sum())
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
+            noted = torch.stack([kl, clipped.float(), entropy]) * reached
+        return torch.cat([torch.stack(sums), noted.sum(-1)])
+
+    totals = sum_over_chunks(
+        chunk,
+        args.chunk_size,
+        features[rows],
+        rollout.target_sources[rows],
+        rollout.draft_ids[rows],
+        reached[rows],
+        None if advantages is None else advantages[rows],
+        old,
+        kept[rows],
+        kept_after[rows],
+        rollout.target_choices[rows],
+    )
+    if rollout.old_log_probs is None and args.num_iterations > 1:
+        rollout.old_log_probs = torch.zeros(reached.shape, device=reached.device)
+        rollout.old_log_probs[rows] = torch.cat(kept_log_probs)[: int(rows.sum())]
+    count = max(int(reached.sum()), 1)
+    kl, clipped, entropy = (value / count for value in totals[len(names) :].tolist())
+    coefficients = torch.tensor([weights[name] for name in names], device=reached.device)
+    metrics = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
+    return (coefficients * totals[: len(names)]).sum() / (windows * window), metrics
+
+
+def _advantages(name: str, rollout: Rollout, args: PPOWTrainingArguments) -> torch.Tensor:
+    """What a term's policy gradient weighs each token with, `[B, M, K]`."""
+    if name == "ppow":
+        return rollout.advantages[..., None].expand(rollout.learned.shape)
+    values = rollout.acceptance if name == "token_rl" else return_to_go(rollout.acceptance)
+    by_group = (values.unflatten(1, (-1, args.num_rollouts)), rollout.learned.unflatten(1, (-1, args.num_rollouts)))
+    return position_advantages(*by_group).flatten(1, 2)
