@@ -5,124 +5,49 @@ transformers' own methods are told from the tokens that each target forward was 
 """
 
 import copy
-import json
-import os
 import platform
-import shlex
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from .benchmark_costs import Costs, check_count, check_prompts, measure_costs, now, with_progress
+from .benchmark_report import (
+    describe_machine,
+    format_table,
+    own_version,
+    plot_windows,
+    verdict,
+    without_paths,
+    write_benchmark,
+)
 from .candidate_generator import check_call, target_width
-from .drafting import cache_argument
-from .modeling_ppow import DrafterView, PPOWDrafter, collect_target_states
+from .modeling_ppow import DrafterView, PPOWDrafter
 from .trace import GenerationTrace, RoundTrace
+
+__all__ = [
+    "Costs",
+    "ForwardRecorder",
+    "describe_machine",
+    "format_table",
+    "measure_costs",
+    "plot_windows",
+    "ratio_interval",
+    "run_benchmark",
+    "trace_from_forwards",
+    "verdict",
+    "without_paths",
+    "write_benchmark",
+]
 
 PROMPT_LOOKUP_TOKENS = 10
 FIXED_WINDOW = 8
 INTERVAL_SAMPLES = 1000
 FEWEST_PROMPTS_FOR_INTERVAL = 5
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What drafting and verifying cost on this machine.
-
-    Args:
-        draft_step_seconds (`float`): median time of one draft step, the choice of its token included.
-        target_forward_seconds (`float`): median time of a one-token target forward behind a cached context.
-        cost_ratio (`float`): gamma, the first over the second.
-        verification_cost (`float`): slope of v(W) = 1 + verification_cost * W, the (W+1)-token target forward over the
-            one-token one; at least 0.
-    """
-
-    draft_step_seconds: float
-    target_forward_seconds: float
-    cost_ratio: float
-    verification_cost: float
-
-
-@torch.inference_mode()
-def measure_costs(
-    target: PreTrainedModel,
-    drafter: PPOWDrafter | DrafterView,
-    input_ids: torch.Tensor,
-    max_window: int = 10,
-    repeats: int = 20,
-) -> Costs:
-    """Measure the costs of the cost model behind a cached context; every number is a median.
-
-    Args:
-        target (`PreTrainedModel`): the target.
-        drafter ([`PPOWDrafter`] or [`DrafterView`]): the drafter.
-        input_ids (`torch.LongTensor` of shape `(1, n)`): the context; cut at the left where the target's own context
-            would not take `max_window` tokens more.
-        max_window (`int`, *optional*, defaults to `10`): longest window timed; 2 and 5 are timed too.
-        repeats (`int`, *optional*, defaults to `20`): timings of each kind, taken in turns.
-
-    Raises:
-        `ValueError`: if `input_ids` is not one sequence, or `max_window` or `repeats` is below 1.
-    """
-    _check_count("max_window", max_window)
-    _check_count("repeats", repeats)
-    _check_prompt("input_ids", input_ids)
-    model = drafter.drafter if isinstance(drafter, DrafterView) else drafter
-    context_length = _context_length(target)
-    if context_length is not None:
-        input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]
-    if input_ids.shape[1] < 2:
-        input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say behind a single token
-    input_ids = input_ids.to(target.device)
-    length = input_ids.shape[1]
-
-    cache = DynamicCache(config=target.config.get_text_config())
-    outputs = target(input_ids, use_cache=True, output_hidden_states=True, **{cache_argument(target): cache})
-    cache.activate_past_recording()  # without it a sliding-window cache cannot be cropped
-    states = collect_target_states(outputs.hidden_states, model.config.target_layer_ids)
-
-    def forward_seconds(tokens: torch.Tensor) -> float:
-        started = _now(target.device)
-        target(tokens, use_cache=True, **{cache_argument(target): cache})
-        seconds = _now(target.device) - started
-        cache.crop(-tokens.shape[1])
-        return seconds
-
-    def step_seconds() -> list[float]:
-        first = model.draft_model.first_prefix
-        session = model.start_session(target_width(target))
-        read = None if states is None else states[:, : length - first].to(model.device)
-        session.observe(input_ids[:, first:].to(model.device), read, first)
-        token = session.first_logits().argmax(-1, keepdim=True)
-        seconds = []
-        for drafted in range(max(max_window - 1, 1)):
-            started = _now(model.device)
-            token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
-            seconds.append(_now(model.device) - started)
-        return seconds
-
-    windows = sorted({0, max_window} | {window for window in (2, 5) if window < max_window})
-    tokens = input_ids.repeat(1, max_window // length + 1)
-    timings: dict[int, list[float]] = {window: [] for window in windows}
-    steps: list[float] = []
-    for repeat in range(repeats + 2):  # the first two are warm-up
-        new_timings = {window: forward_seconds(tokens[:, : window + 1]) for window in windows}
-        new_steps = step_seconds()
-        if repeat >= 2:
-            steps.extend(new_steps)
-            for window, seconds in new_timings.items():
-                timings[window].append(seconds)
-    one_token = statistics.median(timings[0])
-    growth = {window: statistics.median(timings[window]) / one_token - 1 for window in windows}
-    slope = sum(window * growth[window] for window in windows) / sum(window * window for window in windows)
-    draft_step = statistics.median(steps)
-    return Costs(draft_step, one_token, draft_step / one_token, max(slope, 0.0))
 
 
 def run_benchmark(
@@ -165,9 +90,9 @@ def run_benchmark(
         `ValueError`: for no prompts, a prompt that is not `[1, n]` or does not fit the context, counts below 1,
         unknown rows, or a drafter of another target.
     """
-    _check_count("max_new_tokens", max_new_tokens)
-    _check_count("repeats", repeats)
-    _check_prompts(target, prompts, max_new_tokens)
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("repeats", repeats)
+    check_prompts(target, prompts, max_new_tokens)
     if standalone is None and drafter.config.architecture == "standalone":
         standalone = drafter
     if standalone is not None and standalone.config.architecture != "standalone":
@@ -203,7 +128,7 @@ def run_benchmark(
             options = ways[name]()
             prompt = prompt.to(target.device)
             recorder.start()
-            started = _now(target.device)
+            started = now(target.device)
             output = target.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -213,7 +138,7 @@ def run_benchmark(
                 pad_token_id=pad_token_id,
                 **options,
             )
-            seconds = _now(target.device) - started
+            seconds = now(target.device) - started
             ids = output[0].cpu()
             assistant = options.get("assistant_model")
             if isinstance(assistant, DrafterView):
@@ -224,7 +149,7 @@ def run_benchmark(
             generate(name, prompts[0])
         turn = 0
         for repeat in range(repeats):
-            for number, prompt in enumerate(_with_progress(prompts, f"benchmark {repeat + 1}/{repeats}")):
+            for number, prompt in enumerate(with_progress(prompts, f"benchmark {repeat + 1}/{repeats}")):
                 first = turn % len(names)
                 turn += 1
                 for name in names[first:] + names[:first]:
@@ -244,7 +169,7 @@ def run_benchmark(
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "ppow_hf": _own_version(),
+            "ppow_hf": own_version(),
         },
         "command": without_paths(command or ""),
         "cost_ratio": costs.cost_ratio,
@@ -451,265 +376,3 @@ def ratio_interval(
     )
     low, high = numpy.percentile(tokens / seconds * plain_seconds / plain_tokens, [2.5, 97.5])
     return [float(low), float(high)]
-
-
-# -- what it ran on
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, threads, memory and GPU; nothing that names a user, a host or a folder."""
-    import psutil
-
-    machine = {
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.system(),
-        "device": device.type,
-        "gpu": None,
-    }
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name(device if device.type == "cuda" else None)
-    return machine
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
-def _own_version() -> str:
-    from . import __version__
-
-    return __version__
-
-
-def without_paths(command: str) -> str:
-    """`command` with every file-system path cut to its last part: a benchmark is published, a home folder is not."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        words = command.split()
-    return shlex.join(_without_path(word) for word in words)
-
-
-def _without_path(word: str) -> str:
-    option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
-    is_path = value.startswith(("/", "~", "./", "../")) or (os.sep in value and Path(value).exists())
-    return f"{option}{equals}{Path(value).name or '/'}" if is_path else word
-
-
-# -- how it is shown
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """The rows of a benchmark as text columns of at most 100 characters."""
-    headings = (
-        ("", "method"),
-        ("tokens", "per second"),
-        ("ratio to", "plain"),
-        ("acceptance", "length"),
-        ("tokens per", "forward"),
-        ("wasted", "drafts"),
-        ("outputs", "identical"),
-    )
-    cells = [[_shortened(row["name"], 34), *_row_cells(row, result["prompts"])] for row in result["rows"]]
-    widths = [
-        max(len(text) for text in (*heading, *(line[column] for line in cells)))
-        for column, heading in enumerate(headings)
-    ]
-
-    def line(texts: Iterable[str]) -> str:
-        first, *others = (
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(texts, widths, strict=True))
-        )
-        return " ".join([first, *others]).rstrip()
-
-    rule = "-" * (sum(widths) + len(widths) - 1)
-    return "\n".join([line(top for top, _ in headings), line(name for _, name in headings), rule, *map(line, cells)])
-
-
-def _row_cells(row: dict[str, Any], prompts: int) -> list[str]:
-    drafts = row["drafted"] > 0
-    return [
-        f"{row['tokens_per_second']:.1f}",
-        f"{row['ratio_to_plain']:.2f}x",
-        f"{row['acceptance_length']:.2f}",
-        f"{row['tokens_per_target_forward']:.2f}",
-        f"{row['wasted']:.0%}" if drafts else "-",
-        "yes" if row["identical_to_plain"] else f"no ({row['different_prompts']}/{prompts})",
-    ]
-
-
-def _shortened(name: str, width: int) -> str:
-    return name if len(name) <= width else name[: width - 1] + "…"
-
-
-def verdict(result: dict[str, Any]) -> str:
-    """One sentence: whether speculation with our drafter paid on this run, and how it compares with the best other.
-
-    Undecided where the 95% interval of the ratio to plain holds 1.
-    """
-    plain = next(row for row in result["rows"] if row["name"] == "plain")
-    ours = [row for row in result["rows"] if row["name"].startswith("ppow_")]
-    if not ours:
-        return "No row of ppow_hf was run, so this run does not say whether its speculation pays."
-    others = [row for row in result["rows"] if row not in ours]
-    best = max(ours, key=lambda row: row["tokens_per_second"])
-    rival = max(others, key=lambda row: row["tokens_per_second"])
-    ratio, interval = best["ratio_to_plain"], best.get("ratio_interval")
-    spread = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
-    if interval and interval[0] <= 1 <= interval[1]:
-        opening = "Whether speculation paid is undecided on this run"
-    elif ratio > 1:
-        opening = "Speculation paid on this run"
-    else:
-        opening = "Speculation did not pay on this run"
-    sentence = f"{opening}: {best['name']} ran at {ratio:.2f} times the speed of plain generation{spread}"
-    if rival is not plain:
-        gain = best["tokens_per_second"] / rival["tokens_per_second"] - 1
-        direction = "faster" if gain >= 0 else "slower"
-        sentence += (
-            f", {abs(gain):.0%} {direction} than the best of the others, {rival['name']} "
-            f"({rival['ratio_to_plain']:.2f} times)"
-        )
-    elif len(others) > 1:
-        sentence += ", and none of the others was faster than plain"
-    different = [row["name"] for row in result["rows"] if not row["identical_to_plain"]]
-    if different:
-        return f"{sentence}; but outputs were not identical to plain in {', '.join(different)}."
-    return f"{sentence}; all outputs were identical to plain."
-
-
-def write_benchmark(result: dict[str, Any], path: str | Path) -> Path:
-    """Write `result` as JSON to `path`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    staged.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    staged.replace(path)
-    return path
-
-
-def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds: int = 150) -> Path:
-    """Draw window and accepted tokens of each round, and the divergence of the verified positions below, as a PNG.
-
-    Args:
-        traces (`list[GenerationTrace]`): one per prompt, drawn one behind the other.
-        path (`str` or `Path`): the PNG.
-        max_rounds (`int`, *optional*, defaults to `150`):
-            Prompts are drawn as long as they stay within so many rounds; the first one always is.
-
-    Raises:
-        `ValueError`: if there is no round to draw.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown: list[GenerationTrace] = []
-    for trace in traces:
-        if shown and sum(len(one.rounds) for one in shown) + len(trace.rounds) > max_rounds:
-            break
-        shown.append(trace)
-    rounds = [one_round for trace in shown for one_round in trace.rounds]
-    if not rounds:
-        raise ValueError(
-            "traces: there is no round in them to draw; pass the traces of calls that generated something."
-        )
-    numbers = range(1, len(rounds) + 1)
-    figure, (windows, divergence) = pyplot.subplots(
-        2, 1, figsize=(10, 5), sharex=True, layout="constrained", gridspec_kw={"height_ratios": [2, 1]}
-    )
-    windows.bar(numbers, [r.window for r in rounds], width=0.85, color="#c9d6ea", label="window W (drafted tokens)")
-    windows.bar(numbers, [r.accepted for r in rounds], width=0.85, color="#2f5d9b", label="accepted k")
-    longest = max(max(r.window for r in rounds), 1)
-    windows.set_ylim(0, longest * 1.3)  # room for the legend above the bars
-    windows.yaxis.get_major_locator().set_params(integer=True)
-    windows.set_ylabel("tokens")
-    windows.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
-    with_kl = [(number, sum(r.kl) / len(r.kl)) for number, r in zip(numbers, rounds, strict=True) if r.kl]
-    if with_kl:
-        divergence.plot(
-            *zip(*with_kl, strict=True),
-            color="#b5482e",
-            linewidth=1.2,
-            marker=".",
-            label="KL(P||Q), mean of the round's verified positions",
-        )
-        divergence.set_ylim(0, max(1.4 * max(value for _, value in with_kl), 1e-3))
-        divergence.legend(frameon=False, fontsize=9, loc="upper right")
-    divergence.set_ylabel("nats")
-    divergence.set_xlabel("round")
-    start = 0
-    for number, trace in enumerate(shown):
-        if number:
-            for axis in (windows, divergence):
-                axis.axvline(start + 0.5, color="0.6", linewidth=0.8, linestyle=":")
-        start += len(trace.rounds)
-    for axis in (windows, divergence):
-        axis.grid(alpha=0.25, axis="y")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    together = GenerationTrace(rounds=rounds)
-    which = "one prompt" if len(traces) == 1 else f"{len(shown)} of {len(traces)} prompts, one behind the other"
-    figure.suptitle(
-        f"window of each round, {which}: acceptance length {together.acceptance_length:.2f}, "
-        f"wasted drafts {together.wasted:.0%}",
-        fontsize=11,
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
-
-
-# -- checks and clocks
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _with_progress(prompts: Sequence[torch.Tensor], description: str) -> Iterable[torch.Tensor]:
-    from tqdm import tqdm
-
-    return tqdm(prompts, desc=description, unit="prompt", disable=None, leave=False)
-
-
-def _context_length(target: PreTrainedModel) -> int | None:
-    return getattr(target.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: {value} given, at least 1 is needed.")
-
-
-def _check_prompt(name: str, prompt: torch.Tensor) -> None:
-    if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] < 1:
-        raise ValueError(f"{name}: token ids of shape [1, n] with n >= 1 are needed, given was {list(prompt.shape)}.")
-
-
-def _check_prompts(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_new_tokens: int) -> None:
-    if not prompts:
-        raise ValueError("prompts: none given; at least one prompt is needed.")
-    context_length = _context_length(target)
-    for number, prompt in enumerate(prompts):
-        _check_prompt(f"prompts[{number}]", prompt)
-        if context_length is not None and prompt.shape[1] + max_new_tokens > context_length:
-            raise ValueError(
-                f"prompts[{number}]: {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} are more than the "
-                f"target's context of {context_length}. Shorten the prompt, or generate fewer tokens."
-            )

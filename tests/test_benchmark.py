@@ -278,7 +278,7 @@ def test_costs_follow_the_clock(target, standalone, monkeypatch):
         lambda module, args, kwargs: clock.__setitem__(0, clock[0] + 0.9 + 0.1 * args[0].shape[1]), with_kwargs=True
     )
     step = standalone.draft_model.register_forward_pre_hook(lambda *args: None)
-    monkeypatch.setattr("ppow_hf.benchmark._now", lambda device: clock[0])
+    monkeypatch.setattr("ppow_hf.benchmark_costs.now", lambda device: clock[0])
     advance_draft = standalone.draft_model.advance
     monkeypatch.setattr(
         standalone.draft_model,
