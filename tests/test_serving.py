@@ -79,10 +79,10 @@ class SlowEngine:
                 draft = whole[: self.cut(self.steps)]
                 truth = predictions(self.target, ids, draft)
                 kept = next((i for i, token in enumerate(draft) if token != truth[i]), len(draft))
-                if whole:  # whether a next token, drafted but cut off, would have been rejected shows as well
-                    self.rounds.append(
-                        (kept, kept == len(draft) and truth[kept] in whole[kept : kept + 1] or kept == len(whole))
-                    )
+                if whole:
+                    # A token that was drafted and cut off is seen to be right or wrong by what the target says there.
+                    goes_on = truth[kept] in whole[kept : kept + 1]
+                    self.rounds.append((kept, kept == len(draft) and (goes_on or kept == len(whole))))
                 ids += truth[: kept + 1]
             for seat in reversed(range(len(self.running))):
                 ids, start = self.running[seat]

@@ -5,8 +5,8 @@ imports vLLM and the standard library only, never the package it lies in.
 
 A job: `engine` (arguments of `vllm.LLM`), `prompts` (lists of token ids), `max_tokens`, `one_by_one` (each prompt
 alone, or all together as the engine batches them), `ignore_eos`, `warm_up` (run the first prompt before the clock
-starts). A result: `outputs`, `seconds`, `tokens`, `drafts` (windows verified), `drafted`, `accepted`,
-`accepted_per_position`, `version`.
+starts). A result: `outputs`, `seconds`, `cpu_seconds`, `tokens`, `drafts` (windows verified), `drafted`,
+`accepted`, `accepted_per_position`, `version`.
 """
 
 import json
@@ -34,16 +34,17 @@ def main(job_path, result_path):
     if job["warm_up"]:
         llm.generate(prompts[:1], params, use_tqdm=False)
     before = read_counters(llm)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     if job["one_by_one"]:
         answers = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt in prompts]
     else:
         answers = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     outputs = [list(answer.outputs[0].token_ids) for answer in answers]
     result = {
         "outputs": outputs,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "tokens": sum(map(len, outputs)),
         "version": vllm.__version__,
         **difference(read_counters(llm), before),

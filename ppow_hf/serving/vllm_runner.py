@@ -30,6 +30,7 @@ class EngineRun:
     Args:
         outputs (`list[list[int]]`): new token ids of each prompt.
         seconds (`float`): time of all of them, starting the engine not counted.
+        cpu_seconds (`float`): time that its process computed; on a CPU that others use too, what compares runs.
         tokens (`int`): new tokens in all.
         drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
         accepted_per_position (`list[int]`): windows whose draft tokens up to each position were kept.
@@ -38,6 +39,7 @@ class EngineRun:
 
     outputs: list[list[int]]
     seconds: float
+    cpu_seconds: float
     tokens: int
     drafts: int
     drafted: int
