@@ -176,7 +176,8 @@ class GrownTrees:
     def draft_scores(self, row: int, nodes: Sequence[int]) -> torch.Tensor:
         """`[M, V]`: the processed scores that the children of these nodes come from."""
         places = [self.trees[row].expanded[node] for node in nodes]
-        return torch.stack([self.level_scores[level][row, place] for level, place in places])
+        scores = [self.level_scores[level][row, place] for level, place in places]
+        return torch.stack(scores) if scores else self.level_scores[0].new_zeros(0, self.level_scores[0].shape[-1])
 
 
 def grow_trees(

@@ -275,20 +275,17 @@ def exact_joint(target, prompt: torch.Tensor, length: int, temperature: float) -
     return joint
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, architecture, window):
-    target, temperature, length = small_vocab_target, 0.8, 3
-    drafter = noisy_copy(target, 0.3) if architecture == "standalone" else make_drafter(target, "eagle")
+def sampled_rows_fit(target, drafter, copies: int = 750, calls: int = 4, **settings) -> bool:
+    """Whether `calls` batches of two prompts, `copies` times each, give tokens distributed as the target's own."""
+    temperature, length = 0.8, 3
     prompts, ids, mask = ragged([4, 2], vocab_size=6)
-    copies = 750
     ids, mask = ids.repeat(copies, 1), mask.repeat(copies, 1)
     counts: list[dict] = [{}, {}]
     torch.manual_seed(5)
-    for _ in range(4):
+    for _ in range(calls):
         output = loop.generate(
             target, drafter, ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-            max_new_tokens=length + 3, window=window, max_window=3, **COSTS,
+            max_new_tokens=length + 3, **settings,
         )  # fmt: skip
         for i, tokens in enumerate(output[:, ids.shape[1] : ids.shape[1] + length].tolist()):
             counts[i % 2][tuple(tokens)] = counts[i % 2].get(tuple(tokens), 0) + 1
@@ -304,7 +301,17 @@ def test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, arch
         expected.append(total - sum(expected))
         if expected[-1] < 1:
             observed, expected = observed[:-1], [e * sum(observed[:-1]) / sum(expected[:-1]) for e in expected[:-1]]
-        assert chisquare(observed, expected).pvalue > 1e-4
+        if chisquare(observed, expected).pvalue < 1e-4:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, architecture, window):
+    target = small_vocab_target
+    drafter = noisy_copy(target, 0.3) if architecture == "standalone" else make_drafter(target, "eagle")
+    assert sampled_rows_fit(target, drafter, window=window, max_window=3, **COSTS)
 
 
 def test_a_broken_acceptance_is_noticed(small_vocab_target, monkeypatch):
@@ -317,5 +324,5 @@ def test_a_broken_acceptance_is_noticed(small_vocab_target, monkeypatch):
         )
 
     monkeypatch.setattr(loop, "rejection_sample_chain", keeps_everything)
-    with pytest.raises(AssertionError):
-        test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, "standalone", "fixed")
+    drafter = noisy_copy(small_vocab_target, 0.3)
+    assert not sampled_rows_fit(small_vocab_target, drafter, window="fixed", max_window=3, **COSTS)
