@@ -32,6 +32,8 @@ LEAD = (
     "A small drafter guesses; the target checks all guesses in one pass. When they agree, PPOW stretches the window. "
     "When they part, it pulls back."
 )
+# Tells the stages that no further rounds will come of the run that they are showing.
+STOPPED = '() => {{ document.dispatchEvent(new CustomEvent("pw-stop-{}")); }}'
 RULES = [("adaptive (KL)", "kl"), ("fixed", "fixed"), ("heuristic", "heuristic")]
 
 
@@ -166,10 +168,10 @@ class Demo:
         models = self.models
         script = (HERE / "stage.js").read_text(encoding="utf-8")
 
-        def stage(label: str, value: dict[str, Any], name: str, who: str = "") -> gr.HTML:
+        def stage(name: str, tab: str, value: dict[str, Any], label: str, who: str = "") -> gr.HTML:
             return gr.HTML(
                 value=value,
-                html_template=drawing.stage(name, label, who),
+                html_template=drawing.stage(name, tab, label, who),
                 js_on_load=script,
                 apply_default_css=False,
                 elem_id=name,
@@ -181,7 +183,7 @@ class Demo:
                 with gr.Tab("Watch", id="watch"):
                     inputs = self._inputs("watch")
                     prompt, settings, run, stop = inputs
-                    board = stage("speculative decoding, round by round", self.opening, "stage")
+                    board = stage("stage", "watch", self.opening, "speculative decoding, round by round")
                     with gr.Column(elem_classes="pw-panel"):
                         gr.HTML('<h2 class="pw-h2">What would it cost?</h2>', apply_default_css=False)
                         ratio = gr.Slider(
@@ -210,7 +212,7 @@ class Demo:
                         concurrency_limit=self.settings.concurrency,
                         concurrency_id="models",
                     )
-                    stop.click(None, cancels=[running], queue=False)
+                    stop.click(None, cancels=[running], queue=False, js=STOPPED.format("watch"))
                     ratio.input(
                         self.cost,
                         [ratio, totals],
@@ -229,8 +231,8 @@ class Demo:
                             apply_default_css=False,
                             elem_id="compare-table",
                         )
-                        first = stage(models.compare.label, empty, "stage-first", models.compare.label)
-                        second = stage(models.drafter.label, empty, "stage-second", models.drafter.label)
+                        first = stage("stage-first", "compare", empty, models.compare.label, models.compare.label)
+                        second = stage("stage-second", "compare", empty, models.drafter.label, models.drafter.label)
                         comparing = gr.on(
                             [run.click, prompt.submit],
                             self.compare,
@@ -242,7 +244,7 @@ class Demo:
                             concurrency_limit=self.settings.concurrency,
                             concurrency_id="models",
                         )
-                        stop.click(None, cancels=[comparing], queue=False)
+                        stop.click(None, cancels=[comparing], queue=False, js=STOPPED.format("compare"))
                 with gr.Tab("Training", id="results"):
                     gr.HTML(self._results(), apply_default_css=False)
         page.queue(max_size=self.settings.queue)
@@ -261,7 +263,7 @@ class Demo:
                 elem_id=f"{name}-prompt",
             )
             with gr.Column(scale=1, min_width=130):
-                run = gr.Button("Answer", variant="primary", elem_id=f"{name}-run")
+                run = gr.Button("Compare" if name == "compare" else "Answer", variant="primary", elem_id=f"{name}-run")
                 stop = gr.Button("Stop", elem_id=f"{name}-stop")
         gr.Examples(
             [[text] for _, text in self.models.examples],
@@ -284,8 +286,8 @@ class Demo:
             f'<p class="pw-soft">Target <code>{escape(models.target_label)}</code>, drafter '
             f"<code>{escape(models.drafter.label)}</code>. The gauge shows the running KL(P‖Q) of verified tokens "
             "that the window rule looks at, on a scale of kl / (1 + kl). Acceptance length counts the target's own "
-            "token. The faint row is really drafted and verified from the same prefixes; its time is in no speed shown "
-            "here. The page opens with a run recorded when it started. Prompts are neither stored nor logged.</p>"
+            "token. The faint row is really drafted and verified from the same prefixes; its time is in no speed "
+            "shown. The page opens with a run recorded when it started. Prompts are neither stored nor logged.</p>"
         )
 
     def _results(self) -> str:

@@ -25,15 +25,16 @@ _CARDS = (
 )
 
 
-def stage(name: str, label: str, who: str = "") -> str:
+def stage(name: str, tab: str, label: str, who: str = "") -> str:
     """The skeleton of one run: gauge, two rows of cells, player, cards, text.
 
-    `name` is the page's own for this stage, `label` is read aloud, and `who` names the drafter above it.
+    `name` is the page's own for this stage, `tab` that of the part of the page whose stop button ends its run; `label`
+    is read aloud, and `who` names the drafter above it.
     """
     title = f'<p class="pw-who">{escape(who)}</p>' if who else ""
     adaptive = "".join('<li class="pw-cell off"><b></b><i></i></li>' for _ in range(MAX_WINDOW + 1))
     fixed = "".join('<li class="pw-cell off"><b></b><i></i></li>' for _ in range(FIXED_WINDOW))
-    return f"""<section class="pw-stage" aria-label="{escape(label)}">{title}
+    return f"""<section class="pw-stage" data-tab="{tab}" aria-label="{escape(label)}">{title}
 <div class="pw-board">
 <div class="pw-gauge">{_gauge(name)}
 <strong class="pw-kl">KL –</strong>
@@ -173,7 +174,7 @@ def curves(log: Sequence[Mapping[str, Any]]) -> str:
     for title, names in (
         ("acceptance length, held-out prompts", ("eval_acceptance_length",)),
         ("divergence KL(P‖Q), nats", ("kl",)),
-        ("reward of a window, PPOW stage", ("reward/mean", "reward/throughput")),
+        ("mean reward of a window", ("reward/mean",)),
     ):
         series: dict[str, list[tuple[float, float]]] = {}
         for entry in log:
@@ -193,7 +194,7 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 360, heigh
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     margin = 0.08 * (y_high - y_low) or 0.5
-    y_low, y_high = y_low - margin, y_high + margin
+    y_low, y_high = max(y_low - margin, 0.0) if y_low >= 0 else y_low - margin, y_high + margin
     left, right, top, bottom = 44, width - 12, 34, height - 30
 
     def at(point: tuple[float, float]) -> tuple[float, float]:

@@ -205,7 +205,7 @@ class FrameMaker:
         if window == 0 and (round_.shadow is None or not round_.shadow.draft_ids):
             return "no room is left for a draft"
         if window == 0:
-            return "⏸ rests: drafting would cost more than it brings"
+            return "– rests: drafting would cost more than it brings"
         if before is None or before == window:
             return f"→ window of {window}"
         return f"↗ stretches {before} → {window}" if window > before else f"↘ pulls back {before} → {window}"
@@ -220,10 +220,10 @@ class FrameMaker:
             text = visible_token(self.token_text(token))
             if place < kept:
                 cells.append([text, "kept", f"✓{p}", f"{text}: kept"])
-            elif place == kept:
+            elif place == kept and len(round_.committed) > kept:
                 cells.append([text, "rejected", f"✗{p}", f"{text}: rejected"])
             else:
-                cells.append([text, "unread", "unused", f"{text}: drafted after the rejection, unused"])
+                cells.append([text, "unread", "unused", f"{text}: drafted but not reached"])
         for token in round_.committed[kept:]:
             text = visible_token(self.token_text(token))
             cells.append([text, "target", "◆ target", f"{text}: the target's own token"])

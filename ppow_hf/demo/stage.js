@@ -5,8 +5,10 @@ const rows = [...element.querySelectorAll(".pw-cells")].map((row) => [...row.chi
 const [button_first, button_back, button_play, button_step] = ["first", "back", "play", "step"].map((n) => one(".pw-" + n));
 const seek = one(".pw-seek"), text = one(".pw-text"), svg = one(".pw-time");
 const TALLEST = 16, LIVE_MS = 150, HURRY_MS = 45, REPLAY_MS = 750;
-let run = "", frames = [], spans = [], shown = -1, playing = false, live = false, timer = 0;
+const tab = one(".pw-stage").dataset.tab;
+let run = "", stopped = "", frames = [], spans = [], shown = -1, playing = false, live = false, timer = 0;
 
+const running = () => (props.value || {}).status === "running" && stopped !== run;
 const put = (target, value) => { if (target.textContent !== value) target.textContent = value; };
 
 function fill(cells, contents) {
@@ -58,19 +60,19 @@ function show(place, speak) {
 function cards() {
   const done = (props.value || {}).cards;
   for (const name of ["ratio", "ratio_note", "same", "same_note"]) {
-    const waiting = name.endsWith("note") ? (name[0] === "r" ? "measured when the text is done" : "compared when the text is done") : "…";
-    put(one(".pw-" + name), (done && done[name]) || waiting);
+    const note = stopped === run ? "stopped before plain generate ran" : name[0] === "r" ? "measured when the text is done" : "compared when the text is done";
+    put(one(".pw-" + name), (done && done[name]) || (name.endsWith("note") ? note : stopped === run ? "–" : "…"));
   }
   if (done && shown === frames.length - 1) put(one(".pw-speed"), done.speed);
 }
 
 function buttons() {
-  const none = frames.length === 0, running = (props.value || {}).status === "running";
+  const none = frames.length === 0;
   button_first.disabled = button_back.disabled = none || shown <= 0;
   button_step.disabled = none || shown >= frames.length - 1;
   button_play.disabled = seek.disabled = none;
-  put(button_play, playing ? "⏸ pause" : "▶ play");
-  element.dataset.state = none ? "empty" : running ? "running" : playing ? "playing" : "paused";
+  put(button_play, playing ? "❚❚ pause" : "▶ play");
+  element.dataset.state = none ? "empty" : running() ? "running" : playing ? "playing" : "paused";
 }
 
 function timeline() {
@@ -105,7 +107,7 @@ function add(frame, place) {
 
 function pause() { playing = live = false; clearTimeout(timer); timer = 0; buttons(); }
 function play() {
-  if (shown >= frames.length - 1 && (props.value || {}).status !== "running") shown = -1;
+  if (shown >= frames.length - 1 && !running()) shown = -1;
   playing = true;
   tick();
 }
@@ -117,7 +119,7 @@ function tick() {
     show(shown + 1, false);
     const behind = frames.length - 1 - shown;
     timer = setTimeout(tick, live ? (behind > 4 ? HURRY_MS : LIVE_MS) : REPLAY_MS);
-  } else if ((props.value || {}).status !== "running") {
+  } else if (!running()) {
     playing = live = false;
     buttons();
   }
@@ -155,5 +157,11 @@ button_back.addEventListener("click", () => { pause(); show(Math.max(shown - 1, 
 button_step.addEventListener("click", () => { pause(); show(Math.min(shown + 1, frames.length - 1), true); });
 button_play.addEventListener("click", () => (playing ? pause() : play()));
 seek.addEventListener("input", () => { pause(); show(+seek.value, false); });
+document.addEventListener("pw-stop-" + tab, () => { if (!running()) return;
+  stopped = run;
+  if (!timer) playing = live = false;
+  cards();
+  buttons();
+ });
 watch("value", update);
 update();
