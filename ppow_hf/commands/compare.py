@@ -1,0 +1,49 @@
+"""`ppow compare`: recipes of training against each other on equal terms; what it does is in compare.py."""
+
+import argparse
+
+from ..loading import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
+
+
+def register(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="compare recipes of training on equal terms",
+        description="From one supervised drafter, train every recipe of a configuration for the same number of "
+        "target-forward tokens, and for the same time; choose learning rates on a validation split, measure on a test "
+        "split that is read once; write results.jsonl, tables with intervals, and curves. The same command goes on "
+        "where it was interrupted.",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file (default: the shipped one for the embedded pair)"
+    )
+    parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="folder for everything it makes")
+    parser.add_argument("--recipes", metavar="NAMES", help="only these of the configuration's, with commas between")
+    parser.add_argument("--smoke", action="store_true", help="make everything small, to see that it runs (minutes)")
+    parser.add_argument("--report-only", action="store_true", help="only write the report from what is there")
+    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder = ensure_writable(arguments.output_dir, "--output-dir")
+    if arguments.report_only:
+        from ..compare_report import write_report
+
+        if not (folder / "start" / "start.json").is_file():
+            raise ValueError(f"--output-dir: {arguments.output_dir!r} holds no comparison; run it first.")
+        print(write_report(folder).read_text(encoding="utf-8"))
+        return 0
+    from ..compare import Comparison, load_config
+
+    recipes = [name.strip() for name in arguments.recipes.split(",")] if arguments.recipes else None
+    config = load_config(arguments.config, arguments.smoke, recipes)
+    target = load_target(config.target, "target", config.dtype, arguments.device)
+    tokenizer = load_tokenizer(config.target, "target")
+    start = None
+    if config.drafter is not None:
+        start = load_drafter(config.drafter, "drafter", "float32", arguments.device)
+        check_tokenizer(start, tokenizer, "drafter")
+    Comparison(config, folder, target, tokenizer, start, arguments.command).run()
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    return 0

@@ -1,0 +1,581 @@
+"""`ppow compare`: recipes of training against each other, from one supervised checkpoint, on equal terms.
+
+Every recipe gets the same budget (target-forward tokens, or seconds), the same learning rates to choose from on the
+validation split, the same seeds; the test split is read once, when everything is chosen. One run is one line of
+`results.jsonl`, written when it is done: a comparison that was interrupted goes on where it stopped. Knows what to run
+and in which order; what a drafter is worth is measured in compare_evaluation.py, what came out is said in
+compare_report.py.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from .compare_evaluation import EvaluationTexts, SampledText, evaluate_drafter, quotient, write_texts
+from .data import SequenceDataset, read_rows
+from .modeling_ppow import PPOWDrafter
+from .provenance import describe, public_name
+from .regeneration import regenerate
+from .tiny.corpus import SourceFile, standard_library
+from .training import PPOWTrainer, PPOWTrainingArguments
+from .training.objectives import parse_objective
+
+DEFAULT_CONFIG = Path(__file__).with_name("compare_default.yaml")
+RESULTS = "results.jsonl"
+SPLITS = ("validation", "test")
+
+
+@dataclass
+class CompareConfig:
+    """What is compared, read from a YAML file ([`load_config`]).
+
+    Args:
+        target (`str`): the target: a folder, a name on the Hub, or an embedded model.
+        architecture (`str`): of the drafter that is trained.
+        drafter (`str`, *optional*): a supervised drafter to start from, in place of training one.
+        workload (`dict`): `name`, and either nothing else for `stdlib` (excerpts of the standard library, modules held
+            in for training and held out for evaluation) or `train` and `evaluation`, files of prompts.
+        data (`dict`): `train_sequences`, `prompt_tokens`, `completion_tokens`, `validation_prompts`, `test_prompts`.
+        start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start.
+        budgets (`dict`): `tokens` (target-forward tokens) and `seconds`, one or both.
+        seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
+        training (`dict`): training arguments of every recipe.
+        recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
+        baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
+        select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
+        groups, cost_ratios, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`].
+        curve_points (`int`), curve_prompts (`int`): evaluations during a run, and their prompts.
+        keep_gib (`float`): memory for kept target encodings.
+        dtype (`str`): number format of the target.
+    """
+
+    target: str
+    architecture: str
+    recipes: dict[str, dict[str, Any]]
+    data: dict[str, int]
+    start: dict[str, Any]
+    budgets: dict[str, float]
+    seeds: list[int]
+    learning_rates: list[float]
+    drafter: str | None = None
+    workload: dict[str, Any] = field(default_factory=lambda: {"name": "stdlib"})
+    training: dict[str, Any] = field(default_factory=dict)
+    baselines: list[str] = field(default_factory=list)
+    reference: str = "cst"
+    select_by: list[str] = field(default_factory=lambda: ["chain_t0_k10"])
+    groups: list[int] = field(default_factory=lambda: [4, 8, 16])
+    cost_ratios: list[float] = field(default_factory=lambda: [0.05, 0.12, 0.3])
+    verification_cost: float = 0.0
+    curve_points: int = 4
+    curve_prompts: int = 8
+    keep_gib: float = 2.0
+    dtype: str = "float32"
+
+
+SMOKE: dict[str, Any] = {
+    "data": {"train_sequences": 16, "validation_prompts": 3, "test_prompts": 4, "completion_tokens": 24},
+    "start": {"seconds": 4.0},
+    "budgets": {"tokens": 4000},
+    "learning_rates": [3e-4, 1e-3],
+    "groups": [4],
+    "curve_points": 1,
+    "curve_prompts": 2,
+    "training": {"per_device_train_batch_size": 4, "num_prefixes": 2, "num_rollouts": 4},
+}
+
+
+def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str] | None = None) -> CompareConfig:
+    """The configuration in a YAML file, by default the shipped one; `smoke` makes everything small.
+
+    Raises `ValueError` naming what is unknown, missing or out of range, `FileNotFoundError` without the file.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    path = Path(path or DEFAULT_CONFIG)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: there is no file {str(path)!r}.")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path.name} is not YAML: {error}") from error
+    known = {f.name for f in fields(CompareConfig)}
+    if not isinstance(given, dict) or set(given) - known:
+        unknown = sorted(set(given) - known) if isinstance(given, dict) else type(given).__name__
+        raise ValueError(f"--config: {unknown} in {path.name} is not known; accepted are {sorted(known)}.")
+    if smoke:
+        for name, value in SMOKE.items():
+            given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) and name != "budgets" else value
+        given["seeds"] = given.get("seeds", [0])[:1]
+    try:
+        config = CompareConfig(**given)
+    except TypeError as error:
+        raise ValueError(f"--config: {path.name} is not complete: {error}.") from error
+    if recipes is not None:
+        missing = sorted(set(recipes) - set(config.recipes))
+        if missing:
+            raise ValueError(f"--recipes: {missing} are not among {sorted(config.recipes)}.")
+        config.recipes = {name: config.recipes[name] for name in recipes}
+    _check(config, path.name)
+    return config
+
+
+def _check(config: CompareConfig, source: str) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f"--config: in {source}, {what}")
+
+    if not config.recipes or not config.seeds or not config.learning_rates:
+        refuse("recipes, seeds and learning_rates must each have something in them.")
+    if not config.budgets or set(config.budgets) - {"tokens", "seconds"} or min(config.budgets.values()) <= 0:
+        refuse(f"budgets: {config.budgets} given; give tokens, seconds or both, above 0.")
+    counts = ("train_sequences", "prompt_tokens", "completion_tokens", "validation_prompts", "test_prompts")
+    for name in counts:
+        if not isinstance(config.data.get(name), int) or config.data[name] < 1:
+            refuse(f"data: {name} is {config.data.get(name)!r}; a whole number of at least 1 is needed.")
+    own = {f.name for f in fields(PPOWTrainingArguments)} | {"learning_rates"}
+    for name, recipe in config.recipes.items():
+        unknown = sorted(set(recipe) - own)
+        if unknown:
+            refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
+        parse_objective(recipe.get("objective", "ppow"), 0.1, 1.0)
+    if config.drafter is None and not {"seconds", "learning_rate"} <= set(config.start):
+        refuse("start: give seconds and learning_rate of the supervised start, or drafter to start from.")
+
+
+# -- budgets
+
+
+class Budget(TrainerCallback):
+    """Ends training when its target-forward tokens or seconds are spent; evaluations on the way cost nothing.
+
+    `at_points` is called when the n-th of `points` equal shares is spent.
+    """
+
+    def __init__(self, kind: str, amount: float, points: int = 0, at_points: Callable[[], None] | None = None):
+        self.kind, self.amount = kind, amount
+        self.points, self.at_points = points, at_points
+        self.target: Any = None  # the trainer's FrozenTarget
+        self.tokens_before = 0
+        self.seconds = 0.0
+        self._since: float | None = None
+        self._reached = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.target.forward_tokens - self.tokens_before if self.target is not None else 0
+
+    @property
+    def fraction(self) -> float:
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        spent = self.tokens if self.kind == "tokens" else self.seconds + running
+        return min(spent / self.amount, 1.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        self._since = None
+        while self.at_points is not None and self._reached < int(self.fraction * self.points + 1e-9):
+            self._reached += 1
+            self.at_points()
+        if self.fraction >= 1:
+            control.should_training_stop = True
+
+
+class BudgetTrainer(PPOWTrainer):
+    """PPOWTrainer whose progress is the share of the budget that is spent."""
+
+    budget: Budget
+
+    @property
+    def progress(self) -> float:
+        return self.budget.fraction
+
+
+def train(
+    drafter: PPOWDrafter,
+    target: Any,
+    data: SequenceDataset,
+    settings: Mapping[str, Any],
+    budget: Budget,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+    max_length: int,
+    keep_bytes: int,
+) -> BudgetTrainer:
+    """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up."""
+    args = PPOWTrainingArguments(
+        output_dir=str(folder),
+        **{
+            "max_length": max_length,
+            "cost_ratio": 0.12,
+            "per_device_train_batch_size": 8,
+            "logging_steps": 5,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": target.device.type == "cpu",
+            **settings,
+            "max_steps": 10_000_000,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        },
+    )
+    set_seed(seed)
+    if drafter.config.architecture == "eagle" and not args.train_embeddings:
+        drafter.draft_model.embed_tokens.requires_grad_(False)
+    trainable = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
+    )
+    trainer = BudgetTrainer(
+        model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget],
+        optimizers=(optimizer, schedule),
+    )  # fmt: skip
+    trainer.budget, budget.target = budget, trainer.target
+    trainer.target.keep_encodings(keep_bytes)
+    budget.tokens_before = trainer.target.forward_tokens
+    trainer.train()
+    return trainer
+
+
+# -- the comparison
+
+
+class Comparison:
+    """One comparison in one folder: data, the start, the runs, and the lines of what came out.
+
+    Args:
+        config ([`CompareConfig`]): what to compare.
+        folder (`Path`): gets everything; the same folder again goes on.
+        target, tokenizer: the loaded target and its tokenizer.
+        start (`PPOWDrafter`, *optional*): the supervised drafter that the configuration names.
+        command (`str`, *optional*): recorded in the provenance.
+    """
+
+    def __init__(
+        self, config: CompareConfig, folder: Path, target: Any, tokenizer: Any, start: PPOWDrafter | None = None,
+        command: str | None = None,
+    ):  # fmt: skip
+        self.config, self.folder, self.target, self.tokenizer = config, Path(folder), target, tokenizer
+        self.given_start, self.command = start, command
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_same()
+        self.max_length = config.data["prompt_tokens"] + config.data["completion_tokens"]
+        self.lines = read_results(self.folder / RESULTS)
+        self.data: SequenceDataset
+        self.texts: dict[str, EvaluationTexts] = {}
+
+    def _check_same(self) -> None:
+        """A folder belongs to one configuration; recipes may be added to it, and budgets and seeds."""
+        path = self.folder / "config.json"
+        mine = json.loads(json.dumps(vars(self.config)))
+        if path.is_file():
+            before = json.loads(path.read_text())
+            open_ended = ("recipes", "budgets", "seeds")
+            changed = [name for name in mine if name not in open_ended and before.get(name) != mine[name]]
+            changed += [f"recipes.{name}" for name, recipe in mine["recipes"].items()
+                        if before["recipes"].get(name, recipe) != recipe]  # fmt: skip
+            if changed:
+                raise ValueError(
+                    f"--output-dir: {self.folder.name!r} holds a comparison with other settings "
+                    f"({', '.join(changed)}). Pass another folder, or the configuration it was begun with."
+                )
+            mine["recipes"] = {**before["recipes"], **mine["recipes"]}
+        path.write_text(json.dumps(mine, indent=1) + "\n")
+
+    def run(self) -> None:
+        """Everything that is not done yet, then the report's files."""
+        from .compare_report import write_report
+
+        self._prepare()
+        start = self._start()
+        self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[0])
+        chosen: list[dict[str, Any]] = []
+        for kind, amount in self.config.budgets.items():
+            budget = {"kind": kind, "amount": amount}
+            for recipe, settings in self.config.recipes.items():
+                rates = settings.get("learning_rates", self.config.learning_rates)
+                first = self.config.seeds[0]
+                tried = [self._train_once(start, recipe, first, budget, float(rate)) for rate in rates]
+                best = max(tried, key=self._gain)
+                chosen.append(best)
+                chosen += [
+                    self._train_once(start, recipe, seed, budget, best["learning_rate"])
+                    for seed in self.config.seeds[1:]
+                ]
+                self._forget([line for line in tried if line is not best])
+        # The test split is read here for the first time, when nothing is left to choose.
+        self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[1])
+        for line in chosen:
+            self._test(line)
+        write_report(self.folder)
+
+    # -- data
+
+    def _prepare(self) -> None:
+        data, path = self.config.data, self.folder / "texts.json"
+        train_rows, evaluation_rows = self._rows()
+        self.data = _all_positions(
+            regenerate(
+                train_rows, self.target, self.tokenizer, max_length=self.max_length,
+                max_new_tokens=data["completion_tokens"], batch_size=32, cache_dir=self.folder / "data",
+            )
+        )  # fmt: skip
+        if not path.is_file():
+            scratch = PPOWDrafter.from_target(self.target, "standalone").to(self.target.device)
+            found = {}
+            for split, rows in evaluation_rows.items():
+                prompts = [self._prompt(row) for row in rows]
+                texts = write_texts(self.target, scratch, prompts, data["completion_tokens"], seed=0)
+                found[split] = {
+                    "prompts": texts.prompts,
+                    "greedy": texts.greedy,
+                    "sampled": [vars(text) for text in texts.sampled],
+                }
+            _write_whole(path, json.dumps(found))
+        stored = json.loads(path.read_text())
+        for split, parts in stored.items():
+            sampled = [SampledText(**text) for text in parts["sampled"]]
+            self.texts[split] = EvaluationTexts(
+                parts["prompts"], parts["greedy"], sampled, data["completion_tokens"]
+            )  # fmt: skip
+
+    def _prompt(self, row: dict[str, str]) -> list[int]:
+        from .data import extract_prompts
+
+        return extract_prompts([row], self.tokenizer, self.config.data["prompt_tokens"], argument="workload")[0]
+
+    def _rows(self) -> tuple[list[dict], dict[str, list[dict]]]:
+        """Prompts to train on, and those of both evaluation splits, which share no source with them or each other."""
+        data, workload = self.config.data, self.config.workload
+        wanted = {split: data[f"{split}_prompts"] for split in SPLITS}
+        if workload.get("name") == "stdlib" and "train" not in workload:
+            files = standard_library()
+            held_out = [file for file in files if file.held_out]
+            sides = {split: [f for f in held_out if _side(f.name) == split] for split in SPLITS}
+            train = excerpts(
+                [file for file in files if not file.held_out], self.tokenizer, data["train_sequences"],
+                data["prompt_tokens"], seed=0,
+            )  # fmt: skip
+            return train, {
+                split: excerpts(sides[split], self.tokenizer, wanted[split], data["prompt_tokens"], seed=1)
+                for split in SPLITS
+            }
+        if not {"train", "evaluation"} <= set(workload):
+            raise ValueError("--config: workload needs train and evaluation, files of prompts, or the name stdlib.")
+        train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
+        rows = read_rows(workload["evaluation"], "workload.evaluation")
+        if len(rows) < sum(wanted.values()):
+            raise ValueError(
+                f"--config: workload.evaluation has {len(rows)} prompts, fewer than validation_prompts + test_prompts "
+                f"= {sum(wanted.values())}. Give more of them, or lower those numbers."
+            )
+        random.Random(0).shuffle(rows)
+        first = wanted[SPLITS[0]]
+        return train, {SPLITS[0]: rows[:first], SPLITS[1]: rows[first : first + wanted[SPLITS[1]]]}
+
+    # -- the start
+
+    def _start(self) -> PPOWDrafter:
+        folder = self.folder / "start"
+        if (folder / "config.json").is_file():
+            return PPOWDrafter.from_pretrained(folder, dtype=torch.float32).to(self.target.device)
+        curve: list[list[float]] = []
+        if self.given_start is not None:
+            drafter = self.given_start.float()
+        else:
+            set_seed(0)
+            name = public_name(self.config.target)
+            drafter = PPOWDrafter.from_target(self.target, self.config.architecture, target_name_or_path=name).float()
+            drafter = drafter.to(self.target.device)
+            settings = dict(self.config.start)
+            seconds, rate = settings.pop("seconds"), float(settings.pop("learning_rate"))
+            common = {name: value for name, value in self.config.training.items() if name != "objective"}
+            # Twice as many points: whether it reached its plateau is read off them.
+            budget = Budget(
+                "seconds", seconds, 2 * self.config.curve_points, lambda: self._point(drafter, budget, curve)
+            )
+            self._point(drafter, budget, curve)
+            train(
+                drafter, self.target, self.data, {"objective": "supervised", **common, **settings}, budget, rate,
+                seed=0, folder=folder / "training", max_length=self.max_length, keep_bytes=self._keep_bytes,
+            )  # fmt: skip
+        summary = {"curve": curve, "plateau_gain": plateau_gain(curve), "drafter": public_name(self.config.drafter)}
+        drafter.save_pretrained(self.folder / "start.part")
+        (self.folder / "start.part" / "start.json").write_text(json.dumps(summary, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        (self.folder / "start.part").rename(folder)
+        return drafter
+
+    @property
+    def _keep_bytes(self) -> int:
+        return int(self.config.keep_gib * 2**30)
+
+    def _point(self, drafter: PPOWDrafter, budget: Budget, curve: list[list[float]]) -> None:
+        """One point of a run's curve: target-forward tokens, seconds, acceptance length of the greedy chain."""
+        found = evaluate_drafter(
+            self.target, drafter, self.texts[SPLITS[0]].first(self.config.curve_prompts), groups=(), cost_ratios=()
+        )
+        longest = max((name for name in found["metrics"] if name.startswith("chain_t0")), key=lambda n: int(n[10:]))
+        curve.append([budget.tokens, round(budget.seconds, 2), round(found["metrics"][longest], 4)])
+
+    # -- runs
+
+    def _train_once(
+        self, start: PPOWDrafter, recipe: str, seed: int, budget: dict[str, Any], rate: float
+    ) -> dict[str, Any]:
+        """The validation line of a run: read from the results, or trained for and evaluated."""
+        facts = {"recipe": recipe, "seed": seed, "budget": budget, "learning_rate": rate}
+        done = self._line(facts, SPLITS[0])
+        if done is not None:
+            return done
+        folder = self._run_folder(facts)
+        drafter = PPOWDrafter.from_pretrained(self.folder / "start", dtype=torch.float32).to(self.target.device)
+        settings = {k: v for k, v in self.config.recipes[recipe].items() if k != "learning_rates"}
+        curve: list[list[float]] = []
+        counter = Budget(
+            budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter, counter, curve)
+        )
+        trainer = train(
+            drafter, self.target, self.data, {**self.config.training, **settings}, counter, rate, seed, folder,
+            self.max_length, self._keep_bytes,
+        )  # fmt: skip
+        names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")
+        log = [{n: row[n] for n in names if n in row} for row in trainer.state.log_history if "loss" in row]
+        training = {
+            "target_forward_tokens": counter.tokens, "seconds": round(counter.seconds, 2),
+            "steps": trainer.state.global_step, "curve": curve, "log": log, "settings": settings,
+        }  # fmt: skip
+        drafter.save_pretrained(folder)
+        return self._evaluate_once(drafter, facts, SPLITS[0], training=training)
+
+    def _test(self, line: dict[str, Any]) -> None:
+        facts = {name: line[name] for name in ("recipe", "seed", "budget", "learning_rate")}
+        if self._line(facts, SPLITS[1]) is None:
+            drafter = PPOWDrafter.from_pretrained(self._run_folder(facts), dtype=torch.float32)
+            self._evaluate_once(drafter.to(self.target.device), facts, SPLITS[1], fit=line["fit"])
+
+    def _evaluate_once(
+        self, drafter: PPOWDrafter, facts: dict[str, Any], split: str, training: dict | None = None, fit: Any = None
+    ) -> dict[str, Any]:
+        done = self._line(facts, split)
+        if done is not None:
+            return done
+        if fit is None and split == SPLITS[1]:
+            validation = self._line(facts, SPLITS[0])
+            fit = None if validation is None else validation["fit"]
+        found = evaluate_drafter(
+            self.target, drafter, self.texts[split], self.config.groups, self.config.cost_ratios,
+            self.config.verification_cost, calibration=fit,
+        )  # fmt: skip
+        line = {
+            **facts,
+            "target": public_name(self.config.target),
+            "architecture": self.config.architecture,
+            "workload": self.config.workload["name"],
+            "split": split,
+            **found,
+            **({} if training is None else {"training": training}),
+            "provenance": describe(self.target.device, self.command),
+        }
+        self.lines.append(line)
+        with open(self.folder / RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ", ".join(f"{name} {found['metrics'][name]:.3f}" for name in self.config.select_by)
+        print(f"{_label(facts)} [{split}]: {shown}", flush=True)
+        return line
+
+    def _line(self, facts: dict[str, Any], split: str) -> dict[str, Any] | None:
+        wanted = {**facts, "split": split}
+        return next((x for x in self.lines if all(x.get(name) == value for name, value in wanted.items())), None)
+
+    def _gain(self, line: dict[str, Any]) -> float:
+        """Mean over the choosing metrics of a run's gain over the start, on the validation split."""
+        start = self._line({"recipe": "start"}, SPLITS[0])
+        assert start is not None
+        names = self.config.select_by
+        return sum(quotient(line["per_prompt"][n]) / quotient(start["per_prompt"][n]) for n in names) / len(names)
+
+    def _run_folder(self, facts: dict[str, Any]) -> Path:
+        return self.folder / "runs" / _label(facts)
+
+    def _forget(self, lines: list[dict[str, Any]]) -> None:
+        """Drop the weights of runs that were not chosen; their lines stay."""
+        for line in lines:
+            shutil.rmtree(self._run_folder(line), ignore_errors=True)
+
+
+def _label(facts: Mapping[str, Any]) -> str:
+    if facts["budget"] is None:
+        return str(facts["recipe"])
+    budget = facts["budget"]
+    return f"{facts['recipe']}-{budget['kind']}{budget['amount']:g}-lr{facts['learning_rate']:g}-seed{facts['seed']}"
+
+
+def plateau_gain(curve: list[list[float]]) -> float | None:
+    """Relative gain over the last quarter of a curve's points; `None` without at least five of them."""
+    if len(curve) < 5:
+        return None
+    return curve[-1][2] / curve[-1 - max(len(curve) // 4, 1)][2] - 1
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; a last line that was cut off by an interruption is dropped from the file."""
+    if not path.is_file():
+        return []
+    lines, whole = [], []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+        whole.append(text)
+    _write_whole(path, "".join(text + "\n" for text in whole))
+    return lines
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _side(name: str) -> str:
+    """The evaluation split of a held-out module: its tests are on the same side."""
+    key = name.rsplit(".", maxsplit=1)[-1].removeprefix("test_").strip("_")
+    return SPLITS[hashlib.sha256(f"split {key}".encode()).digest()[0] % 2]
+
+
+def excerpts(files: list[SourceFile], tokenizer: Any, count: int, length: int, seed: int) -> list[dict[str, str]]:
+    """`count` excerpts of `length` tokens from files chosen at random, as rows of text."""
+    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
+    ids = [tokens for tokens in ids if len(tokens) > length]
+    chooser, rows = random.Random(seed), []
+    for _ in range(count):
+        tokens = chooser.choice(ids)
+        start = chooser.randrange(len(tokens) - length)
+        rows.append({"text": tokenizer.decode(tokens[start : start + length])})
+    return rows
+
+
+def _all_positions(data: SequenceDataset) -> SequenceDataset:
+    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
+    items = [data[index] for index in range(len(data))]
+    return SequenceDataset(
+        [item["input_ids"] for item in items],
+        [torch.ones_like(item["loss_mask"]) for item in items],
+        [item["target_written"] for item in items],
+    )
