@@ -62,7 +62,7 @@ def without_paths(command: str) -> str:
 
 
 def _without_path(word: str) -> str:
-    option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    option, equals, value = word.rpartition("=")
     is_path = value.startswith(("/", "~", "./", "../")) or (os.sep in value and Path(value).exists())
     return f"{option}{equals}{Path(value).name or '/'}" if is_path else word
 

@@ -130,10 +130,10 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             terms = target.exp() * (target - draft)
             kl = terms.masked_fill(target == -torch.inf, 0.0).sum(-1)
             this_round.kl = [min(max(value, 0.0), MAX_KL) if value == value else MAX_KL for value in kl.tolist()]
-        if self._prefilled:  # the prompt's forward says nothing about the cost of a round
+        if self._prefilled:  # the prompt's forward is no round: it says nothing about costs and tokens of one
             self.rule.costs.observe_verification(this_round.window, this_round.verify_seconds)
+            self.rule.update(this_round.window, this_round.draft_steps, this_round.accepted, this_round.kl)
         self._prefilled = True
-        self.rule.update(this_round.window, this_round.draft_steps, this_round.accepted, this_round.kl)
         self.trace.rounds.append(this_round)
         self.trace.speculation_pays = self.rule.pays
         costs = self.rule.costs.model

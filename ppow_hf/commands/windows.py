@@ -19,9 +19,9 @@ def register(commands: Any) -> None:
         help="compare window rules on drafts from every prefix of the target's text",
         description="Let the target write greedily, draft 16 tokens from every prefix of its text, and replay every "
         "window rule on that table at several costs: fixed windows of 0 to 16, transformers' rules, an entropy stop, "
-        "the adaptive rule, and the clairvoyant that knows each verdict before. The adaptive rule's estimate is fitted "
-        "on the first prompts of each workload; the numbers are from the others. Some prompts are decoded in earnest "
-        "to check the replay.",
+        "the adaptive rule, and the clairvoyant that knows each verdict before. The adaptive rule's estimate is "
+        "fitted on the first prompts of each workload; the numbers are from the others. Some prompts are decoded in "
+        "earnest to check the replay.",
     )
     add_models(parser)
     parser.add_argument(
@@ -195,7 +195,7 @@ def workload_prompts(
             prompts = load_prompts(str(path), count, tokenizer, target, arguments.max_new_tokens)
     if len(prompts) <= arguments.fit_prompts:
         raise ValueError(
-            f"--fit-prompts: {arguments.fit_prompts} of the {len(prompts)} prompts of {name} are to be fitted on, which "
-            "leaves none to compare on. Pass fewer, or more prompts."
+            f"--fit-prompts: {arguments.fit_prompts} of the {len(prompts)} prompts of {name} are to be fitted on, "
+            "which leaves none to compare on. Pass fewer, or more prompts."
         )
     return prompts
