@@ -263,7 +263,7 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
 
 
 def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any]:
-    from .benchmark import verdict
+    from .benchmark_report import verdict
 
     workload = f"{_cell(result['workload'])}: " if result.get("workload") else ""
     temperature = result.get("temperature") or 0

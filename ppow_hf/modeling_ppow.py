@@ -307,6 +307,14 @@ class PPOWDrafter(PreTrainedModel):
         """
         return self.with_settings().generate_with(**options)
 
+    def push_to_hub(self, repo_id: str, **options):
+        """Push to the Hub in one commit, with the code to run it and a card: see [`~ppow_hf.hub.push_drafter`]."""
+        try:  # a drafter that brought its own code has no package around it
+            from ppow_hf.hub import push_drafter
+        except ImportError as error:
+            raise ImportError("push_to_hub: it needs ppow_hf, which is not installed here. Install it.") from error
+        return push_drafter(self, repo_id, **options)
+
     # -- making one
 
     @classmethod

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+LONGEST_WORD = 200  # characters of an argument that is recorded whole; no path is longer than the system's limit
 
 
 def versions() -> dict[str, str]:
@@ -56,12 +57,11 @@ def describe(device: Any, command: str | None = None, **facts: Any) -> dict[str,
         command (`str`, *optional*): by default the process's own; file-system paths in it are cut to names.
         facts: whatever else is known (`seeds`, `data_fingerprint`, ...).
     """
-    from .benchmark import describe_machine, without_paths
+    from .benchmark_report import describe_machine, without_paths
 
-    if command is None:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else shlex.split(command)
     return {
-        "command": without_paths(command),
+        "command": without_paths(shlex.join(word if len(word) <= LONGEST_WORD else "..." for word in words)),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_revision": git_revision(),
@@ -77,6 +77,8 @@ def public_name(name: str | None) -> str | None:
     """
     if not name:
         return None
+    if len(name) > LONGEST_WORD:
+        return "..."
     path = Path(name)
     for part in path.parts:
         if part.startswith("models--"):

@@ -17,7 +17,8 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.utils import logging
 
 from ..benchmark import measure_costs
 from ..configuration_ppow import vocabulary_fingerprint
@@ -31,9 +32,12 @@ from .checkpoints import STATE, check_complete, check_writable, last_complete_ch
 from .checks import check_lengths, check_pair
 from .losses import text_loss, text_windows, window_loss, window_text_loss
 from .objectives import WINDOW_TERMS
+from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout
 from .target import FrozenTarget, TargetEncoding
+
+logger = logging.get_logger(__name__)
 
 
 class PPOWTrainer(Trainer):
@@ -71,6 +75,7 @@ class PPOWTrainer(Trainer):
     ):
         check_pair(model, target_model, processing_class)
         check_writable(args.output_dir)
+        check_hub_strategy(args)
         self.target_model = target_model
         if not hasattr(target_model, "hf_device_map") and not getattr(target_model, "is_quantized", False):
             target_model.to(args.device)
@@ -386,6 +391,67 @@ class PPOWTrainer(Trainer):
                 logs[name] = total / max(count, 1)
             self._metrics.clear()
         super().log(logs, *args, **kwargs)
+
+    # -- records and the Hub
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer's, with arguments, log and provenance beside it as JSON in place of the pickled arguments."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_records(self, output_dir or self.args.output_dir)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **options,
+    ):
+        """Save, and push `output_dir` as [`~ppow_hf.hub.push_folder`] does; `options` are its own."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return self._push(
+            self.args.output_dir,
+            blocking,
+            commit_message=commit_message or "End of training",
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            **options,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the drafter of a checkpoint; a push that fails is logged and does not end the training."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._push(
+            checkpoint_folder,
+            blocking=True,  # the folder is moved to its place next
+            failing=False,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            private=self.args.hub_private_repo,
+        )
+
+    def _push(self, folder: str, blocking: bool, failing: bool = True, **options):
+        from huggingface_hub import HfApi
+
+        from ..hub import PushError, push_folder
+
+        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        try:
+            if blocking:
+                return push_folder(folder, name, **options)
+            return HfApi().run_as_future(push_folder, folder, name, **options)
+        except PushError as error:
+            if failing:
+                raise
+            logger.warning(str(error))
 
     # -- checkpoints
 

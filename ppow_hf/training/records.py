@@ -1,0 +1,60 @@
+"""What a training run leaves beside the drafter so that others can see how it came about: all JSON, nothing pickled.
+
+Knows a trainer's arguments, log and data; names no user, host or folder, since it is pushed to the Hub.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..provenance import describe, public_name
+
+PICKLED_ARGUMENTS = "training_args.bin"
+
+
+def write_records(trainer: Any, folder: str | Path) -> None:
+    """Write `training_arguments.json`, `training_log.json` and `provenance.json`, and drop the pickled arguments."""
+    folder, args = Path(folder), trainer.args
+    (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    provenance = describe(
+        args.device,
+        seeds={"seed": args.seed, "data_seed": args.data_seed},
+        data_fingerprint=trainer.train_dataset.fingerprint if trainer.train_dataset is not None else None,
+        processes=args.world_size,
+        target=public_name(config.target_name_or_path),
+        target_revision=config.target_revision,
+        target_vocabulary_fingerprint=config.target_vocabulary_fingerprint,
+    )
+    log = [{**row, "objective": args.objective} for row in trainer.state.log_history]
+    for name, content in (
+        ("training_arguments.json", arguments_as_json(args)),
+        ("training_log.json", log),
+        ("provenance.json", provenance),
+    ):
+        staged = folder / f"{name}.part"
+        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        staged.replace(folder / name)
+
+
+def arguments_as_json(args: Any) -> dict[str, Any]:
+    """All training arguments: tokens left out, of paths only the last part."""
+    without_tokens = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    return json.loads(json.dumps(_without_paths(without_tokens), default=str))
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_paths(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(one) for one in value]
+    return public_name(value) if isinstance(value, str) and value else value
+
+
+def check_hub_strategy(args: Any) -> None:
+    """Raise `ValueError` for a strategy that uploads checkpoints, whose optimizer states are pickles."""
+    if args.push_to_hub and args.hub_strategy in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            f"hub_strategy: {str(args.hub_strategy.value)!r} uploads checkpoints, and their optimizer's state is a "
+            "pickle, which is never pushed. Pass 'every_save' (the drafter at every save) or 'end'."
+        )
