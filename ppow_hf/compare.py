@@ -52,7 +52,7 @@ class CompareConfig:
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
         baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
         select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
-        groups, cost_ratios, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`].
+        groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`].
         curve_points (`int`), curve_prompts (`int`): evaluations during a run, and their prompts.
         keep_gib (`float`): memory for kept target encodings.
         dtype (`str`): number format of the target.
@@ -74,6 +74,7 @@ class CompareConfig:
     select_by: list[str] = field(default_factory=lambda: ["chain_t0_k10"])
     groups: list[int] = field(default_factory=lambda: [4, 8, 16])
     cost_ratios: list[float] = field(default_factory=lambda: [0.05, 0.12, 0.3])
+    tree_nodes: list[int] = field(default_factory=list)
     verification_cost: float = 0.0
     curve_points: int = 4
     curve_prompts: int = 8
@@ -87,6 +88,7 @@ SMOKE: dict[str, Any] = {
     "budgets": {"tokens": 4000},
     "learning_rates": [3e-4, 1e-3],
     "groups": [4],
+    "tree_nodes": [],
     "curve_points": 1,
     "curve_prompts": 2,
     "training": {"per_device_train_batch_size": 4, "num_prefixes": 2, "num_rollouts": 4},
@@ -479,7 +481,7 @@ class Comparison:
             fit = None if validation is None else validation["fit"]
         found = evaluate_drafter(
             self.target, drafter, self.texts[split], self.config.groups, self.config.cost_ratios,
-            self.config.verification_cost, calibration=fit,
+            self.config.tree_nodes, self.config.verification_cost, calibration=fit,
         )  # fmt: skip
         line = {
             **facts,

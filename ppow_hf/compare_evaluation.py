@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .acceptance import sample_from_uniform
-from .evaluation import fit_estimator, repeated_ngrams
+from .evaluation import decode, fit_estimator, repeated_ngrams
 from .modeling_ppow import PPOWDrafter, collect_target_states
 from .trace import GenerationTrace
 from .window_study import DraftTable, draft_table, draft_tables, replay
@@ -87,6 +87,7 @@ def evaluate_drafter(
     texts: EvaluationTexts,
     groups: Sequence[int] = (4, 8, 16),
     cost_ratios: Sequence[float] = (0.05, 0.12, 0.3),
+    tree_nodes: Sequence[int] = (),
     verification_cost: float = 0.0,
     calibration: dict[str, Any] | None = None,
     seed: int = 0,
@@ -95,6 +96,7 @@ def evaluate_drafter(
 
     Args:
         groups (`Sequence[int]`): candidates C: the greedy window and C - 1 drawn at T = 1, the longest kept.
+        tree_nodes (`Sequence[int]`): budgets N of drafted trees, at T = 0 and at T = 1, by real decoding.
         cost_ratios (`Sequence[float]`), verification_cost (`float`): of the expected speed with the adaptive window.
         calibration (`dict`, *optional*): `fit` of another split; `None` fits the acceptance estimate on this one.
 
@@ -122,6 +124,15 @@ def evaluate_drafter(
         per_prompt[f"speed_t0_{ratio:g}"] = [
             _speed(table, window, CostModel(ratio, verification_cost), {"greedy": fit}) for table in tables
         ]
+    for count in tree_nodes:
+        for temperature in (0.0, 1.0):
+            _, grown = decode(
+                target, drafter, texts.prompts, texts.max_new_tokens, temperature, seed, window="fixed",
+                max_window=window, tree_nodes=count,
+            )  # fmt: skip
+            per_prompt[f"tree_t{temperature:g}_n{count}"] = [
+                (float(sum(r.accepted + 1 for r in trace.rounds[1:])), float(len(trace.rounds) - 1)) for trace in grown
+            ]
     drafter.train(was_training)
     reached = [(table, row, int(table.accepted[row])) for table in tables for row in range(len(table.accepted))]
     loops = [repeated_ngrams([text], 8) for text in texts.greedy]

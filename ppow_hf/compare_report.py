@@ -270,9 +270,9 @@ def write_report(folder: Path) -> Path:
 
 def _title(metric: str) -> str:
     kind, temperature, rest = metric.split("_")
-    names = {"chain": "chain", "greedy": "greedy drafts", "group": "group", "speed": "expected speed"}
+    names = {"tree": "tree", "chain": "chain", "greedy": "greedy drafts", "group": "group", "speed": "expected speed"}
     of: Callable[[str], str] = {
-        "k": lambda n: f"K={n}", "c": lambda n: f"C={n}"
+        "k": lambda n: f"K={n}", "c": lambda n: f"C={n}", "n": lambda n: f"N={n}"
     }.get(rest[0], lambda n: f"cost ratio {rest}")  # fmt: skip
     return f"{names[kind]} {of(rest[1:])}, T={temperature[1:]}"
 

@@ -225,3 +225,16 @@ def test_what_cannot_be_is_refused(make_target, tmp_path):
     other = make_target("llama", hidden_size=48)
     with pytest.raises(ValueError, match="reads hidden states of size 32"):
         other.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, assistant_model=drafter)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trees_of_its_drafts_leave_the_text_as_it_is(make_target, family):
+    target = make_target(family, initializer_range=0.3)
+    drafter = make_medusa(target)
+    settings = {"tree_nodes": 10, "tree_branches": 3, "window": "fixed", "cost_ratio": 0.01, "verification_cost": 0.0}
+    outputs, traces = decode(target, drafter, PROMPTS[:2], 16, **settings)
+    for prompt, output in zip(PROMPTS[:2], outputs, strict=True):
+        ids = torch.tensor([prompt])
+        plain = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        assert output == plain[0, len(prompt) :].tolist()
+    assert max(r.window for trace in traces for r in trace.rounds) > HEADS

@@ -1,0 +1,389 @@
+"""The comparison of recipes: what it measures against real decoding, and that it runs, resumes and reports."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ppow_hf import PPOWDrafter, cli
+from ppow_hf.acceptance import greedy_accepted_group
+from ppow_hf.compare import Comparison, load_config, plateau_gain
+from ppow_hf.compare_evaluation import (
+    _group_uniforms,
+    evaluate_drafter,
+    group_chains,
+    quotient,
+    sampled_chains,
+    write_texts,
+)
+from ppow_hf.compare_report import Report, paired_gain, value
+from ppow_hf.evaluation import decode
+from ppow_hf.training.target import FrozenTarget
+from ppow_hf.window_study import draft_table
+
+TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
+PROMPTS = [[5, 9, 2, 33], [1, 2, 3, 4, 5, 6], [40, 41], [60, 7, 7]]
+
+
+def noisy_copy(target, noise: float = 0.05) -> PPOWDrafter:
+    """A standalone drafter that is the target itself, disturbed: some of its drafts are kept."""
+    drafter = PPOWDrafter.from_target(target, "standalone", num_hidden_layers=target.config.num_hidden_layers)
+    drafter.draft_model.model.load_state_dict(target.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(noise * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return drafter.eval()
+
+
+@pytest.fixture(scope="module")
+def target(make_target):
+    return make_target("llama", initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def texts(target):
+    return write_texts(target, noisy_copy(target), PROMPTS, 26, seed=0)
+
+
+# What is measured
+
+
+def test_the_texts_are_the_targets_own(target, texts):
+    for prompt, text, sampled in zip(PROMPTS, texts.greedy, texts.sampled, strict=True):
+        ids = torch.tensor([prompt])
+        plain = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=26, do_sample=False)
+        assert text == plain[0, len(prompt) :].tolist()
+        assert sampled.ids[: sampled.start] == prompt and len(sampled.ids) == len(sampled.uniforms) == len(prompt) + 26
+
+
+@pytest.mark.parametrize("kind", ["copy", "eagle", "medusa"])
+def test_greedy_chains_are_those_of_real_decoding(target, texts, kind):
+    torch.manual_seed(0)
+    drafter = noisy_copy(target, 0.03) if kind == "copy" else PPOWDrafter.from_target(target, kind).eval()
+    found = evaluate_drafter(target, drafter, texts, groups=(), cost_ratios=())
+    for window in (5, 10):
+        _, traces = decode(target, drafter, PROMPTS, 26, window="fixed", max_window=window)
+        for pair, trace in zip(found["per_prompt"][f"chain_t0_k{window}"], traces, strict=True):
+            whole = [r for r in trace.rounds if r.window == window]
+            assert pair == (sum(r.accepted + 1 for r in whole), len(whole)) and whole
+    if kind == "copy":
+        assert 1.5 < found["metrics"]["chain_t0_k10"] < 10
+        assert found["position_acceptance"] == sorted(found["position_acceptance"], reverse=True)
+
+
+def test_expected_speed_is_that_of_real_decoding_with_the_adaptive_window(target, texts):
+    drafter = noisy_copy(target, 0.03)
+    fit = evaluate_drafter(target, drafter, texts, groups=(), cost_ratios=())["fit"]
+    drafter.config.calibration = {"greedy": fit}
+    found = evaluate_drafter(target, drafter, texts, groups=(), cost_ratios=(0.3,), calibration=fit)
+    _, traces = decode(target, drafter, PROMPTS, 26, window="kl", max_window=10, cost_ratio=0.3, verification_cost=0.0)
+    for pair, trace in zip(found["per_prompt"]["speed_t0_0.3"], traces, strict=True):
+        cost = sum(1 + 0.3 * r.draft_steps for r in trace.rounds[1:])
+        assert pair == pytest.approx((sum(r.accepted + 1 for r in trace.rounds[1:]), cost))
+
+
+def test_candidate_groups_are_those_verified_by_the_target_in_one_packed_pass(target, texts):
+    drafter, window, seed = noisy_copy(target, 0.3), 4, 3
+    tables = [
+        draft_table(target, drafter, torch.tensor([prompt]), text, 26, depth=window)
+        for prompt, text in zip(PROMPTS, texts.greedy, strict=True)
+    ]
+    longest = max(len(prompt) + 26 for prompt in PROMPTS)
+    for count in (1, 3):
+        found = group_chains(target, drafter, tables, count, window, seed)
+        for number, (prompt, text) in enumerate(zip(PROMPTS, texts.greedy, strict=True)):
+            ids, frozen = torch.tensor([prompt + text]), FrozenTarget(target, None)
+            encoding = frozen.encode(ids, torch.ones_like(ids), with_cache=True)
+            uniforms = _group_uniforms(seed, number, longest, count - 1, window)
+            place, kept, rounds = len(prompt), 0, 0
+            while place + window + 1 < ids.shape[1]:
+                candidates = []
+                for c in range(count):  # the last is the greedy one
+                    session, drafted = drafter.start_session(), []
+                    session.observe(ids[:, : place + 1], None, 0)
+                    logits = session.first_logits()
+                    for j in range(window):
+                        cumulative = logits[0].double().softmax(-1).cumsum(0)
+                        token = int(logits[0].argmax())
+                        if c < count - 1:
+                            token = int((cumulative > uniforms[place, c, j] * cumulative[-1]).nonzero()[0])
+                        drafted.append(token)
+                        logits = session.next_logits(torch.tensor([[token]]), j)
+                    candidates.append(drafted)
+                draft_ids = torch.tensor([candidates])
+                sources = frozen.verify(encoding, torch.full((1, count), place), draft_ids)
+                best = int(greedy_accepted_group(draft_ids, frozen.logits(sources).argmax(-1))[0])
+                kept, rounds, place = kept + best + 1, rounds + 1, place + best + 1
+            assert found[number] == (kept, rounds)
+    many = quotient(group_chains(target, drafter, tables, 8, window, seed))
+    assert many > quotient(group_chains(target, drafter, tables, 1, window, seed))
+
+
+def test_sampled_chains_have_the_law_of_real_speculative_sampling(small_vocab_target):
+    """Rounds of four tokens at T = 1: replayed on the target's own texts against decoded, many of each."""
+    drafter = noisy_copy(small_vocab_target, 0.5)
+    prompts = [[i % 6, (2 * i) % 6, (i // 6) % 6] for i in range(60)]
+    texts = write_texts(small_vocab_target, drafter, prompts, 22, seed=0)
+    replayed = numpy.asarray(sampled_chains(small_vocab_target, drafter, texts.sampled, 4)["chain_t1_k4"])
+    _, traces = decode(small_vocab_target, drafter, prompts, 22, 1.0, seed=1, window="fixed", max_window=4)
+    # The stock loop ends a draft early nowhere here: no stopping token, and room for whole windows.
+    decoded = [[r for r in trace.rounds if r.window == 4] for trace in traces]
+    decoded = numpy.asarray([(sum(r.accepted + 1 for r in rounds), len(rounds)) for rounds in decoded])
+    means = [pairs[:, 0].sum() / pairs[:, 1].sum() for pairs in (replayed, decoded)]
+    errors = [(pairs[:, 0] - m * pairs[:, 1]).std() * len(pairs) ** 0.5 / pairs[:, 1].sum()
+              for pairs, m in zip((replayed, decoded), means, strict=True)]  # fmt: skip
+    assert abs(means[0] - means[1]) < 4 * sum(e**2 for e in errors) ** 0.5 < 0.6
+    assert 1.5 < means[1] < 4.5
+
+
+def test_a_perfect_drafter_has_every_token_kept(target, texts):
+    drafter = noisy_copy(target, 0.0)
+    found = evaluate_drafter(target, drafter, texts, groups=(4,), cost_ratios=(0.1,))["metrics"]
+    for name in ("chain_t0_k10", "chain_t1_k10", "group_t0_c4"):
+        assert found[name] == 11
+    assert found["chain_t0_k5"] == found["chain_t1_k5"] == 6 and found["kl"] < 1e-4
+    assert found["greedy_t1_k10"] < 11
+
+
+# Kept encodings
+
+
+def test_kept_encodings_are_the_targets_and_are_charged_as_if_it_had_read_them(target):
+    frozen, plain = FrozenTarget(target, [1, 2, 3]), FrozenTarget(target, [1, 2, 3])
+    frozen.keep_encodings(2**20)
+    ids = torch.randint(1, 64, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([[12], [7], [9]])).long()
+    forwards = []
+    handle = target.register_forward_hook(lambda *_: forwards.append(1))
+    for order in ([0, 1, 2], [2, 0, 1], [1]):
+        length = int(mask[order].sum(1).max())
+        part = ids[order][:, :length], mask[order][:, :length]
+        found = frozen.encode(*part, with_cache=False)
+        count = len(forwards)
+        expected = plain.encode(*part, with_cache=False)
+        assert len(forwards) == count + 1
+        real = part[1].bool()
+        torch.testing.assert_close(found.sources[real], expected.sources[real])
+        torch.testing.assert_close(found.states[real], expected.states[real])
+        assert frozen.forward_tokens == plain.forward_tokens
+    handle.remove()
+    assert len(forwards) == 4  # three of the plain one, one of the other
+    small = FrozenTarget(target, None)
+    small.keep_encodings(100)  # room for nothing
+    for _ in range(2):
+        small.encode(ids, mask, with_cache=False)
+    assert small.forward_tokens == 2 * int(mask.sum())
+
+
+# The comparison
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory, make_target):
+    """A saved random target with a tokenizer, a file of prompts and a small configuration."""
+    folder = tmp_path_factory.mktemp("cell")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=["<pad>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer=trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    make_target("llama", initializer_range=0.3).save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    rows = [{"prompt": TEXT[start : start + 9]} for start in range(40)]
+    for name, part in (("train.jsonl", rows[:20]), ("evaluation.jsonl", rows[20:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    config = {
+        "target": str(folder / "target"),
+        "architecture": "eagle",
+        "workload": {"name": "snippets", "train": str(folder / "train.jsonl"),
+                     "evaluation": str(folder / "evaluation.jsonl")},
+        "data": {"train_sequences": 12, "prompt_tokens": 8, "completion_tokens": 24, "validation_prompts": 3,
+                 "test_prompts": 4},
+        "start": {"seconds": 0.8, "learning_rate": 1e-2},
+        "budgets": {"tokens": 1500, "seconds": 0.2},
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-2],
+        "training": {"per_device_train_batch_size": 4, "num_prefixes": 2, "num_rollouts": 2, "unroll_steps": 2},
+        "groups": [2],
+        "cost_ratios": [0.12],
+        "curve_points": 2,
+        "curve_prompts": 2,
+        "baselines": ["cst", "lk"],
+        "recipes": {"cst": {"objective": "supervised"}, "lk": {"objective": "lk", "learning_rates": [1e-3]},
+                    "ppow": {"objective": "ppow"}},
+    }  # fmt: skip
+    (folder / "compare.yaml").write_text(json.dumps(config))  # JSON is YAML
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(cell, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    argv = ["compare", "--config", cell / "compare.yaml", "--output-dir", folder, "--device", "cpu"]
+    assert cli.main(list(map(str, argv))) == 0
+    return folder
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_comparison_trains_chooses_and_tests_every_recipe(compared):
+    lines = read(compared)
+    keys = ["recipe", "seed", "target", "architecture", "workload", "budget", "learning_rate", "split", "metrics",
+            "per_prompt", "provenance"]  # fmt: skip
+    assert all(set(keys) <= set(line) for line in lines)
+    names = [(x["recipe"], (x["budget"] or {}).get("kind"), x["seed"], x["learning_rate"], x["split"]) for x in lines]
+    assert len(names) == len(set(names))
+    validation = [name for name in names if name[-1] == "validation"]
+    for kind in ("tokens", "seconds"):
+        for recipe, rates in (("cst", 2), ("lk", 1), ("ppow", 2)):
+            own = [name for name in validation if name[:2] == (recipe, kind)]
+            assert sum(name[2] == 0 for name in own) == rates and sum(name[2] == 1 for name in own) == 1
+            tested = [name for name in names if name[:2] == (recipe, kind) and name[-1] == "test"]
+            assert sorted(name[2] for name in tested) == [0, 1] and len({name[3] for name in tested}) == 1
+            scores = {x["learning_rate"]: x["metrics"]["chain_t0_k10"] for x in lines
+                      if x["recipe"] == recipe and x["budget"]["kind"] == kind and x["seed"] == 0
+                      and x["split"] == "validation"}  # fmt: skip
+            assert scores[tested[0][3]] == max(scores.values())
+    # The test split is read when nothing is left to choose.
+    splits = [line["split"] for line in lines]
+    assert splits == sorted(splits, reverse=True)
+    assert len(lines[-1]["per_prompt"]["chain_t0_k10"]) == 4
+
+
+def test_every_recipe_gets_the_same_budget_and_its_curve(compared):
+    largest_step = 4 * 32 + 4 * 2 * 2 * 10 + 4 * 2 * 9  # sequences, windows, greedy windows
+    for line in read(compared):
+        if "training" not in line:
+            continue
+        training = line["training"]
+        if line["budget"]["kind"] == "tokens":
+            assert 1500 <= training["target_forward_tokens"] < 1500 + largest_step
+            assert [point[0] >= share * 1500 for share, point in zip((0.5, 1.0), training["curve"], strict=True)] == [
+                True, True
+            ]  # fmt: skip
+        else:
+            assert training["seconds"] >= 0.2
+        assert training["steps"] >= 1 and len(training["curve"]) == 2
+
+
+def test_the_report_says_what_the_lines_say(compared):
+    report = Report(compared)
+    section = (compared / "report.md").read_text()
+    lines = [x for x in read(compared) if x["split"] == "test" and x["recipe"] == "ppow"
+             and x["budget"]["kind"] == "tokens"]  # fmt: skip
+    pairs = [pair for line in lines for pair in line["per_prompt"]["chain_t0_k10"]]
+    expected = sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
+    row = next(row for row in report.table("tokens", ["chain_t0_k10"]).splitlines() if row.startswith("| ppow"))
+    assert f"| 2 | {expected:.3f} (" in row and row in section.replace(" |\n", " |\n") or row.split(" (")[0] in section
+    assert "wanted +10%" in section and "Equal seconds: 0.2" in section and str(compared) not in section
+    for name in ("start.png", "curves-tokens.png", "curves-seconds.png", "rewards-tokens.png"):
+        assert (compared / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(compared, cell, capsys):
+    results = compared / "results.jsonl"
+    before = results.read_text()
+    kept = before.splitlines(keepends=True)
+    results.write_text("".join(kept[:-2]) + kept[-2][:40])  # killed while it wrote
+    argv = ["compare", "--config", cell / "compare.yaml", "--output-dir", compared, "--device", "cpu"]
+    assert cli.main(list(map(str, argv))) == 0
+    again = results.read_text().splitlines(keepends=True)
+    assert again[: len(kept) - 2] == kept[:-2] and len(again) == len(kept)
+    for old, new in zip(kept[-2:], again[-2:], strict=True):
+        assert json.loads(old)["per_prompt"] == json.loads(new)["per_prompt"]  # the same drafter on the same numbers
+    assert cli.main(["compare", "--report-only", "--output-dir", str(compared)]) == 0
+    assert "## Recipes compared" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_in_the_same_folder_and_more_recipes_are_not(compared, cell, target):
+    config = load_config(cell / "compare.yaml")
+    config.recipes["tv"] = {"objective": "tv"}
+    Comparison(config, compared, target, None)
+    assert "tv" in json.loads((compared / "config.json").read_text())["recipes"]
+    config.groups = [3]
+    with pytest.raises(ValueError, match=r"--output-dir: .* other settings \(groups\)"):
+        Comparison(config, compared, target, None)
+    config = load_config(cell / "compare.yaml")
+    config.recipes["lk"] = {"objective": "lk_hybrid"}
+    with pytest.raises(ValueError, match=r"other settings \(recipes.lk\)"):
+        Comparison(config, compared, target, None)
+
+
+def test_the_shipped_configuration_is_whole(tmp_path):
+    config = load_config(None)
+    assert config.reference in config.recipes and set(config.baselines) <= set(config.recipes)
+    assert len(config.learning_rates) >= 4 and len(config.seeds) == 3
+    small = load_config(None, smoke=True, recipes=["cst", "ppow_literal"])
+    assert list(small.recipes) == ["cst", "ppow_literal"] and small.budgets == {"tokens": 4000}
+    assert small.data["prompt_tokens"] == config.data["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {}}, r"--config: \['recipe'\]"),
+        ({"recipes": {"x": {"objective": "sft"}}}, "objective: 'sft'"),
+        ({"recipes": {"x": {"speed": 1}}}, r"recipes: x has \['speed'\]"),
+        ({"budgets": {"steps": 5}}, "budgets: {'steps': 5}"),
+        ({"budgets": {"tokens": 0}}, "budgets: {'tokens': 0}"),
+        ({"seeds": []}, "seeds"),
+        ({"data": {"train_sequences": 3}}, "data: prompt_tokens is None"),
+        ({"start": {"seconds": 3}}, "start: give seconds and learning_rate"),
+        ({"target": None, "recipes": None}, "must each have something"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run_is_refused(cell, tmp_path, change, message):
+    config = json.loads((cell / "compare.yaml").read_text()) | change
+    path = tmp_path / "compare.yaml"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_what_is_not_there_is_named(tmp_path, capsys):
+    assert cli.main(["compare", "--config", str(tmp_path / "no.yaml"), "--output-dir", str(tmp_path)]) == 2
+    assert "--config: there is no file" in capsys.readouterr().err
+    assert cli.main(["compare", "--recipes", "nothing", "--output-dir", str(tmp_path)]) == 2
+    assert "--recipes: ['nothing']" in capsys.readouterr().err
+    assert cli.main(["compare", "--report-only", "--output-dir", str(tmp_path)]) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+
+
+# Intervals
+
+
+def test_a_constant_gain_has_an_interval_of_no_width_and_none_is_none():
+    against = numpy.random.default_rng(0).uniform(1, 5, size=(2, 30, 2))
+    better = against * numpy.array([1.1, 1.0])
+    for part in paired_gain(against[:1], against[:1]):
+        assert part == pytest.approx(0)
+    assert paired_gain(better[:1], against[:1]) == pytest.approx((0.1, 0.1, 0.1))
+    assert paired_gain(better, against)[0] == pytest.approx(value(better) / value(against) - 1)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_claim():
+    """Two recipes whose prompts share their difficulty; the true gain is 5%."""
+    random = numpy.random.default_rng(1)
+    covered = 0
+    for trial in range(100):
+        difficulty = random.gamma(5, 1, size=60)
+        rounds = numpy.full((1, 60), 10.0)
+        against = numpy.stack([difficulty[None] * 10 + random.normal(0, 3, (1, 60)), rounds], axis=-1)
+        pairs = numpy.stack([difficulty[None] * 10.5 + random.normal(0, 3, (1, 60)), rounds], axis=-1)
+        _, low, high = paired_gain(pairs, against, resamples=200, seed=trial)
+        covered += low <= 0.05 <= high
+        assert high - low < 0.2  # unpaired it would be near 0.35
+    assert 85 <= covered <= 100
+
+
+def test_the_plateau_is_read_off_the_last_quarter_of_the_curve():
+    curve = [[0, 0, tau] for tau in (1.0, 2.0, 3.0, 3.5, 3.8, 4.0, 4.0, 4.1, 4.1)]
+    assert plateau_gain(curve) == pytest.approx(4.1 / 4.0 - 1)
+    assert plateau_gain(curve[:4]) is None
