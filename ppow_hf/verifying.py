@@ -39,8 +39,9 @@ class TargetSession:
         kinds = getattr(text, "layer_types", None)
         self.layer_kinds = set(kinds) if kinds is not None else None
         self.window = self._sliding_window(text)
+        self._check_layers(trees)
         past = cache.get_seq_length() if cache is not None else 0
-        self._check(cache, past, trees)
+        self._check_cache(cache, past, trees)
         self.past = past if 0 < past < input_ids.shape[1] else 0
         # Layers that drop what slid out of their window count columns, holes too: keep all, and mask by position.
         own = self.window is not None and (self.ragged or trees)
@@ -65,7 +66,7 @@ class TargetSession:
             return None
         return getattr(text, "sliding_window", None)
 
-    def _check(self, cache: Any, past: int, trees: bool) -> None:
+    def _check_layers(self, trees: bool) -> None:
         name, kinds = type(self.target).__name__, self.layer_kinds or set()
         if any("linear" in kind or kind in ("mamba", "recurrent", "conv", "hybrid") for kind in kinds) or getattr(
             self.target, "_is_stateful", False
@@ -73,18 +74,6 @@ class TargetSession:
             raise ValueError(
                 f"{name} keeps a recurrent state, which cannot take back rejected draft tokens. Generate without a "
                 "drafter."
-            )
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"cache_implementation: a {type(cache).__name__} was given, but rejected draft tokens are taken back "
-                "from a dynamic cache. Leave out cache_implementation and past_key_values."
-            )
-        if past and len(self.visible) > 1:
-            raise ValueError("past_key_values: a filled cache can be gone on from with one prompt only, not a batch.")
-        if past and trees and self.window is not None:
-            raise ValueError(
-                f"past_key_values: {name} has layers with a sliding window, whose filled cache cannot verify trees. "
-                "Leave out tree_nodes, or past_key_values."
             )
         if (trees or self.ragged) and not kinds <= ATTENTION_KINDS:
             raise ValueError(
@@ -96,6 +85,20 @@ class TargetSession:
             raise ValueError(
                 f"attn_implementation: {attention!r} takes no masks of our own, which trees and batches with sliding "
                 'windows need. Load the target with attn_implementation="sdpa".'
+            )
+
+    def _check_cache(self, cache: Any, past: int, trees: bool) -> None:
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"cache_implementation: a {type(cache).__name__} was given, but rejected draft tokens are taken back "
+                "from a dynamic cache. Leave out cache_implementation and past_key_values."
+            )
+        if past and len(self.visible) > 1:
+            raise ValueError("past_key_values: a filled cache can be gone on from with one prompt only, not a batch.")
+        if past and trees and self.window is not None:
+            raise ValueError(
+                f"past_key_values: {type(self.target).__name__} has layers with a sliding window, whose filled cache "
+                "cannot verify trees. Leave out tree_nodes, or past_key_values."
             )
 
     # -- forwards

@@ -27,7 +27,7 @@ from ppow_hf.trees import CONTEXT, DraftTree, lay_out, least_reach
 TREE = {"tree_nodes": 12, "tree_branches": 3, "max_window": 5, **COSTS}
 SAMPLED_TREE = {"tree_nodes": 8, "tree_branches": 3, "max_window": 3, "cost_ratio": 0.02, "verification_cost": 0.01}
 SAMPLED_TREE |= {"copies": 300, "calls": 3}
-NOISY = functools.partial(noisy_copy, noise=0.3)
+NOISY = functools.partial(noisy_copy, noise=1.0)
 
 
 # -- text at T = 0
@@ -230,11 +230,13 @@ def test_pruning_drawn_nodes_by_their_probability_is_noticed(small_vocab_target,
             for node, token in enumerate(tree.tokens):
                 probs = grown.draft_scores(i, [tree.parents[node]])[0].softmax(-1)
                 tree.reach[node] = float(probs[token]) * (tree.reach[p] if (p := tree.parents[node]) >= 0 else 1.0)
-            grown.trees[i] = tree.pruned(max(len(tree.tokens) // 2, 1))
+            grown.trees[i] = tree.pruned(2)
         return grown
 
     monkeypatch.setattr(loop, "grow_trees", pruned)
-    assert not sampled_rows_fit(small_vocab_target, NOISY(small_vocab_target), window="fixed", **SAMPLED_TREE)
+    assert not sampled_rows_fit(
+        small_vocab_target, noisy_copy(small_vocab_target, 0.3), window="fixed", **SAMPLED_TREE
+    )
 
 
 # -- the rule for siblings drawn without replacement, by itself
