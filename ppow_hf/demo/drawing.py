@@ -211,7 +211,7 @@ def line_chart(title: str, series: Mapping[str, Points], width: int = 360, heigh
         x = at((value, y_low))[0]
         parts.append(f'<text x="{x:.1f}" y="{height - 12}" text-anchor="{anchor}">step {value:.0f}</text>')
     legend_x = left
-    for number, (name, line) in enumerate(series.items()):
+    for number, (name, line) in enumerate(series.items(), start=int(next(iter(series)) == "PPOW")):
         places = [at(point) for point in sorted(line)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         parts.append(f'<path class="line l{number % 3}" d="{path}"/>')

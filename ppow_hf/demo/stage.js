@@ -129,6 +129,7 @@ function update() {
   const value = props.value || {};
   if (value.run !== run) {
     run = value.run;
+    element.dataset.run = run;
     frames = [];
     spans.forEach((span) => span.remove());
     spans = [];
@@ -157,7 +158,8 @@ button_back.addEventListener("click", () => { pause(); show(Math.max(shown - 1, 
 button_step.addEventListener("click", () => { pause(); show(Math.min(shown + 1, frames.length - 1), true); });
 button_play.addEventListener("click", () => (playing ? pause() : play()));
 seek.addEventListener("input", () => { pause(); show(+seek.value, false); });
-document.addEventListener("pw-stop-" + tab, () => { if (!running()) return;
+document.addEventListener("pw-stop-" + tab, () => {
+  if (!running()) return;
   stopped = run;
   if (!timer) playing = live = false;
   cards();
