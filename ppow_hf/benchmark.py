@@ -20,14 +20,17 @@ from .benchmark_report import (
     describe_machine,
     format_table,
     own_version,
+    plot_speeds,
     plot_windows,
     verdict,
     without_paths,
     write_benchmark,
 )
 from .candidate_generator import check_call, target_width
+from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter
 from .trace import GenerationTrace, RoundTrace
+from .window_study import eos_of
 
 __all__ = [
     "Costs",
@@ -35,9 +38,11 @@ __all__ = [
     "describe_machine",
     "format_table",
     "measure_costs",
+    "plot_speeds",
     "plot_windows",
     "ratio_interval",
     "run_benchmark",
+    "run_grid",
     "trace_from_forwards",
     "verdict",
     "without_paths",
@@ -46,6 +51,7 @@ __all__ = [
 
 PROMPT_LOOKUP_TOKENS = 10
 FIXED_WINDOW = 8
+TREE_NODES = 16
 INTERVAL_SAMPLES = 1000
 FEWEST_PROMPTS_FOR_INTERVAL = 5
 
@@ -62,8 +68,11 @@ def run_benchmark(
     command: str | None = None,
     rows: Sequence[str] | None = None,
     traces: dict[str, list[GenerationTrace]] | None = None,
+    thorough: bool = False,
+    temperature: float = 0.0,
+    batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Generate greedily from every prompt in several ways, in turns, and compare them.
+    """Generate from every prompt in several ways, in turns, and compare them.
 
     Each prompt is run by every row before the next prompt is taken, in an order that rotates, so that a machine that
     gets slower meanwhile slows all rows alike; all rows are warmed up on the first prompt. Puts the models into eval
@@ -82,6 +91,13 @@ def run_benchmark(
         command (`str`, *optional*): the command that this run came from; file-system paths in it are cut to names.
         rows (`list[str]`, *optional*): names of the rows wanted, all by default; `plain` always runs.
         traces (`dict`, *optional*): filled with the traces of each row's first repeat, one per prompt.
+        thorough (`bool`, *optional*, defaults to `False`):
+            Also prompt lookup of 5 tokens, each of transformers' schedules and 3, 5 and 8 draft tokens, and our own
+            loop with chains and with trees.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            0 takes the likeliest token; above, every row samples with seeds of its own, so that texts differ.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Prompts of one call. Above 1 only plain generation and ours run: transformers' own take one at a time.
 
     Returns:
         `dict`: the content of `benchmark.json`.
@@ -92,6 +108,9 @@ def run_benchmark(
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("repeats", repeats)
+    check_count("batch_size", batch_size)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: {temperature} given; 0 (greedy) or a positive number is needed.")
     check_prompts(target, prompts, max_new_tokens)
     if standalone is None and drafter.config.architecture == "standalone":
         standalone = drafter
@@ -108,7 +127,11 @@ def run_benchmark(
     assistant_settings = None
     if standalone is not None:
         assistant_settings = copy.deepcopy(standalone.draft_model.model.generation_config)
-    ways, left_out = _ways_to_generate(target, drafter, standalone)
+    ways, left_out = _ways_to_generate(target, drafter, standalone, thorough)
+    if batch_size > 1:
+        alone = [name for name in ways if name.startswith(("prompt_lookup", "transformers"))]
+        left_out |= dict.fromkeys(alone, "transformers takes one prompt at a time here")
+        ways = {name: way for name, way in ways.items() if name not in alone}
     ways = _chosen(ways, rows, left_out)
 
     costs = measure_costs(target, drafter, sorted(prompts, key=lambda prompt: prompt.shape[1])[len(prompts) // 2])
@@ -122,46 +145,53 @@ def run_benchmark(
     )
     names = list(ways)
     runs = {name: _Runs() for name in names}
-    with ForwardRecorder(target) as recorder:
+    eos = eos_of(target)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    calls = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    with ForwardRecorder(target) as recorder, torch.random.fork_rng():
 
-        def generate(name: str, prompt: torch.Tensor) -> tuple[torch.Tensor, float, GenerationTrace]:
+        def generate(name: str, call: Sequence[torch.Tensor], seed: int) -> Outcome:
             options = ways[name]()
-            prompt = prompt.to(target.device)
+            ids, mask = left_padded(call, pad_token_id)
+            torch.manual_seed(seed)
             recorder.start()
             started = now(target.device)
             output = target.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
+                ids.to(target.device),
+                attention_mask=mask.to(target.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 num_beams=1,
                 pad_token_id=pad_token_id,
+                **(sampling if temperature > 0 else {"do_sample": False}),
                 **options,
             )
             seconds = now(target.device) - started
-            ids = output[0].cpu()
-            assistant = options.get("assistant_model")
-            if isinstance(assistant, DrafterView):
-                return ids, seconds, assistant.last_trace
-            return ids, seconds, recorder.trace(prompt.shape[1], ids)
+            new = [until_end(row, eos) for row in output[:, ids.shape[1] :].tolist()]
+            ours = options.get("assistant_model", options.get("custom_generate"))
+            if isinstance(ours, DrafterView | SpeculativeDecoding):
+                call_traces = ours.last_traces if batch_size > 1 or not ours.last_trace else [ours.last_trace]
+            elif batch_size > 1:
+                call_traces = [GenerationTrace([RoundTrace(0, 0, []) for _ in tokens]) for tokens in new]
+            else:
+                call_traces = [recorder.trace(ids.shape[1], output[0].cpu())]
+            return Outcome(new, seconds, call_traces)
 
         for name in names:
-            generate(name, prompts[0])
+            generate(name, calls[0], 0)
         turn = 0
         for repeat in range(repeats):
-            for number, prompt in enumerate(with_progress(prompts, f"benchmark {repeat + 1}/{repeats}")):
+            for number, call in enumerate(with_progress(calls, f"benchmark {repeat + 1}/{repeats}")):
                 first = turn % len(names)
                 turn += 1
-                for name in names[first:] + names[:first]:
-                    ids, seconds, trace = generate(name, prompt)
-                    runs[name].add(repeat, number, prompt.shape[1], ids, seconds, trace)
+                for place, name in enumerate(names[first:] + names[:first]):
+                    runs[name].add(repeat, number, generate(name, call, turn * len(names) + place))
     if assistant_settings is not None:
         standalone.draft_model.model.generation_config = assistant_settings  # type: ignore[union-attr]
     if traces is not None:
         traces.update({name: runs[name].traces[0] for name in names})
 
     plain = runs["plain"]
-    described = [_describe_row(name, runs[name], plain) for name in names]
+    described = [_describe_row(name, runs[name], plain, temperature == 0) for name in names]
     ratios = [row["ratio_to_plain"] for row in described if row["name"].startswith("ppow_")]
     result = {
         "machine": describe_machine(target.device),
@@ -179,6 +209,8 @@ def run_benchmark(
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "repeats": repeats,
+        "temperature": temperature,
+        "batch_size": batch_size,
         "dtype": str(target.dtype).removeprefix("torch."),
         "speculation_pays": bool(ratios) and max(ratios) > 1,
         "rows": described,
@@ -188,41 +220,87 @@ def run_benchmark(
     return result
 
 
+def run_grid(
+    target: PreTrainedModel,
+    tokenizer: Any,
+    drafter: PPOWDrafter,
+    prompts: Sequence[torch.Tensor],
+    batch_sizes: Sequence[int] = (1,),
+    temperatures: Sequence[float] = (0.0,),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """[`run_benchmark`] at every batch size and temperature; one result each, in that order."""
+    return [
+        run_benchmark(target, tokenizer, drafter, prompts, batch_size=batch_size, temperature=temperature, **options)
+        for batch_size in batch_sizes
+        for temperature in temperatures
+    ]
+
+
+def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts `[1, n]` as one batch `[B, longest]`, and its attention mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    pad = torch.nn.functional.pad
+    ids = [pad(prompt.cpu(), (longest - prompt.shape[1], 0), value=pad_token_id) for prompt in prompts]
+    mask = [pad(torch.ones_like(prompt.cpu()), (longest - prompt.shape[1], 0)) for prompt in prompts]
+    return torch.cat(ids), torch.cat(mask)
+
+
+def until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    """`tokens` up to and with the first that ends a text: what is behind it in a batch is padding."""
+    ends = [place for place, token in enumerate(tokens) if token in eos]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
 # -- what a row is
 
 
 def _ways_to_generate(
-    target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None
+    target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None, thorough: bool = False
 ) -> tuple[dict[str, Callable[[], dict[str, Any]]], dict[str, str]]:
     """Row name -> function that gives the options of one `generate` call; and rows left out, with the reason."""
 
     def ours(model: PPOWDrafter, **settings) -> Callable[[], dict[str, Any]]:
         return lambda: {"assistant_model": model.with_settings(**settings)}
 
-    ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "plain": dict,
-        f"prompt_lookup_{PROMPT_LOOKUP_TOKENS}": lambda: {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS},
-    }
+    ways: dict[str, Callable[[], dict[str, Any]]] = {"plain": dict}
+    for tokens in (5, PROMPT_LOOKUP_TOKENS) if thorough else (PROMPT_LOOKUP_TOKENS,):
+        ways[f"prompt_lookup_{tokens}"] = lambda tokens=tokens: {"prompt_lookup_num_tokens": tokens}
     left_out = {}
     if standalone is not None:
         assistant = standalone.draft_model.model
         untouched = copy.deepcopy(assistant.generation_config)
-        name = f"transformers_assisted_{_default_schedule(assistant)}"
 
-        def assisted() -> dict[str, Any]:
+        def assisted(**changes: Any) -> dict[str, Any]:
             # Some schedules carry the number of draft tokens over to the next call; each prompt starts afresh here.
             assistant.generation_config = copy.deepcopy(untouched)
+            assistant.generation_config.update(**changes)
             return {"assistant_model": assistant}
 
-        if target_width(assistant) == target_width(target):
-            ways[name] = assisted
-        else:
-            left_out[name] = (
-                f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of "
-                f"{target_width(target)}"
-            )
+        default = _default_schedule(assistant)
+        theirs: dict[str, dict[str, Any]] = {f"transformers_assisted_{default}": {}}
+        if thorough:
+            for schedule in ("constant", "heuristic", "heuristic_transient"):
+                theirs.setdefault(f"transformers_assisted_{schedule}", {"num_assistant_tokens_schedule": schedule})
+            for tokens in (3, 5, 8):
+                theirs[f"transformers_assisted_{tokens}"] = {
+                    "num_assistant_tokens_schedule": "constant",
+                    "num_assistant_tokens": tokens,
+                }
+        for name, changes in theirs.items():
+            if target_width(assistant) == target_width(target):
+                ways[name] = lambda changes=changes: assisted(**changes)
+            else:
+                left_out[name] = (
+                    f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of "
+                    f"{target_width(target)}"
+                )
     ways[f"ppow_fixed_{FIXED_WINDOW}"] = ours(drafter, window="fixed", max_window=FIXED_WINDOW)
     ways["ppow_kl"] = ours(drafter, window="kl")
+    if thorough:
+        ways["ppow_loop_kl"] = lambda: {"custom_generate": drafter.generate_with(window="kl")}
+        if drafter.config.architecture != "medusa":
+            ways["ppow_tree"] = lambda: {"custom_generate": drafter.generate_with(window="kl", tree_nodes=TREE_NODES)}
     if standalone is not None and standalone is not drafter and drafter.config.architecture != "standalone":
         ways[f"ppow_standalone_fixed_{FIXED_WINDOW}"] = ours(standalone, window="fixed", max_window=FIXED_WINDOW)
         ways["ppow_standalone_kl"] = ours(standalone, window="kl")
@@ -295,41 +373,51 @@ def trace_from_forwards(
     return trace
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """One call: new tokens of each prompt, seconds, and each prompt's trace."""
+
+    new_ids: list[list[int]]
+    seconds: float
+    traces: list[GenerationTrace]
+
+
 @dataclass
 class _Runs:
-    """All runs of one row, by repeat and prompt."""
+    """All runs of one row, by repeat, and then: outputs and traces by prompt, new tokens and seconds by call."""
 
     outputs: list[list[list[int]]] = field(default_factory=list)
     new_tokens: list[list[int]] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
     traces: list[list[GenerationTrace]] = field(default_factory=list)
 
-    def add(
-        self, repeat: int, number: int, prompt_length: int, ids: torch.Tensor, seconds: float, trace: GenerationTrace
-    ) -> None:
+    def add(self, repeat: int, number: int, outcome: Outcome) -> None:
         if number == 0:
             for runs in (self.outputs, self.new_tokens, self.seconds, self.traces):
                 runs.append([])
-        self.outputs[repeat].append(ids.tolist())
-        self.new_tokens[repeat].append(len(ids) - prompt_length)
-        self.seconds[repeat].append(seconds)
-        self.traces[repeat].append(trace)
+        self.outputs[repeat] += outcome.new_ids
+        self.new_tokens[repeat].append(sum(map(len, outcome.new_ids)))
+        self.seconds[repeat].append(outcome.seconds)
+        self.traces[repeat] += outcome.traces
 
     @property
     def speed(self) -> float:
         """Tokens per second, the median of the repeats."""
-        return statistics.median(
-            sum(tokens) / sum(seconds) for tokens, seconds in zip(self.new_tokens, self.seconds, strict=True)
-        )
+        return statistics.median(self.speeds)
 
-    def per_prompt(self) -> tuple[list[int], list[float]]:
-        """New tokens and seconds of each prompt, summed over the repeats."""
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens per second of each repeat."""
+        return [sum(tokens) / sum(seconds) for tokens, seconds in zip(self.new_tokens, self.seconds, strict=True)]
+
+    def per_call(self) -> tuple[list[int], list[float]]:
+        """New tokens and seconds of each call, summed over the repeats."""
         return [sum(one) for one in zip(*self.new_tokens, strict=True)], [
             sum(one) for one in zip(*self.seconds, strict=True)
         ]
 
 
-def _describe_row(name: str, runs: _Runs, plain: _Runs) -> dict[str, Any]:
+def _describe_row(name: str, runs: _Runs, plain: _Runs, greedy: bool) -> dict[str, Any]:
     every = [trace for repeat in runs.traces for trace in repeat]
     together = GenerationTrace(rounds=[one_round for trace in every for one_round in trace.rounds])
     reference = plain.outputs[0]
@@ -339,15 +427,16 @@ def _describe_row(name: str, runs: _Runs, plain: _Runs) -> dict[str, Any]:
     row = {
         "name": name,
         "tokens_per_second": runs.speed,
+        "tokens_per_second_range": [min(runs.speeds), max(runs.speeds)],
         "acceptance_length": together.acceptance_length,
         "tokens_per_target_forward": together.tokens_per_target_forward,
         "drafted": together.drafted,
         "accepted": together.accepted,
         "wasted": together.wasted,
         "ratio_to_plain": runs.speed / plain.speed,
-        "ratio_interval": None if runs is plain else ratio_interval(runs.per_prompt(), plain.per_prompt()),
-        "identical_to_plain": not different,
-        "different_prompts": len(different),
+        "ratio_interval": None if runs is plain else ratio_interval(runs.per_call(), plain.per_call()),
+        "identical_to_plain": not different if greedy else None,  # samples differ by their seeds
+        "different_prompts": len(different) if greedy else None,
         "seconds": sum(map(sum, runs.seconds)),
         "new_tokens": sum(map(sum, runs.new_tokens)),
         "target_forwards": len(together.rounds),

@@ -106,8 +106,14 @@ def _row_cells(row: dict[str, Any], prompts: int) -> list[str]:
         f"{row['acceptance_length']:.2f}",
         f"{row['tokens_per_target_forward']:.2f}",
         f"{row['wasted']:.0%}" if drafts else "-",
-        "yes" if row["identical_to_plain"] else f"no ({row['different_prompts']}/{prompts})",
+        _identical_cell(row, prompts),
     ]
+
+
+def _identical_cell(row: dict[str, Any], prompts: int) -> str:
+    if row["identical_to_plain"] is None:
+        return "sampled"
+    return "yes" if row["identical_to_plain"] else f"no ({row['different_prompts']}/{prompts})"
 
 
 def _shortened(name: str, width: int) -> str:
@@ -144,6 +150,8 @@ def verdict(result: dict[str, Any]) -> str:
         )
     elif len(others) > 1:
         sentence += ", and none of the others was faster than plain"
+    if result.get("temperature", 0) > 0:
+        return f"{sentence}; texts were sampled at temperature {result['temperature']:g}."
     different = [row["name"] for row in result["rows"] if not row["identical_to_plain"]]
     if different:
         return f"{sentence}; but outputs were not identical to plain in {', '.join(different)}."
@@ -228,6 +236,36 @@ def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds
         f"wasted drafts {together.wasted:.0%}",
         fontsize=11,
     )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def plot_speeds(result: dict[str, Any], path: str | Path) -> Path:
+    """Draw each row's tokens per second, with the range of the repeats, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    speeds = [row["tokens_per_second"] for row in rows]
+    ranges = [row.get("tokens_per_second_range", [row["tokens_per_second"]] * 2) for row in rows]
+    errors = [
+        [max(speed - low, 0.0) for speed, (low, _) in zip(speeds, ranges, strict=True)],
+        [max(high - speed, 0.0) for speed, (_, high) in zip(speeds, ranges, strict=True)],
+    ]
+    figure, axis = pyplot.subplots(figsize=(8, 0.36 * len(rows) + 1.2), layout="constrained")
+    colours = ["#2f5d9b" if row["name"].startswith("ppow_") else "#c9d6ea" for row in rows]
+    axis.barh([row["name"] for row in rows], speeds, xerr=errors, color=colours, error_kw={"linewidth": 1})
+    for place, row in enumerate(rows):
+        axis.text(speeds[place], place, f"  {row['ratio_to_plain']:.2f}x", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("tokens per second")
+    axis.set_xlim(0, 1.15 * max(high for _, high in ranges))
+    axis.spines[["top", "right"]].set_visible(False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

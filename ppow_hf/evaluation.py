@@ -130,21 +130,32 @@ def fit_estimator(traces: Sequence[GenerationTrace]) -> dict[str, Any]:
 
 
 def calibrate(target, drafter, prompts, max_new_tokens=64, temperatures=(0.0, 1.0), seed=0) -> dict[str, Any]:
-    """Fit the acceptance estimate on decoded prompts and measure the costs: what belongs in `config.calibration`.
+    """Fit the acceptance estimate and measure the costs: what belongs in `config.calibration`.
 
-    Prompts should be ones the drafter was not trained on.
+    At T = 0 the estimate is fitted on fixed windows of several lengths, replayed on a table of drafts; at T > 0 on
+    decoded windows of the longest. Prompts should be ones the drafter was not trained on.
     """
     from .benchmark import measure_costs
+    from .window_report import fit_on_tables
+    from .window_study import draft_tables
 
     calibration: dict[str, Any] = {}
+    was_training = drafter.training
+    drafter.eval()
     for temperature in temperatures:
-        _, traces = decode(
-            target, drafter, prompts, max_new_tokens, temperature, seed, window="fixed",
-            max_window=drafter.config.max_window,
-        )  # fmt: skip
-        calibration["sampling" if temperature > 0 else "greedy"] = fit_estimator(traces)
-    ids = torch.tensor([list(prompts[0])], device=target.device)
-    costs = measure_costs(target, drafter, ids, max_window=drafter.config.max_window)
+        if temperature > 0:
+            _, traces = decode(
+                target, drafter, prompts, max_new_tokens, temperature, seed, window="fixed",
+                max_window=drafter.config.max_window,
+            )  # fmt: skip
+            calibration["sampling"] = fit_estimator(traces)
+        else:
+            ids = [torch.tensor([list(prompt)]) for prompt in prompts]
+            tables = draft_tables(target, drafter, ids, max_new_tokens, drafter.config.max_window)
+            calibration["greedy"] = fit_on_tables(tables)
+    drafter.train(was_training)
+    first_prompt = torch.tensor([list(prompts[0])], device=target.device)
+    costs = measure_costs(target, drafter, first_prompt, max_window=drafter.config.max_window)
     calibration["costs"] = {
         "cost_ratio": round(costs.cost_ratio, 4),
         "verification_cost": round(costs.verification_cost, 4),

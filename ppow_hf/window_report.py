@@ -42,20 +42,21 @@ Tables = Mapping[str, Sequence[DraftTable]]
 
 def fit_on_tables(tables: Sequence[DraftTable]) -> dict[str, Any]:
     """The estimate that `config.calibration["greedy"]` holds, from fixed windows replayed on texts of their own."""
-    costs = OnlineCosts(0.0, 0.0)
-    return fit_estimator(
-        [replay(FixedWindow(window, costs), table, record=True) for window in FITTING_WINDOWS for table in tables]
-    )
+    return fit_estimator(_fitting_traces(tables))
 
 
 def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
     """The same from confidence, entropy, divergence and position alone, the other weights being 0."""
-    costs = OnlineCosts(0.0, 0.0)
-    traces = [replay(FixedWindow(window, costs), table, record=True) for window in FITTING_WINDOWS for table in tables]
+    traces = _fitting_traces(tables)
     for trace in traces:
         for one_round in trace.rounds:
             one_round.features = [[*features[:4], 0.0, 0.0, 0.0] for features in one_round.features]
     return fit_estimator(traces)
+
+
+def _fitting_traces(tables: Sequence[DraftTable]) -> list[GenerationTrace]:
+    costs = OnlineCosts(0.0, 0.0)
+    return [replay(FixedWindow(window, costs), table, record=True) for window in FITTING_WINDOWS for table in tables]
 
 
 def speed(traces: Sequence[GenerationTrace], costs: CostModel) -> dict[str, float]:

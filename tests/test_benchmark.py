@@ -12,9 +12,11 @@ from ppow_hf.benchmark import (
     describe_machine,
     format_table,
     measure_costs,
+    plot_speeds,
     plot_windows,
     ratio_interval,
     run_benchmark,
+    run_grid,
     trace_from_forwards,
     verdict,
     without_paths,
@@ -127,6 +129,57 @@ def test_every_row_writes_what_plain_generation_writes(run):
     for row in run[0]["rows"]:
         assert row["identical_to_plain"] is True and row["different_prompts"] == 0, row["name"]
         assert row["new_tokens"] == 5 * NEW_TOKENS
+
+
+def test_thorough_runs_hold_every_schedule_and_both_loops(target, eagle, standalone, prompts):
+    result = run_benchmark(
+        target, None, eagle, prompts[:2], standalone=standalone, max_new_tokens=10, thorough=True, repeats=2
+    )
+    rows = rows_of(result)
+    assert {
+        "prompt_lookup_5",
+        "prompt_lookup_10",
+        *(f"transformers_assisted_{name}" for name in ("constant", "heuristic", "heuristic_transient", 3, 5, 8)),
+        "ppow_loop_kl",
+        "ppow_tree",
+    } <= rows.keys()
+    for name, row in rows.items():
+        assert row["identical_to_plain"] is True, name
+        low, high = row["tokens_per_second_range"]
+        assert low <= row["tokens_per_second"] <= high
+    # The assistant is the target: all is kept, so that lengths tell the schedule. 10 tokens: 3 + 1, 3 + 1, 1 + 1; and
+    # 8 + 1, the last one without a draft.
+    assert rows["transformers_assisted_3"]["acceptance_length"] == pytest.approx(10 / 3)
+    assert rows["transformers_assisted_8"]["acceptance_length"] == pytest.approx(8 + 1)
+    assert "ppow_tree" in format_table(result)
+
+
+def test_batches_write_what_each_prompt_gets_alone(target, eagle, standalone, prompts):
+    alone = run_benchmark(target, None, eagle, prompts, standalone=standalone, max_new_tokens=8, rows=["ppow_kl"])
+    results = run_grid(
+        target, None, eagle, prompts, batch_sizes=(2, 5), standalone=standalone, max_new_tokens=8, thorough=True
+    )
+    for size, result in zip((2, 5), results, strict=True):
+        rows = rows_of(result)
+        assert result["batch_size"] == size and "prompt_lookup_10" in result["left_out"]
+        assert {"plain", "ppow_fixed_8", "ppow_kl", "ppow_loop_kl", "ppow_tree"} <= rows.keys()
+        for name, row in rows.items():
+            assert row["identical_to_plain"] is True, name
+            assert row["new_tokens"] == rows_of(alone)["plain"]["new_tokens"]
+
+
+def test_sampled_runs_do_not_ask_for_identical_text(target, eagle, prompts):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    result = run_benchmark(target, None, eagle, prompts[:2], max_new_tokens=8, temperature=1.0, rows=["ppow_kl"])
+    assert torch.equal(torch.rand(2), expected)  # the global random state is left alone
+    assert all(row["identical_to_plain"] is None for row in result["rows"]) and result["temperature"] == 1.0
+    assert "sampled" in format_table(result) and verdict(result).endswith("sampled at temperature 1.")
+
+
+def test_speeds_are_drawn(run, tmp_path):
+    assert plot_speeds(run[0], tmp_path / "made" / "speeds.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_changed_text_is_reported(target, eagle, prompts, monkeypatch):
@@ -245,6 +298,8 @@ def test_assistant_keeps_its_own_generation_config(target, standalone, prompts):
         ({"prompts": [torch.ones(1, 250, dtype=torch.long)]}, r"prompts\[0\]: 250 tokens .* context of 256"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 given"),
         ({"repeats": 0}, "repeats: 0 given"),
+        ({"batch_size": 0}, "batch_size: 0 given"),
+        ({"temperature": -1.0}, "temperature: -1.0 given"),
         ({"rows": ["plain", "ppow_magic"]}, "rows: 'ppow_magic' is not one of"),
     ],
 )

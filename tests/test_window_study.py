@@ -71,11 +71,11 @@ def target(make_target):
     return make_target("llama", initializer_range=0.2)
 
 
-@pytest.fixture(scope="module", params=["eagle", "standalone"])
+@pytest.fixture(scope="module", params=["eagle", "standalone", "medusa"])
 def drafter(request, target):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return PPOWDrafter.from_target(target, request.param, num_hidden_layers=1).eval()
+        return PPOWDrafter.from_target(target, request.param).eval()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from ppow_hf.windowing import (
+    LOOKBACK,
     MAX_KL,
     AcceptanceEstimator,
     CostModel,
@@ -14,6 +15,7 @@ from ppow_hf.windowing import (
     HeuristicWindow,
     KLAdaptiveWindow,
     OnlineCosts,
+    TextMemory,
     decayed_kl,
     make_window_rule,
 )
@@ -187,6 +189,57 @@ def test_higher_confidence_and_lower_divergence_raise_the_estimate():
     confidence = [estimate.probability(AcceptanceEstimator.features(p, 1.0, 1.0, 0)) for p in (0.1, 0.5, 0.9)]
     divergence = [estimate.probability(AcceptanceEstimator.features(0.5, 1.0, kl, 0)) for kl in (5.0, 1.0, 0.01)]
     assert confidence == sorted(confidence) and divergence == sorted(divergence)
+
+
+# -- the text so far
+
+
+def slow_look_up(text, token, drafted):
+    """By scanning the text: the longest run before `token` seen with it behind, and a longer one seen without."""
+    before = (text[-LOOKBACK:] + list(drafted))[-LOOKBACK:]
+    agreeing = opposing = 0
+    for length in range(1, len(before) + 1):
+        run = before[len(before) - length :]
+        places = [i for i in range(len(text) - length) if text[i : i + length] == run]
+        if any(text[i + length] == token for i in places):
+            agreeing, opposing = length, 0
+        elif places:
+            opposing = length
+    return agreeing, opposing
+
+
+def test_memory_finds_what_a_scan_of_the_text_finds():
+    rng = random.Random(0)
+    for _ in range(60):
+        text = [rng.randrange(4) for _ in range(rng.randint(0, 40))]
+        memory, read = TextMemory(), 0
+        while read < len(text):  # in pieces, as rounds commit it
+            step = rng.randint(1, 6)
+            memory.read(text[read : read + step])
+            read += step
+        for drafted in ([], [1], [0, 2, 1], [3, 3, 3, 3, 3]):
+            for token in range(4):
+                assert memory.look_up(token, drafted) == slow_look_up(text, token, drafted), (text, drafted, token)
+
+
+def test_memory_of_nothing_says_nothing():
+    assert TextMemory().look_up(3, [1, 2]) == (0, 0)
+
+
+def test_a_repeated_text_raises_the_estimate_and_another_token_lowers_it():
+    rule = KLAdaptiveWindow(10, GIVEN, AcceptanceEstimator(agreement=0.7, conflict=-0.7))
+    rule.read([1, 2, 3, 4, 5, 1, 2, 3])
+    unsure = (0.5, 0.3, 1.0)
+    repeated, other = rule.describe(*unsure, 4, []), rule.describe(*unsure, 9, [])
+    assert repeated[-2:] == [3.0, 0.0] and other[-2:] == [0.0, 3.0]
+    assert rule.describe(*unsure, 5, [4])[-2:] == [4.0, 0.0]
+    assert rule.acceptance_probability(repeated) > 0.8 > 0.3 > rule.acceptance_probability(other)
+
+
+def test_weights_stored_by_an_older_version_still_make_an_estimate():
+    old = {"bias": 1.0, "confidence": 1.3, "divergence": -0.6, "entropy": 0.1, "position": 0.2}
+    rule = make_window_rule("kl", 5, GIVEN, {"greedy": {"weights": old, "acceptance": 0.5}})
+    assert rule.estimator.agreement == rule.estimator.margin == 0.0
 
 
 # -- the rules
