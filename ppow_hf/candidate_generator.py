@@ -16,6 +16,7 @@ from transformers.generation import EosTokenCriteria, LogitsProcessor, MaxLength
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
+from .configuration_ppow import warn_of_other_target
 from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
 from .trace import GenerationTrace, RoundTrace
@@ -304,6 +305,7 @@ def check_call(target: Any, drafter: PPOWDrafter | DrafterView, generation_confi
             f"assistant_model: this eagle drafter reads the target's layers {config.target_layer_ids}, but the target "
             f"has {text.num_hidden_layers}. Use a drafter trained for this target."
         )
+    warn_of_other_target(config, target.config._name_or_path)
 
 
 def target_width(target: Any) -> int:
@@ -421,6 +423,7 @@ def _wrap_validate_generation_mode(original):
         if not _is_ours(drafter):
             return original(self, generation_mode, generation_config, generation_mode_kwargs)
         check_call(self, drafter, generation_config)
+        warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
         if generation_mode != GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assistant_model: speculative decoding works with greedy search and sampling, not with "

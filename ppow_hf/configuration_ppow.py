@@ -3,8 +3,11 @@
 Knows no tensors. Travels to the Hub with the drafter's code, so it imports transformers only.
 """
 
+import functools
 import hashlib
 import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,6 +19,33 @@ WINDOWS = ("kl", "fixed", "heuristic")
 def vocabulary_fingerprint(tokenizer) -> str:
     """Sixteen hexadecimal digits that stand for a tokenizer's vocabulary (tokens and their ids)."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+_fingerprint_of = functools.lru_cache(maxsize=4)(vocabulary_fingerprint)
+
+
+def warn_of_other_target(config: Any, target_name: str | None = None, tokenizer: Any = None) -> None:
+    """Warn if a drafter of this `config` is used with a target of another name, or with another vocabulary.
+
+    It works all the same and changes no token; it drafts worse. Names are compared without the folders they lie in.
+    """
+    trained = config.target_name_or_path
+    if trained and target_name:
+        places = [part.lower() for part in Path(target_name).parts]  # of a snapshot: models--user--name/snapshots/...
+        last = trained.rstrip("/").split("/")[-1].lower()
+        if last not in places and not any(place.endswith(f"--{last}") for place in places if "--" in place):
+            warnings.warn(
+                f"This drafter was trained for {trained!r} and is used with {target_name!r}. The output is the "
+                "target's own all the same, but fewer drafts will be accepted: use a drafter of this target.",
+                stacklevel=2,
+            )
+    expected = config.target_vocabulary_fingerprint
+    if expected and tokenizer is not None and (given := _fingerprint_of(tokenizer)) != expected:
+        warnings.warn(
+            f"This drafter was trained for a vocabulary with the fingerprint {expected}, and the tokenizer's is "
+            f"{given}: use the tokenizer of {trained or 'its target'}, or a drafter of this target.",
+            stacklevel=2,
+        )
 
 
 def default_target_layers(num_layers: int) -> list[int]:

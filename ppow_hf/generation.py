@@ -19,6 +19,7 @@ from .acceptance import (
     rejection_sample_chain,
     rejection_sample_distinct_tree,
 )
+from .configuration_ppow import warn_of_other_target
 from .drafting import DrafterView, UnreadTokens
 from .rows import Endings, Row, ScoreProcessing
 from .trace import GenerationTrace, RoundTrace
@@ -70,6 +71,7 @@ class SpeculativeDecoding:
             raise ValueError("tokenizer: stop_strings are found in text, so pass the target's tokenizer with them.")
         self.view = DrafterView(drafter.drafter, {**drafter.settings, **settings})
         self.view.record = record
+        warn_of_other_target(drafter.config, tokenizer=tokenizer)
         self.streamer = streamer
         self.criteria = [] if stop_strings is None else [StopStringCriteria(tokenizer, stop_strings)]
 
@@ -270,7 +272,11 @@ class SpeculativeCall:
         self.target.keep(verdict.columns, counts, most)
         read = [tokens + [0] * (most + 1 - len(tokens)) for tokens in committed]
         self.unread.add(torch.tensor(read, device=self.input_ids.device), verdict.states, counts, most)
+        records = [row.trace.rounds[-1] for row in self.rows]
         self._drop_finished()
+        seconds = time.perf_counter() - started
+        for record in records:
+            record.seconds = seconds
 
     def _commit(self, row: Row, tokens: list[int], logits: torch.Tensor, scores: torch.Tensor) -> int:
         committed = self.endings.commit(row, tokens, logits, scores)

@@ -61,7 +61,7 @@ def drafter_card(
     name = repository or folder.resolve().name
     embedded = repository is not None and is_embedded(repository)
     declared = {**(EMBEDDED_FACTS if embedded else {}), **_declared(folder)}
-    benchmarks = [_read(path) for path in sorted(folder.glob("benchmark*.json"))]
+    benchmarks = [one for path in sorted(folder.glob("benchmark*.json")) for one in _as_list(_read(path))]
     acceptance = [_read(path) for path in sorted(folder.glob("acceptance*.json"))]
     results = eval_results(acceptance, target)
     own_tags = ["speculative-decoding", "draft-model", "ppow", config["architecture"], f"arxiv:{ARXIV}"]
@@ -268,6 +268,8 @@ def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any
     workload = f"{_cell(result['workload'])}: " if result.get("workload") else ""
     temperature = result.get("temperature") or 0
     sampling = "greedy" if temperature == 0 else f"T = {temperature:g}"
+    if result.get("batch_size", 1) > 1:
+        sampling += f", batches of {result['batch_size']}"
     return {
         "conditions": (
             f"{workload}target `{result.get('target') or target or 'unknown'}` in {result['dtype']}, "
@@ -286,7 +288,7 @@ def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any
                 "acceptance_length": f"{row['acceptance_length']:.2f}",
                 "tokens_per_target_forward": f"{row['tokens_per_target_forward']:.2f}",
                 "wasted": _share(row["wasted"]) if row["drafted"] else "",
-                "identical": "yes" if row["identical_to_plain"] else "no",
+                "identical": {True: "yes", False: "no", None: "sampled"}[row["identical_to_plain"]],
             }
             for row in result["rows"]
         ],
@@ -413,6 +415,11 @@ def _declared(folder: Path) -> dict[str, Any]:
         return {}
     data = ModelCard.load(path).data.to_dict()
     return {name: data[name] for name in ("license", "language", "datasets") if name in data}
+
+
+def _as_list(result: Any) -> list[dict[str, Any]]:
+    """The results of a benchmark file: one, or those of several batch sizes and temperatures."""
+    return result if isinstance(result, list) else [result]
 
 
 def _read(path: Path, default: Any = None) -> Any:

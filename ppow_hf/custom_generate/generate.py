@@ -11,7 +11,7 @@ from transformers import AutoModel
 REPOSITORY = "user/name"
 REVISION: str | None = None
 
-SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "record")
+SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "tree_nodes", "tree_branches", "record")
 _drafters: dict[tuple, Any] = {}
 
 
@@ -29,7 +29,7 @@ def load_drafter(model: Any, revision: str | None = None, **hub_options: Any) ->
 def generate(model: Any, revision: str | None = None, **arguments: Any) -> Any:
     """As `model.generate(**arguments)`, and with the same output, drafted by this repository's drafter.
 
-    Takes what `generate` takes, and `window`, `max_window`, `cost_ratio`, `verification_cost` for this call.
+    Takes what `generate` takes, and the drafter's window settings (`window`, `max_window`, ...) for this call.
     """
     if arguments.pop("assistant_model", None) is not None:
         raise ValueError("assistant_model: this repository drafts with its own drafter. Leave assistant_model out.")
