@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from .compare_evaluation import EvaluationTexts, SampledText, evaluate_drafter, quotient, write_texts
+from .compare_evaluation import EvaluationTexts, SampledText, evaluate_drafter, quotient, target_entropy, write_texts
 from .data import SequenceDataset, read_rows
 from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name
@@ -415,7 +415,12 @@ class Comparison:
                 drafter, self.target, self.data, {"objective": "supervised", **common, **settings}, budget, rate,
                 seed=0, folder=folder / "training", max_length=self.max_length, keep_bytes=self._keep_bytes,
             )  # fmt: skip
-        summary = {"curve": curve, "plateau_gain": plateau_gain(curve), "drafter": public_name(self.config.drafter)}
+        summary = {
+            "curve": curve,
+            "plateau_gain": plateau_gain(curve),
+            "drafter": public_name(self.config.drafter),
+            "target_entropy": target_entropy(self.target, self.texts[SPLITS[0]]),
+        }
         drafter.save_pretrained(self.folder / "start.part")
         (self.folder / "start.part" / "start.json").write_text(json.dumps(summary, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

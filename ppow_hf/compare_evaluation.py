@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .acceptance import sample_from_uniform
+from .acceptance import entropy, sample_from_uniform
 from .evaluation import decode, fit_estimator, repeated_ngrams
 from .modeling_ppow import PPOWDrafter, collect_target_states
 from .trace import GenerationTrace
@@ -194,6 +194,17 @@ def _mean(values: Sequence[float]) -> float:
     return sum(kept) / len(kept) if kept else 0.0
 
 
+@torch.no_grad()
+def target_entropy(target: Any, texts: EvaluationTexts) -> float:
+    """The target's mean entropy in nats per token of its texts drawn at T = 1: a too random target misleads."""
+    total, count = 0.0, 0
+    for text in texts.sampled:
+        logits = target(torch.tensor([text.ids], device=target.device)).logits[0, text.start - 1 : -1]
+        total += float(entropy(logits.float().log_softmax(-1)).sum())
+        count += len(logits)
+    return total / max(count, 1)
+
+
 # -- T = 1
 
 
@@ -283,7 +294,8 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
         )  # fmt: skip
         best = greedy.clamp_max(window)
         if drawn:
-            numbers, drafted = uniforms[rows, here], []  # [B, C - 1, K]
+            numbers = uniforms[rows, here]  # [B, C - 1, K]
+            drafted: list[torch.Tensor] = []
 
             def choose(j: int, current: torch.Tensor, numbers=numbers, drafted=drafted) -> torch.Tensor:
                 probs = drafter.compute_logits(current, width).float().softmax(-1)

@@ -231,7 +231,8 @@ class Report:
             f"{data['completion_tokens']} tokens each. Acceptance "
             "lengths count the token that the target adds (k + 1), over rounds with room for a whole window. In "
             f"brackets the gain over `{config['reference']}` with its 95% interval (paired bootstrap over prompts and "
-            f"seeds). Repeated 8-grams in the target's greedy texts: {numpy.mean(loops):.1%}; "
+            f"seeds). The target's entropy is {self.start['target_entropy']:.2f} nats per token at T = 1. Repeated "
+            f"8-grams in the target's greedy texts: {numpy.mean(loops):.1%}; "
             f"{sum(share > LOOPING for share in loops)} texts loop (more than {LOOPING:.0%}).",
         ]
         for budget in config["budgets"]:

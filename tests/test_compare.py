@@ -17,6 +17,7 @@ from ppow_hf.compare_evaluation import (
     group_chains,
     quotient,
     sampled_chains,
+    target_entropy,
     write_texts,
 )
 from ppow_hf.compare_report import Report, paired_gain, value
@@ -58,6 +59,15 @@ def test_the_texts_are_the_targets_own(target, texts):
         plain = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=26, do_sample=False)
         assert text == plain[0, len(prompt) :].tolist()
         assert sampled.ids[: sampled.start] == prompt and len(sampled.ids) == len(sampled.uniforms) == len(prompt) + 26
+
+
+def test_the_targets_entropy_is_that_of_its_sampled_texts(target, texts):
+    entropies = []
+    for text in texts.sampled:
+        for place in range(text.start, len(text.ids)):
+            p = target(torch.tensor([text.ids[:place]])).logits[0, -1].softmax(-1)
+            entropies.append(-sum(x * numpy.log(x) for x in p.tolist() if x > 0))
+    assert target_entropy(target, texts) == pytest.approx(numpy.mean(entropies), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["copy", "eagle", "medusa"])
