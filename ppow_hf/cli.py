@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING, Any
 from .commands import COMMANDS
 from .loading import (
     MODEL_HELP,
-    STDLIB_PROMPT_TOKENS,
     add_models,
     check_fits,
     check_positive,
     check_tokenizer,
-    ensure_file_writable,
     ensure_writable,
     load_drafter,
     load_pair,
-    load_prompts,
     load_target,
     load_tokenizer,
 )
@@ -90,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             return train(argv[1:])  # its arguments are those of a dataclass, read by transformers' parser
+        if argv[:1] == ["bench"] and "--windows" in argv:
+            argv = ["windows", *(word for word in argv[1:] if word != "--windows")]
         parser = build_parser()
         arguments = parser.parse_args(argv)
         arguments.command = _as_command(argv)
@@ -194,34 +193,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generation.add_argument("--json", action="store_true", help="print one JSON object with the text and the trace")
     generation.set_defaults(run=generate)
-
-    bench = commands.add_parser(
-        "bench",
-        help="compare ways of generating side by side",
-        description="Generate greedily from the same prompts in turns: plain, with prompt lookup, with transformers' "
-        "own assisted generation (given a standalone drafter) and with the drafter; print a table.",
-    )
-    add_models(bench)
-    bench.add_argument("--standalone", metavar="MODEL", help=f"a standalone drafter to compare with: {MODEL_HELP}")
-    bench.add_argument(
-        "--prompts",
-        default="stdlib",
-        metavar="FILE",
-        help="a .jsonl file with prompt, messages or text; a .txt file with one prompt a line; or stdlib for "
-        f"functions of the standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
-    )
-    bench.add_argument(
-        "--num-prompts", type=int, default=20, help="prompts taken, from the first on (default: %(default)s)"
-    )
-    bench.add_argument(
-        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
-    )
-    bench.add_argument(
-        "--repeats", type=int, default=1, help="times everything is run; speeds are medians (default: %(default)s)"
-    )
-    bench.add_argument("--json", metavar="FILE", help="also write the result as JSON")
-    bench.add_argument("--plot", metavar="FILE", help="also draw the windows of the adaptive rule as a PNG")
-    bench.set_defaults(run=bench_models)
 
     for name in COMMANDS:
         importlib.import_module(f".commands.{name}", __package__).register(commands)
@@ -330,54 +301,6 @@ def generate(arguments: argparse.Namespace) -> int:
         return 0
     print(prompt + text)
     print(format_summary(summary), file=sys.stderr)
-    return 0
-
-
-def bench_models(arguments: argparse.Namespace) -> int:
-    """`ppow bench`."""
-    for name in ("num_prompts", "max_new_tokens", "repeats"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
-    for name in ("json", "plot"):
-        if getattr(arguments, name):
-            ensure_file_writable(getattr(arguments, name), f"--{name}")
-    if arguments.prompts != "stdlib" and not Path(arguments.prompts).is_file():
-        raise FileNotFoundError(
-            f"--prompts: there is no file {arguments.prompts!r}. Pass a .jsonl or .txt file, or stdlib."
-        )
-    target, tokenizer, drafter = load_pair(arguments)
-    standalone = None
-    if arguments.standalone:
-        standalone = load_drafter(arguments.standalone, "--standalone", arguments.dtype, arguments.device)
-        check_tokenizer(standalone, tokenizer, "--standalone")
-    prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
-
-    from . import benchmark
-
-    traces: dict[str, list[GenerationTrace]] = {}
-    result = benchmark.run_benchmark(
-        target,
-        tokenizer,
-        drafter,
-        prompts,
-        standalone=standalone,
-        max_new_tokens=arguments.max_new_tokens,
-        repeats=arguments.repeats,
-        command=arguments.command,
-        traces=traces,
-    )
-    print(benchmark.format_table(result))
-    machine = result["machine"]
-    print(
-        f"{result['prompts']} prompts, {arguments.max_new_tokens} new tokens each, {result['dtype']}, on "
-        f"{machine['gpu'] if machine['device'] == 'cuda' else machine['processor']}; draft step "
-        f"{1e3 * result['draft_step_seconds']:.2f} ms, target forward "
-        f"{1e3 * result['target_forward_seconds']:.2f} ms, cost ratio {result['cost_ratio']:.3f}"
-    )
-    print(benchmark.verdict(result))
-    if arguments.json:
-        benchmark.write_benchmark(result, arguments.json)
-    if arguments.plot:
-        benchmark.plot_windows(traces["ppow_kl"], arguments.plot)
     return 0
 
 

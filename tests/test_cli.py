@@ -96,6 +96,21 @@ def test_bench_writes_table_json_and_picture(saved, tmp_path, capsys):
     assert (tmp_path / "new" / "windows.png").stat().st_size > 1000
 
 
+def test_bench_makes_a_table_for_each_batch_size_and_temperature(saved, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def add(a, b)\ndef sub\n")
+    argv = ["bench", "--target", saved / "target", "--drafter", saved / "eagle", "--prompts", prompts]
+    argv += ["--max-new-tokens", 4, "--batch-size", 1, 2, "--temperature", 0, 0.7, "--json", tmp_path / "b.json"]
+    assert cli.main(list(map(str, argv))) == 0
+    for batch_size in (1, 2):
+        for temperature in ("0", "0.7"):
+            result = json.loads((tmp_path / f"b-b{batch_size}-t{temperature}.json").read_text())
+            assert result["batch_size"] == batch_size and result["temperature"] == float(temperature)
+            identical = {row["identical_to_plain"] for row in result["rows"]}
+            assert identical == ({True} if temperature == "0" else {None})
+    assert capsys.readouterr().out.count("acceptance") == 4
+
+
 def test_bench_reads_json_lines(saved, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "def add(a, b):"}\n{"prompt": "return"}\n')
@@ -133,6 +148,8 @@ def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, cap
         "--temperature: -1.0": ["generate", *pair, "--prompt", "a", "--temperature", -1],
         "max_window: 0": ["generate", *pair, "--prompt", "a", "--max-window", 0],
         "--prompts: there is no file": ["bench", *pair, "--prompts", tmp_path / "no.txt"],
+        "--batch-size: 0 given": ["bench", *pair, "--batch-size", 2, 0],
+        "--fit-prompts: 0 given": ["bench", "--windows", *pair, "--fit-prompts", 0],
         "--repeats: 0 given": ["bench", *pair, "--repeats", 0],
         "--json": ["bench", *pair, "--json", tmp_path],
         "--standalone": ["bench", *pair, "--standalone", saved / "target", "--prompts", saved / "target/config.json"],

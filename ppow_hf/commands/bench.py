@@ -1,0 +1,147 @@
+"""`ppow bench`: ways of generating side by side, at several batch sizes and temperatures, or in a serving engine."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..loading import (
+    MODEL_HELP,
+    STDLIB_PROMPT_TOKENS,
+    add_models,
+    check_positive,
+    check_tokenizer,
+    ensure_file_writable,
+    load_drafter,
+    load_pair,
+    load_prompts,
+)
+from ..serving import engine_bench
+
+if TYPE_CHECKING:
+    from ..trace import GenerationTrace
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow bench`."""
+    parser = commands.add_parser(
+        "bench",
+        help="compare ways of generating side by side",
+        description="Generate from the same prompts in turns: plain, with prompt lookup, with transformers' own "
+        "assisted generation (given a standalone drafter) and with the drafter; print a table.",
+    )
+    add_models(parser)
+    parser.add_argument("--standalone", metavar="MODEL", help=f"a standalone drafter to compare with: {MODEL_HELP}")
+    parser.add_argument(
+        "--prompts",
+        default="stdlib",
+        metavar="FILE",
+        help="a .jsonl file with prompt, messages or text; a .txt file with one prompt a line; or stdlib for "
+        f"functions of the standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-prompts", type=int, default=20, help="prompts taken, from the first on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="times everything is run; speeds are medians (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="also each of transformers' schedules with 3, 5 and 8 draft tokens, and our own loop, chains and trees",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="0 takes the likeliest token, above it all ways sample; several make a table each (default: 0)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="prompts generated together; several sizes make a table each (default: 1)",
+    )
+    parser.add_argument(
+        "--windows",
+        action="store_true",
+        help="compare window rules instead: the same as `ppow windows`, whose other options go with it",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON (several: FILE-b2-t1.json)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the windows of the adaptive rule as a PNG")
+    engine_bench.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`ppow bench`."""
+    for name in ("num_prompts", "max_new_tokens", "repeats"):
+        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    for size in arguments.batch_size:
+        check_positive("--batch-size", size)
+    for name in ("json", "plot"):
+        if getattr(arguments, name):
+            ensure_file_writable(getattr(arguments, name), f"--{name}")
+    if arguments.prompts != "stdlib" and not Path(arguments.prompts).is_file():
+        raise FileNotFoundError(
+            f"--prompts: there is no file {arguments.prompts!r}. Pass a .jsonl or .txt file, or stdlib."
+        )
+    target, tokenizer, drafter = load_pair(arguments)
+    standalone = None
+    if arguments.standalone:
+        standalone = load_drafter(arguments.standalone, "--standalone", arguments.dtype, arguments.device)
+        check_tokenizer(standalone, tokenizer, "--standalone")
+    prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+    if arguments.engine:
+        return engine_bench.run(arguments, target, drafter, prompts)
+
+    from .. import benchmark
+
+    several = len(arguments.batch_size) * len(arguments.temperature) > 1
+    for batch_size in arguments.batch_size:
+        for temperature in arguments.temperature:
+            traces: dict[str, list[GenerationTrace]] = {}
+            result = benchmark.run_benchmark(
+                target,
+                tokenizer,
+                drafter,
+                prompts,
+                standalone=standalone,
+                max_new_tokens=arguments.max_new_tokens,
+                repeats=arguments.repeats,
+                command=arguments.command,
+                traces=traces,
+                thorough=arguments.thorough,
+                temperature=temperature,
+                batch_size=batch_size,
+            )
+            print(benchmark.format_table(result))
+            print(describe(result))
+            print(benchmark.verdict(result) + ("\n" if several else ""))
+            suffix = f"-b{batch_size}-t{temperature:g}" if several else ""
+            if arguments.json:
+                benchmark.write_benchmark(result, _with_suffix(arguments.json, suffix))
+            if arguments.plot:
+                benchmark.plot_windows(traces["ppow_kl"], _with_suffix(arguments.plot, suffix))
+    return 0
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What was run, and what a draft step and a target forward took."""
+    machine = result["machine"]
+    return (
+        f"{result['prompts']} prompts, batches of {result['batch_size']}, {result['max_new_tokens']} new tokens each, "
+        f"temperature {result['temperature']:g}, {result['dtype']}, on "
+        f"{machine['gpu'] if machine['device'] == 'cuda' else machine['processor']}; draft step "
+        f"{1e3 * result['draft_step_seconds']:.2f} ms, target forward "
+        f"{1e3 * result['target_forward_seconds']:.2f} ms, cost ratio {result['cost_ratio']:.3f}"
+    )
+
+
+def _with_suffix(file: str, suffix: str) -> Path:
+    path = Path(file)
+    return path.with_name(f"{path.stem}{suffix}{path.suffix}")
