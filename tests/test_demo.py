@@ -229,6 +229,7 @@ def test_the_explainers_sum_is_130_against_53_ms():
     fixed, adaptive = frames.cost_sums(0.2)
     assert fixed.per_token_ms == pytest.approx((30 * 8 + 150) / 3) and fixed.result == "130 ms"
     assert adaptive.per_token_ms == pytest.approx((30 * 6.5 + 150) / 6.5) and adaptive.result == "53 ms"
+    assert fixed.per_text_token_ms == pytest.approx(390 / 4)
     totals = frames.Totals(drafting_rounds=2, drafted=6, kept=4, fixed_rounds=2, fixed_drafted=16, fixed_kept=0)
     _, _, own_fixed, own = frames.cost_sums(0.1, totals)
     assert own.per_token_ms == pytest.approx((15 * 3 + 150) / 2) and own_fixed.result == "∞"

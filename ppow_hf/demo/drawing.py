@@ -116,7 +116,10 @@ def _cards() -> str:
 
 
 def cost_panel(cost_ratio: float, totals: Totals | None = None) -> str:
-    """The sum (T_draft x window + T_target) / accepted for the explainer's windows and this run's, as bars."""
+    """The sum (T_draft x window + T_target) / accepted for the explainer's windows and this run's, as bars.
+
+    Beside it the same round's time over accepted + 1: what a token of text costs, the target's own counted.
+    """
     sums = cost_sums(cost_ratio, totals)
     while len(sums) < 4:  # the same number of elements before the first run
         name = "This run, fixed 8" if len(sums) == 2 else "This run, adaptive"
@@ -125,8 +128,9 @@ def cost_panel(cost_ratio: float, totals: Totals | None = None) -> str:
     rows = "".join(_cost_row(s, longest) for s in sums)
     target, draft = sums[0].target_ms, sums[0].draft_ms
     return f"""<div class="pw-cost"><p>At {target:.0f} ms a target pass and <b>{draft:.0f} ms</b> a draft step, a kept
-draft token costs (T<sub>draft</sub> × window + T<sub>target</sub>) / kept:</p><table><thead class="pw-away"><tr>
-<th>window</th><th>sum</th><th>share of the longest</th><th>per kept token</th></tr></thead>
+draft token costs (T<sub>draft</sub> × window + T<sub>target</sub>) / kept:</p><table><thead><tr>
+<th>window</th><th class="sum">sum</th><th class="bar"></th><th class="ms">per kept draft</th>
+<th class="all">per token of text</th></tr></thead>
 <tbody>{rows}</tbody></table></div>"""
 
 
@@ -136,9 +140,11 @@ def _cost_row(line: CostSum, longest: float) -> str:
     kind = "adaptive" if "adaptive" in line.name else "fixed"
     unknown = line.window == 0
     formula, result = ("after the first run", "–") if unknown else (line.formula, line.result)
+    every = "–" if unknown else f"{line.per_text_token_ms:.0f} ms"
     return (
         f'<tr class="{kind}"><th scope="row">{escape(line.name)}</th><td class="sum">{escape(formula)}</td>'
-        f'<td class="bar"><u style="width:{0 if unknown else width:.1f}%"></u></td><td class="ms">{result}</td></tr>'
+        f'<td class="bar"><u style="width:{0 if unknown else width:.1f}%"></u></td><td class="ms">{result}</td>'
+        f'<td class="all">{every}</td></tr>'
     )
 
 

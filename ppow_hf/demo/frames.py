@@ -289,6 +289,11 @@ class CostSum:
         return model.cost_per_accepted(self.window, self.accepted) * self.target_ms
 
     @property
+    def per_text_token_ms(self) -> float:
+        """The same round over all the text it gives, the target's own token counted."""
+        return CostModel(self.draft_ms / self.target_ms).round_cost(self.window) * self.target_ms / (self.accepted + 1)
+
+    @property
     def formula(self) -> str:
         return (
             f"({self.draft_ms:.0f} × {self.window:.3g} + {self.target_ms:.0f}) / {self.accepted:.3g}"

@@ -222,12 +222,12 @@ def test_what_is_refused_is_said_in_a_friendly_way(open_page):
 
 def test_the_cost_slider_recomputes_the_sum(open_page):
     page = open_page()
-    rows = page.locator("#cost-panel tr .ms")
+    rows = page.locator("#cost-panel td.ms")
     assert rows.all_inner_texts()[:2] == ["130 ms", "53 ms"]
     field = page.locator("#cost-ratio input[type=number]")
     field.fill("0.1")
     field.press("Tab")
-    page.wait_for_function("document.querySelector('#cost-panel tr .ms').innerText !== '130 ms'")
+    page.wait_for_function("document.querySelector('#cost-panel td.ms').innerText !== '130 ms'")
     assert rows.all_inner_texts()[:2] == ["90 ms", "38 ms"]  # (15 * 8 + 150) / 3, (15 * 6.5 + 150) / 6.5
 
 

@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from serving import REPOSITORY, serve
+from serving import REPOSITORY, screenshot, serve
 
 pytestmark = pytest.mark.browser
 
@@ -39,7 +39,8 @@ async def visit(client, url, number, api="answer", data=None):
 
 
 async def crowd(url, count):
-    limits = httpx.Limits(max_connections=None)
+    # No connection is used twice: the server closes idle ones, which a slow machine would notice too late.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=300, limits=limits) as client:
         return await asyncio.gather(*(visit(client, url, number) for number in range(count)))
 
@@ -70,7 +71,6 @@ def test_fifty_visitors_at_once_are_answered_or_told_that_it_is_busy(server):
         ["def f():", "../../etc/passwd", 10, 0, 16, 0.2],
         ["def f():", "kl", 10, 0, 100000, 0.2],
         ["def f():", "kl", 10**9, -3, 16, 0.2],
-        [{"path": "/etc/passwd"}, "kl", 10, 0, 16, 0.2],
         [None, None, None, None, None, None],
     ],
 )
@@ -81,7 +81,15 @@ def test_nothing_beyond_the_limits_runs_whoever_asks(server, data):
 
     answer = asyncio.run(ask())
     assert "rounds" not in json.dumps(answer["output"])  # refused before or by the page: nothing was generated
-    assert "root:" not in json.dumps(answer)
+
+
+def test_a_path_sent_as_a_prompt_is_only_text(server):
+    async def ask():
+        async with httpx.AsyncClient(timeout=120) as client:
+            return await visit(client, server.url, 0, data=[{"path": "/etc/passwd"}, "kl", 10, 0, 16, 0.2])
+
+    value = asyncio.run(ask())["output"]["data"][0]
+    assert "root:" not in json.dumps(value)
 
 
 def test_the_spaces_own_file_starts_the_same_page_from_its_folder(tmp_path):
@@ -94,6 +102,29 @@ def test_the_spaces_own_file_starts_the_same_page_from_its_folder(tmp_path):
         page = httpx.get(server.url, timeout=60).text
         assert "pw-needle" in page and "How far ahead" in page
         assert str(space) not in page
+    finally:
+        server.process.terminate()
+        server.process.wait(30)
+
+
+def test_a_visitor_of_a_full_page_reads_that_it_is_busy(chromium, tmp_path):
+    server = serve(tmp_path, [sys.executable, "-m", "ppow_hf.cli", "demo"], tmp_path, PPOW_DEMO_QUEUE="1")
+    try:
+        config = httpx.get(f"{server.url}/config", timeout=60).json()
+        function = next(d["id"] for d in config["dependencies"] if d["api_name"] == "answer")
+        for number in range(3):  # one runs, one waits, the third is told to come again
+            data = ["def long_run():\n", "kl", 10, 0, 512, 0.2]
+            body = {"data": data, "fn_index": function, "session_hash": f"full{number}"}
+            joined = httpx.post(f"{server.url}/gradio_api/queue/join", json=body, timeout=60)
+            time.sleep(1)
+        assert joined.status_code == 503
+        page = chromium.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#stage .pw-cell.target")
+        page.click("#watch-run")
+        page.get_by_text("busy").first.wait_for(timeout=20_000)
+        screenshot(page, "busy")
+        page.close()
     finally:
         server.process.terminate()
         server.process.wait(30)
