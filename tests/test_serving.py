@@ -23,7 +23,11 @@ class RecordingWindow(FixedWindow):
 
     def __init__(self, max_window, costs, told):
         super().__init__(max_window, costs)
-        self.told = told
+        self.told, self.text = told, []
+
+    def read(self, tokens):
+        super().read(tokens)
+        self.text += tokens
 
     def update(self, window, draft_steps, accepted, kl):
         super().update(window, draft_steps, accepted, kl)
@@ -117,11 +121,19 @@ def test_proposes_the_drafters_own_continuation_of_each_request(target, drafter,
 
 
 def test_learns_what_the_engine_accepted(target, drafter):
-    told = []
-    costs = OnlineCosts(0.1, 0.05)
-    batch = BatchDrafter(drafter, lambda shared: RecordingWindow(4, shared, told), costs, 256)
+    told, rules = [], []
+
+    def make_rule(shared):
+        rules.append(RecordingWindow(4, shared, told))
+        return rules[-1]
+
+    batch = BatchDrafter(drafter, make_rule, OnlineCosts(0.1, 0.05), 256)
     engine = SlowEngine(target, PROMPTS, 16, cut=lambda step: 1 if step % 3 == 2 else None)  # some windows are cut
-    engine.run(batch)
+    done = engine.run(batch)
+    assert len(rules) == len(PROMPTS)
+    # Each rule has read the text of its request, up to the last time that the request was seen.
+    assert all(any(rule.text == ids[: len(rule.text)] for ids in done) for rule in rules)
+    assert min(len(rule.text) for rule in rules) > 10
     expected = list(engine.rounds)
     for window, kept, kl in told:
         expected.remove((kept, kept == window))

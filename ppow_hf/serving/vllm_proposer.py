@@ -29,7 +29,7 @@ from torch import nn
 
 from ..drafting import DraftSession
 from ..modeling_ppow import PPOWDrafter
-from ..windowing import AcceptanceEstimator, CostModel, OnlineCosts, WindowRule, make_window_rule
+from ..windowing import CostModel, OnlineCosts, WindowRule, make_window_rule
 
 COMPACT_AT = 0.25  # share of the cache's columns that no request needs any more
 
@@ -132,6 +132,7 @@ class BatchDrafter:
             request = None if tokens is None else _continued(known, tokens)
             if tokens is not None and request is None:
                 request, joined = DraftedRequest(tokens, self.make_rule(self.costs)), True
+                request.rule.read(tokens.tolist())
             elif request is not None and tokens is not None:
                 known.remove(request)
                 self._learn(request, tokens)
@@ -166,6 +167,7 @@ class BatchDrafter:
                 for position in range(min(accepted + 1, verified))
             ]
             request.rule.update(verified, request.draft_steps, min(accepted, verified), kl)
+        request.rule.read(new)
         request.tokens = tokens
 
     # -- the drafter's cache
@@ -219,14 +221,15 @@ class BatchDrafter:
         while True:
             log_probs = logits.float().log_softmax(-1)
             self._log_probs.append(log_probs)
-            top = log_probs.max(-1)
+            top = log_probs.topk(2, dim=-1)
             entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-            ids, sure, doubt = top.indices.tolist(), top.values.exp().tolist(), entropy.tolist()
+            likeliest, (sure, second) = top.indices[:, :1], top.values.exp().T.tolist()
+            ids, doubt = likeliest[:, 0].tolist(), entropy.tolist()
             still = []
             for request in active:
                 row, drafted = request.row, len(request.draft_ids)
                 request.draft_steps += 1
-                features = AcceptanceEstimator.features(sure[row], doubt[row], request.rule.lagged_kl, drafted)
+                features = request.rule.describe(sure[row], second[row], doubt[row], ids[row], request.draft_ids)
                 if not sure[row] > 0 or not request.rule.include(drafted, features):
                     continue
                 request.draft_ids.append(ids[row])
@@ -235,7 +238,7 @@ class BatchDrafter:
             active = still
             if not active:
                 break
-            logits = session.next_logits(top.indices[:, None], steps)
+            logits = session.next_logits(likeliest, steps)
             steps += 1
         self.costs.observe_drafting(steps, time.perf_counter() - started)
 
