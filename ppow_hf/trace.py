@@ -20,6 +20,7 @@ class RoundTrace:
         acceptance_probabilities (`list[float]`): what the window rule estimated for each drafted token.
         features (`list[list[float]]`): what it estimated them from, see [`~ppow_hf.windowing.AcceptanceEstimator`].
         draft_seconds, verify_seconds (`float`): time of drafting, and of the target's forward with the bookkeeping.
+        seconds (`float`): of the whole round, caches and rows brought up to date (our own loop's rounds only).
     """
 
     window: int
@@ -31,6 +32,7 @@ class RoundTrace:
     features: list[list[float]] = field(default_factory=list)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    seconds: float = 0.0
     parents: list[int] = field(default_factory=list)
 
     @property

@@ -3,4 +3,4 @@
 A module imports heavy libraries inside its functions, so that `ppow --help` is quick.
 """
 
-COMMANDS: tuple[str, ...] = ("bench", "export", "import_", "demo", "push", "windows", "compare")
+COMMANDS: tuple[str, ...] = ("bench", "export", "import_", "demo", "push", "windows", "compare", "overhead")

@@ -1,0 +1,54 @@
+"""`ppow overhead`: what the draft-verify loop costs beyond the two models' own forwards, on this machine."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..loading import add_models, check_fits, check_positive, ensure_file_writable, load_pair, load_prompts
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow overhead`."""
+    parser = commands.add_parser(
+        "overhead",
+        help="measure what the loop costs beyond the models",
+        description="Time rounds of the draft-verify loop (fixed windows, T = 0) and, in turns with them, the bare "
+        "draft steps and target forwards that such a round is made of; print the ratio.",
+    )
+    add_models(parser)
+    parser.add_argument(
+        "--prompts", default="stdlib", metavar="FILE", help="prompts as for `ppow bench` (default: %(default)s)"
+    )
+    parser.add_argument("--num-prompts", type=int, default=4, help="prompts taken (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="tokens generated from each (default: %(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=5, help="draft tokens a round (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help="with divergences and features in the trace")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    for name in ("num_prompts", "max_new_tokens", "window"):
+        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    if arguments.json:
+        ensure_file_writable(arguments.json, "--json")
+    target, tokenizer, drafter = load_pair(arguments)
+    prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+    for prompt in prompts:
+        check_fits("--prompts", prompt.shape[1], arguments.max_new_tokens, target)
+    from ..overhead import measure_overhead
+
+    measured = measure_overhead(
+        target, drafter, prompts, arguments.window, arguments.max_new_tokens, record=arguments.record
+    )
+    print(
+        f"round {measured.round_seconds * 1e3:.2f} ms = {measured.ratio:.3f} x (window {measured.window} x draft step "
+        f"{measured.draft_step_seconds * 1e3:.2f} ms + target forward {measured.target_seconds * 1e3:.2f} ms); medians "
+        f"of {measured.rounds} rounds, acceptance length {measured.acceptance_length:.2f}"
+    )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
