@@ -84,29 +84,16 @@ def run(make_rule: MakeRule, tables: Sequence[DraftTable], costs: CostModel, as_
     return [replay(make_rule(given), table) for table in tables]
 
 
-def competitors(
-    calibration: dict[str, Any], plain_calibration: dict[str, Any], threshold: float
-) -> dict[str, MakeRule]:
-    """Name -> the rule, made afresh from the costs it is given."""
-    return {
-        "transformers heuristic": lambda costs: HeuristicWindow(DEPTH, costs),
-        "transformers confidence 0.4": lambda costs: ConfidenceStop(DEPTH, costs),
-        "transformers dynamic confidence": lambda costs: ConfidenceStop(DEPTH, costs, dynamic=True),
-        "entropy stop (AdaEDL)": lambda costs: EntropyStop(DEPTH, costs, threshold),
-        CONFIDENCE_ONLY: lambda costs: make_window_rule("kl", DEPTH, costs, {"greedy": plain_calibration}),
-        OURS: lambda costs: make_window_rule("kl", DEPTH, costs, {"greedy": calibration}),
-    }
-
-
-def best_entropy_threshold(tables: Sequence[DraftTable], costs: CostModel) -> float:
-    """The entropy stop's first threshold that is fastest on the texts for fitting."""
-
-    def tokens_per_cost(threshold: float) -> float:
-        return speed(run(lambda given: EntropyStop(DEPTH, given, threshold), tables, costs, False), costs)[
-            "tokens_per_cost"
-        ]
-
-    return max(ENTROPY_THRESHOLDS, key=tokens_per_cost)
+UNPRICED: dict[str, MakeRule] = {  # rules that do not ask what drafting costs
+    **{f"fixed {window}": lambda costs, window=window: FixedWindow(window, costs) for window in range(DEPTH + 1)},
+    **{
+        f"entropy stop from {threshold}": lambda costs, threshold=threshold: EntropyStop(DEPTH, costs, threshold)
+        for threshold in ENTROPY_THRESHOLDS
+    },
+    "transformers heuristic": lambda costs: HeuristicWindow(DEPTH, costs),
+    "transformers confidence 0.4": lambda costs: ConfidenceStop(DEPTH, costs),
+    "transformers dynamic confidence": lambda costs: ConfidenceStop(DEPTH, costs, dynamic=True),
+}
 
 
 def study(
@@ -121,38 +108,47 @@ def study(
         segment_tokens (`int`, *optional*, defaults to `256`): least length of the mixed stream's segments.
 
     Returns:
-        `dict`: results, one entry for each workload and cost, with a `summary`; and the calibration that was fitted.
+        `dict`: results, one entry for each workload and cost, with a `summary`; and the calibrations that were fitted.
     """
     fit_tables = [table for workload in fitting.values() for table in workload]
-    calibration, plain_calibration = fit_on_tables(fit_tables), without_look_up(fit_tables)
-    workloads = {**tables, MIXED: mixed_stream(tables, segment_tokens)}
-    thresholds = {name: best_entropy_threshold(fit_tables, cost) for name, cost in costs.items()}
+    calibrations = {OURS: fit_on_tables(fit_tables), CONFIDENCE_ONLY: without_look_up(fit_tables)}
+    entropy_fits = {
+        threshold: run(UNPRICED[f"entropy stop from {threshold}"], fit_tables, CostModel(), False)
+        for threshold in ENTROPY_THRESHOLDS
+    }
     results = []
-    for workload, these in workloads.items():
+    for workload, these in {**tables, MIXED: mixed_stream(tables, segment_tokens)}.items():
         as_one = workload == MIXED
-        fixed = [
-            run(lambda given, window=window: FixedWindow(window, given), these, CostModel(), as_one)
-            for window in range(DEPTH + 1)
-        ]
+        unpriced = {name: run(maker, these, CostModel(), as_one) for name, maker in UNPRICED.items()}
         for cost_name, cost in costs.items():
-            makers = competitors(calibration, plain_calibration, thresholds[cost_name])
-            rules = {name: speed(run(maker, these, cost, as_one), cost) for name, maker in makers.items()}
-            fixed_speeds = [speed(traces, cost) for traces in fixed]
-            limit = speed([clairvoyant(table, cost) for table in these], cost)
-            thrifty = None
+
+            def adaptive(name: str, told: CostModel, these=these, cost=cost, as_one=as_one) -> dict[str, float]:
+                calibration = {"greedy": calibrations[name]}
+                made = run(lambda given: make_window_rule("kl", DEPTH, given, calibration), these, told, as_one)
+                return speed(made, cost)
+
+            speeds = {name: speed(traces, cost) for name, traces in unpriced.items()}
+            threshold = max(
+                ENTROPY_THRESHOLDS, key=lambda value, cost=cost: speed(entropy_fits[value], cost)["tokens_per_cost"]
+            )
+            rules = {name: speeds[name] for name in UNPRICED if name.startswith("transformers")}
+            rules["entropy stop (AdaEDL)"] = speeds[f"entropy stop from {threshold}"]
+            rules |= {name: adaptive(name, cost) for name in (CONFIDENCE_ONLY, OURS)}
+            fixed = [speeds[f"fixed {window}"] for window in range(DEPTH + 1)]
+            thrifty = rules[OURS] | {"told_costs_times": 1.0}
             for factor in THRIFT:
                 told = CostModel(cost.cost_ratio * factor, cost.verification_cost * factor)
-                found = speed(run(makers[OURS], these, told, as_one), cost)
-                if found["tokens_per_cost"] >= fixed_speeds[COMPARED_FIXED]["tokens_per_cost"]:
-                    thrifty = found | {"told_costs_times": factor}
+                slower = adaptive(OURS, told)
+                if slower["tokens_per_cost"] < fixed[COMPARED_FIXED]["tokens_per_cost"]:
+                    break
+                thrifty = slower | {"told_costs_times": factor}
+            limit = speed([clairvoyant(table, cost) for table in these], cost)
             results.append(
-                describe_result(workload, cost_name, cost, fixed_speeds, rules, limit, thresholds[cost_name])
-                | {"thrifty": thrifty or rules[OURS] | {"told_costs_times": 1.0}}
+                describe_result(workload, cost_name, cost, fixed, rules, limit)
+                | {"thrifty": thrifty, "entropy_stop_threshold": threshold}
             )
-    return {"results": results, "summary": summarise(results)}, {
-        "greedy": calibration,
-        "confidence_alone": plain_calibration,
-    }
+    calibration = {"greedy": calibrations[OURS], "confidence_alone": calibrations[CONFIDENCE_ONLY]}
+    return {"results": results, "summary": summarise(results)}, calibration
 
 
 def describe_result(
@@ -162,7 +158,6 @@ def describe_result(
     fixed: list[dict[str, float]],
     rules: dict[str, dict[str, float]],
     limit: dict[str, float],
-    threshold: float,
 ) -> dict[str, Any]:
     """One workload at one cost: every rule beside the best fixed window and the clairvoyant."""
     speeds = [one["tokens_per_cost"] for one in fixed]
@@ -180,14 +175,13 @@ def describe_result(
         "best_fixed_window": speeds.index(best),
         "best_fixed_tokens_per_cost": best,
         "rules": described,
-        "entropy_stop_threshold": threshold,
         "clairvoyant": limit,
     }
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The numbers that say whether adaptivity pays: of each rule its worst, mean and mixed-stream gains."""
-    summary = {}
+    summary: dict[str, Any] = {}
     for name in results[0]["rules"]:
         ours = [result["rules"][name] for result in results]
         mixed = [result["rules"][name]["over_best_fixed"] for result in results if result["workload"] == MIXED]

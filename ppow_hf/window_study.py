@@ -209,6 +209,7 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
     With `record` a fixed window, which needs no look at the distributions, leaves features and divergences too.
     """
     looks = record or type(rule) is not FixedWindow
+    looks_up = record or isinstance(rule, KLAdaptiveWindow)
     trace = GenerationTrace(rounds=[RoundTrace(0, 0, [])])  # the target's forward over the prompt
     committed, read = 1, 0
     whole = [*table.prompt.tolist(), *table.text.tolist()]
@@ -217,7 +218,7 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
         drafts = table.draft_ids[row].tolist()
         longest = min(rule.start(table.room(committed)), len(drafts))
         one_round = RoundTrace(0, 0, [])
-        if longest > 0 and looks:  # a drafter that drafts has read the text, and the rule with it
+        if longest > 0 and looks_up:  # a drafter that drafts has read the text, and the rule with it
             there = len(table.prompt) + committed
             rule.read(whole[read:there])
             read = there
