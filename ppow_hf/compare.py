@@ -87,7 +87,7 @@ SMOKE: dict[str, Any] = {
     "start": {"seconds": 4.0},
     "budgets": {"tokens": 4000},
     "learning_rates": [3e-4, 1e-3],
-    "groups": [4],
+    "groups": [8],
     "tree_nodes": [],
     "curve_points": 1,
     "curve_prompts": 2,
@@ -148,6 +148,11 @@ def _check(config: CompareConfig, source: str) -> None:
         if unknown:
             refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
         parse_objective(recipe.get("objective", "ppow"), 0.1, 1.0)
+    counted = {f"group_t0_c{count}" for count in config.groups} | {f"speed_t0_{c:g}" for c in config.cost_ratios}
+    counted |= {f"tree_t{t}_n{count}" for count in config.tree_nodes for t in (0, 1)}
+    for name in config.select_by:
+        if name not in counted and not name.startswith(("chain_t0_k", "chain_t1_k", "greedy_t1_k")):
+            refuse(f"select_by: {name!r} is not measured; beside chains there are {sorted(counted)}.")
     if config.drafter is None and not {"seconds", "learning_rate"} <= set(config.start):
         refuse("start: give seconds and learning_rate of the supervised start, or drafter to start from.")
 

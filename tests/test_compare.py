@@ -346,6 +346,7 @@ def test_the_shipped_configuration_is_whole(tmp_path):
         ({"budgets": {"tokens": 0}}, "budgets: {'tokens': 0}"),
         ({"seeds": []}, "seeds"),
         ({"data": {"train_sequences": 3}}, "data: prompt_tokens is None"),
+        ({"select_by": ["group_t0_c4"]}, "select_by: 'group_t0_c4' is not measured"),
         ({"start": {"seconds": 3}}, "start: give seconds and learning_rate"),
         ({"target": None, "recipes": None}, "must each have something"),
     ],
