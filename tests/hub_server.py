@@ -88,7 +88,7 @@ class HubServer:
     def __init__(self) -> None:
         self.tokens = {"hf_ada": ("ada", True), "hf_reader": ("bob", False)}
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.blobs: dict[str, bytes] = {}
+        self.blobs: dict[tuple[str, str], bytes] = {}  # by repository and sha256
         self.faults: dict[tuple[str, str], list[Fault]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.lock = threading.RLock()
@@ -96,6 +96,7 @@ class HubServer:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.cdn = self.endpoint.replace("127.0.0.1", "localhost")  # another host, as the client expects of a CDN
 
     def model(self, name: str) -> Repository:
         return self.repositories["model", name]
@@ -393,7 +394,7 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for asked in self.json_body()["objects"]:
             one = {"oid": asked["oid"], "size": asked["size"], "authenticated": True}
-            if asked["oid"] not in self.hub.blobs:
+            if (name, asked["oid"]) not in self.hub.blobs:
                 href = f"{self.hub.endpoint}/lfs/{{}}/{name}/{asked['oid']}"
                 one["actions"] = {"upload": {"href": href.format("upload")}, "verify": {"href": href.format("verify")}}
             objects.append(one)
@@ -408,13 +409,13 @@ class Handler(BaseHTTPRequestHandler):
             data = self.read_body()
             if hashlib.sha256(data).hexdigest() != oid:
                 raise Answer(400, {"error": "the content is not what was announced"})
-            self.hub.blobs[oid] = data
+            self.hub.blobs[name, oid] = data
             raise Answer(200)
         if action == "verify":
             size = self.json_body()["size"]
-            raise Answer(200 if len(self.hub.blobs.get(oid, b"")) == size else 404)
+            raise Answer(200 if len(self.hub.blobs.get((name, oid), b"")) == size else 404)
         if action == "cdn":
-            self.content(name, "cdn", self.hub.blobs[oid], {"ETag": f'"{oid}"'})
+            self.content(name, "cdn", self.hub.blobs[name, oid], {"ETag": f'"{oid}"'})
 
     def commit(self, kind: str, name: str, revision: str) -> None:
         create_pr = "create_pr" in self.query
@@ -435,9 +436,9 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     files[path] = Blob(base64.b64decode(line["value"]["content"]), False)
                 elif line["key"] == "lfsFile":
-                    if line["value"]["oid"] not in self.hub.blobs:
+                    if (name, line["value"]["oid"]) not in self.hub.blobs:
                         raise Answer(400, {"error": "LFS object was not uploaded"})
-                    files[path] = Blob(self.hub.blobs[line["value"]["oid"]], True)
+                    files[path] = Blob(self.hub.blobs[name, line["value"]["oid"]], True)
                 elif line["key"] == "deletedFile":
                     del files[path]
             ref = f"refs/heads/{revision}" if f"refs/heads/{revision}" in repository.refs else revision
@@ -465,9 +466,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"'}
         if not blob.lfs:
             self.content(name, "resolve_body", blob.data, headers)
-        self.hub.blobs[blob.oid] = blob.data
+        self.hub.blobs[name, blob.oid] = blob.data
         headers |= {"X-Linked-Size": str(len(blob.data)), "X-Linked-ETag": f'"{blob.oid}"'}
-        raise Answer(302, None, Location=f"{self.hub.endpoint}/lfs/cdn/{name}/{blob.oid}", **headers)
+        raise Answer(302, None, Location=f"{self.hub.cdn}/lfs/cdn/{name}/{blob.oid}", **headers)
 
     def content(self, name: str, step: str, data: bytes, headers: dict[str, str]) -> None:
         headers = {**headers, "Accept-Ranges": "bytes"}
