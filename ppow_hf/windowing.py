@@ -152,8 +152,8 @@ class TextMemory:
 class AcceptanceEstimator:
     """Probability that a draft token is kept, from what is known before it is drawn [ours].
 
-    Logistic in the [`features`]. Fitted by [`fit`] at the end of training; the default weights trust the drafter's
-    confidence alone.
+    Logistic in the [`features`]. Fitted by [`fit`] at the end of training; the default weights are for a drafter that
+    nobody fitted them to.
 
     Args:
         bias (`float`): log-odds where every feature is 0.
@@ -166,13 +166,13 @@ class AcceptanceEstimator:
     """
 
     bias: float = 0.0
-    confidence: float = 0.8
-    entropy: float = -0.2
+    confidence: float = 0.5
+    entropy: float = -0.1
     divergence: float = -0.2
     position: float = 0.0
-    margin: float = 0.0
-    agreement: float = 0.0
-    conflict: float = 0.0
+    margin: float = 0.4
+    agreement: float = 0.5
+    conflict: float = -0.5
 
     @staticmethod
     def features(
@@ -236,7 +236,7 @@ class AcceptanceEstimator:
         kept = sum(map(bool, accepted))
         if len(accepted) < 20 or kept in (0, len(accepted)):
             share = (kept + 1) / (len(accepted) + 2)
-            return cls(math.log(share / (1 - share)), 0.0, 0.0, 0.0)
+            return cls(math.log(share / (1 - share)), *[0.0] * 7)
         x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
         y = numpy.asarray(accepted, dtype=float)
         each = numpy.ones(len(y)) if counts is None else numpy.asarray(counts, dtype=float)

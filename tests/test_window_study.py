@@ -340,13 +340,14 @@ def test_study_compares_every_rule_with_the_fixed_windows_and_the_clairvoyant():
 
 def test_calibration_curve_of_a_true_estimate_is_the_diagonal():
     tables = [made_up_table(seed, length=120) for seed in range(30)]
-    truth = {"weights": {"bias": 0.0, "confidence": 1.0, "entropy": 0.0, "divergence": 0.0}, "acceptance": 0.64}
+    weights = dict.fromkeys(vars(AcceptanceEstimator()), 0.0)
+    truth = {"weights": weights | {"confidence": 1.0}, "acceptance": 0.64}
     curve = calibration_curve(truth, tables)
     assert curve["expected_error"] < 0.03
     assert sum(one["count"] for one in curve["by_position"]) == sum(one["count"] for one in curve["by_estimate"])
     for one in curve["by_position"][:4]:
         assert one["predicted"] == pytest.approx(one["measured"], abs=0.05)
-    too_sure = {"weights": truth["weights"] | {"confidence": 3.0}, "acceptance": 0.64}
+    too_sure = {"weights": weights | {"confidence": 3.0}, "acceptance": 0.64}
     assert calibration_curve(too_sure, tables)["expected_error"] > 2 * curve["expected_error"]
 
 

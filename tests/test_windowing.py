@@ -236,12 +236,6 @@ def test_a_repeated_text_raises_the_estimate_and_another_token_lowers_it():
     assert rule.acceptance_probability(repeated) > 0.8 > 0.3 > rule.acceptance_probability(other)
 
 
-def test_weights_stored_by_an_older_version_still_make_an_estimate():
-    old = {"bias": 1.0, "confidence": 1.3, "divergence": -0.6, "entropy": 0.1, "position": 0.2}
-    rule = make_window_rule("kl", 5, GIVEN, {"greedy": {"weights": old, "acceptance": 0.5}})
-    assert rule.estimator.agreement == rule.estimator.margin == 0.0
-
-
 # -- the rules
 
 
