@@ -229,12 +229,17 @@ def run_grid(
     temperatures: Sequence[float] = (0.0,),
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """[`run_benchmark`] at every batch size and temperature; one result each, in that order."""
-    return [
-        run_benchmark(target, tokenizer, drafter, prompts, batch_size=batch_size, temperature=temperature, **options)
-        for batch_size in batch_sizes
-        for temperature in temperatures
-    ]
+    """[`run_benchmark`] at every batch size and temperature; one result each, in that order.
+
+    `traces`, if given, is filled by the first.
+    """
+    traces = options.pop("traces", None)
+    results = []
+    for batch_size in batch_sizes:
+        for temperature in temperatures:
+            one = {"batch_size": batch_size, "temperature": temperature, "traces": None if results else traces}
+            results.append(run_benchmark(target, tokenizer, drafter, prompts, **one, **options))
+    return results
 
 
 def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,12 @@ from pathlib import Path
 Points = Sequence[tuple[float, float]]
 
 
-def plot_curves(*panels: Mapping[str, Points] | Path | str, title: str = "", x_label: str = "step") -> Path:
+def plot_curves(
+    *panels: Mapping[str, Points] | Path | str,
+    title: str = "",
+    x_label: str = "step",
+    panel_titles: Sequence[str] | None = None,
+) -> Path:
     """Draw one panel per mapping `{name: [(x, y), ...]}` side by side; the last argument is the PNG's path."""
     import matplotlib
 
@@ -21,7 +26,8 @@ def plot_curves(*panels: Mapping[str, Points] | Path | str, title: str = "", x_l
     figure, axes = pyplot.subplots(
         1, len(mappings), figsize=(4.2 * len(mappings), 3.2), squeeze=False, layout="constrained"
     )
-    for axis, mapping in zip(axes[0], mappings, strict=True):
+    for axis, mapping, panel_title in zip(axes[0], mappings, panel_titles or [""] * len(mappings), strict=True):
+        axis.set_title(panel_title, fontsize=9)
         for name, points in mapping.items():
             if points:
                 axis.plot(

@@ -261,10 +261,11 @@ def live_check(
 
     `settings` names the rules to check: `window` and `max_window`; by default ours, a fixed one and the heuristic.
     """
+    depth = tables[0].draft_ids.shape[1]
     settings = settings or {
-        OURS: {"window": "kl", "max_window": DEPTH},
-        "fixed 5": {"window": "fixed", "max_window": 5},
-        "transformers heuristic": {"window": "heuristic", "max_window": DEPTH},
+        OURS: {"window": "kl", "max_window": depth},
+        "fixed 5": {"window": "fixed", "max_window": min(5, depth)},
+        "transformers heuristic": {"window": "heuristic", "max_window": depth},
     }
     stored = drafter.config.calibration
     drafter.config.calibration = {"greedy": calibration}

@@ -62,8 +62,19 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=windows)
 
 
+def from_bench(arguments: argparse.Namespace) -> int:
+    """`ppow bench --windows`: the study of `ppow windows` on the benchmark's models and prompts, with its defaults."""
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    own = parser.parse_args(["windows", "--target", arguments.target, "--drafter", arguments.drafter])
+    for name in ("dtype", "device", "num_prompts", "max_new_tokens", "command"):
+        setattr(own, name, getattr(arguments, name))
+    own.prompts, own.output_dir = [arguments.prompts], arguments.output_dir
+    return windows(own)
+
+
 def windows(arguments: argparse.Namespace) -> int:
-    """`ppow windows`, and `ppow bench --windows`, which hands its own arguments on."""
+    """`ppow windows`."""
     for name in ("num_prompts", "fit_prompts", "max_new_tokens", "segment_tokens"):
         check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     if arguments.output_dir:
@@ -89,17 +100,18 @@ def windows(arguments: argparse.Namespace) -> int:
         speed_panels,
         study,
     )
-    from ..window_study import draft_tables
+    from ..window_study import DEPTH, draft_tables
     from ..windowing import CostModel
 
     any_prompt = next(iter(prompts.values()))[0]
     measured = measure_costs(target, drafter, any_prompt, max_window=16)
     costs = {f"{ratio:g}": CostModel(ratio, 0.0) for ratio in arguments.cost_ratios}
     costs[MACHINE] = CostModel(measured.cost_ratio, measured.verification_cost)
+    depth = min(DEPTH, drafter.config.longest_window or DEPTH)
     tables = {}
     for name, these in prompts.items():
         print(f"writing and drafting: {name}", file=sys.stderr)
-        tables[name] = draft_tables(target, drafter, these, arguments.max_new_tokens)
+        tables[name] = draft_tables(target, drafter, these, arguments.max_new_tokens, depth)
     fitting = {name: these[: arguments.fit_prompts] for name, these in tables.items()}
     testing = {name: these[arguments.fit_prompts :] for name, these in tables.items()}
     print("replaying", file=sys.stderr)
@@ -122,13 +134,12 @@ def windows(arguments: argparse.Namespace) -> int:
         print("decoding in earnest", file=sys.stderr)
         checked = [table for these in testing.values() for table in these[: arguments.live]]
         found["live"] = live_check(target, drafter, checked, calibration["greedy"], CostModel(0.12, 0.0))
+    found["costs"] = {"cost_ratio": measured.cost_ratio, "verification_cost": measured.verification_cost}
     found["provenance"] = provenance.describe(
         target.device,
         arguments.command,
         target=Path(arguments.target).name,
         drafter=Path(arguments.drafter).name,
-        cost_ratio=measured.cost_ratio,
-        verification_cost=measured.verification_cost,
     )
     print(format_study(found))
     for name, check in found.get("live", {}).items():
@@ -147,15 +158,17 @@ def windows(arguments: argparse.Namespace) -> int:
         plot_curves(
             *speeds.values(),
             folder / "windows.png",
-            title=f"tokens per one-token target forward at cost ratio {shown}: " + ", ".join(speeds),
+            title=f"tokens per one-token target forward at cost ratio {shown}",
             x_label="fixed window",
+            panel_titles=list(speeds),
         )
         curves = calibration_panels(found["calibration_curves"])
         plot_curves(
             *curves.values(),
             folder / "calibration.png",
-            title=f"acceptance of reached draft tokens, {OURS}: " + ", ".join(curves),
+            title=f"acceptance of reached draft tokens by position in the window, {OURS}",
             x_label="position in the window",
+            panel_titles=list(curves),
         )
     return 0
 
