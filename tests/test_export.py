@@ -214,6 +214,18 @@ def test_wrong_requests_are_refused(tmp_path, make_target, target, drafter):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_other_weights_are_lost_or_left_beside(tmp_path, drafter):
+    drafter.save_pretrained(tmp_path / "drafter")
+    with pytest.raises(ValueError, match="holds a PPOW drafter, which would be lost"):
+        export_drafter(drafter, tmp_path / "drafter")
+    assert PPOWDrafter.from_pretrained(tmp_path / "drafter").config.draft_vocab_size == 24
+    export_drafter(drafter, tmp_path / "out")
+    export_drafter(drafter, tmp_path / "out")  # an earlier export is replaced
+    save_file({"a": torch.ones(1)}, tmp_path / "out" / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match="holds other weights, model-00002-of-00002.safetensors"):
+        export_drafter(drafter, tmp_path / "out")
+
+
 # -- what is imported
 
 
@@ -361,3 +373,5 @@ def test_export_and_import_commands(tmp_path, capsys):
     assert "format: 'speculators' is not for standalone" in capsys.readouterr().err
     assert cli.main(["import", str(exported), "--output-dir", str(imported), "--target-layer-ids", "a"]) == 2
     assert "--target-layer-ids: 'a' given" in capsys.readouterr().err
+    assert cli.main(["import", str(exported), "--output-dir", str(exported)]) == 2
+    assert "own folder, which would be overwritten" in capsys.readouterr().err

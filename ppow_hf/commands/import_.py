@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = arguments.checkpoint
     if Path(resolve(checkpoint)).is_dir():
         checkpoint = Path(resolve(checkpoint))
+        if checkpoint.resolve() == Path(arguments.output_dir).resolve():
+            raise ValueError("--output-dir: it is the checkpoint's own folder, which would be overwritten.")
     drafter = import_eagle3(
         checkpoint, arguments.target, target_layer_ids=layers, revision=arguments.revision, **settings
     )

@@ -176,7 +176,8 @@ def speculators_config(
 
 def medusa_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of vLLM's `MedusaModel`, by its config.json."""
-    hidden, shapes = fields["hidden_size"], {}
+    hidden: int = fields["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
     for head in range(fields["num_heads"]):
         shapes[f"lm_heads.{head}.weight"] = (fields["vocab_size"], hidden)
         for layer in range(fields["num_hidden_layers"]):

@@ -71,7 +71,7 @@ def export_drafter(
 
     Args:
         drafter ([`PPOWDrafter`]): the drafter; its weights are written in the number format they are in.
-        output_dir (`str` or `Path`): the directory; made if need be, files of the same names are replaced.
+        output_dir (`str` or `Path`): the directory; made if need be; an earlier export in it is replaced.
         format (`str`, *optional*, defaults to `"vllm"`): `"vllm"`, `"sglang"`, `"speculators"` or `"standalone"`.
         target (`PreTrainedModel`, *optional*): the target; its embeddings are compared for `share_embeddings`.
         target_name (`str`, *optional*):
@@ -121,9 +121,25 @@ def export_drafter(
         )
         (written / "README.md").write_text(text, encoding="utf-8")
         files = sorted(path.name for path in written.iterdir())
+        _check_free(folder, files)
         for file in files:
             shutil.move(written / file, folder / file)
     return ExportReport(folder, layout, files, len(tensors), sum(tensor.numel() for tensor in tensors.values()), notes)
+
+
+def _check_free(folder: Path, files: list[str]) -> None:
+    """Raise `ValueError` for a folder with weights that would be lost, or that an engine would read as well."""
+    config = folder / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "ppow_drafter":
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds a PPOW drafter, which would be lost. Pass another folder."
+        )
+    weights = {path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)}
+    if weights - set(files):
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds other weights, {', '.join(sorted(weights - set(files)))}, which "
+            "engines would read too. Pass an empty folder."
+        )
 
 
 def _layout(drafter: PPOWDrafter, format: str) -> str:

@@ -311,12 +311,13 @@ def make_batch_drafter(
 ) -> BatchDrafter:
     """A [`BatchDrafter`] with the drafter's own window settings where none are given."""
     config = drafter.config
-    stored = (config.calibration or {}).get("costs")
     costs = OnlineCosts(
         cost_ratio if cost_ratio is not None else config.cost_ratio,
         verification_cost if verification_cost is not None else config.verification_cost,
-        *([CostModel(**stored)] if stored else []),
     )
+    stored = (config.calibration or {}).get("costs")
+    if stored:  # to begin with, until enough is measured here
+        costs.prior = CostModel(**stored)
 
     def make_rule(shared: OnlineCosts) -> WindowRule:
         return make_window_rule(window or config.window, max_window, shared, config.calibration)
