@@ -1,7 +1,8 @@
 """A drafter's repository: what it holds, and how it gets to the Hub in one commit, whole or not at all.
 
 Knows files and the Hub; loads no weights and computes nothing. What is pushed runs without this package: the drafter's
-own modules travel with it, and `custom_generate/generate.py` holds the repository's name.
+own modules travel with it, and `custom_generate/generate.py` holds the repository's name. Large files go by LFS or
+by Xet, as the client chooses; the tests speak LFS (HF_HUB_DISABLE_XET=1), and the way by Xet is untested.
 """
 
 import errno

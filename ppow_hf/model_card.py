@@ -265,14 +265,14 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
 def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any]:
     from .benchmark_report import verdict
 
-    workload = f"{_cell(result['workload'])}: " if result.get("workload") else ""
+    workload = f"{_cell(result['workload'])}, t" if result.get("workload") else "T"
     temperature = result.get("temperature") or 0
     sampling = "greedy" if temperature == 0 else f"T = {temperature:g}"
     if result.get("batch_size", 1) > 1:
         sampling += f", batches of {result['batch_size']}"
     return {
         "conditions": (
-            f"{workload}target `{result.get('target') or target or 'unknown'}` in {result['dtype']}, "
+            f"{workload}arget `{result.get('target') or target or 'unknown'}` in {result['dtype']}, "
             f"{result['prompts']} prompts, {result['max_new_tokens']} tokens each, {sampling}, on "
             f"{_machine(result['machine'])}; {_versions(result['versions'])}. Cost ratio {result['cost_ratio']:.3f} "
             f"(draft step {1e3 * result['draft_step_seconds']:.2f} ms, target forward "
@@ -302,7 +302,8 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
     drafter_text = f"tiny.drafter_path({shown!r})" if embedded else repr(shown)
     imports = "from ppow_hf import PPOWDrafter, tiny" if embedded else "from ppow_hf import PPOWDrafter"
     load = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        ("from ppow_hf import tiny\n" if target and is_embedded(target) and not embedded else "")
+        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({target_text})\n"
         f"target = AutoModelForCausalLM.from_pretrained({target_text})\n"
         'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)\n'

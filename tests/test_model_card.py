@@ -171,7 +171,7 @@ def test_a_sweep_of_benchmarks_is_a_table_each(folder):
     (folder / "benchmark.json").write_text(json.dumps([BENCHMARK, sampled]))
     text = str(drafter_card(folder))
     assert [row[-1] for row in cells(text, "ppow_kl")] == ["yes", "sampled"]
-    assert "chat: target `ada/base`" in text and "T = 1, batches of 4" in text
+    assert "chat, target `ada/base`" in text and "T = 1, batches of 4" in text
 
 
 def test_a_card_that_is_written_again_stays_the_same(folder):
