@@ -317,7 +317,7 @@ def make_batch_drafter(
     )
     stored = (config.calibration or {}).get("costs")
     if stored:  # to begin with, until enough is measured here
-        costs.prior = CostModel(**stored)
+        costs.prior = CostModel(stored["cost_ratio"], stored["verification_cost"])
 
     def make_rule(shared: OnlineCosts) -> WindowRule:
         return make_window_rule(window or config.window, max_window, shared, config.calibration)
