@@ -51,11 +51,11 @@ class TextPieces:
         self.ids: list[int] = []
         self.given = ""
 
-    def push(self, ids: Sequence[int], last: bool = False) -> str:
-        """The text that `ids` add; `last` gives out an incomplete character too."""
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that `ids` add; of a character that is never completed, nothing."""
         self.ids += ids
         text = self.decode(self.ids)
-        while not last and text.endswith("�"):
+        while text.endswith("�"):
             text = text[:-1]
         if not text.startswith(self.given):  # a tokenizer that rewrites what stands before: begin behind the same part
             self.given = self.given[: _common_length(text, self.given)]
@@ -184,10 +184,6 @@ class FrameMaker:
         if self.totals.rounds > 1:
             self.last_window = trace.window
         return frame
-
-    def rest_of_text(self) -> str:
-        """An incomplete character that the text ended with."""
-        return self.pieces.push([], last=True)
 
     def _headline(self, round_: RunRound) -> str:
         own = len(round_.committed) - round_.kept

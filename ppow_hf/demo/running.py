@@ -143,7 +143,8 @@ class FixedShadow:
         eos_ids: frozenset[int] = frozenset(),
         seed: int = 0,
     ):
-        self.target, self.drafter, self.window = target, drafter, window
+        self.target, self.drafter = target, drafter
+        self.window = min(window, drafter.config.longest_window or window)
         self.ids = list(prompt_ids)
         self.processors = processors or LogitsProcessorList()
         self.do_sample, self.eos_ids = do_sample, eos_ids
@@ -309,9 +310,9 @@ class Run:
         self._rounds: queue.Queue = queue.Queue()
         self._asked = threading.Semaphore(0)
         self._left = threading.Event()
-        self._decoding = drafter.with_settings(window=settings.window, max_window=settings.max_window).generate_with(
-            streamer=_Observer(self)
-        )
+        longest = min(settings.max_window, drafter.config.longest_window or settings.max_window)
+        view = drafter.with_settings(window=settings.window, max_window=longest)
+        self._decoding = view.generate_with(streamer=_Observer(self))
         self._deadline = time.perf_counter() + settings.seconds
 
     def __iter__(self) -> Iterator[RunRound]:
