@@ -117,6 +117,7 @@ def test_full_vocabulary_has_no_translation_and_shared_embeddings_are_left_out(t
     )
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("tied", [False, True])
 def test_standalone_directory_is_a_plain_causal_language_model(tmp_path, target, tied):
     theta = {"rope_type": "default", "rope_theta": 777.0}
@@ -229,6 +230,7 @@ def test_no_other_weights_are_lost_or_left_beside(tmp_path, drafter):
 # -- what is imported
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("format", ["vllm", "speculators"])
 @pytest.mark.parametrize("reduced", [True, False])
 def test_round_trip_is_tensor_identical(tmp_path, target, format, reduced):
@@ -343,6 +345,7 @@ def test_checkpoints_of_other_targets_and_kinds_are_refused(tmp_path, make_targe
         import_eagle3(tmp_path / "c")
 
 
+@pytest.mark.lowest
 def test_older_rotary_fields_are_read(tmp_path, drafter):
     """As transformers before 5 wrote them: `rope_theta` and `rope_scaling`."""
     export_drafter(drafter, tmp_path)

@@ -103,6 +103,7 @@ class SlowEngine:
         return self.done
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("window", ["fixed", "kl"])
 def test_proposes_the_drafters_own_continuation_of_each_request(target, drafter, window):
     lengths = []
