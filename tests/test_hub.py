@@ -21,6 +21,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.configuration_ppow import vocabulary_fingerprint
 from ppow_hf.hub import GENERATE, repository_files, runtime_modules, write_repository
+from ppow_hf.training import PPOWTrainingArguments
+from ppow_hf.training.records import check_hub_strategy
 
 TESTS = str(Path(__file__).parent)
 PROMPT = [5, 9, 17, 3]
@@ -56,9 +58,9 @@ from ppow_hf.data import SequenceDataset
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 import torch
 args = PPOWTrainingArguments(
-    output_dir=folders["training"], objective="supervised", max_steps=1, max_length=16, max_window=3,
-    per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no", hub_model_id="ada/trained",
-    cost_ratio=0.1, calibrate_at_end=False, hub_token="hf_ada", logging_steps=1,
+    output_dir=folders["training"], objective="supervised", max_steps=2, max_length=16, max_window=3,
+    per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=1, logging_steps=1,
+    cost_ratio=0.1, calibrate_at_end=False, push_to_hub=True, hub_model_id="ada/trained", hub_token="hf_ada",
 )
 sequences = [torch.arange(1, 13) for _ in range(4)]
 data = SequenceDataset(sequences, [torch.ones(12, dtype=torch.bool)] * 4)
@@ -303,6 +305,7 @@ def pushed(server, client, folders):
     server.fail("ada/waited", "commit", status=429, headers={"Retry-After": "1"}, times=1)
     server.fail("ada/recovered", "upload", cut_after=1000, times=1)
     server.fail("ada/unheard", "commit", silent=True)
+    server.fail("ada/trained", "commit", status=500, times=1)
     before = digest(Path(folders["drafter"]))
     results = client(PUSH, json.dumps({**FAULTS, **STEADY}), json.dumps(folders))
     results["unchanged"] = before == digest(Path(folders["drafter"]))
@@ -407,13 +410,29 @@ def test_a_trainer_pushes_its_records_and_nothing_pickled(pushed, server):
     files = server.model("ada/trained").commits[0].files
     assert not [name for name in files if name.endswith(".bin")]
     arguments = json.loads(files["training_arguments.json"].data)
-    assert arguments["objective"] == "supervised" and arguments["max_steps"] == 1 and "hub_token" not in arguments
+    assert arguments["objective"] == "supervised" and arguments["max_steps"] == 2 and "hub_token" not in arguments
     provenance = json.loads(files["provenance.json"].data)
     assert provenance["versions"]["torch"] == torch.__version__ and provenance["seeds"]["seed"] == 42
     assert len(provenance["data_fingerprint"]) == 16
     log = json.loads(files["training_log.json"].data)
     assert any("loss" in row for row in log) and {row["objective"] for row in log} == {"supervised"}
     assert b"hf_ada" not in b"".join(blob.data for blob in files.values())
+
+
+def test_a_push_during_training_that_fails_does_not_end_it(pushed, server):
+    commits = server.model("ada/trained").commits
+    assert [commit.title for commit in commits] == [
+        "End of training",
+        "Training in progress, step 2",
+        "initial commit",
+    ]
+    assert pushed["trained"]["oid"] == commits[0].oid
+
+
+def test_checkpoints_whose_optimizer_is_a_pickle_are_not_pushed(tmp_path):
+    args = PPOWTrainingArguments(output_dir=str(tmp_path), push_to_hub=True, hub_strategy="checkpoint", report_to=[])
+    with pytest.raises(ValueError, match="hub_strategy: 'checkpoint' uploads checkpoints"):
+        check_hub_strategy(args)
 
 
 # -- what goes wrong while pushing

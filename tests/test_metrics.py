@@ -2,13 +2,12 @@
 
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports
 
 from ppow_hf import PPOWDrafter, metrics
 from ppow_hf.trace import GenerationTrace, RoundTrace
@@ -70,14 +69,9 @@ def test_an_unknown_metric_is_named():
         metrics.path("bleu")
 
 
-def test_the_metric_imports_nothing_of_the_package(tmp_path):
-    shutil.copy(Path(metrics.path("acceptance_length")) / "acceptance_length.py", tmp_path)
-    code = (
-        "import sys\nsys.modules['ppow_hf'] = None\nsys.path.insert(0, '.')\nimport acceptance_length\n"
-        "print(acceptance_length.summarize([3, 3], [3, 0])['acceptance_length'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "2.5"
+def test_the_metric_imports_nothing_of_the_package():
+    imports = get_imports(Path(metrics.path("acceptance_length")) / "acceptance_length.py")
+    assert set(imports) <= {"collections", "datasets", "evaluate"}
 
 
 def test_acceptance_is_measured_by_real_decoding(make_target):
