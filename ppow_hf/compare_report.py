@@ -177,10 +177,14 @@ class Report:
             if line["split"] == "validation" and line["budget"] is not None and line["budget"]["kind"] == budget
         ]  # fmt: skip
 
+        start = next(x for x in self.lines if x["recipe"] == "start" and x["split"] == "validation")
+
         def score(recipe: str) -> float:
             rate = runs[recipe][0]["learning_rate"]
             own = [line for line in validation if line["recipe"] == recipe and line["learning_rate"] == rate]
-            return float(numpy.mean([line["metrics"][name] for line in own for name in names]))
+            return float(
+                numpy.mean([line["metrics"][name] / start["metrics"][name] for line in own for name in names])
+            )
 
         winner = max(others, key=score)
         said = [f"Best on validation among the recipes that are no baselines: `{winner}`."]
@@ -217,7 +221,8 @@ class Report:
         config, data = self.config, self.config["data"]
         gain = self.start["plateau_gain"]
         plateau = (
-            "of unknown curve (a given drafter)" if gain is None
+            f"({self.start['drafter'] or 'trained too briefly for a curve'}), of which it is not known whether it was "
+            "at its plateau" if gain is None
             else f"that gained {gain:+.2%} over the last quarter of its training"
             + ("" if gain < 0.005 else ", so it was not at its plateau (0.5%)")
         )  # fmt: skip
@@ -288,8 +293,8 @@ class Report:
                 for name in ("reward/mean", "kl", "accepted_length", "adaw")
             ]  # fmt: skip
             if rewarded:
-                title = "reward, KL, accepted length of rollouts (k + 1), ADAW on"
-                plot_curves(*panels, self.folder / f"rewards-{budget}.png", title=title)
+                titles = ["reward", "KL(P||Q), nats", "rollouts: k + 1", "ADAW on"]
+                plot_curves(*panels, self.folder / f"rewards-{budget}.png", panel_titles=titles)
 
 
 def write_report(folder: Path) -> Path:
@@ -303,7 +308,13 @@ def write_report(folder: Path) -> Path:
 
 def _title(metric: str) -> str:
     kind, temperature, rest = metric.split("_")
-    names = {"tree": "tree", "chain": "chain", "greedy": "greedy drafts", "group": "group", "speed": "expected speed"}
+    names = {
+        "tree": "tree",
+        "chain": "chain",
+        "greedy": "greedy drafts",
+        "group": "group",
+        "speed": "expected speed at",
+    }
     of: Callable[[str], str] = {
         "k": lambda n: f"K={n}", "c": lambda n: f"C={n}", "n": lambda n: f"N={n}"
     }.get(rest[0], lambda n: f"cost ratio {rest}")  # fmt: skip

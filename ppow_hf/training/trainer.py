@@ -1,7 +1,7 @@
 """PPOWTrainer: transformers' Trainer for drafters, supervised or by window-level reinforcement learning (PPOW).
 
 Reads top to bottom: what is set up, what a step does, what is evaluated, how a checkpoint is written so that it is
-whole or not there. The mathematics is in objectives.py, rewards.py, rollout.py and window_sampling.py.
+whole or not there. The mathematics is in objectives.py, losses.py, rewards.py, rollout.py and window_sampling.py.
 """
 
 import json
