@@ -165,6 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
     tiny_draft.add_argument(
         "--sequences", type=int, default=2000, help="texts that the target writes first (default: %(default)s)"
     )
+    tiny_draft.add_argument(
+        "--start", metavar="FOLDER", help="go on with the supervised stage of a drafter that this command made"
+    )
     tiny_draft.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
     tiny_draft.set_defaults(run=tiny_drafter)
 
@@ -245,6 +248,9 @@ def tiny_drafter(arguments: argparse.Namespace) -> int:
     """`ppow tiny-drafter`."""
     check_positive("--minutes", arguments.minutes)
     check_positive("--sequences", arguments.sequences)
+    for file in ("training_log.json", "supervised/config.json"):
+        if arguments.start and not Path(arguments.start, file).is_file():
+            raise FileNotFoundError(f"--start: {arguments.start!r} has no {file}; pass what `ppow tiny-drafter` made.")
     ensure_writable(arguments.output_dir, "--output-dir")
     target = load_target(arguments.target, "--target", None, None)
     tokenizer = load_tokenizer(arguments.target, "--target")
@@ -259,6 +265,7 @@ def tiny_drafter(arguments: argparse.Namespace) -> int:
         sequences=arguments.sequences,
         seed=arguments.seed,
         target_name=arguments.target if is_embedded(arguments.target) else None,
+        start=arguments.start,
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""Cards of the embedded models, made from what was measured when they were trained.
+"""Cards of the embedded targets, made from what was measured when they were trained.
 
 Knows reports and text; measures nothing itself.
 """
@@ -54,40 +54,6 @@ small loops, which flatters acceptance lengths: read them together with the shar
 {{ licence_note }}
 """
 
-DRAFTER_TEMPLATE = """---
-{{ card_data }}
----
-
-# Embedded {{ architecture }} drafter of ppow_hf
-
-Drafts for the embedded target `{{ target }}`: {{ parameters }} parameters, trained on text that the target wrote,
-first supervised and then with PPOW ([arXiv 2605.14978](https://arxiv.org/abs/2605.14978)).
-
-Acceptance length (mean of k + 1 over rounds; the bonus or correction token counted), greedy chain of
-{{ window }} tokens, {{ prompts }} prompts from held-out modules, measured by real decoding during training:
-
-| stage | acceptance length | wasted drafts | repeated 8-grams |
-|---|---|---|---|
-{% for row in stages -%}
-| {{ row.name }} | {{ row.acceptance_length }} | {{ row.wasted }} | {{ row.repeated }} |
-{% endfor %}
-{{ verdict }}
-
-![training](training.png)
-
-```python
-import ppow_hf
-drafter = ppow_hf.PPOWDrafter.from_pretrained(ppow_hf.tiny.drafter_path("tiny-{{ architecture }}"))
-target.generate(**inputs, assistant_model=drafter)
-```
-
-Made with `ppow tiny-drafter --architecture {{ architecture }} --output-dir DIR`; every step is in `training_log.json`.
-
-## Licence
-
-{{ licence_note }}
-"""
-
 
 def write_target_card(folder: str | Path, samples: list[tuple[str, str]]) -> None:
     """Write `README.md` from the folder's `recipe.json` and `training_log.json`, with (prompt, completion) samples."""
@@ -116,52 +82,6 @@ def write_target_card(folder: str | Path, samples: list[tuple[str, str]]) -> Non
         corpus_fingerprint=report["corpus_fingerprint"],
         falling=falling,
         samples=samples,
-    )
-
-
-def write_drafter_card(folder: str | Path, parameters: int, target: str, window: int, prompts: int) -> None:
-    """Write `README.md` from the folder's `training_log.json`."""
-    folder = Path(folder)
-    log = json.loads((folder / "training_log.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
-    evaluations = [row for row in log if "eval_acceptance_length" in row]
-    stages = []
-    for name in dict.fromkeys(row["objective"] for row in log):
-        stages.append((f"after {name}", [row for row in evaluations if row["objective"] == name][-1]))
-    first = evaluations[0]
-    stages.insert(0, ("untrained" if first["step"] == 0 else f"supervised, step {first['step']}", first))
-    rows = [
-        {
-            "name": name,
-            "acceptance_length": f"{row['eval_acceptance_length']:.2f}",
-            "wasted": f"{row['eval_wasted']:.0%}",
-            "repeated": f"{row['eval_repeated_8grams']:.0%}",
-        }
-        for name, row in stages
-    ]
-    adaptive = sum(row.get("adaw", 0.0) > 0 for row in log) / max(sum("adaw" in row for row in log), 1)
-    windows = (
-        f"In the last {adaptive:.0%} of the PPOW stage the windows were chosen by divergence (ADAW)."
-        if adaptive
-        else "All windows of the PPOW stage were chosen uniformly; the phase of divergence-aware choice (ADAW) was "
-        "not part of this run."
-    )
-    change = stages[-1][1]["eval_acceptance_length"] - stages[-2][1]["eval_acceptance_length"]
-    _card(
-        DRAFTER_TEMPLATE,
-        folder,
-        tags=["speculative-decoding", "draft-model", "ppow", config["architecture"], "arxiv:2605.14978"],
-        architecture=config["architecture"],
-        parameters=f"{parameters:,}",
-        target=target,
-        window=window,
-        prompts=prompts,
-        stages=rows,
-        verdict=(
-            f"PPOW changed it by {change:+.2f} over the supervised stage. With {prompts} prompts and one seed, "
-            "differences below about 0.15 are noise; continued supervised training for the same time was not "
-            f"measured here. {windows}"
-        ),
     )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from .. import provenance
 from ..data import SequenceDataset
+from ..model_card import write_drafter_card
 from ..modeling_ppow import PPOWDrafter
 from ..regeneration import regenerate
 from ..training import PPOWTrainer, PPOWTrainingArguments
-from .cards import write_drafter_card
 from .corpus import SourceFile, standard_library
 from .recipe import bfloat16_pays
 
@@ -154,10 +155,10 @@ def train_stage(
 
 
 def default_stages(seconds: float) -> list[Stage]:
-    """Supervised for 60% of the time, PPOW for 40%."""
+    """Supervised for 70% of the time, PPOW for 30%."""
     return [
-        Stage("supervised", 0.6 * seconds, 2e-3, {"unroll_steps": 3}),
-        Stage("ppow", 0.4 * seconds, 1e-4, {}),
+        Stage("supervised", 0.7 * seconds, 2e-3, {"unroll_steps": 3}),
+        Stage("ppow", 0.3 * seconds, 1e-4, {}),
     ]
 
 
@@ -172,20 +173,28 @@ def make_drafter(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     target_name: str | None = "tiny",
+    start: str | Path | None = None,
 ) -> PPOWDrafter:
     """Train a drafter for an embedded target and write it to `output_dir`, the supervised stage beside it.
 
-    Writes bfloat16 safetensors, tokenizer, `training_log.json` (both stages) and `training.png`.
+    Writes bfloat16 safetensors, tokenizer, `training_log.json` (both stages), `provenance.json` and `training.png`.
+    `start` is the folder of a drafter that this function made: its supervised stage is gone on with and its log
+    continued; another `seed` gives other training data. The held-out prompts are always the same.
     """
     from ..training.trainer import draw_curves
 
     output_dir = Path(output_dir)
     files = standard_library()
     train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], sequences, seed, cache_dir)
-    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], eval_prompts, seed, cache_dir)
-    drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
+    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], eval_prompts, 0, cache_dir)
     log: list[dict] = []
-    steps_before = 0
+    if start is None:
+        drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
+    else:
+        drafter = PPOWDrafter.from_pretrained(Path(start, "supervised"), dtype=torch.float32)
+        rows = json.loads(Path(start, "training_log.json").read_text())
+        log = [row for row in rows if row["objective"] == "supervised"]
+    steps_before = log[-1]["step"] if log else 0
     for stage in default_stages(seconds):
         folder = output_dir / stage.objective
         history = train_stage(
@@ -197,8 +206,10 @@ def make_drafter(
     save_drafter(drafter, tokenizer, output_dir)
     (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     draw_curves(log, output_dir / "training.png", title=f"{architecture} drafter: supervised, then PPOW")
-    parameters = sum(p.numel() for p in drafter.parameters())
-    write_drafter_card(output_dir, parameters, target_name or "the target", drafter.config.max_window, eval_prompts)
+    facts = {"seed": seed, "sequences": sequences, "data_fingerprint": train_data.fingerprint}
+    origin = provenance.describe(drafter.device, **facts)
+    (output_dir / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+    write_drafter_card(output_dir, f"tiny-{architecture}" if target_name == "tiny" else None)
     return drafter
 
 
