@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from argparse import Namespace
 
 import numpy
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.benchmark import ForwardRecorder
 from ppow_hf.cli import main
-from ppow_hf.commands.windows import parse_workload
+from ppow_hf.commands.windows import from_bench, parse_workload
 from ppow_hf.evaluation import decode
 from ppow_hf.modeling_ppow import collect_target_states
 from ppow_hf.window_report import (
@@ -383,3 +384,12 @@ def test_command_explains_its_mistakes(tmp_path, capsys):
     assert "--fit-prompts: 12 of the 1 prompts" in capsys.readouterr().err
     assert parse_workload("stdlib") == ("stdlib", ("stdlib", None))
     assert parse_workload(f"a={file}:q") == ("a", (str(file), "q"))
+
+
+def test_bench_hands_its_models_and_prompts_to_the_study(capsys):
+    arguments = Namespace(
+        target="tiny", drafter="tiny-standalone", dtype=None, device=None, prompts="stdlib", num_prompts=1,
+        max_new_tokens=6, command="ppow bench --windows", output_dir=None,
+    )  # fmt: skip
+    assert from_bench(arguments) == 0
+    assert "mixed stream" in capsys.readouterr().out
