@@ -9,6 +9,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -234,10 +235,11 @@ def run_grid(
     `traces`, if given, is filled by the first.
     """
     traces = options.pop("traces", None)
-    results = []
+    results: list[dict[str, Any]] = []
     for batch_size in batch_sizes:
         for temperature in temperatures:
-            one = {"batch_size": batch_size, "temperature": temperature, "traces": None if results else traces}
+            one: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature}
+            one["traces"] = None if results else traces
             results.append(run_benchmark(target, tokenizer, drafter, prompts, **one, **options))
     return results
 
@@ -270,7 +272,7 @@ def _ways_to_generate(
 
     ways: dict[str, Callable[[], dict[str, Any]]] = {"plain": dict}
     for tokens in (5, PROMPT_LOOKUP_TOKENS) if thorough else (PROMPT_LOOKUP_TOKENS,):
-        ways[f"prompt_lookup_{tokens}"] = lambda tokens=tokens: {"prompt_lookup_num_tokens": tokens}
+        ways[f"prompt_lookup_{tokens}"] = partial(dict, prompt_lookup_num_tokens=tokens)
     left_out = {}
     if standalone is not None:
         assistant = standalone.draft_model.model
@@ -294,7 +296,7 @@ def _ways_to_generate(
                 }
         for name, changes in theirs.items():
             if target_width(assistant) == target_width(target):
-                ways[name] = lambda changes=changes: assisted(**changes)
+                ways[name] = partial(assisted, **changes)
             else:
                 left_out[name] = (
                     f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of "

@@ -5,6 +5,7 @@ Knows tables and rules ([`window_study`]) and what the numbers are for; reads no
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from .evaluation import decode, fit_estimator
@@ -85,14 +86,14 @@ def run(make_rule: MakeRule, tables: Sequence[DraftTable], costs: CostModel, as_
 
 
 UNPRICED: dict[str, MakeRule] = {  # rules that do not ask what drafting costs
-    **{f"fixed {window}": lambda costs, window=window: FixedWindow(window, costs) for window in range(DEPTH + 1)},
+    **{f"fixed {window}": partial(FixedWindow, window) for window in range(DEPTH + 1)},
     **{
-        f"entropy stop from {threshold}": lambda costs, threshold=threshold: EntropyStop(DEPTH, costs, threshold)
+        f"entropy stop from {threshold}": partial(EntropyStop, DEPTH, threshold=threshold)
         for threshold in ENTROPY_THRESHOLDS
     },
-    "transformers heuristic": lambda costs: HeuristicWindow(DEPTH, costs),
-    "transformers confidence 0.4": lambda costs: ConfidenceStop(DEPTH, costs),
-    "transformers dynamic confidence": lambda costs: ConfidenceStop(DEPTH, costs, dynamic=True),
+    "transformers heuristic": partial(HeuristicWindow, DEPTH),
+    "transformers confidence 0.4": partial(ConfidenceStop, DEPTH),
+    "transformers dynamic confidence": partial(ConfidenceStop, DEPTH, dynamic=True),
 }
 
 
@@ -128,9 +129,8 @@ def study(
                 return speed(made, cost)
 
             speeds = {name: speed(traces, cost) for name, traces in unpriced.items()}
-            threshold = max(
-                ENTROPY_THRESHOLDS, key=lambda value, cost=cost: speed(entropy_fits[value], cost)["tokens_per_cost"]
-            )
+            fitted = {value: speed(traces, cost)["tokens_per_cost"] for value, traces in entropy_fits.items()}
+            threshold = max(fitted, key=fitted.__getitem__)
             rules = {name: speeds[name] for name in UNPRICED if name.startswith("transformers")}
             rules["entropy stop (AdaEDL)"] = speeds[f"entropy stop from {threshold}"]
             rules |= {name: adaptive(name, cost) for name in (CONFIDENCE_ONLY, OURS)}

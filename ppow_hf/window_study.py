@@ -226,8 +226,8 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
             position = len(one_round.draft_ids)
             one_round.draft_steps += 1
             if looks:
-                looked = (column[row, position].item() for column in table.looked_at)
-                features = rule.describe(*looked, drafts[position], drafts[:position])
+                first, second, entropy = (column[row, position].item() for column in table.looked_at)
+                features = rule.describe(first, second, entropy, drafts[position], drafts[:position])
                 if not rule.include(position, features):
                     break
             if drafts[position] in table.eos_token_ids:
