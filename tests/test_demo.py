@@ -379,3 +379,11 @@ def test_the_page_can_be_built_and_names_no_folder_of_this_machine(demo):
 
     page = json.dumps(demo.demo.blocks().get_config_file(), default=str)
     assert "pw-needle" in page and str(Path(__file__).parents[1]) not in page
+
+
+def test_the_command_names_what_cannot_be_loaded(capsys):
+    pytest.importorskip("gradio")
+    from ppow_hf.cli import main
+
+    assert main(["demo", "--target", "./nowhere", "--drafter", "tiny-eagle"]) == 2
+    assert "--target (PPOW_DEMO_TARGET): there is no folder './nowhere'" in capsys.readouterr().err

@@ -277,7 +277,7 @@ class Demo:
             settings = [
                 gr.Radio(RULES, value="kl", label="Window rule", elem_id=f"{name}-rule"),
                 gr.Slider(1, drawing.MAX_WINDOW, 10, step=1, label="Longest window"),
-                gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: greedy)"),
+                gr.Slider(0, 2, 0, step=0.1, label="Temperature, 0 is greedy"),
                 gr.Slider(16, MAX_NEW_TOKENS, 96, step=16, label="New tokens", elem_id=f"{name}-tokens"),
             ]
         return prompt, settings, run, stop

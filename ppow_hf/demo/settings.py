@@ -129,9 +129,9 @@ class Models:
 
 
 def load_models(settings: DemoSettings) -> Models:
-    """Load what the settings name; raises as `ppow generate` does, naming the environment variable."""
-    target = load_target(settings.target, "PPOW_DEMO_TARGET", settings.dtype, settings.device)
-    tokenizer = load_tokenizer(settings.target, "PPOW_DEMO_TARGET")
+    """Load what the settings name; raises as `ppow generate` does, naming the argument and its variable."""
+    target = load_target(settings.target, "--target (PPOW_DEMO_TARGET)", settings.dtype, settings.device)
+    tokenizer = load_tokenizer(settings.target, "--target (PPOW_DEMO_TARGET)")
 
     def drafter(name: str, argument: str) -> ShownDrafter:
         model = load_drafter(name, argument, settings.dtype, settings.device)
@@ -142,8 +142,8 @@ def load_models(settings: DemoSettings) -> Models:
     return Models(
         target=target,
         tokenizer=tokenizer,
-        drafter=drafter(settings.drafter, "PPOW_DEMO_DRAFTER"),
-        compare=drafter(settings.compare, "PPOW_DEMO_COMPARE") if settings.compare else None,
+        drafter=drafter(settings.drafter, "--drafter (PPOW_DEMO_DRAFTER)"),
+        compare=drafter(settings.compare, "--compare (PPOW_DEMO_COMPARE)") if settings.compare else None,
         target_label=short_name(settings.target),
         examples=CODE_EXAMPLES if is_embedded(settings.target) else PROSE_EXAMPLES,
         benchmarks=stored_benchmarks(settings.results),
