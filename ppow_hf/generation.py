@@ -372,8 +372,9 @@ class SpeculativeCall:
                 record = row.trace.rounds[-1]
                 record.draft_steps = max(record.draft_steps, steps) if active[i] else record.draft_steps
                 if active[i] and looks:
-                    features = row.rule.describe(*highest[i], entropies[i], modes[i], drafts[i])
-                    active[i] = highest[i][0] > 0 and row.rule.include(position, features)  # NaN: nothing to draw from
+                    first, second = highest[i]
+                    features = row.rule.describe(first, second, entropies[i], modes[i], drafts[i])
+                    active[i] = first > 0 and row.rule.include(position, features)  # NaN: nothing to draw from
                     if active[i]:
                         record.features.append(features)
                         if isinstance(row.rule, KLAdaptiveWindow):

@@ -23,7 +23,8 @@ class Overhead:
         window (`int`): W.
         rounds (`int`): rounds measured.
         round_seconds (`float`): a round of the loop that drafts and verifies W tokens.
-        draft_step_seconds (`float`): the drafter's forward of one token behind a cache of a round's length, logits too.
+        draft_step_seconds (`float`): the drafter's forward of one token behind a cache of a round's length, logits
+            included.
         target_seconds (`float`): the target's forward of W + 1 tokens behind a cache of that length.
         new_tokens (`int`), acceptance_length (`float`): of the texts that were written meanwhile.
     """
@@ -85,7 +86,8 @@ def measure_overhead(
             accepted += [r.accepted + 1 for r in full]
     if not rounds:
         raise ValueError(
-            f"max_new_tokens: {max_new_tokens} leave no room for rounds of {window} tokens behind the first. Give more."
+            f"max_new_tokens: {max_new_tokens} leave no room for rounds of {window} tokens behind the first. Give "
+            "more."
         )
     return Overhead(
         window,

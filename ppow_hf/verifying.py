@@ -39,16 +39,15 @@ class TargetSession:
         kinds = getattr(text, "layer_types", None)
         self.layer_kinds = set(kinds) if kinds is not None else None
         self.window = self._sliding_window(text)
+        # Layers that drop what slid out of their window count columns, holes too: keep all, and mask by position.
+        self.by_position = self.window is not None and (self.ragged or trees)
         self._check_layers(trees)
         past = cache.get_seq_length() if cache is not None else 0
         self._check_cache(cache, past, trees)
         self.past = past if 0 < past < input_ids.shape[1] else 0
-        # Layers that drop what slid out of their window count columns, holes too: keep all, and mask by position.
-        own = self.window is not None and (self.ragged or trees)
-        self.cache: Any = cache if cache is not None and (self.past or not own) else DynamicCache()
-        self._records_past = callable(getattr(self.cache, "activate_past_recording", None))
-        if self._records_past:
-            self.cache.activate_past_recording()
+        self.cache: Any = cache if cache is not None and not self.by_position else DynamicCache()
+        self._alone = not (self.ragged or self.by_position)  # the target can make its own masks and positions
+        self.cache.activate_past_recording()
         self.extra_inputs = extra_inputs
         takes = inspect.signature(target.forward).parameters
         self.takes = {name: name in takes for name in ("position_ids", "logits_to_keep", "attention_mask")}
@@ -81,7 +80,7 @@ class TargetSession:
                 "can make. Generate for one prompt at a time, without padding and without tree_nodes."
             )
         attention = self.target.config._attn_implementation
-        if (trees or (self.ragged and self.window is not None)) and attention not in ("eager", "sdpa"):
+        if (trees or self.by_position) and attention not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation: {attention!r} takes no masks of our own, which trees and batches with sliding "
                 'windows need. Load the target with attn_implementation="sdpa".'
@@ -95,7 +94,7 @@ class TargetSession:
             )
         if past and len(self.visible) > 1:
             raise ValueError("past_key_values: a filled cache can be gone on from with one prompt only, not a batch.")
-        if past and trees and self.window is not None:
+        if past and self.by_position:
             raise ValueError(
                 f"past_key_values: {type(self.target).__name__} has layers with a sliding window, whose filled cache "
                 "cannot verify trees. Leave out tree_nodes, or past_key_values."
@@ -106,8 +105,10 @@ class TargetSession:
     def read_prompt(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits `[B, 1, V]` behind the prompts and the states of the tokens that were not in the cache."""
         unread = input_ids[:, self.past :]
-        if not self.ragged:
-            return self._forward(unread, None, None, only_last=True)
+        if self._alone:
+            read = self._forward(unread, None, None, only_last=True)
+            self._forget()
+            return read
         positions = (self.visible.long().cumsum(1) - 1).clamp_min(0)[:, self.past :]
         return self._forward(unread, positions, self._chain_mask(self.visible, positions), only_last=True)
 
@@ -116,7 +117,7 @@ class TargetSession:
 
         `valid` `[B, W]` tells which draft tokens are a row's own.
         """
-        if not self.ragged:
+        if self._alone:
             return self._forward(tokens, None, None)
         seen = torch.cat([self.visible, self.visible.new_ones(len(tokens), 1), valid], dim=1)
         positions = self.positions[:, None] + torch.arange(tokens.shape[1], device=self.device)
@@ -160,7 +161,7 @@ class TargetSession:
 
     def _chain_mask(self, seen: torch.Tensor, positions: torch.Tensor) -> Any:
         """The mask of rows that are chains: columns seen; by position where the model's own would count holes."""
-        if self.window is None:
+        if not self.by_position:
             return seen.long()
         length, columns = positions.shape[1], seen.shape[1]
         own = torch.arange(columns - length, columns, device=self.device)
@@ -184,6 +185,10 @@ class TargetSession:
 
     # -- what stays in the cache
 
+    def _forget(self) -> None:
+        """Let layers with a sliding window drop what slid out of it, kept until now for a crop."""
+        self.cache.crop(0)
+
     def keep(self, width: int, counts: torch.Tensor, most: int) -> None:
         """After a forward of `width` tokens: the first `counts` `[B]` (at most `most`) behind the first are kept.
 
@@ -191,8 +196,8 @@ class TargetSession:
         """
         if most + 1 < width:
             self.cache.crop(-(width - most - 1))
-        elif self._records_past:
-            self.cache.crop(0)
+        else:
+            self._forget()
         if self.ragged:
             arrived = torch.arange(most + 1, device=counts.device) <= counts[:, None]
         else:

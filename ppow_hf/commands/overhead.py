@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(
         f"round {measured.round_seconds * 1e3:.2f} ms = {measured.ratio:.3f} x (window {measured.window} x draft step "
-        f"{measured.draft_step_seconds * 1e3:.2f} ms + target forward {measured.target_seconds * 1e3:.2f} ms); medians "
-        f"of {measured.rounds} rounds, acceptance length {measured.acceptance_length:.2f}"
+        f"{measured.draft_step_seconds * 1e3:.2f} ms + target forward {measured.target_seconds * 1e3:.2f} ms); "
+        f"medians of {measured.rounds} rounds, acceptance length {measured.acceptance_length:.2f}"
     )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
