@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -13,6 +14,12 @@ from serving import REPOSITORY, screenshot, serve
 pytestmark = pytest.mark.browser
 
 CANARY = "canary_4711_nobody_writes_this"
+
+
+def run_apart(coroutine):
+    """In a thread of its own: where the browser has been started, this one has an event loop already."""
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, coroutine).result()
 
 
 async def visit(client, url, number, api="answer", data=None):
@@ -46,10 +53,10 @@ async def crowd(url, count):
 
 
 def test_fifty_visitors_at_once_are_answered_or_told_that_it_is_busy(server):
-    asyncio.run(crowd(server.url, 8))  # warm
+    run_apart(crowd(server.url, 8))  # warm
     memory = []
     for _ in range(2):
-        answers = asyncio.run(crowd(server.url, 50))
+        answers = run_apart(crowd(server.url, 50))
         served = [answer for answer in answers if answer != "busy"]
         assert len(served) >= 32, "the queue holds 32"
         assert all(answer["success"] and answer["rounds"] > 1 for answer in served)
@@ -79,7 +86,7 @@ def test_nothing_beyond_the_limits_runs_whoever_asks(server, data):
         async with httpx.AsyncClient(timeout=120) as client:
             return await visit(client, server.url, 0, data=data)
 
-    answer = asyncio.run(ask())
+    answer = run_apart(ask())
     assert "rounds" not in json.dumps(answer["output"])  # refused before or by the page: nothing was generated
 
 
@@ -88,7 +95,7 @@ def test_a_path_sent_as_a_prompt_is_only_text(server):
         async with httpx.AsyncClient(timeout=120) as client:
             return await visit(client, server.url, 0, data=[{"path": "/etc/passwd"}, "kl", 10, 0, 16, 0.2])
 
-    value = asyncio.run(ask())["output"]["data"][0]
+    value = run_apart(ask())["output"]["data"][0]
     assert "root:" not in json.dumps(value)
 
 
