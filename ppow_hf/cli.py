@@ -132,6 +132,12 @@ def build_parser() -> argparse.ArgumentParser:
     quick.add_argument(
         "--minutes", type=float, default=3.2, help="time given to training, about (default: %(default)s)"
     )
+    quick.add_argument(
+        "--architecture",
+        choices=["standalone", "eagle"],
+        default="standalone",
+        help="architecture of the drafter (default: %(default)s)",
+    )
     quick.set_defaults(run=quickstart)
 
     tiny = commands.add_parser(
@@ -224,6 +230,7 @@ def quickstart(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
         minutes=arguments.minutes,
+        architecture=arguments.architecture,
         command=arguments.command,
     )
     return 0

@@ -26,17 +26,21 @@ def run(
     max_new_tokens: int = 64,
     seed: int = 0,
     minutes: float = 3.2,
+    architecture: str = "standalone",
     command: str = "ppow quickstart",
 ) -> dict[str, Any]:
     """Train a drafter for the embedded target (not when `fast`), compare it with the other ways, save and print.
 
     Args:
         output_dir (`str`): gets the drafter, `benchmark.json`, `windows.png` and `training.png`.
-        fast (`bool`, *optional*, defaults to `False`): use the embedded eagle drafter and train nothing.
+        fast (`bool`, *optional*, defaults to `False`): use the embedded drafter and train nothing.
         prompts (`int`, *optional*, defaults to `20`): held-out functions to complete.
         max_new_tokens (`int`, *optional*, defaults to `64`): tokens generated behind each.
         seed (`int`, *optional*, defaults to `0`): of data and training.
         minutes (`float`, *optional*, defaults to `3.2`): time for the two training stages together.
+        architecture (`str`, *optional*, defaults to `"standalone"`):
+            `"standalone"`, which learns the most in these minutes and which transformers' own assisted generation takes
+            too, so that both run the same drafter; or `"eagle"`, compared with the embedded standalone one.
         command (`str`, *optional*): recorded in `benchmark.json`.
 
     Returns:
@@ -48,7 +52,10 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = AutoModelForCausalLM.from_pretrained(target_path(), dtype=torch.float32).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(target_path())
-    standalone = PPOWDrafter.from_pretrained(drafter_path("tiny-standalone"), dtype=torch.float32).eval().to(device)
+    standalone = None  # the drafter itself
+    if architecture != "standalone":
+        standalone = PPOWDrafter.from_pretrained(drafter_path("tiny-standalone"), dtype=torch.float32)
+        standalone.eval().to(device)
     files = standard_library()
     held_out = [file for file in files if file.held_out]
     print(
@@ -57,11 +64,12 @@ def run(
         flush=True,
     )
     if fast:
-        drafter = PPOWDrafter.from_pretrained(drafter_path("tiny-eagle"), dtype=torch.float32).eval().to(device)
-        used = "ppow_hf.tiny.drafter_path('tiny-eagle')"
-        print("Drafter: the embedded eagle drafter; nothing is trained (--fast).", flush=True)
+        name = f"tiny-{architecture}"
+        drafter = PPOWDrafter.from_pretrained(drafter_path(name), dtype=torch.float32).eval().to(device)
+        used = f"ppow_hf.tiny.drafter_path({name!r})"
+        print(f"Drafter: the embedded {name}; nothing is trained (--fast).", flush=True)
     else:
-        drafter = _train(folder, target, tokenizer, files, seed, minutes * 60)
+        drafter = _train(folder, target, tokenizer, files, seed, minutes * 60, architecture)
         used = repr(output_dir)
 
     texts = function_prompts(held_out, prompts, seed=seed)
@@ -94,7 +102,7 @@ def run(
     return result
 
 
-def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float) -> PPOWDrafter:
+def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, architecture: str) -> PPOWDrafter:
     from .tiny.drafters import default_stages, save_drafter, target_text, train_stage
     from .training.trainer import draw_curves
 
@@ -102,7 +110,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float) ->
     cache = folder / "data"
     train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], 320, seed, cache)
     eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], 8, seed + 1, cache)
-    drafter = PPOWDrafter.from_target(target, "eagle", target_name_or_path="tiny")
+    drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path="tiny")
     log: list[dict] = []
     lengths: list[tuple[str, float]] = []
     for stage in default_stages(seconds):

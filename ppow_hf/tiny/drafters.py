@@ -206,8 +206,9 @@ def make_drafter(
     save_drafter(drafter, tokenizer, output_dir)
     (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     draw_curves(log, output_dir / "training.png", title=f"{architecture} drafter: supervised, then PPOW")
-    facts = {"seed": seed, "sequences": sequences, "data_fingerprint": train_data.fingerprint}
-    origin = provenance.describe(drafter.device, **facts)
+    origin = provenance.describe(
+        drafter.device, seed=seed, sequences=sequences, data_fingerprint=train_data.fingerprint
+    )
     (output_dir / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
     write_drafter_card(output_dir, f"tiny-{architecture}" if target_name == "tiny" else None)
     return drafter
