@@ -273,6 +273,7 @@ def tiny_drafter(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         target_name=arguments.target if is_embedded(arguments.target) else None,
         start=arguments.start,
+        command=arguments.command,
     )
     return 0
 

@@ -39,8 +39,8 @@ def run(
         seed (`int`, *optional*, defaults to `0`): of data and training.
         minutes (`float`, *optional*, defaults to `3.2`): time for the two training stages together.
         architecture (`str`, *optional*, defaults to `"standalone"`):
-            `"standalone"`, which learns the most in these minutes and which transformers' own assisted generation takes
-            too, so that both run the same drafter; or `"eagle"`, compared with the embedded standalone one.
+            `"standalone"`, which learns the most in these minutes and which transformers' own assisted generation
+            takes too, so that both run the same drafter; or `"eagle"`, compared with the embedded standalone one.
         command (`str`, *optional*): recorded in `benchmark.json`.
 
     Returns:
@@ -108,7 +108,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
 
     print("Data: the target completes excerpts of held-in modules (its own text is what a drafter must learn) ...")
     cache = folder / "data"
-    train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], 320, seed, cache)
+    train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], 640, seed, cache)
     eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], 8, seed + 1, cache)
     drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path="tiny")
     log: list[dict] = []
@@ -118,7 +118,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
         offset = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.objective, seed,
-            eval_prompts=8, eval_new_tokens=48, eval_steps=40, disable_tqdm=True,
+            eval_prompts=8, eval_new_tokens=48, eval_steps=100, disable_tqdm=True,
             calibrate_at_end=stage.objective == "ppow",
         )  # fmt: skip
         log += [{**row, "step": row["step"] + offset} for row in history]

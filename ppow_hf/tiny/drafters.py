@@ -174,6 +174,7 @@ def make_drafter(
     cache_dir: str | Path | None = None,
     target_name: str | None = "tiny",
     start: str | Path | None = None,
+    command: str | None = None,
 ) -> PPOWDrafter:
     """Train a drafter for an embedded target and write it to `output_dir`, the supervised stage beside it.
 
@@ -207,7 +208,7 @@ def make_drafter(
     (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     draw_curves(log, output_dir / "training.png", title=f"{architecture} drafter: supervised, then PPOW")
     origin = provenance.describe(
-        drafter.device, seed=seed, sequences=sequences, data_fingerprint=train_data.fingerprint
+        drafter.device, command, seed=seed, sequences=sequences, data_fingerprint=train_data.fingerprint
     )
     (output_dir / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
     write_drafter_card(output_dir, f"tiny-{architecture}" if target_name == "tiny" else None)
