@@ -52,7 +52,9 @@ class CompareConfig:
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
         baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
         select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
-        groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`].
+        groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`]; trees
+            are measured on the test split, and elsewhere if they choose.
+        slow_prompts (`int`): prompts on which groups and trees are measured, which take seconds each on a CPU.
         curve_points (`int`), curve_prompts (`int`): evaluations during a run, and their prompts.
         keep_gib (`float`): memory for kept target encodings.
         dtype (`str`): number format of the target.
@@ -76,6 +78,7 @@ class CompareConfig:
     cost_ratios: list[float] = field(default_factory=lambda: [0.05, 0.12, 0.3])
     tree_nodes: list[int] = field(default_factory=list)
     verification_cost: float = 0.0
+    slow_prompts: int = 32
     curve_points: int = 4
     curve_prompts: int = 8
     keep_gib: float = 2.0
@@ -489,9 +492,11 @@ class Comparison:
         if fit is None and split == SPLITS[1]:
             validation = self._line(facts, SPLITS[0])
             fit = None if validation is None else validation["fit"]
+        choosing = any(name.startswith("tree") for name in self.config.select_by)
         found = evaluate_drafter(
             self.target, drafter, self.texts[split], self.config.groups, self.config.cost_ratios,
-            self.config.tree_nodes, self.config.verification_cost, calibration=fit,
+            self.config.tree_nodes if choosing or split == SPLITS[1] else (), self.config.slow_prompts,
+            self.config.verification_cost, calibration=fit,
         )  # fmt: skip
         line = {
             **facts,

@@ -88,6 +88,7 @@ def evaluate_drafter(
     groups: Sequence[int] = (4, 8, 16),
     cost_ratios: Sequence[float] = (0.05, 0.12, 0.3),
     tree_nodes: Sequence[int] = (),
+    slow_texts: int | None = None,
     verification_cost: float = 0.0,
     calibration: dict[str, Any] | None = None,
     seed: int = 0,
@@ -97,6 +98,7 @@ def evaluate_drafter(
     Args:
         groups (`Sequence[int]`): candidates C: the greedy window and C - 1 drawn at T = 1, the longest kept.
         tree_nodes (`Sequence[int]`): budgets N of drafted trees, at T = 0 and at T = 1, by real decoding.
+        slow_texts (`int`, *optional*): groups and trees are measured on the first so many texts; `None`: on all.
         cost_ratios (`Sequence[float]`), verification_cost (`float`): of the expected speed with the adaptive window.
         calibration (`dict`, *optional*): `fit` of another split; `None` fits the acceptance estimate on this one.
 
@@ -119,7 +121,7 @@ def evaluate_drafter(
     for name, pairs in sampled_chains(target, drafter, texts.sampled, window).items():
         per_prompt[name] = pairs
     for count in groups:
-        per_prompt[f"group_t0_c{count}"] = group_chains(target, drafter, tables, count, window, seed)
+        per_prompt[f"group_t0_c{count}"] = group_chains(target, drafter, tables[:slow_texts], count, window, seed)
     for ratio in cost_ratios:
         per_prompt[f"speed_t0_{ratio:g}"] = [
             _speed(table, window, CostModel(ratio, verification_cost), {"greedy": fit}) for table in tables
@@ -127,7 +129,7 @@ def evaluate_drafter(
     for count in tree_nodes:
         for temperature in (0.0, 1.0):
             _, grown = decode(
-                target, drafter, texts.prompts, texts.max_new_tokens, temperature, seed, window="fixed",
+                target, drafter, texts.prompts[:slow_texts], texts.max_new_tokens, temperature, seed, window="fixed",
                 max_window=window, tree_nodes=count,
             )  # fmt: skip
             per_prompt[f"tree_t{temperature:g}_n{count}"] = [

@@ -36,7 +36,7 @@ def values_of(lines: Sequence[Line], metric: str, without_looping: bool = False)
     """Pairs of one recipe's runs `[seeds, prompts, 2]`; `without_looping` leaves out prompts with looping texts."""
     pairs = numpy.asarray([line["per_prompt"][metric] for line in lines], dtype=float)
     if without_looping:
-        pairs = pairs[:, numpy.asarray(lines[0]["loops"]) <= LOOPING]
+        pairs = pairs[:, numpy.asarray(lines[0]["loops"])[: pairs.shape[1]] <= LOOPING]
     return pairs
 
 
@@ -234,7 +234,8 @@ class Report:
             f"rates are chosen on {data['validation_prompts']} validation prompts by "
             f"{', '.join(config['select_by'])}; numbers are of {len(loops)} {self.split} prompts, "
             f"{data['completion_tokens']} tokens each. Acceptance "
-            "lengths count the token that the target adds (k + 1), over rounds with room for a whole window. In "
+            "lengths count the token that the target adds (k + 1), over rounds with room for a whole window; groups "
+            f"and trees are measured on the first {config['slow_prompts']} prompts. In "
             f"brackets the gain over `{config['reference']}` with its 95% interval (paired bootstrap over prompts and "
             f"seeds). The target's entropy is {self.start['target_entropy']:.2f} nats per token at T = 1. Repeated "
             f"8-grams in the target's greedy texts: {numpy.mean(loops):.1%}; "

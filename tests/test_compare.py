@@ -220,6 +220,8 @@ def cell(tmp_path_factory, make_target):
         "learning_rates": [1e-3, 1e-2],
         "training": {"per_device_train_batch_size": 4, "num_prefixes": 2, "num_rollouts": 2, "unroll_steps": 2},
         "groups": [2],
+        "tree_nodes": [4],
+        "slow_prompts": 3,
         "cost_ratios": [0.12],
         "curve_points": 2,
         "curve_prompts": 2,
@@ -264,7 +266,10 @@ def test_a_comparison_trains_chooses_and_tests_every_recipe(compared):
     # The test split is read when nothing is left to choose.
     splits = [line["split"] for line in lines]
     assert splits == sorted(splits, reverse=True)
-    assert len(lines[-1]["per_prompt"]["chain_t0_k10"]) == 4
+    for line in lines:
+        own, tested = line["per_prompt"], line["split"] == "test"
+        assert len(own["chain_t0_k10"]) == len(line["loops"]) == (4 if tested else 3) and len(own["group_t0_c2"]) == 3
+        assert ("tree_t1_n4" in own) == tested and (not tested or len(own["tree_t0_n4"]) == 3)
 
 
 def test_every_recipe_gets_the_same_budget_and_its_curve(compared):
