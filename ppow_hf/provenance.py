@@ -3,6 +3,7 @@
 Written beside every trained drafter and measurement, and pushed with them: so it names no user, host or folder.
 """
 
+import json
 import platform
 import shlex
 import subprocess
@@ -68,6 +69,15 @@ def describe(device: Any, command: str | None = None, **facts: Any) -> dict[str,
         "machine": describe_machine(device),
         **facts,
     }
+
+
+def write_provenance(folder: Path | str, device: Any, command: str | None = None, **facts: Any) -> Path:
+    """Write [`describe`] to the folder's `provenance.json`, which the card shows and a push takes along."""
+    path = Path(folder) / "provenance.json"
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(json.dumps(describe(device, command, **facts), indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
+    return path
 
 
 def public_name(name: str | None) -> str | None:

@@ -137,7 +137,7 @@ attempt("text", lambda: generated("ada/plain"))
 attempt("tagged text", lambda: generated("ada/tagged"))
 import evaluate
 attempt("metric", lambda: evaluate.load("ada/acceptance_length").compute(drafted=[4, 4], accepted=[4, 1]))
-script = [m for m in list(sys.modules.values()) if getattr(m, "REPOSITORY", None) == "ada/plain"]
+script = [m for n, m in sys.modules.items() if "custom_generate" in n and vars(m).get("REPOSITORY") == "ada/plain"]
 before = {name: id(d) for name, d in script[0]._drafters.items()}
 attempt("again", lambda: generated("ada/plain", max_window=2))
 results["kept"] = before == {name: id(d) for name, d in script[0]._drafters.items()} and len(before) == 1

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..provenance import describe, public_name
+from ..provenance import public_name, write_provenance
 
 PICKLED_ARGUMENTS = "training_args.bin"
 
@@ -17,7 +17,8 @@ def write_records(trainer: Any, folder: str | Path) -> None:
     folder, args = Path(folder), trainer.args
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    provenance = describe(
+    write_provenance(
+        folder,
         args.device,
         seeds={"seed": args.seed, "data_seed": args.data_seed},
         data_fingerprint=trainer.train_dataset.fingerprint if trainer.train_dataset is not None else None,
@@ -30,7 +31,6 @@ def write_records(trainer: Any, folder: str | Path) -> None:
     for name, content in (
         ("training_arguments.json", arguments_as_json(args)),
         ("training_log.json", log),
-        ("provenance.json", provenance),
     ):
         staged = folder / f"{name}.part"
         staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
