@@ -143,6 +143,13 @@ def test_learns_what_the_engine_accepted(target, drafter):
     assert {window for window, _, _ in told} == {1, 4} and len({kept for _, kept, _ in told}) > 2
 
 
+def test_costs_are_measured_with_windows_of_one_token_too(target, drafter):
+    costs = OnlineCosts()
+    assumed = costs.model.cost_ratio
+    SlowEngine(target, PROMPTS[:2], 8).run(BatchDrafter(drafter, lambda shared: FixedWindow(1, shared), costs, 256))
+    assert costs.model.cost_ratio != assumed and 0 < costs.model.cost_ratio <= 10
+
+
 def test_divergence_is_what_the_drafter_gave_the_targets_token(drafter):
     told = []
     batch = BatchDrafter(drafter, lambda shared: RecordingWindow(3, shared, told), OnlineCosts(), 256)

@@ -146,8 +146,13 @@ class BatchDrafter:
         longest = {id(request): self._limit(request) for request in self.requests}
         drafting = [request for request in self.requests if longest[id(request)] > 0]
         if drafting:
+            before = time.perf_counter()
+            first_reading = any(request.read == 0 for request in self.requests)
             self._read()
+            if first_reading:  # reading a prompt is no draft step; reading the last round's tokens makes the first one
+                before = time.perf_counter()
             self._draft(drafting, longest)
+            self.costs.observe_drafting(len(self._log_probs) - first_reading, time.perf_counter() - before)
         self._drafted_at = time.perf_counter()
         return [[] if request is None else list(request.draft_ids) for request in current]
 
@@ -216,7 +221,7 @@ class BatchDrafter:
         for row, request in enumerate(self._in_session):
             request.row = row
         self._log_probs = []
-        active, started, steps = list(drafting), time.perf_counter(), 0
+        active, steps = list(drafting), 0
         logits = session.first_logits()
         while True:
             log_probs = logits.float().log_softmax(-1)
@@ -240,7 +245,6 @@ class BatchDrafter:
                 break
             logits = session.next_logits(likeliest, steps)
             steps += 1
-        self.costs.observe_drafting(steps, time.perf_counter() - started)
 
 
 def _continued(known: list[DraftedRequest], tokens: numpy.ndarray) -> DraftedRequest | None:
