@@ -33,7 +33,7 @@ from .windowing import (
 MIXED = "mixed stream"
 OURS, CONFIDENCE_ONLY = "ppow kl", "ppow kl, confidence alone"
 ENTROPY_THRESHOLDS = (0.3, 0.5, 0.7)
-THRIFT = (1.5, 2.5, 4.0)  # times the true costs, told to the rule to make it draft less
+THRIFT = (1.5, 2.5, 4.0, 8.0)  # times the true costs, told to the rule to make it draft less
 FITTING_WINDOWS = (16, 8, 4, 2)
 COMPARED_FIXED = 8
 
