@@ -386,7 +386,7 @@ def test_command_explains_its_mistakes(tmp_path, capsys):
     assert main([*base, "--prompts", f"{file}:question"]) == 2
     assert "has no column 'question'" in capsys.readouterr().err
     assert main([*base, "--prompts", str(file)]) == 2
-    assert "--fit-prompts: 12 of the 1 prompts" in capsys.readouterr().err
+    assert "--fit-prompts: 10 of the 1 prompts" in capsys.readouterr().err
     assert parse_workload("stdlib") == ("stdlib", ("stdlib", None))
     assert parse_workload(f"a={file}:q") == ("a", (str(file), "q"))
 

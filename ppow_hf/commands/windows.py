@@ -33,13 +33,13 @@ def register(commands: Any) -> None:
         "or text), or stdlib for functions of the standard library (default: stdlib)",
     )
     parser.add_argument(
-        "--num-prompts", type=int, default=30, help="prompts of each workload to compare on (default: %(default)s)"
+        "--num-prompts", type=int, default=20, help="prompts of each workload to compare on (default: %(default)s)"
     )
     parser.add_argument(
-        "--fit-prompts", type=int, default=12, help="prompts of each workload to fit on (default: %(default)s)"
+        "--fit-prompts", type=int, default=10, help="prompts of each workload to fit on (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=160, help="tokens written behind each prompt (default: %(default)s)"
+        "--max-new-tokens", type=int, default=128, help="tokens written behind each prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--cost-ratios",
