@@ -73,7 +73,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.context_length = context_length
         self.mask_length = getattr(generation_config, "_mask_length", None)  # where a mask of ones was left out
         self.session = self.model.start_session(target_width)
-        # Only eagle reads states; a standalone drafter spares the target the trouble of returning them.
+        # Eagle and medusa read states; a standalone drafter spares the target the trouble of returning them.
         self.target_kwargs = {"output_hidden_states": True} if config.target_layer_ids else {}
         self.model_kwargs_overrides: dict[str, Any] = self.target_kwargs  # what the loop adds to each target forward
         costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], _stored_costs(config))
