@@ -36,7 +36,11 @@ def plot_curves(
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if any(mapping.values()):
+    with_lines = [axis for axis in axes[0] if axis.lines]
+    if len(with_lines) > 1 and len({tuple(mapping) for mapping in mappings}) == 1:  # one legend for all, below them
+        figure.legend(handles=with_lines[0].lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    else:
+        for axis in with_lines:
             axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

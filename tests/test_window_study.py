@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import random
-from argparse import Namespace
 
 import numpy
 import pytest
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.benchmark import ForwardRecorder
 from ppow_hf.cli import main
-from ppow_hf.commands.windows import from_bench, parse_workload
+from ppow_hf.commands.windows import parse_workload
 from ppow_hf.evaluation import decode
 from ppow_hf.modeling_ppow import collect_target_states
 from ppow_hf.window_report import (
@@ -391,10 +390,7 @@ def test_command_explains_its_mistakes(tmp_path, capsys):
     assert parse_workload(f"a={file}:q") == ("a", (str(file), "q"))
 
 
-def test_bench_hands_its_models_and_prompts_to_the_study(capsys):
-    arguments = Namespace(
-        target="tiny", drafter="tiny-standalone", dtype=None, device=None, prompts="stdlib", num_prompts=1,
-        max_new_tokens=6, command="ppow bench --windows", output_dir=None,
-    )  # fmt: skip
-    assert from_bench(arguments) == 0
+def test_bench_hands_its_options_to_the_study(capsys):
+    argv = ["bench", "--windows", "--target", "tiny", "--drafter", "tiny-standalone", "--num-prompts", "1"]
+    assert main([*argv, "--fit-prompts", "1", "--live", "1", "--max-new-tokens", "6"]) == 0
     assert "mixed stream" in capsys.readouterr().out

@@ -62,17 +62,6 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=windows)
 
 
-def from_bench(arguments: argparse.Namespace) -> int:
-    """`ppow bench --windows`: the study of `ppow windows` on the benchmark's models and prompts, with its defaults."""
-    parser = argparse.ArgumentParser()
-    register(parser.add_subparsers())
-    own = parser.parse_args(["windows", "--target", arguments.target, "--drafter", arguments.drafter])
-    for name in ("dtype", "device", "num_prompts", "max_new_tokens", "command"):
-        setattr(own, name, getattr(arguments, name))
-    own.prompts, own.output_dir = [arguments.prompts], arguments.output_dir
-    return windows(own)
-
-
 def windows(arguments: argparse.Namespace) -> int:
     """`ppow windows`."""
     for name in ("num_prompts", "fit_prompts", "max_new_tokens", "segment_tokens"):
