@@ -62,7 +62,8 @@ class ScriptArguments:
         },
     )
     architecture: str = dataclasses.field(
-        default="eagle", metadata={"help": "Architecture of a new drafter.", "choices": ["eagle", "standalone", "medusa"]}
+        default="eagle",
+        metadata={"help": "Architecture of a new drafter.", "choices": ["eagle", "standalone", "medusa"]},
     )
     draft_vocab_size: int | None = dataclasses.field(
         default=None,
