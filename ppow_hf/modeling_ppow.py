@@ -415,7 +415,10 @@ class PPOWDrafter(PreTrainedModel):
         )
         drafter = cls(config)
         drafter._start_from(target, token_counts)
-        return drafter.to(dtype=target.dtype if target.dtype.is_floating_point else None)
+        if target.dtype.is_floating_point:
+            for parameter in drafter.parameters():  # not the rotary frequencies, which stay in float32 as on loading
+                parameter.data = parameter.data.to(target.dtype)
+        return drafter
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel, token_counts: torch.Tensor | None) -> None:

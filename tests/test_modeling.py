@@ -407,7 +407,10 @@ def test_a_drafter_loads_and_drafts_in_bfloat16(target, tmp_path, architecture):
 @both_architectures
 def test_a_drafter_takes_the_targets_dtype(target, architecture):
     low = copy.deepcopy(target).to(torch.bfloat16)
-    assert PPOWDrafter.from_target(low, architecture).dtype == torch.bfloat16
+    drafter = PPOWDrafter.from_target(low, architecture)
+    assert drafter.dtype == torch.bfloat16
+    # Rotary frequencies stay as they are on loading: in bfloat16 a reloaded drafter would say something else.
+    assert {b.dtype for name, b in drafter.named_buffers() if "inv_freq" in name} <= {torch.float32}
 
 
 # -- vocabularies and widths

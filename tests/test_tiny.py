@@ -88,6 +88,12 @@ def test_embedded_drafters_change_no_token_and_save_forwards(name, pair, files):
     check_identity(name, pair, held_out_prompts(files, pair[1], 8), 32)
 
 
+@pytest.mark.parametrize("name", ["tiny-eagle", "tiny-standalone"])
+def test_embedded_drafters_say_that_they_are_stored_in_bfloat16(name):
+    assert PPOWDrafter.from_pretrained(drafter_path(name), dtype="auto").dtype == torch.bfloat16
+    assert PPOWDrafter.from_pretrained(drafter_path(name), dtype="float32").dtype == torch.float32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-eagle", "tiny-standalone"])
 def test_embedded_drafters_change_no_token_on_200_prompts(name, pair, files):

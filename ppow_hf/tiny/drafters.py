@@ -3,6 +3,7 @@
 Knows the embedded corpus and PPOWTrainer; the shipped drafters and the quickstart differ in nothing but time.
 """
 
+import copy
 import json
 import random
 import time
@@ -217,9 +218,8 @@ def make_drafter(
 
 def save_drafter(drafter: PPOWDrafter, tokenizer, folder: str | Path) -> None:
     """Save in bfloat16 (the live drafter stays as it is) with the tokenizer."""
-    state = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-             for name, tensor in drafter.state_dict().items()}  # fmt: skip
-    dtype, drafter.config.dtype = drafter.config.dtype, torch.bfloat16
-    drafter.save_pretrained(folder, state_dict=state)
-    drafter.config.dtype = dtype
+    half = copy.deepcopy(drafter)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
