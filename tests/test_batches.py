@@ -290,7 +290,7 @@ def sampled_rows_fit(target, drafter, copies: int = 750, calls: int = 4, **setti
         for i, tokens in enumerate(output[:, ids.shape[1] : ids.shape[1] + length].tolist()):
             counts[i % 2][tuple(tokens)] = counts[i % 2].get(tuple(tokens), 0) + 1
     traces = drafter.last_traces
-    assert sum(t.accepted for t in traces) > 0 and sum(t.drafted - t.accepted for t in traces) > 0
+    assert sum(t.accepted for t in traces) > 0
     for prompt, seen in zip(prompts, counts, strict=True):
         joint = exact_joint(target, prompt, length, temperature)
         total = sum(seen.values())
@@ -312,6 +312,7 @@ def test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, arch
     target = small_vocab_target
     drafter = noisy_copy(target, 0.3) if architecture == "standalone" else make_drafter(target, "eagle")
     assert sampled_rows_fit(target, drafter, window=window, max_window=3, **COSTS)
+    assert sum(t.drafted - t.accepted for t in drafter.last_traces) > 0, "nothing was rejected"
 
 
 def test_a_broken_acceptance_is_noticed(small_vocab_target, monkeypatch):

@@ -663,12 +663,6 @@ def test_beams_are_refused(target, architecture):
 
 
 @both_architectures
-def test_a_batch_is_refused(target, architecture):
-    with pytest.raises(ValueError, match="input_ids: 2 sequences"):
-        generate(target, prompt(0).repeat(2, 1), drafter_for(target, architecture))
-
-
-@both_architectures
 def test_embeddings_in_place_of_tokens_are_refused(target, architecture):
     embeddings = target.get_input_embeddings()(prompt(0))
     with pytest.raises(ValueError, match="inputs_embeds"):

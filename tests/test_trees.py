@@ -198,6 +198,7 @@ def test_impossible_settings_are_refused(make_target, settings, message):
 def test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, architecture, window):
     drafter = make_drafter(small_vocab_target, "eagle") if architecture == "eagle" else NOISY(small_vocab_target)
     assert sampled_rows_fit(small_vocab_target, drafter, window=window, **SAMPLED_TREE)
+    assert sum(t.drafted - t.accepted for t in drafter.last_traces) > 0, "nothing was rejected"
     rounds = [r for trace in drafter.last_traces for r in trace.rounds]
     assert any(r.window > r.depth and r.accepted > 0 for r in rounds)
 
@@ -210,6 +211,7 @@ def test_many_rows_are_sampled_from_the_targets_distribution(small_vocab_target,
     drafter = make_drafter(small_vocab_target, "eagle") if architecture == "eagle" else NOISY(small_vocab_target)
     settings = SAMPLED_TREE | {"copies": 750, "calls": 20, "tree_branches": branches}
     assert sampled_rows_fit(small_vocab_target, drafter, window=window, **settings)
+    assert sum(t.drafted - t.accepted for t in drafter.last_traces) > 0, "nothing was rejected"
 
 
 def test_taking_siblings_for_draws_with_replacement_is_noticed(small_vocab_target, monkeypatch):
