@@ -76,6 +76,18 @@ def test_the_embedded_target_is_of_the_promised_shape_and_better_than_chance(pai
     assert loss < 0.6 * math.log(4096)
 
 
+def test_the_second_target_is_of_another_family_and_half_the_size(pair):
+    target, tokenizer = pair
+    other = AutoModelForCausalLM.from_pretrained(target_path("tiny-qwen3"), dtype=torch.float32).eval()
+    assert other.config.model_type == "qwen3" and other.num_parameters() < 0.6 * target.num_parameters()
+    assert AutoTokenizer.from_pretrained(target_path("tiny-qwen3")).get_vocab() == tokenizer.get_vocab()
+    for architecture in ("eagle", "standalone", "medusa"):
+        drafter = PPOWDrafter.from_target(other, architecture).eval()
+        ids = tokenizer("def read_lines(path):\n", return_tensors="pt")["input_ids"]
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
+        assert torch.equal(other.generate(ids, assistant_model=drafter, **settings), other.generate(ids, **settings))
+
+
 def test_reported_bits_per_byte_are_those_of_the_shipped_weights(pair, files):
     target, tokenizer = pair
     report = json.loads((target_path() / "recipe.json").read_text())

@@ -70,7 +70,7 @@ class TargetRecipe:
     max_cpu_hours: float = field(default=2.0, metadata={"help": "training stops after this much processor time"})
 
 
-QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384, max_steps=500)
+QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384, max_steps=250)
 
 
 def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
