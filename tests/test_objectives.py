@@ -57,7 +57,7 @@ def test_chunked_loss_and_gradients_equal_the_unchunked_ones(chunk_size):
     def losses_and_gradients(compute):
         leaves = features.clone().requires_grad_(), weight.clone().requires_grad_()
         sums = compute(*leaves)
-        (sums * torch.tensor([1.0, -0.3])).sum().backward()
+        (-0.3 * sums[0]).backward()
         return sums.detach(), leaves[0].grad, leaves[1].grad
 
     def function(weight, x, y, nothing):
@@ -67,7 +67,7 @@ def test_chunked_loss_and_gradients_equal_the_unchunked_ones(chunk_size):
 
     plain = losses_and_gradients(lambda x, w: function(w, x, sources, None))
     chunked = losses_and_gradients(
-        lambda x, w: sum_over_chunks(lambda *rows: function(w, *rows), chunk_size, x, sources, None)
+        lambda x, w: sum_over_chunks(lambda *rows: function(w, *rows), chunk_size, [w], x, sources, None)
     )
     for expected, found in zip(plain, chunked, strict=True):
         torch.testing.assert_close(found, expected)
@@ -80,14 +80,14 @@ def test_chunks_hold_at_most_chunk_size_rows_and_no_rows_are_one_empty_chunk():
         seen.append(len(rows))
         return rows.sum()[None]
 
-    assert sum_over_chunks(count, 3, torch.ones(8)).item() == 8 and seen == [3, 3, 2]
+    assert sum_over_chunks(count, 3, [], torch.ones(8)).item() == 8 and seen == [3, 3, 2]
     seen.clear()
-    assert sum_over_chunks(count, 3, torch.ones(0)).item() == 0 and seen == [0]
+    assert sum_over_chunks(count, 3, [], torch.ones(0)).item() == 0 and seen == [0]
 
 
 def test_chunks_without_rows_still_give_zero_gradients():
     features, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(4, requires_grad=True)
-    sum_over_chunks(lambda x: (x @ weight).sum()[None], 2, features)[0].backward()
+    sum_over_chunks(lambda x: (x @ weight).sum()[None], 2, [weight], features)[0].backward()
     assert weight.grad.tolist() == [0.0] * 4
 
 

@@ -35,14 +35,22 @@ def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -
     return input_ids.gather(1, clamped.flatten(1)).view(places.shape)
 
 
-def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, features, sources) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draft and target logits `[R, DV]` on what the drafter can propose."""
-    draft, goal = drafter.draft_logits(features).float(), target.logits(sources)
+def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources, places=None):
+    """Draft and target logits `[R, DV]` on what the drafter can propose; `sources` `[R, H]` belong to the rows.
+
+    With `places` `[R]`, ascending, they are `sources[places]`, and rows of one place share its target logits.
+    """
+    inverse = None
+    if places is not None:
+        unique, inverse = torch.unique_consecutive(places, return_inverse=True)
+        sources = sources[unique]
+    goal = target.logits(sources)
     kept = drafter.kept_tokens
     if kept is not None:
         goal = goal[..., kept]
     width = min(draft.shape[-1], goal.shape[-1])
-    return draft[..., :width], goal[..., :width]
+    goal = goal[..., :width]
+    return draft[..., :width], goal if inverse is None else goal[inverse]
 
 
 def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
@@ -83,28 +91,34 @@ def text_loss(
     next_places = (places + 1).clamp_max(input_ids.shape[1] - 1)
     learned = (places + 1 < input_ids.shape[1]) & mask.gather(1, next_places.flatten(1)).view(places.shape)
     of_steps = (args.unroll_decay**steps).expand(places.shape) / (args.unroll_decay**steps).sum()
-    rows = torch.arange(len(input_ids), device=input_ids.device)[:, None, None].expand(places.shape)[learned]
     names = list(weights)
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
+    # Steps of different prefixes that end at one place are learned together: they share the target's distribution.
+    numbers = torch.arange(len(input_ids), device=input_ids.device)[:, None, None] * input_ids.shape[1] + places
+    order = numbers[learned].argsort()
+    flat_sources = sources.flatten(0, 1)
 
-    def chunk(features, sources, labels, of_steps, is_first):
-        draft, goal = paired_logits(drafter, target, features, sources)
+    def chunk(features, numbers, labels, of_steps, is_first):
+        draft = drafter.draft_logits(features).float()
+        draft, goal = paired_logits(drafter, target, draft, flat_sources, numbers)
         terms = text_terms(names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args.lk_decay)
-        first = is_first.float()
+        loss = (coefficients[:, None] * terms * of_steps).sum()
         with torch.no_grad():
-            agreed = draft.argmax(-1) == goal.argmax(-1)
-            kl = terms[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
-            noted = torch.stack([kl, agreed, torch.ones_like(kl), *terms]) * first
-        return torch.cat([(coefficients[:, None] * terms * of_steps).sum()[None], noted.sum(-1)])
+            draft, goal, noted = draft[is_first], goal[is_first], terms[:, is_first]
+            agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
+            kl = noted[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
+            sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *noted.sum(-1)])
+        return torch.cat([loss[None], sums])
 
     totals = sum_over_chunks(
         chunk,
         args.chunk_size,
-        features[learned],
-        sources[rows, places[learned]],
-        input_ids[rows, next_places[learned]],
-        of_steps[learned],
-        learned.nonzero()[:, 2] == 0,
+        drafter.parameters(),
+        features[learned][order],
+        numbers[learned][order],
+        input_ids.flatten()[numbers[learned][order] + 1],
+        of_steps[learned][order],
+        (learned.nonzero()[:, 2] == 0)[order],
     )
     kl, agreed, count, *values = totals[1:].detach().tolist()
     metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, values, strict=True))
@@ -134,17 +148,22 @@ def window_text_loss(
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
 
     def chunk(features, sources, labels):
-        draft, goal = paired_logits(drafter, target, features, sources)
-        return text_terms(
-            names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args.lk_decay
-        ).sum(-1)  # fmt: skip
+        draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
+        labels = draft_labels(drafter, labels, draft.shape[-1])
+        sums = text_terms(names, draft, goal, labels, args.lk_decay).sum(-1)
+        return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
 
     totals = sum_over_chunks(
-        chunk, args.chunk_size, features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
+        chunk,
+        args.chunk_size,
+        drafter.parameters(),
+        features[real],
+        sources[rows, places[real]],
+        input_ids[rows, next_places[real]],
     )
     count = max(int(real.sum()), 1)
-    metrics = {f"text_{name}": value / count for name, value in zip(names, totals.tolist(), strict=True)}
-    return (coefficients * totals).sum() / (chosen.shape[1] * features.shape[2]), metrics
+    metrics = {f"text_{name}": value / count for name, value in zip(names, totals[1:].tolist(), strict=True)}
+    return totals[0] / (chosen.shape[1] * features.shape[2]), metrics
 
 
 def window_loss(
@@ -173,15 +192,17 @@ def window_loss(
     old = None if rollout.old_log_probs is None else rollout.old_log_probs[rows]
     kept_log_probs: list[torch.Tensor] = []
     names = [*policies, *distils, *(["expected_acceptance"] if "expected_acceptance" in weights else [])]
+    coefficients = torch.tensor([weights[name] for name in names], device=reached.device)
 
     def chunk(features, sources, tokens, reached, advantages, old, kept, kept_after, choices):
-        logits = drafter.compute_logits(features, target.vocab_size).float()
+        own = drafter.draft_logits(features).float()
+        logits = drafter.to_target_width(own, target.vocab_size)
         log_probs = (logits / args.rollout_temperature).log_softmax(-1)
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
         if old is None:
             kept_log_probs.append(chosen.detach())
         before = chosen.detach() if old is None else old
-        draft, goal = paired_logits(drafter, target, features, sources)
+        draft, goal = paired_logits(drafter, target, own, sources)
         kl = forward_kl(goal, draft)
         sums: list[torch.Tensor] = []
         clipped = torch.zeros_like(reached)
@@ -201,11 +222,12 @@ def window_loss(
         with torch.no_grad():
             entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
             noted = torch.stack([kl, clipped.float(), entropy]) * reached
-        return torch.cat([torch.stack(sums), noted.sum(-1)])
+        return torch.cat([(coefficients * torch.stack(sums)).sum()[None], noted.sum(-1)])
 
     totals = sum_over_chunks(
         chunk,
         args.chunk_size,
+        drafter.parameters(),
         features[rows],
         rollout.target_sources[rows],
         rollout.draft_ids[rows],
@@ -220,10 +242,9 @@ def window_loss(
         rollout.old_log_probs = torch.zeros(reached.shape, device=reached.device)
         rollout.old_log_probs[rows] = torch.cat(kept_log_probs)[: int(rows.sum())]
     count = max(int(reached.sum()), 1)
-    kl, clipped, entropy = (value / count for value in totals[len(names) :].tolist())
-    coefficients = torch.tensor([weights[name] for name in names], device=reached.device)
+    kl, clipped, entropy = (value / count for value in totals[1:].tolist())
     metrics = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
-    return (coefficients * totals[: len(names)]).sum() / (windows * window), metrics
+    return totals[0] / (windows * window), metrics
 
 
 def _advantages(name: str, rollout: Rollout, args: PPOWTrainingArguments) -> torch.Tensor:

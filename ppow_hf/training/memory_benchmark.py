@@ -29,7 +29,7 @@ def measure(way: str, vocab_size: int, length: int, hidden_size: int, chunk_size
         return forward_kl(target_head(sources), head(features)).sum()[None]
 
     if way == "chunked":
-        loss = sum_over_chunks(chunk, chunk_size, features, sources)[0]
+        loss = sum_over_chunks(chunk, chunk_size, head.parameters(), features, sources)[0]
     else:
         loss = chunk(features, sources)[0]
     loss.backward()

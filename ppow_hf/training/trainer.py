@@ -198,6 +198,16 @@ class PPOWTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
+        with self.accelerator.autocast():  # rollouts and the target too, which do not pass through the model's forward
+            loss = self._global_loss(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"model: the loss is {loss.item()} at step {self.state.global_step}, so the drafter's logits are no "
+                "longer finite. Lower learning_rate, or check the dtype; the last checkpoint is untouched."
+            )
+        return (loss, PPOWDrafterOutput(loss=loss)) if return_outputs else loss
+
+    def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         weights = self.args.weights_at(self.progress)
         rolled_out = any(name in WINDOW_TERMS for name in weights)
         encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=rolled_out)
@@ -214,13 +224,7 @@ class PPOWTrainer(Trainer):
             if items is None:
                 items = (inputs["labels"] != -100).sum()
             loss = loss / items
-        loss = loss * self.args.world_size
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"model: the loss is {loss.item()} at step {self.state.global_step}, so the drafter's logits are no "
-                "longer finite. Lower learning_rate, or check the dtype; the last checkpoint is untouched."
-            )
-        return (loss, PPOWDrafterOutput(loss=loss)) if return_outputs else loss
+        return loss * self.args.world_size
 
     def _text_objective(self, model, inputs, encoding: TargetEncoding, weights) -> torch.Tensor:
         """Sum over positions of the weighted terms along the text, averaged over unrolled steps (eagle, medusa)."""
