@@ -118,7 +118,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
         offset = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.objective, seed,
-            eval_prompts=8, eval_new_tokens=48, eval_steps=100, disable_tqdm=True,
+            eval_prompts=8, eval_new_tokens=48, disable_tqdm=True,
             calibrate_at_end=stage.objective == "ppow",
         )  # fmt: skip
         log += [{**row, "step": row["step"] + offset} for row in history]

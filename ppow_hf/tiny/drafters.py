@@ -24,16 +24,23 @@ from .corpus import SourceFile, standard_library
 from .recipe import bfloat16_pays
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
+EVALUATIONS = 4  # of a stage, in equal shares of its time, beside the one before it
+KEPT_ENCODINGS = 4 * 2**30  # bytes of the target's states that are kept instead of computed again in every epoch
 
 
 @dataclass
 class Stage:
-    """One stage of training: how long, how fast, and whatever else of PPOWTrainingArguments differs."""
+    """One stage of training: how long, how fast, and whatever else of PPOWTrainingArguments differs.
+
+    The learning rate falls linearly to a twentieth over the share `decay` of the time and stays there: what is gained
+    in the rest shows how far the stage is from its plateau.
+    """
 
     objective: str
     seconds: float
     learning_rate: float
     settings: dict[str, Any]
+    decay: float = 1.0
 
 
 def target_text(
@@ -70,11 +77,12 @@ def all_positions(data: SequenceDataset) -> SequenceDataset:
 
 
 class Clock(TrainerCallback):
-    """Ends training after `seconds`, evaluations not counted, and says how much of the time is gone."""
+    """Ends training after `seconds`, evaluations not counted, evaluates on the way, says how much time is gone."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
         self.spent = 0.0
+        self._evaluated = 0
         self._since: float | None = None
 
     @property
@@ -91,6 +99,8 @@ class Clock(TrainerCallback):
         self._since = None
         if self.spent >= self.seconds:
             control.should_training_stop = True
+        if self._evaluated < int(EVALUATIONS * self.fraction):
+            self._evaluated = int(EVALUATIONS * self.fraction)
             control.should_evaluate = True
 
 
@@ -115,7 +125,7 @@ def train_stage(
     seed: int,
     **settings: Any,
 ) -> list[dict]:
-    """Train for `stage.seconds` with a learning rate that falls to a twentieth over that time; returns the log."""
+    """Train for `stage.seconds`, evaluating before and after each quarter of them; returns the log."""
     clock = Clock(stage.seconds)
     arguments = PPOWTrainingArguments(
         output_dir=str(output_dir),
@@ -125,19 +135,19 @@ def train_stage(
         per_device_train_batch_size=8,
         max_steps=100_000,
         logging_steps=5,
-        eval_strategy="steps",
         save_strategy="no",
         report_to=[],
         seed=seed,
         bf16=bfloat16_pays("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
-        chunk_size=8192,  # at this vocabulary memory is no concern, and smaller chunks are computed twice
-        **{"eval_steps": 150, **settings, **stage.settings},
+        chunk_size=512,  # at this vocabulary the fastest on a processor: a chunk stays in its cache
+        **settings,
+        **stage.settings,
     )
     trainable = [p for name, p in drafter.named_parameters() if "embed_tokens" not in name or p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - clock.fraction, 0.05)
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - clock.fraction / stage.decay, 0.05)
     )
     trainer = TimedTrainer(
         model=drafter,
@@ -150,15 +160,16 @@ def train_stage(
         optimizers=(optimizer, schedule),
     )
     trainer.clock = clock
+    trainer.target.keep_encodings(KEPT_ENCODINGS)
     before = {**trainer.evaluate(), "step": 0}  # train() begins a log of its own
     trainer.train()
     return [before, *trainer.state.log_history]
 
 
-def default_stages(seconds: float) -> list[Stage]:
-    """Supervised for 70% of the time, PPOW for 30%."""
+def default_stages(seconds: float, decay: float = 1.0) -> list[Stage]:
+    """Supervised for 70% of the time, PPOW for 30%; `decay` is that of the supervised stage."""
     return [
-        Stage("supervised", 0.7 * seconds, 2e-3, {"unroll_steps": 3}),
+        Stage("supervised", 0.7 * seconds, 2e-3, {"unroll_steps": 3}, decay),
         Stage("ppow", 0.3 * seconds, 1e-4, {}),
     ]
 
@@ -168,9 +179,9 @@ def make_drafter(
     architecture: str,
     target,
     tokenizer,
-    seconds: float = 1500.0,
-    sequences: int = 2000,
-    eval_prompts: int = 24,
+    seconds: float = 3600.0,
+    sequences: int = 4000,
+    eval_prompts: int = 48,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     target_name: str | None = "tiny",
@@ -197,7 +208,7 @@ def make_drafter(
         rows = json.loads(Path(start, "training_log.json").read_text())
         log = [row for row in rows if row["objective"] == "supervised"]
     steps_before = log[-1]["step"] if log else 0
-    for stage in default_stages(seconds):
+    for stage in default_stages(seconds, decay=0.75):
         folder = output_dir / stage.objective
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder, seed, eval_prompts=eval_prompts
