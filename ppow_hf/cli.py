@@ -243,12 +243,9 @@ def tiny_target(arguments: argparse.Namespace) -> int:
         check_positive("--max-steps", arguments.max_steps)
     ensure_writable(arguments.output_dir, "--output-dir")
     tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
-    from .tiny.recipe import QWEN3_RECIPE, TargetRecipe, make_target
+    from .tiny.recipe import make_target, recipe_of
 
-    recipe = QWEN3_RECIPE if arguments.family == "qwen3" else TargetRecipe()
-    if arguments.max_steps is not None:
-        recipe = dataclasses.replace(recipe, max_steps=arguments.max_steps)
-    make_target(arguments.output_dir, recipe, tokenizer=tokenizer)
+    make_target(arguments.output_dir, recipe_of(arguments.family, arguments.max_steps), tokenizer=tokenizer)
     return 0
 
 

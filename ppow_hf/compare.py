@@ -26,6 +26,7 @@ from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name
 from .regeneration import regenerate
 from .tiny.corpus import SourceFile, standard_library
+from .tiny.recipe import bfloat16_pays
 from .training import PPOWTrainer, PPOWTrainingArguments
 from .training.objectives import parse_objective
 
@@ -236,6 +237,7 @@ def train(
             "save_strategy": "no",
             "disable_tqdm": True,
             "use_cpu": target.device.type == "cpu",
+            "bf16": bfloat16_pays(target.device.type),
             **settings,
             "max_steps": 10_000_000,
             "learning_rate": learning_rate,

@@ -1,7 +1,6 @@
 """The command line: what it runs, what it prints, and how it refuses."""
 
 import copy
-import dataclasses
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli, loading, tiny
 from ppow_hf.configuration_ppow import vocabulary_fingerprint
@@ -197,14 +196,16 @@ def test_usage_mistakes_and_help_have_argparse_exit_codes(capsys):
         assert "usage: ppow" in capsys.readouterr().out
 
 
-def test_tiny_target_chooses_the_recipe(tmp_path, monkeypatch):
-    from ppow_hf.tiny import recipe
+@pytest.mark.slow
+def test_tiny_target_makes_a_target_of_the_family_and_goes_on(tmp_path):
+    from ppow_hf.tiny import target_path
 
-    made = []
-    monkeypatch.setattr(recipe, "make_target", lambda folder, chosen, tokenizer=None: made.append((chosen, tokenizer)))
-    argv = ["tiny-target", "--output-dir", str(tmp_path), "--family", "qwen3", "--max-steps", "7"]
-    assert cli.main(argv) == 0
-    assert made == [(dataclasses.replace(recipe.QWEN3_RECIPE, max_steps=7), None)]
+    argv = ["tiny-target", "--output-dir", tmp_path, "--family", "qwen3", "--tokenizer", target_path()]
+    for steps in (1, 2):  # the second call goes on from the first one's checkpoint
+        assert cli.main([*map(str, argv), "--max-steps", str(steps)]) == 0
+        assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == steps
+    assert (tmp_path / "checkpoints" / "checkpoint-1").is_dir()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "qwen3"
 
 
 def test_train_makes_a_drafter_goes_on_with_it_and_resumes(saved, tmp_path, tokenizer):

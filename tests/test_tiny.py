@@ -1,5 +1,6 @@
 """The embedded pair: its corpus, its recipe, its weights, and the quickstart that uses them."""
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,16 @@ from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
 from ppow_hf.tiny import drafter_path, target_path
 from ppow_hf.tiny.corpus import function_prompts, is_held_out, standard_library
-from ppow_hf.tiny.recipe import StepBatches, TargetRecipe, bits_per_byte, make_target, orthogonalize, token_stream
+from ppow_hf.tiny.recipe import (
+    QWEN3_RECIPE,
+    StepBatches,
+    TargetRecipe,
+    bits_per_byte,
+    make_target,
+    orthogonalize,
+    recipe_of,
+    token_stream,
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +163,8 @@ def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):
     assert (tmp_path / "windows.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "PPOWDrafter.from_pretrained" in printed and "ppow_kl" in printed
+
+
+def test_recipe_of_a_family():
+    assert recipe_of("llama") == TargetRecipe() and recipe_of("qwen3") == QWEN3_RECIPE
+    assert recipe_of("qwen3", 7) == dataclasses.replace(QWEN3_RECIPE, max_steps=7)

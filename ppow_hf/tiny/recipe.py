@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,12 @@ class TargetRecipe:
 
 
 QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384, max_steps=250)
+
+
+def recipe_of(family: str, max_steps: int | None = None) -> TargetRecipe:
+    """The recipe of the embedded target of a family, `"llama"` or `"qwen3"`; `max_steps` in place of its own."""
+    recipe = QWEN3_RECIPE if family == "qwen3" else TargetRecipe(family=family)
+    return recipe if max_steps is None else replace(recipe, max_steps=max_steps)
 
 
 def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
