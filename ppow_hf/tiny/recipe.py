@@ -41,7 +41,7 @@ class TargetRecipe:
     Args:
         family (`str`, *optional*, defaults to `"llama"`): `"llama"` or `"qwen3"`.
         hidden_size, intermediate_size, num_layers, num_heads, num_key_value_heads, head_dim (`int`): the shape.
-        max_steps (`int`, *optional*, defaults to `850`): optimizer steps.
+        max_steps (`int`, *optional*, defaults to `1076`): optimizer steps.
         tokens_per_step (`int`, *optional*, defaults to `8192`): tokens in each step's batch.
         short_length (`int`, *optional*, defaults to `256`): length of the training rows before the long phase.
         long_share (`float`, *optional*, defaults to `0.2`): share of the steps, at the end, with rows of the whole
@@ -58,7 +58,7 @@ class TargetRecipe:
     num_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    max_steps: int = 850
+    max_steps: int = 1076
     tokens_per_step: int = 8192
     short_length: int = 256
     long_share: float = 0.2
