@@ -63,8 +63,15 @@ def without_paths(command: str) -> str:
 
 def _without_path(word: str) -> str:
     option, equals, value = word.rpartition("=")
-    is_path = value.startswith(("/", "~", "./", "../")) or (os.sep in value and Path(value).exists())
+    is_path = value.startswith(("/", "~", "./", "../")) or (os.sep in value and _exists(value))
     return f"{option}{equals}{Path(value).name or '/'}" if is_path else word
+
+
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except OSError:  # longer than any path: a prompt, say
+        return False
 
 
 # -- how it is shown

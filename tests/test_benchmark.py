@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -122,6 +123,10 @@ def test_command_and_machine_hold_no_path(run):
     assert without_paths("ppow bench --target org/model --prompts ./a/b.txt") == (
         "ppow bench --target org/model --prompts b.txt"
     )
+    prompt = "and/or " * 2000  # longer than any path may be: the system refuses to look for it
+    for given in (["ppow", "bench", prompt], ["ppow", "bench", f"--text={prompt}"]):
+        assert without_paths(shlex.join(given)) == shlex.join(given)
+    assert without_paths(f"ppow bench /{'a/' * 4000}b.txt") == "ppow bench b.txt"
     assert describe_machine(torch.device("cpu"))["cores"] >= 1
 
 
