@@ -16,9 +16,10 @@ from transformers.generation import EosTokenCriteria, LogitsProcessor, MaxLength
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
-from .configuration_ppow import warn_of_other_target
+from .configuration_ppow import call_settings, warn_of_other_target
 from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
+from .rows import one_hot_scores
 from .trace import GenerationTrace, RoundTrace
 from .windowing import MAX_KL, CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
 
@@ -56,10 +57,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         settings = dict(drafter.settings) if isinstance(drafter, DrafterView) else {}
         self.model = drafter.drafter if isinstance(drafter, DrafterView) else drafter
         config = self.model.config
-        settings = {
-            name: settings.get(name, getattr(config, name))
-            for name in ("window", "max_window", "cost_ratio", "verification_cost")
-        }
+        settings = call_settings(config, settings)
         self.do_sample = bool(generation_config.do_sample)
         self.logits_processor = logits_processor
         # Length and EOS are foreseen without asking; anything else is asked after each drafted token. They are read
@@ -78,11 +76,17 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.model_kwargs_overrides: dict[str, Any] = self.target_kwargs  # what the loop adds to each target forward
         costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], _stored_costs(config))
         self.rule = make_window_rule(
-            settings["window"], settings["max_window"], costs, config.calibration, self.do_sample
+            settings["window"],
+            settings["max_window"],
+            costs,
+            config.calibration,
+            self.do_sample,
+            settings["lookup"],
         )
         self.trace = GenerationTrace(window_rule=settings["window"])
         drafter.last_trace = self.trace
-        self.pending: tuple[int, int, torch.Tensor] | None = None  # sequence length, token, its distribution
+        # Of a drafted token that would have ended the text: the sequence's length, the token, its distribution.
+        self.pending: tuple[int, int, torch.Tensor] | None = None
         self._unread_states: list[torch.Tensor] = []
         self._unread_from: int | None = None  # position of the first committed token the drafter has not read
         self._rule_read = 0  # tokens that the window rule has read
@@ -100,7 +104,10 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         n_last_matches: int = 0,
         **kwargs,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """`[1, n]` -> `[1, n + W]` and the processed draft logits `[1, W, V]` (`None` for an empty window)."""
+        """`[1, n]` -> `[1, n + W]` and the processed draft logits `[1, W, V]` (`None` for an empty window).
+
+        At T = 0, where nobody needs them, tokens from the text have none.
+        """
         started = time.perf_counter()
         self.pending = None
         self._draft_logits = None
@@ -109,10 +116,16 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             self._take_states(input_ids, model_outputs, int(n_last_matches))
         unread = self._unread_inputs(input_ids, model_kwargs or {}) if is_first_iteration else {}
         self.model_kwargs_overrides = self.target_kwargs | unread
-        longest = 0 if is_first_iteration else self.rule.start(self._room(input_ids.shape[1]))
         candidates = input_ids
-        if longest > 0:
-            candidates = self._draft(input_ids, longest, self._round)
+        if not is_first_iteration:
+            self.rule.read(input_ids[0, self._rule_read :].tolist())
+            self._rule_read = input_ids.shape[1]
+            room = self._room(input_ids.shape[1])
+            longest = self.rule.start(room)
+            if longest > 0:
+                candidates = self._draft(input_ids, longest, self._round)
+            if self.pending is None:
+                candidates = self._look_up(candidates, room, self._round)
         now = time.perf_counter()
         self._round.draft_seconds = now - started
         self._verify_from = now
@@ -125,7 +138,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         this_round.accepted = min(int(num_matches), this_round.window)
         this_round.verify_seconds = time.perf_counter() - self._verify_from
         if self._draft_logits is not None:
-            verified = min(this_round.accepted + 1, this_round.window)
+            verified = min(this_round.accepted + 1, this_round.window - this_round.looked_up)
             target = scores[0, :verified].float().log_softmax(-1)
             draft = self._draft_logits[0, :verified].log_softmax(-1).to(target.device)
             terms = target.exp() * (target - draft)
@@ -133,7 +146,10 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             this_round.kl = [min(max(value, 0.0), MAX_KL) if value == value else MAX_KL for value in kl.tolist()]
         if self._prefilled:  # the prompt's forward is no round: it says nothing about costs and tokens of one
             self.rule.costs.observe_verification(this_round.window, this_round.verify_seconds)
-            self.rule.update(this_round.window, this_round.draft_steps, this_round.accepted, this_round.kl)
+            drafted = this_round.window - this_round.looked_up
+            accepted = min(this_round.accepted, drafted)
+            self.rule.update(drafted, this_round.draft_steps, accepted, this_round.kl)
+            self.rule.update_looked_up(this_round.looked_up, this_round.accepted - accepted)
         self._prefilled = True
         self.trace.rounds.append(this_round)
         self.trace.speculation_pays = self.rule.pays
@@ -189,8 +205,6 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         first_read = not self.trace.rounds or self.session.is_empty
         unread = input_ids[:, self._unread_from :].to(device)
         started = time.perf_counter()
-        self.rule.read(input_ids[0, self._rule_read :].tolist())
-        self._rule_read = input_ids.shape[1]
         self.session.observe(unread, states, self._unread_from)
         self._unread_states, self._unread_from = [], input_ids.shape[1]
         if first_read:
@@ -213,8 +227,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else top.indices[:, :1]
             extended = torch.cat([ids, token], dim=-1)
             if self._would_stop(extended):
-                if self.do_sample:
-                    self.pending = (ids.shape[1], int(token), log_probs.exp())
+                self.pending = (ids.shape[1], int(token), log_probs.exp())
                 break
             ids = extended
             kept_scores.append(scores)
@@ -223,7 +236,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             if isinstance(self.rule, KLAdaptiveWindow):
                 this_round.acceptance_probabilities.append(self.rule.acceptance_probability(features))
             drafted += 1
-            if drafted >= longest or not self.rule.go_on(drafted):
+            if drafted >= longest or not self.rule.go_on(drafted) or self.rule.prefers_text(this_round.draft_ids):
                 break
             logits = self.session.next_logits(token.to(device), drafted - 1)
             steps += 1
@@ -232,6 +245,28 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         this_round.window, this_round.draft_steps = drafted, steps
         if kept_scores:
             self._draft_logits = torch.stack(kept_scores, dim=1)
+        return ids
+
+    def _look_up(self, ids: torch.LongTensor, room: int, this_round: RoundTrace) -> torch.LongTensor:
+        """Append what the window rule draws from the text to `ids` `[1, n]`, the drafter's tokens at their end.
+
+        A token that would end the text is left out, as at T = 0. When sampling too: it was not drawn but follows from
+        the tokens before it, and so does the end of the window, where the target's own token is then drawn from P.
+        """
+        tokens = self.rule.look_up(this_round.draft_ids, room)
+        for count, token in enumerate(tokens):
+            extended = torch.cat([ids, ids.new_tensor([[token]])], dim=-1)
+            if self._would_stop(extended):
+                tokens = tokens[:count]
+                break
+            ids = extended
+        if tokens and self.do_sample:
+            looked_up = one_hot_scores(tokens, self.session.width, ids.device)[None]
+            drafted = [] if self._draft_logits is None else [self._draft_logits]
+            self._draft_logits = torch.cat([*drafted, looked_up], dim=1)
+        this_round.draft_ids += tokens
+        this_round.window += len(tokens)
+        this_round.looked_up = len(tokens)
         return ids
 
     def _would_stop(self, ids: torch.LongTensor) -> bool:

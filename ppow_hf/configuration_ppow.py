@@ -97,6 +97,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
         verification_cost (`float`, *optional*):
             How much each further token adds to a target forward, in one-token forwards: v(W) = 1 + verification_cost *
             W. `None`: measured while decoding.
+        lookup (`bool`, *optional*, defaults to `False`):
+            Draft from the text as well: what followed its last few tokens where they came before (`window="kl"` and
+            chains only; a call with another window, or with trees, goes without).
         calibration (`dict`, *optional*):
             Weights of the acceptance estimate for `"greedy"` and `"sampling"`, fitted at the end of training, see
             [`~ppow_hf.windowing.AcceptanceEstimator`].
@@ -124,6 +127,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         max_window: int = 10,
         cost_ratio: float | None = None,
         verification_cost: float | None = None,
+        lookup: bool = False,
         calibration: dict[str, Any] | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -151,6 +155,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.max_window = max_window
         self.cost_ratio = cost_ratio
         self.verification_cost = verification_cost
+        self.lookup = lookup
         self.calibration = calibration
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -159,8 +164,13 @@ class PPOWDrafterConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         check_settings(architecture=architecture)
         check_settings(
-            window=window, max_window=max_window, cost_ratio=cost_ratio, verification_cost=verification_cost
+            window=window,
+            max_window=max_window,
+            cost_ratio=cost_ratio,
+            verification_cost=verification_cost,
+            lookup=lookup,
         )
+        call_settings(self, {"lookup": lookup})
         for name, value in (("medusa_heads", medusa_heads), ("medusa_layers", medusa_layers)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
@@ -197,6 +207,9 @@ def check_settings(**settings: Any) -> None:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
+        elif name == "lookup":
+            if not isinstance(value, bool):
+                raise ValueError(f"lookup: {value!r} is not True or False.")
         elif name == "tree_nodes":
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"tree_nodes: {value!r} is not a whole number of at least 1 node (or None: chains).")
@@ -206,5 +219,22 @@ def check_settings(**settings: Any) -> None:
         else:
             raise ValueError(
                 f"{name}: not a setting of a call; accepted are window, max_window, cost_ratio, verification_cost, "
-                "tree_nodes, tree_branches."
+                "lookup, tree_nodes, tree_branches."
             )
+
+
+def call_settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The window settings of a call: the `given` ones, and the configuration's where a call gives none.
+
+    Raises `ValueError` where look-up is asked for together with another window than `"kl"` or with trees.
+    """
+    names = ("window", "max_window", "cost_ratio", "verification_cost")
+    settings = {name: given.get(name, getattr(config, name)) for name in names}
+    adaptive_chains = settings["window"] == "kl" and given.get("tree_nodes") is None
+    lookup = given.get("lookup", config.lookup and adaptive_chains)
+    if lookup and not adaptive_chains:
+        other = f"window={settings['window']!r}" if settings["window"] != "kl" else f"tree_nodes={given['tree_nodes']}"
+        raise ValueError(
+            f"lookup: it goes with window='kl' and chains only, and {other} was given. Leave out one of the two."
+        )
+    return settings | {"lookup": lookup}

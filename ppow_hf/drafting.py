@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_ppow import check_settings
+from .configuration_ppow import call_settings, check_settings
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -294,6 +294,7 @@ class DrafterView:
             check_settings(**{name: value})
             if name == "max_window":
                 drafter.config.check_window(value)
+        call_settings(drafter.config, settings)  # raises where two of them do not go together
         self.drafter = drafter
         self.settings = settings
         self.last_trace: Any = None

@@ -19,9 +19,9 @@ from .acceptance import (
     rejection_sample_chain,
     rejection_sample_distinct_tree,
 )
-from .configuration_ppow import warn_of_other_target
+from .configuration_ppow import call_settings, warn_of_other_target
 from .drafting import DrafterView, UnreadTokens
-from .rows import Endings, Row, ScoreProcessing
+from .rows import Endings, Row, ScoreProcessing, append_looked_up, visible_tokens
 from .trace import GenerationTrace, RoundTrace
 from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, grow_trees, lay_out
 from .verifying import COMPACT_AT, TargetSession
@@ -54,8 +54,8 @@ class SpeculativeDecoding:
         record (`bool`, *optional*, defaults to `True`):
             whether fixed windows, whose rule needs no look at the distributions, leave divergences and features in the
             trace too.
-        settings: `window`, `max_window`, `cost_ratio`, `verification_cost`, `tree_nodes`, `tree_branches`, see
-            [`PPOWDrafter.with_settings`].
+        settings: `window`, `max_window`, `cost_ratio`, `verification_cost`, `lookup`, `tree_nodes`, `tree_branches`,
+            see [`PPOWDrafter.with_settings`].
     """
 
     def __init__(
@@ -173,12 +173,12 @@ class SpeculativeCall:
             if value is not None and name not in ("use_cache", "cache_position", "logits_to_keep")
         }
         settings = self._settings()
-        self.trees = settings["tree_nodes"] is not None
+        self.trees, self.lookup = settings["tree_nodes"] is not None, settings["lookup"]
         self.target = TargetSession(
             target,
             self.config.target_layer_ids,
             input_ids,
-            _visible(input_ids, mask, getattr(generation_config, "_mask_length", None)),
+            visible_tokens(input_ids, mask, getattr(generation_config, "_mask_length", None)),
             old_name_cache if cache is None else cache,
             extra_inputs,
             self.trees,
@@ -193,10 +193,9 @@ class SpeculativeCall:
 
     def _settings(self) -> dict[str, Any]:
         given = self.view.settings
-        names = ("window", "max_window", "cost_ratio", "verification_cost")
-        settings = {name: given.get(name, getattr(self.config, name)) for name in names}
         branches = given.get("tree_branches", TREE_BRANCHES)
-        return settings | {"tree_nodes": given.get("tree_nodes"), "tree_branches": branches}
+        trees = {"tree_nodes": given.get("tree_nodes"), "tree_branches": branches}
+        return call_settings(self.config, given) | trees
 
     def _make_rows(self, settings: dict[str, Any]) -> list[Row]:
         stored = (self.config.calibration or {}).get("costs") or {}
@@ -207,7 +206,12 @@ class SpeculativeCall:
         paddings = (~self.target.visible).sum(1).tolist()
         for place, (ids, padding) in enumerate(zip(self.input_ids.tolist(), paddings, strict=True)):
             rule = make_window_rule(
-                settings["window"], settings["max_window"], self.costs, self.config.calibration, self.do_sample
+                settings["window"],
+                settings["max_window"],
+                self.costs,
+                self.config.calibration,
+                self.do_sample,
+                self.lookup,
             )
             rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=settings["window"])))
             if self.trees:
@@ -254,7 +258,8 @@ class SpeculativeCall:
         for row in self.rows:
             row.rule.read(row.ids[row.read :])
             row.read = len(row.ids)
-            row.limit = row.rule.start(self.endings.room(row))
+            row.room = self.endings.room(row)
+            row.limit = row.rule.start(row.room)
             longest = max(longest, row.limit)
             row.trace.rounds.append(RoundTrace(0, 0, []))
         verdict = self._tree(started) if self.trees and longest else self._chain(longest, started)
@@ -311,6 +316,11 @@ class SpeculativeCall:
         else:
             draft_ids = self.input_ids.new_zeros(batch, 0)
             draft_scores, valid = [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        own_scores = draft_scores
+        if self.lookup:
+            drafted = (draft_ids, draft_scores, valid)
+            width = self.session.width if self.do_sample else None
+            draft_ids, draft_scores, valid = append_looked_up(self.rows, *drafted, self.endings.eos, width)
         window = draft_ids.shape[1]
         drafted = time.perf_counter()
 
@@ -324,7 +334,7 @@ class SpeculativeCall:
             choices = scores.argmax(-1)
             counts = greedy_accepted_counts(draft_ids, choices[:, :window], valid)
             following = choices.gather(1, counts[:, None])[:, 0]
-        divergences = self._divergences(scores, draft_scores)
+        divergences = self._divergences(scores, own_scores)
         kept, nexts = counts.tolist(), following.tolist()
         verified = time.perf_counter()
 
@@ -333,9 +343,12 @@ class SpeculativeCall:
             record = row.trace.rounds[-1]
             record.window, record.accepted, record.draft_ids = own_windows[i], kept[i], drafts[i][: own_windows[i]]
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
+            own_tokens = record.window - record.looked_up
+            own_kept = min(kept[i], own_tokens)
             if divergences is not None:
-                record.kl = divergences[i][: min(kept[i] + 1, own_windows[i])]
-            row.rule.update(record.window, record.draft_steps, record.accepted, record.kl)
+                record.kl = divergences[i][: min(kept[i] + 1, own_tokens)]
+            row.rule.update(own_tokens, record.draft_steps, own_kept, record.kl)
+            row.rule.update_looked_up(record.looked_up, kept[i] - own_kept)
         self.costs.observe_verification(window, verified - drafted)
         return Verdict(drafts, states, window + 1, kept, nexts, logits, scores)
 
@@ -386,6 +399,7 @@ class SpeculativeCall:
                         active[i] = False
                 if active[i] and (position + 1 >= row.limit or not row.rule.go_on(position + 1)):
                     active[i] = False
+                active[i] = active[i] and not row.rule.prefers_text(drafts[i])
             if not any(own_here):
                 break
             drawn.append(token)
@@ -544,30 +558,7 @@ def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> torc
     return terms.sum(-1).nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
 
 
-def _visible(input_ids: torch.Tensor, mask: torch.Tensor | None, left_out: int | None) -> torch.Tensor:
-    """Which tokens of the prompts are their own `[B, n]`; `left_out` is the length of a mask that generate dropped."""
-    if mask is None and left_out is not None and left_out != input_ids.shape[1]:
-        raise ValueError(
-            f"attention_mask: {left_out} entries given for {input_ids.shape[1]} tokens. Pass one for each token "
-            "(with a cache, the whole sequence as input_ids: the drafter has not read the tokens in the cache)."
-        )
-    if mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: shape {tuple(mask.shape)} given for input_ids of shape {tuple(input_ids.shape)}. "
-            "Pass a mask of 0 and 1 for each prompt token (and, with a cache, the whole sequence as input_ids)."
-        )
-    mask = mask.bool()
-    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError(
-            "attention_mask: a prompt is padded on the right, or has a hole. Pad prompts on the left "
-            '(tokenizer.padding_side = "left").'
-        )
-    return mask
-
-
-SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "tree_nodes", "tree_branches")
+SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")
 
 
 def generate(
@@ -576,7 +567,7 @@ def generate(
     """`target.generate(input_ids, custom_generate=drafter.generate_with(...), **kwargs)` as a function.
 
     `kwargs` are those of `generate`, and the settings of a call: `window`, `max_window`, `cost_ratio`,
-    `verification_cost`, `tree_nodes`, `tree_branches`.
+    `verification_cost`, `lookup`, `tree_nodes`, `tree_branches`.
     """
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     options = {"streamer": streamer, "tokenizer": tokenizer, "stop_strings": stop_strings}

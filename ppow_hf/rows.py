@@ -1,7 +1,7 @@
 """The rows of a generation call: what each has written, how its scores are processed, where it ends.
 
-Knows logits processors and stopping criteria, and shows a row to them as it would be alone; knows no models, caches or
-drafts.
+Knows logits processors and stopping criteria, and shows a row to them as it would be alone; adds to a row's drafts
+what its window rule draws from its text. Knows no models and no caches.
 """
 
 import copy
@@ -51,7 +51,8 @@ class Row:
         ids (`list[int]`): its own tokens, prompt and continuation, without padding.
         rule ([`WindowRule`]), trace ([`GenerationTrace`]): its own.
         new_tokens (`int`): tokens generated.
-        limit (`int`): longest window of this round.
+        room (`int`): longest window that fits in this round.
+        limit (`int`): longest window that the drafter drafts in this round.
         read (`int`): how many of `ids` the rule has read.
         scores, logits (`list[torch.Tensor]`): of each new token `[V]`, where the caller asked for them.
     """
@@ -62,6 +63,7 @@ class Row:
     rule: WindowRule
     trace: GenerationTrace
     new_tokens: int = 0
+    room: int = 0
     limit: int = 0
     read: int = 0
     finished: bool = False
@@ -199,3 +201,76 @@ def _by_token(rows: Sequence[list[torch.Tensor]], longest: int) -> tuple[torch.T
     """A tensor `[B, V]` for each new token, as plain `generate` gives; zeros behind a row's end."""
     nothing = torch.zeros_like(rows[0][0])
     return tuple(torch.stack([row[t] if t < len(row) else nothing for row in rows]) for t in range(longest))
+
+
+def one_hot_scores(tokens: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
+    """Scores `[n, V]` of distributions that are certain of one token each, as of tokens looked up in place of drawn."""
+    scores = torch.full((len(tokens), width), -torch.inf, device=device)
+    return scores.scatter(1, torch.tensor(tokens, device=device)[:, None], 0.0)
+
+
+def append_looked_up(
+    rows: Sequence[Row],
+    draft_ids: torch.Tensor,
+    draft_scores: list[torch.Tensor],
+    valid: torch.Tensor,
+    eos: set[int],
+    width: int | None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The drafts of a round, with tokens from the text behind each row's own; these take no draft step.
+
+    Args:
+        draft_ids (`[B, W]`), valid (`[B, W]` bool), draft_scores (W of `[B, V]`): what the drafter drafted.
+        eos (`set[int]`): tokens that end a text, and a draft.
+        width (`int`, *optional*):
+            V, where the drafts will be verified by their distributions: a looked-up token's is certain of it. Whether
+            a token is looked up follows from the tokens before it, so that the output stays distributed as P.
+
+    Returns the three with the looked-up tokens (without `width` the scores are the drafter's); the rows' records say
+    how many there are.
+    """
+    own = valid.sum(1).tolist()
+    drafts = [ids[:count] for ids, count in zip(draft_ids.tolist(), own, strict=True)]
+    for row, draft in zip(rows, drafts, strict=True):
+        ended = bool(draft) and draft[-1] in eos
+        for token in [] if ended else row.rule.look_up(draft, row.room):
+            draft.append(token)
+            if token in eos:
+                break
+    lengths = [len(draft) for draft in drafts]
+    for row, length, count in zip(rows, lengths, own, strict=True):
+        row.trace.rounds[-1].looked_up = length - count
+    if lengths == own:
+        return draft_ids, draft_scores, valid
+    window, device = max(lengths), draft_ids.device
+    if width is not None:
+        draft_scores = [scores.clone() for scores in draft_scores]
+        draft_scores += [torch.zeros(len(rows), width, device=device) for _ in range(window - len(draft_scores))]
+        for i, draft in enumerate(drafts):
+            for place, scores in enumerate(one_hot_scores(draft[own[i] :], width, device), start=own[i]):
+                draft_scores[place][i] = scores
+    padded = torch.tensor([draft + [0] * (window - len(draft)) for draft in drafts], device=device)
+    return padded, draft_scores, torch.arange(window, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def visible_tokens(input_ids: torch.Tensor, mask: torch.Tensor | None, left_out: int | None) -> torch.Tensor:
+    """Which tokens of the prompts are their own `[B, n]`; `left_out` is the length of a mask that generate dropped."""
+    if mask is None and left_out is not None and left_out != input_ids.shape[1]:
+        raise ValueError(
+            f"attention_mask: {left_out} entries given for {input_ids.shape[1]} tokens. Pass one for each token "
+            "(with a cache, the whole sequence as input_ids: the drafter has not read the tokens in the cache)."
+        )
+    if mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)} given for input_ids of shape {tuple(input_ids.shape)}. "
+            "Pass a mask of 0 and 1 for each prompt token (and, with a cache, the whole sequence as input_ids)."
+        )
+    mask = mask.bool()
+    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask: a prompt is padded on the right, or has a hole. Pad prompts on the left "
+            '(tokenizer.padding_side = "left").'
+        )
+    return mask

@@ -12,12 +12,14 @@ class RoundTrace:
 
     Args:
         window (`int`): draft tokens that the target verified, W; of a tree its nodes.
-        draft_steps (`int`): distributions that the drafter computed for it; one more than W where it stopped by doubt.
+        draft_steps (`int`): distributions that the drafter computed for it; one more than its tokens where it stopped
+            by doubt.
         draft_ids (`list[int]`): the drafted tokens.
+        looked_up (`int`): how many of them, the last ones, came from the text instead of from the drafter.
         parents (`list[int]`): of a tree, the node that each token follows (-1: the context); empty for a chain.
         accepted (`int`): draft tokens kept, k. The round committed k + 1 tokens.
-        kl (`list[float]`): KL(P||Q) in nats at each verified position up to the first rejection.
-        acceptance_probabilities (`list[float]`): what the window rule estimated for each drafted token.
+        kl (`list[float]`): KL(P||Q) in nats at each verified position of the drafter's own up to the first rejection.
+        acceptance_probabilities (`list[float]`): what the window rule estimated for each token of the drafter's.
         features (`list[list[float]]`): what it estimated them from, see [`~ppow_hf.windowing.AcceptanceEstimator`].
         draft_seconds, verify_seconds (`float`): time of drafting, and of the target's forward with the bookkeeping.
         seconds (`float`): of the whole round, caches and rows brought up to date (our own loop's rounds only).
@@ -34,6 +36,7 @@ class RoundTrace:
     verify_seconds: float = 0.0
     seconds: float = 0.0
     parents: list[int] = field(default_factory=list)
+    looked_up: int = 0
 
     @property
     def depth(self) -> int:

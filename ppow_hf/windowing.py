@@ -9,10 +9,11 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from .lookup import ForetoldAcceptance, TextMemory
 
 MAX_KL = 20.0  # nats; a saturated softmax or a token outside the draft vocabulary gives infinity
-LOOKBACK = 4  # tokens before a draft token that are looked up in the text
-MEMORY_TOKENS = 8192  # of a longer prompt, those at its end are looked up
 
 
 @dataclass(frozen=True)
@@ -106,46 +107,6 @@ class OnlineCosts:
             return base, base * prior
         slope = max((product / weight - mean_window * mean_seconds) / spread, 0.0)
         return max(mean_seconds - slope * mean_window, 0.2 * mean_seconds), slope
-
-
-class TextMemory:
-    """Which short runs of tokens a text has held, so that a likely next token can be looked up in it [ours].
-
-    A token that has followed the last few tokens before is likelier to be the target's own choice, whatever the
-    drafter's confidence: the evidence that prompt lookup drafts from, used here to judge a draft.
-    """
-
-    def __init__(self) -> None:
-        self._tail: list[int] = []
-        self._followed: set[tuple[int, ...]] = set()  # runs of 1 to LOOKBACK tokens that something came after
-        self._seen: set[tuple[int, ...]] = set()  # runs of 2 to LOOKBACK + 1 tokens
-
-    def read(self, tokens: Sequence[int]) -> None:
-        """Take in the tokens that come next in the text."""
-        text = self._tail + list(tokens)[-MEMORY_TOKENS:]
-        for place in range(len(self._tail), len(text)):
-            for length in range(1, min(LOOKBACK, place) + 1):
-                self._followed.add(tuple(text[place - length : place]))
-                self._seen.add(tuple(text[place - length : place + 1]))
-        self._tail = text[-LOOKBACK:]
-
-    def look_up(self, token: int, drafted: Sequence[int] = ()) -> tuple[int, int]:
-        """How many of the last tokens, `drafted` ones counted, `token` has followed before, and how many others did.
-
-        Both are 0 to LOOKBACK: the longest run before `token` that was seen with it behind, and the longest one, if
-        longer, that was only seen with something else behind.
-        """
-        text = [*self._tail, *drafted[-LOOKBACK:]][-LOOKBACK:]
-        agreeing = opposing = 0
-        for length in range(1, len(text) + 1):
-            run = tuple(text[-length:])
-            if run not in self._followed:
-                break
-            if (*run, token) in self._seen:
-                agreeing, opposing = length, 0
-            else:
-                opposing = length
-        return agreeing, opposing
 
 
 @dataclass(frozen=True)
@@ -264,7 +225,8 @@ class WindowRule:
     `read(...)` of the tokens that are new in the text; `start(limit)` -> longest window to consider (0: do not draft);
     then, for position j = 0, 1, ...: the drafter's distribution is computed and described by `describe(...)`,
     `include(...)` says whether a token is drawn and verified there, and `go_on(...)` whether another distribution is
-    worth a draft step; after the target's answer, `update(...)`.
+    worth a draft step, where `prefers_text(...)` does not; `look_up(...)` gives tokens from the text to be verified
+    behind those; after the target's answer, `update(...)` and, where there were any, `update_looked_up(...)`.
     """
 
     max_window: int
@@ -298,8 +260,23 @@ class WindowRule:
         """Whether the draft step for `position` is worth its cost, all earlier positions having been drawn."""
         return True
 
+    def prefers_text(self, drafted: Sequence[int]) -> bool:
+        """Whether the text is a better source than the drafter for what comes behind this round's `drafted` tokens."""
+        return False
+
+    def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
+        """Tokens from the text to be verified behind the `drafted` ones, so many that there are at most `limit`.
+
+        They depend on nothing that is not in the text or in `drafted`, so that sampling stays unbiased.
+        """
+        return []
+
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
-        """Learn from a round: window, draft steps taken, accepted tokens, KL(P||Q) at each verified position."""
+        """Learn from a round: tokens drafted by the drafter, draft steps taken, how many of the tokens were accepted,
+        KL(P||Q) at each position of theirs that was verified."""
+
+    def update_looked_up(self, looked_up: int, accepted: int) -> None:
+        """Learn from a round's tokens from the text, `accepted` of which were kept, after its [`update`]."""
 
     @property
     def lagged_kl(self) -> float:
@@ -456,6 +433,85 @@ class KLAdaptiveWindow(FixedWindow):
         return self._worth
 
 
+class LookupWindow(KLAdaptiveWindow):
+    """[`KLAdaptiveWindow`] that drafts from the text as well, in the drafter's place or behind its tokens [ours].
+
+    A token from the text costs no draft step, only its share of the verification: a chain of them goes on while S_j >=
+    lambda * slope, S_j the product of the acceptances that [`~ppow_hf.lookup.ForetoldAcceptance`] estimates. What a
+    chain gains over a round without is the sum of S_j - lambda * (cost of position j). Before each draft step the
+    text's chain, as far as it is worth its cost, is weighed against the best window of further draft steps, whose
+    acceptances are the running ones; the better one goes on.
+
+    The drafter's statistics come from its own tokens alone. It drafts at the latest after `passed_over` rounds in
+    which the text was preferred, so that one that gets better is noticed.
+    """
+
+    passed_over = 16
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.foretold = ForetoldAcceptance()
+        self._has_read_prompt = False
+        self._limit = 0
+        self._text_rounds = 0  # in a row
+
+    def read(self, tokens: Sequence[int]) -> None:
+        if not self._has_read_prompt:  # its tokens are not the target's choice
+            self._has_read_prompt = True
+            super().read(tokens)
+            return
+        for token in tokens:
+            foretold = self.memory.foretell()
+            if foretold is not None:
+                self.foretold.observe(foretold, token)
+            super().read([token])
+
+    def start(self, limit: int) -> int:
+        longest = super().start(limit)
+        self._limit = min(self.max_window, limit)
+        if longest and self._worth and self._text_rounds < self.passed_over and self.prefers_text([]):
+            self._text_rounds += 1
+            return 0
+        if longest:
+            self._text_rounds = 0
+        return longest
+
+    def prefers_text(self, drafted: Sequence[int]) -> bool:
+        _, text_gain = self._chain(drafted, self._limit)
+        alpha = self._next_estimate if drafted else self._first_acceptance
+        price = self._speed * (self._cost_model.cost_ratio + self._cost_model.verification_cost)
+        reached, gain = self._reached * alpha, 0.0
+        for _ in range(self._limit - len(drafted)):
+            if reached < price:
+                break
+            gain += reached - price
+            reached *= self._acceptance
+        return text_gain > gain
+
+    def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
+        return self._chain(drafted, min(self.max_window, limit))[0]
+
+    def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], float]:
+        """Tokens from the text behind `drafted` that are worth their verification, and what they gain."""
+        chain: list[int] = []
+        price = self._speed * self._cost_model.verification_cost
+        reached, gain = self._reached, 0.0
+        while len(drafted) + len(chain) < limit:
+            foretold = self.memory.foretell([*drafted, *chain])
+            if foretold is None:
+                break
+            reached *= self.foretold.probability(foretold)
+            if reached < price:
+                break
+            chain.append(foretold.token)
+            gain += reached - price
+        return chain, gain
+
+    def update_looked_up(self, looked_up: int, accepted: int) -> None:
+        self._tokens += accepted
+        self._cost += self._cost_model.verification_cost * looked_up
+
+
 def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
     """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""
     for value in kl:
@@ -465,9 +521,14 @@ def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float
 
 
 def make_window_rule(
-    window: str, max_window: int, costs: OnlineCosts, calibration: dict | None = None, sampling: bool = False
+    window: str,
+    max_window: int,
+    costs: OnlineCosts,
+    calibration: dict | None = None,
+    sampling: bool = False,
+    lookup: bool = False,
 ) -> WindowRule:
-    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`."""
+    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`; `lookup` is for the first."""
     if window == "fixed":
         return FixedWindow(max_window, costs)
     if window == "heuristic":
@@ -476,4 +537,5 @@ def make_window_rule(
         raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
     stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
     estimator = AcceptanceEstimator(**stored.get("weights", {}))
-    return KLAdaptiveWindow(max_window, costs, estimator, prior_acceptance=stored.get("acceptance", 0.7))
+    rule = LookupWindow if lookup else KLAdaptiveWindow
+    return rule(max_window, costs, estimator, prior_acceptance=stored.get("acceptance", 0.7))

@@ -11,7 +11,16 @@ from transformers import AutoModel
 REPOSITORY = "user/name"
 REVISION: str | None = None
 
-SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "tree_nodes", "tree_branches", "record")
+SETTINGS = (
+    "window",
+    "max_window",
+    "cost_ratio",
+    "verification_cost",
+    "lookup",
+    "tree_nodes",
+    "tree_branches",
+    "record",
+)
 _drafters: dict[tuple, Any] = {}
 
 

@@ -1,0 +1,125 @@
+"""What a text itself says comes next: the token that followed its last few tokens before, and how far to trust it.
+
+Knows token ids and counts; knows no models, tensors or costs. The evidence that prompt lookup drafts from, used to
+judge a drafter's token and, with `lookup=True`, to draft in its place.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LOOKBACK = 4  # tokens before a draft token that are looked up in the text
+LONGEST_MATCH = 32  # tokens before it that are compared with those before an earlier occurrence
+MEMORY_TOKENS = 8192  # of a longer prompt, those at its end are looked up
+NEW, DIFFERENT, REPEATED = 0, 1, 2  # a run had come once; twice, with other tokens behind; with the same one
+
+
+class Foretold(NamedTuple):
+    """The token that a text puts next.
+
+    Args:
+        token (`int`): the one that followed the last few tokens where they came before, the last time if several.
+        match (`int`): how many tokens are the same before both places, 1 to LONGEST_MATCH.
+        history (`int`): REPEATED if that token followed the time before as well, DIFFERENT if another did, NEW if
+            there was no such time.
+    """
+
+    token: int
+    match: int
+    history: int
+
+
+class TextMemory:
+    """Which short runs of tokens a text has held, so that a likely next token can be looked up in it [ours]."""
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        # Runs of 1 to LOOKBACK tokens that something came after: the place of what came last, and its history.
+        self._followed: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._seen: set[tuple[int, ...]] = set()  # runs of 2 to LOOKBACK + 1 tokens
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Take in the tokens that come next in the text."""
+        text, start = self._text, len(self._text)
+        text += list(tokens)[-MEMORY_TOKENS:]
+        for place in range(start, len(text)):
+            for length in range(1, min(LOOKBACK, place) + 1):
+                run = tuple(text[place - length : place])
+                before, history = self._followed.get(run), NEW
+                if before is not None:
+                    history = REPEATED if text[before[0]] == text[place] else DIFFERENT
+                self._followed[run] = place, history
+                self._seen.add((*run, text[place]))
+
+    def look_up(self, token: int, drafted: Sequence[int] = ()) -> tuple[int, int]:
+        """How many of the last tokens, `drafted` ones counted, `token` has followed before, and how many others did.
+
+        Both are 0 to LOOKBACK: the longest run before `token` that was seen with it behind, and the longest one, if
+        longer, that was only seen with something else behind.
+        """
+        text = [*self._text[-LOOKBACK:], *drafted[-LOOKBACK:]][-LOOKBACK:]
+        agreeing = opposing = 0
+        for length in range(1, len(text) + 1):
+            run = tuple(text[-length:])
+            if run not in self._followed:
+                break
+            if (*run, token) in self._seen:
+                agreeing, opposing = length, 0
+            else:
+                opposing = length
+        return agreeing, opposing
+
+    def foretell(self, drafted: Sequence[int] = ()) -> Foretold | None:
+        """What followed the last occurrence of the longest run, of up to LOOKBACK tokens, that ends the text and
+        `drafted`; `None` where even their last token is new."""
+        text, recent = self._text, [*self._text[-LONGEST_MATCH:], *drafted]
+        for match in range(min(LOOKBACK, len(recent)), 0, -1):
+            found = self._followed.get(tuple(recent[-match:]))
+            if found is not None:
+                break
+        else:
+            return None
+        place, history = found
+        most = min(LONGEST_MATCH, len(recent), place)
+        while match < most and recent[-match - 1] == text[place - match - 1]:
+            match += 1
+        return Foretold(text[place], match, history)
+
+
+class ForetoldAcceptance:
+    """Probability that a foretold token is kept, learned from the text as it is written [ours].
+
+    Beta counts for each length of the match and each history. Every token that was committed is evidence, whether
+    drafted or not: would it have been foretold? At T > 0 as well, since it is drawn from P and a foretold token is
+    kept with its probability under P. Old evidence fades, so that the counts follow the text.
+    """
+
+    SHORTEST = (1, 2, 3, 4, 6, 9, 16)  # matches from here to the next one are counted together
+    # What was seen on functions of Python's standard library, HumanEval and GSM8K, rounded; it counts as 8 tokens do.
+    PRIORS = {
+        NEW: (0.3, 0.5, 0.65, 0.75, 0.8, 0.87, 0.93),
+        DIFFERENT: (0.3, 0.4, 0.4, 0.45, 0.5, 0.7, 0.8),
+        REPEATED: (0.5, 0.65, 0.85, 0.9, 0.95, 0.95, 0.98),
+    }
+    PRIOR_WEIGHT, MOST_WEIGHT = 8.0, 40.0
+
+    def __init__(self) -> None:
+        weight = self.PRIOR_WEIGHT
+        self._counts = {history: [[weight * p, weight] for p in row] for history, row in self.PRIORS.items()}
+
+    def _count(self, foretold: Foretold) -> list[float]:
+        return self._counts[foretold.history][bisect_right(self.SHORTEST, foretold.match) - 1]
+
+    def probability(self, foretold: Foretold) -> float:
+        """alpha of a foretold token, in (0, 1)."""
+        kept, seen = self._count(foretold)
+        return kept / seen
+
+    def observe(self, foretold: Foretold, token: int) -> None:
+        """`token` was committed where the text had foretold one."""
+        count = self._count(foretold)
+        count[0] += foretold.token == token
+        count[1] += 1
+        if count[1] > self.MOST_WEIGHT:
+            fade = self.MOST_WEIGHT / count[1]
+            count[0], count[1] = count[0] * fade, count[1] * fade
