@@ -82,11 +82,13 @@ def run_benchmark(
     Args:
         target (`PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): gives the padding token; `None` takes the target's.
-        drafter ([`PPOWDrafter`]): the drafter of the rows `ppow_fixed_8` and `ppow_kl`.
+        drafter ([`PPOWDrafter`]):
+            The drafter of the rows `ppow_fixed_8`, `ppow_kl` and `ppow_kl_lookup`, which drafts from the text as well.
         prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
         standalone ([`PPOWDrafter`], *optional*):
             A standalone drafter for transformers' own assisted generation, and, beside an eagle `drafter`, for the
-            rows `ppow_standalone_fixed_8` and `ppow_standalone_kl`. A standalone `drafter` is its own default.
+            rows `ppow_standalone_fixed_8`, `ppow_standalone_kl` and `ppow_standalone_kl_lookup`. A standalone
+            `drafter` is its own default.
         max_new_tokens (`int`, *optional*, defaults to `64`): tokens generated from each prompt.
         repeats (`int`, *optional*, defaults to `1`): times that everything is run; the speed is the median.
         command (`str`, *optional*): the command that this run came from; file-system paths in it are cut to names.
@@ -303,14 +305,16 @@ def _ways_to_generate(
                     f"{target_width(target)}"
                 )
     ways[f"ppow_fixed_{FIXED_WINDOW}"] = ours(drafter, window="fixed", max_window=FIXED_WINDOW)
-    ways["ppow_kl"] = ours(drafter, window="kl")
+    ways["ppow_kl"] = ours(drafter, window="kl", lookup=False)
+    ways["ppow_kl_lookup"] = ours(drafter, window="kl", lookup=True)
     if thorough:
-        ways["ppow_loop_kl"] = lambda: {"custom_generate": drafter.generate_with(window="kl")}
+        ways["ppow_loop_kl"] = lambda: {"custom_generate": drafter.generate_with(window="kl", lookup=False)}
         if drafter.config.architecture != "medusa":
             ways["ppow_tree"] = lambda: {"custom_generate": drafter.generate_with(window="kl", tree_nodes=TREE_NODES)}
     if standalone is not None and standalone is not drafter and drafter.config.architecture != "standalone":
         ways[f"ppow_standalone_fixed_{FIXED_WINDOW}"] = ours(standalone, window="fixed", max_window=FIXED_WINDOW)
-        ways["ppow_standalone_kl"] = ours(standalone, window="kl")
+        ways["ppow_standalone_kl"] = ours(standalone, window="kl", lookup=False)
+        ways["ppow_standalone_kl_lookup"] = ours(standalone, window="kl", lookup=True)
     return ways, left_out
 
 
@@ -448,7 +452,7 @@ def _describe_row(name: str, runs: _Runs, plain: _Runs, greedy: bool) -> dict[st
         "new_tokens": sum(map(sum, runs.new_tokens)),
         "target_forwards": len(together.rounds),
     }
-    if name.endswith("_kl"):
+    if name.endswith(("_kl", "_kl_lookup")):
         # The rule's own account, at the end of each call: whether it would go on drafting.
         row["speculation_pays"] = 2 * sum(trace.speculation_pays for trace in every) > len(every)
     return row

@@ -108,8 +108,10 @@ def test_result_has_the_shape_of_benchmark_json(run):
         "transformers_assisted_constant",
         "ppow_fixed_8",
         "ppow_kl",
+        "ppow_kl_lookup",
         "ppow_standalone_fixed_8",
         "ppow_standalone_kl",
+        "ppow_standalone_kl_lookup",
     ]
     assert all(row.keys() >= ROW_KEYS for row in result["rows"])
     assert result["versions"].keys() == {"python", "torch", "transformers", "ppow_hf"}

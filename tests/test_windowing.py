@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from ppow_hf.lookup import LOOKBACK, TextMemory
 from ppow_hf.windowing import (
-    LOOKBACK,
     MAX_KL,
     AcceptanceEstimator,
     CostModel,
@@ -15,7 +15,6 @@ from ppow_hf.windowing import (
     HeuristicWindow,
     KLAdaptiveWindow,
     OnlineCosts,
-    TextMemory,
     decayed_kl,
     make_window_rule,
 )
