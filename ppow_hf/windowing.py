@@ -511,6 +511,10 @@ class LookupWindow(KLAdaptiveWindow):
         self._tokens += accepted
         self._cost += self._cost_model.verification_cost * looked_up
 
+    @property
+    def pays(self) -> bool:
+        return self._worth or self._tokens > self._cost
+
 
 def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
     """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""

@@ -118,7 +118,8 @@ def test_rule_stops_looking_up_where_the_text_turned_out_not_to_repeat_itself():
         rule.update(0, 0, 0, [])
         rule.update_looked_up(lengths[-1], 0)
         rule.read([rng.randrange(6)])
-    assert sum(lengths[-200:]) < 0.75 * sum(lengths[100:200])
+    # Right once in six times, at a price of a tenth and more: a token or so is still worth it, a chain is not.
+    assert sum(lengths[:100]) / 100 > 2 and sum(lengths[-200:]) / 200 < 1.7
     repeating = lookup_rule(verification_cost=0.1)
     repeating.read([rng.randrange(6) for _ in range(100)] + [1, 2, 3, 4, 5, 0] * 20)
     assert len(repeating.look_up([], 100)) == 10
@@ -144,7 +145,7 @@ def test_rounds_from_the_text_say_nothing_about_the_drafter_but_let_it_have_a_tr
         rule.update_looked_up(len(tokens), len(tokens))
         rule.read([*tokens, *rule.look_up(tokens, len(tokens) + 1)])
     assert rule.acceptance_probability(UNSURE) == estimate and rule.lagged_kl == divergence
-    assert 200 // (rule.passed_over + 2) <= tries <= 20
+    assert 4 <= tries <= 20
 
 
 # -- greedy output
