@@ -479,7 +479,7 @@ class LookupWindow(KLAdaptiveWindow):
     def prefers_text(self, drafted: Sequence[int]) -> bool:
         _, text_gain = self._chain(drafted, self._limit)
         alpha = self._next_estimate if drafted else self._first_acceptance
-        price = self._speed * (self._cost_model.cost_ratio + self._cost_model.verification_cost)
+        price = self._price(self._cost_model.cost_ratio + self._cost_model.verification_cost)
         reached, gain = self._reached * alpha, 0.0
         for _ in range(self._limit - len(drafted)):
             if reached < price:
@@ -491,10 +491,14 @@ class LookupWindow(KLAdaptiveWindow):
     def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
         return self._chain(drafted, min(self.max_window, limit))[0]
 
+    def _price(self, cost: float) -> float:
+        """Tokens that could be had for `cost` otherwise; rounds without a draft always can."""
+        return max(self._speed, 1.0) * cost
+
     def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], float]:
         """Tokens from the text behind `drafted` that are worth their verification, and what they gain."""
         chain: list[int] = []
-        price = self._speed * self._cost_model.verification_cost
+        price = self._price(self._cost_model.verification_cost)
         reached, gain = self._reached, 0.0
         while len(drafted) + len(chain) < limit:
             foretold = self.memory.foretell([*drafted, *chain])
