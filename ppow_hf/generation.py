@@ -318,9 +318,10 @@ class SpeculativeCall:
             draft_scores, valid = [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
         own_scores = draft_scores
         if self.lookup:
-            drafted = (draft_ids, draft_scores, valid)
             width = self.session.width if self.do_sample else None
-            draft_ids, draft_scores, valid = append_looked_up(self.rows, *drafted, self.endings.eos, width)
+            draft_ids, draft_scores, valid = append_looked_up(
+                self.rows, draft_ids, draft_scores, valid, self.endings.eos, width
+            )
         window = draft_ids.shape[1]
         drafted = time.perf_counter()
 

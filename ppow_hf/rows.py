@@ -206,7 +206,7 @@ def _by_token(rows: Sequence[list[torch.Tensor]], longest: int) -> tuple[torch.T
 def one_hot_scores(tokens: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
     """Scores `[n, V]` of distributions that are certain of one token each: tokens looked up, not drawn."""
     scores = torch.full((len(tokens), width), -torch.inf, device=device)
-    return scores.scatter(1, torch.tensor(tokens, device=device)[:, None], 0.0)
+    return scores.scatter(1, torch.tensor(tokens, dtype=torch.long, device=device)[:, None], 0.0)
 
 
 def append_looked_up(
