@@ -259,7 +259,26 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
             }
             for row in measurement["rows"]
         ],
+        "half_precision": _half_precision(measurement.get("half_precision")),
     }
+
+
+def _half_precision(divergence: dict[str, Any] | None) -> str:
+    """One sentence of greedy outputs in half precision against plain generation's; "" where it was not measured."""
+    if divergence is None:
+        return ""
+    dtype, prompts, differing = divergence["dtype"], divergence["prompts"], divergence["differing"]
+    if not differing:
+        return f"In {dtype} none of {prompts} greedy outputs differs from plain `generate`'s."
+    opening = (
+        f"In {dtype} {differing} of {prompts} greedy outputs {'differ' if differing > 1 else 'differs'} from plain "
+        "`generate`'s"
+    )
+    numbers = f"(largest top-2 gap {divergence['largest_gap']:.2g}, noise {divergence['noise']:.2g})"
+    near_ties = divergence["near_ties"]
+    if near_ties == differing:
+        return f"{opening}, {'each first' if differing > 1 else 'first'} at a near-tie {numbers}."
+    return f"{opening}, of which {near_ties} first at a near-tie: the rest is more than rounding {numbers}."
 
 
 def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any]:

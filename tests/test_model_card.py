@@ -202,12 +202,47 @@ def test_the_template_is_the_one_of_the_package():
     assert copy.read_text() == (ROOT / "ppow_hf" / "templates" / "drafter_card.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (
+            {"differing": 3, "near_ties": 3, "largest_gap": 0.0203, "noise": 0.0625},
+            "In bfloat16 3 of 50 greedy outputs differ from plain `generate`'s, each first at a near-tie (largest "
+            "top-2 gap 0.02, noise 0.062).",
+        ),
+        (
+            {"differing": 1, "near_ties": 1, "largest_gap": 0.0, "noise": 0.125},
+            "In bfloat16 1 of 50 greedy outputs differs from plain `generate`'s, first at a near-tie (largest top-2 "
+            "gap 0, noise 0.12).",
+        ),
+        (
+            {"differing": 4, "near_ties": 2, "largest_gap": 3.5, "noise": 0.05},
+            "In bfloat16 4 of 50 greedy outputs differ from plain `generate`'s, of which 2 first at a near-tie: the "
+            "rest is more than rounding (largest top-2 gap 3.5, noise 0.05).",
+        ),
+        (
+            {"differing": 0, "near_ties": 0, "largest_gap": None, "noise": 0.05},
+            "In bfloat16 none of 50 greedy outputs differs from plain `generate`'s.",
+        ),
+    ],
+)
+def test_half_precision_is_one_sentence_where_it_was_measured(folder, found, sentence):
+    without = str(drafter_card(measured(folder)))
+    assert "greedy outputs" not in without
+    divergence = {"dtype": "bfloat16", "prompts": 50, "max_new_tokens": 64, "first_differences": [], **found}
+    (folder / "acceptance.json").write_text(json.dumps({**ACCEPTANCE, "half_precision": divergence}))
+    text = str(drafter_card(folder))
+    assert text.count(f"\n\n{sentence}\n\n") == 1
+    assert text.replace(f"{sentence}\n\n", "") == without
+
+
 def test_measure_and_card_from_the_command_line(tmp_path, capsys):
     shutil.copytree(tiny.drafter_path("tiny-standalone"), tmp_path / "drafter")
     found = tmp_path / "drafter" / "acceptance.json"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def add(a, b):\nimport os\n")
-    arguments = ["--num-prompts", "2", "--max-new-tokens", "8", "--temperature", "0", "--window", "fixed", "--json"]
+    arguments = ["--num-prompts", "2", "--max-new-tokens", "8", "--temperature", "0", "--window", "fixed"]
+    arguments += ["--half-precision", "bfloat16", "--json"]
     pair = ["--target", "tiny", "--drafter", "tiny-standalone"]
     assert main(["measure", *pair, "--prompts", f"lines={prompts}", *arguments, str(found)]) == 0
     measurement = json.loads(found.read_text())
@@ -217,6 +252,11 @@ def test_measure_and_card_from_the_command_line(tmp_path, capsys):
     card = tmp_path / "card.md"
     assert main(["card", str(tmp_path / "drafter"), "--output", str(card)]) == 0
     assert cells(card.read_text(), "lines")[0][4] == f"{row['acceptance_length']:.2f}"
+    half_precision = measurement["half_precision"]
+    assert (
+        half_precision["dtype"] == "bfloat16" and half_precision["prompts"] == 2 and measurement["dtype"] == "float32"
+    )
+    assert re.search(r"In bfloat16 (none|\d+) of 2 greedy outputs differs? from plain", card.read_text())
     assert main(["push", str(tmp_path / "drafter"), "--write", str(tmp_path / "written")]) == 0
     assert (tmp_path / "written" / "custom_generate" / "generate.py").is_file()
     assert main(["push", str(tmp_path / "drafter")]) == 2

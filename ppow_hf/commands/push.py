@@ -10,8 +10,10 @@ from ..loading import (
     check_positive,
     ensure_file_writable,
     ensure_writable,
+    load_drafter,
     load_pair,
     load_prompts,
+    load_target,
     resolve,
 )
 from ..tiny import is_embedded
@@ -69,6 +71,12 @@ def register(commands: Any) -> None:
     )
     measure.add_argument("--max-window", type=int, metavar="N", help="longest window (default: the drafter's own)")
     measure.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    measure.add_argument(
+        "--half-precision",
+        choices=["bfloat16", "float16"],
+        help="also count greedy outputs that differ from plain generate's in this number format, and tell near-ties "
+        "from errors (default: --dtype, where it is one of these)",
+    )
     measure.add_argument("--json", required=True, metavar="FILE", help="the result, such as DIR/acceptance.json")
     measure.set_defaults(run=run_measure)
 
@@ -162,10 +170,31 @@ def run_measure(arguments: argparse.Namespace) -> int:
         target_name=arguments.target,
         command=arguments.command,
     )
+    every_prompt = [prompt for prompts in workloads.values() for prompt in prompts]
+    half_precision = _half_precision(arguments, target, drafter, every_prompt)
+    if half_precision is not None:
+        result["half_precision"] = half_precision
     write_benchmark(result, arguments.json)
     for row in result["rows"]:
         print(json.dumps({name: row[name] for name in ("workload", "temperature", "window", "acceptance_length")}))
+    if half_precision is not None:
+        print(json.dumps({name: value for name, value in half_precision.items() if name != "first_differences"}))
     return 0
+
+
+def _half_precision(
+    arguments: argparse.Namespace, target: Any, drafter: Any, prompts: list[list[int]]
+) -> dict[str, Any] | None:
+    """What [`measure_divergence`] found, with the pair loaded again where it has another number format."""
+    from ..divergence import HALF_PRECISION, measure_divergence
+
+    if arguments.half_precision is None and target.dtype not in HALF_PRECISION:
+        return None
+    if arguments.half_precision not in (None, str(target.dtype).removeprefix("torch.")):
+        target = load_target(arguments.target, "--target", arguments.half_precision, arguments.device)
+        drafter = load_drafter(arguments.drafter, "--drafter", arguments.half_precision, arguments.device)
+    settings = {"max_window": arguments.max_window} if arguments.max_window else {}
+    return measure_divergence(target, drafter, prompts, arguments.max_new_tokens, **settings)
 
 
 def _temperatures(text: str) -> list[float]:
