@@ -5,6 +5,7 @@ features (`advance`), and features into logits on its own vocabulary (`logits`).
 verification or training. `first_prefix` is the shortest prefix that has a feature.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -131,7 +132,8 @@ class StandaloneDrafter(nn.Module):
     """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm).
 
     Sliding windows are not honoured: in training the masks of packed windows cannot express them, and in decoding a
-    cache that forgets cannot be rolled back. Every layer sees the whole prefix in both.
+    cache that forgets cannot be rolled back. Every layer sees the whole prefix in both. Families with linear biases
+    (ALiBi) place tokens by the mask of tokens seen or by their columns, so that they read chains only.
     """
 
     first_prefix = 0
@@ -139,7 +141,11 @@ class StandaloneDrafter(nn.Module):
     def __init__(self, config: PPOWDrafterConfig):
         super().__init__()
         self.config = config.draft_config
+        if self.config._attn_implementation == "sdpa":  # the default: left open, a family without it takes eager
+            self.config._attn_implementation = None
         self.model = AutoModelForCausalLM.from_config(config.draft_config)
+        self.takes_positions = "position_ids" in inspect.signature(self.model.base_model.forward).parameters
+        self.reads_chains_only = not self.takes_positions or getattr(config.draft_config, "alibi", False)
         self.slides = getattr(config.draft_config, "sliding_window", None) is not None
 
     def encode(self, tokens, states, cache, positions, allowed):
@@ -149,17 +155,37 @@ class StandaloneDrafter(nn.Module):
     def advance(self, tokens, features, cache, positions, allowed):
         if allowed is None and self.slides:  # left to itself the model would make sliding masks
             allowed = causal_allowed(tokens.shape[1], self.cache_length(cache), tokens.device)
-        mask = None if allowed is None else additive_mask(allowed, self.model.dtype)
+        mask = None
+        if allowed is not None:
+            if self.reads_chains_only:
+                mask = self._chain_mask(allowed).expand(len(tokens), -1)
+            else:
+                mask = additive_mask(allowed, self.model.dtype)
         if cache is None and not torch.is_grad_enabled():
             cache = DynamicCache()
         outputs = self.model.base_model(
             input_ids=tokens,
             attention_mask=mask,
-            position_ids=positions,
             use_cache=cache is not None,
+            **({"position_ids": positions} if self.takes_positions else {}),
             **{cache_argument(self.model.base_model): cache},
         )
         return outputs.last_hidden_state, cache
+
+    def _chain_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        """The tokens seen `[B, keys]` (B may be 1), where `allowed` `[B, 1, L, keys]` is the causal mask of them."""
+        length, keys = allowed.shape[-2:]
+        seen = allowed[:, 0, -1]
+        itself = torch.eye(length, keys, dtype=torch.bool, device=allowed.device).roll(keys - length, dims=1)
+        chain = (causal_allowed(length, keys - length, allowed.device) & seen[:, None, None]) | itself
+        if not torch.equal(chain, allowed):
+            raise ValueError(
+                f"draft_config: a standalone drafter of the class {type(self.model).__name__} places tokens by what "
+                "they see (ALiBi), so it reads neither trees of drafted tokens nor the packed windows of training. "
+                'Leave out tree_nodes; to train one, use architecture="eagle" or a draft_config of a family that '
+                "takes position_ids, such as llama."
+            )
+        return seen.long()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(features)

@@ -51,10 +51,12 @@ class TargetSession:
         self.extra_inputs = extra_inputs
         takes = inspect.signature(target.forward).parameters
         self.takes = {name: name in takes for name in ("position_ids", "logits_to_keep", "attention_mask")}
-        if trees and not (self.takes["position_ids"] and self.takes["attention_mask"]):
+        # ALiBi counts the mask's tokens (Bloom, Falcon) or the cache's columns (MPT): holes must not stay among them.
+        self.by_columns = not self.takes["position_ids"] or getattr(text, "alibi", False)
+        if trees and (self.by_columns or not self.takes["attention_mask"]):
             raise ValueError(
-                f"tree_nodes: {type(target).__name__} takes no position_ids, so branches of a tree cannot be told "
-                "where they stand. Leave out tree_nodes."
+                f"tree_nodes: {type(target).__name__} places tokens without position_ids, so branches of a tree "
+                "cannot be told where they stand. Leave out tree_nodes."
             )
         self.cache_name = cache_argument(target)
 
@@ -224,8 +226,12 @@ class TargetSession:
         self.visible, self.positions = self.visible[rows], self.positions[rows]
 
     def compact(self) -> None:
-        """Forget the columns that no row can see, when they are many."""
-        if self.ragged and 1 - int(self.visible.sum(1).max()) / self.visible.shape[1] > COMPACT_AT:
+        """Forget the columns that no row can see, when they are many; all of a row's holes, where columns count."""
+        if not self.ragged:
+            return
+        waste = 1 - int(self.visible.sum(1).max()) / self.visible.shape[1]
+        has_holes = self.by_columns and bool((self.visible[:, 1:] < self.visible[:, :-1]).any())
+        if has_holes or waste > COMPACT_AT:
             columns = compacting_columns(self.visible)
             rearrange_cache(self.cache, gather_columns(columns))
             self.visible = self.visible.gather(1, columns)

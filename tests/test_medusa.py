@@ -238,3 +238,26 @@ def test_trees_of_its_drafts_leave_the_text_as_it_is(make_target, family):
         plain = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         assert output == plain[0, len(prompt) :].tolist()
     assert max(r.window for trace in traces for r in trace.rounds) > HEADS
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 1}], ids=["greedy", "top_k_1"]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2"])
+def test_trees_in_padded_batches_are_what_each_prompt_gives_alone(make_target, family, sampling):
+    target = make_target(family, initializer_range=0.3)
+    drafter = make_medusa(target)
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    tree = {"tree_nodes": 10, "tree_branches": 3, "window": "fixed", "cost_ratio": 0.01, "verification_cost": 0.0}
+    output = target.generate(
+        ids, attention_mask=mask, max_new_tokens=16, custom_generate=drafter.generate_with(**tree), **sampling
+    )
+    for row, prompt in enumerate(PROMPTS):
+        alone = torch.tensor([prompt])
+        plain = target.generate(alone, attention_mask=torch.ones_like(alone), max_new_tokens=16, do_sample=False)
+        assert output[row, longest:].tolist() == plain[0, len(prompt) :].tolist()
+    rounds = [r for trace in drafter.last_traces for r in trace.rounds if r.window]
+    assert all(r.depth <= HEADS and r.window <= 10 for r in rounds)
+    assert sampling["do_sample"] or any(r.window > r.depth for r in rounds)  # top_k=1 leaves one candidate
