@@ -360,7 +360,7 @@ def rejection_sample_tree(
         draft_probs (`[N, V]`): the distribution Q that each node's own token was drawn from. Siblings are drawn
             independently, with replacement; they may have different Q (a candidate that was not drawn but chosen, such
             as the drafter's greedy token, has all its mass on that token). Neither their number nor their order may
-            depend on the tokens drawn. For siblings drawn without replacement see `rejection_sample_distinct_tree`.
+            depend on the tokens drawn. For siblings drawn without replacement see `rejection_sample_distinct_trees`.
         root_target_probs (`[V]`): P after the context.
         node_target_probs (`[N, V]`): P after each node.
         uniforms (`[N]`): random numbers in [0, 1), one verdict each.
@@ -396,71 +396,99 @@ def rejection_sample_tree(
     return path, int(sample_from_uniform(probs, next_uniform))
 
 
-def rejection_sample_distinct_tree(
+def rejection_sample_distinct_trees(
     token_ids: Tensor,
     parents: Tensor,
-    draft_probs: Tensor,
-    draft_rows: Sequence[int],
-    root_target_probs: Tensor,
-    node_target_probs: Tensor,
+    draft_scores: Sequence[Tensor],
+    draft_places: Tensor,
+    target_scores: Tensor,
     uniforms: Tensor,
-    next_uniform: float | Tensor,
-) -> tuple[list[int], int]:
-    """`rejection_sample_tree` for siblings drawn from one Q without replacement, so that no candidate comes twice.
+    next_uniforms: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rejection_sample_tree` for siblings drawn from one Q without replacement, and for a batch of trees at once.
 
     At each node the children are tried in the order they were drawn. Child x is kept if u < P(x) / Q(x); after a
     rejection P becomes norm(max(P - Q, 0)) and Q loses x: norm(Q without x) is what the next sibling was drawn from,
     given those before it. Whatever x was, what follows its rejection is then distributed as the new P, so the whole is
-    distributed as P.
+    distributed as P. All rows take a step down, or try their next sibling, together; distributions are computed where
+    a row comes by only, which is why they are given as scores.
 
     Args:
-        token_ids (`[N]`): the drafted token of each node; siblings in the order they were drawn.
-        parents (`[N]`): the node that each follows, -1 for the context.
-        draft_probs (`[M, V]`): the distributions Q that children were drawn from.
-        draft_rows (`Sequence[int]` of length N + 1): the row of `draft_probs` that the children of the context, then
-            of each node, were drawn from; any number for a node without children. How many children a node has may
-            hang on anything but their tokens.
-        root_target_probs (`[V]`), node_target_probs (`[N, V]`): P after the context and after each node.
-        uniforms (`[N]`): random numbers in [0, 1), one verdict each.
-        next_uniform (`float`): random number in [0, 1) for the token after the path.
+        token_ids (`[B, N]`): the drafted token of each node; siblings in the order they were drawn.
+        parents (`[B, N]`): the node that each follows, -1 for the context; -2 where a row has fewer nodes.
+        draft_scores (`D of [B, k, V]`): logarithms of the distributions Q, up to a constant each, that the children at
+            depth 0, 1, ... were drawn from; k may differ.
+        draft_places (`[B, N + 1]`): which of the k the children of the context, then of each node, were drawn from;
+            any for a node without children. How many children a node has may hang on anything but their tokens.
+        target_scores (`[B, N + 1, V]`): the same of P after the context, then after each node.
+        uniforms (`[B, N]`): random numbers in [0, 1), one verdict each.
+        next_uniforms (`[B]`): random numbers in [0, 1) for the tokens after the paths.
 
-    Returns the path's node indices, from the context outwards, and the next token id. Source: recursive rejection
-    sampling without replacement, Jeon et al. 2402.14160; Yang et al. 2401.06706.
+    Returns the paths' node indices from the context outwards `[B, D]`, -1 behind their ends; their lengths `[B]`; and
+    the next token ids `[B]`. Source: recursive rejection sampling without replacement, Jeon et al. 2402.14160; Yang et
+    al. 2401.06706.
     """
-    _require_tree(parents)
-    nodes, vocabulary = len(parents), root_target_probs.shape[-1]
-    _require_shape("token_ids", token_ids, (nodes,), "the shape of parents")
-    _require_shape("draft_probs", draft_probs, (len(draft_probs), vocabulary), "[M, V]")
-    _require_shape("root_target_probs", root_target_probs, (vocabulary,), "[V]")
-    _require_shape("node_target_probs", node_target_probs, (nodes, vocabulary), "[N, V]")
-    _require_shape("uniforms", uniforms, (nodes,), "the shape of parents")
-    if len(draft_rows) != nodes + 1:
-        raise ValueError(f"draft_rows: {len(draft_rows)} given, but the context and {nodes} nodes need one each.")
-    tokens = token_ids.tolist()
-    children: dict[int, list[int]] = {}
-    for node, parent in enumerate(parents.tolist()):
-        children.setdefault(parent, []).append(node)
+    (batch, nodes), vocabulary, device = token_ids.shape, target_scores.shape[-1], target_scores.device
+    token_ids, parents, draft_places = token_ids.to(device), parents.to(device), draft_places.to(device)
+    _require_shape("parents", parents, (batch, nodes), "the shape of token_ids")
+    _require_shape("draft_places", draft_places, (batch, nodes + 1), "[B, N + 1]")
+    _require_shape("target_scores", target_scores, (batch, nodes + 1, vocabulary), "[B, N + 1, V]")
+    _require_shape("uniforms", uniforms, (batch, nodes), "the shape of token_ids")
+    _require_shape("next_uniforms", next_uniforms, (batch,), "one number per row")
+    children = _children(parents)  # [B, N + 1, C]
 
-    path: list[int] = []
-    probs, at = _at_least_float32(root_target_probs), -1
-    while True:
-        siblings, kept = children.get(at, []), None
-        remaining = _at_least_float32(draft_probs[draft_rows[at + 1]]) if siblings else probs
-        for node in siblings:
-            token = tokens[node]
-            if bool(_accepts(probs[token], remaining[token], uniforms[node])):
-                kept = node
-                break
-            probs = residual_distribution(probs, remaining)
-            remaining = remaining.clone()
-            remaining[token] = 0
-            remaining = remaining / remaining.sum().clamp_min(torch.finfo(remaining.dtype).tiny)
-        if kept is None:
+    paths = token_ids.new_full((batch, len(draft_scores)), -1)
+    at = token_ids.new_zeros(batch)  # 0 is the context, i + 1 is node i
+    probs = _at_least_float32(target_scores[:, 0]).softmax(-1)  # [B, V] what each row's next token is drawn from
+    walking = torch.arange(batch, device=device)  # rows [R] whose last token was kept
+    for depth, scores in enumerate(draft_scores):
+        siblings = children[walking, at[walking]]  # [R, C]
+        has_children = (siblings >= 0).any(-1)
+        walking, siblings = walking[has_children], siblings[has_children]
+        if not len(walking):
             break
-        path.append(kept)
-        probs, at = _at_least_float32(node_target_probs[kept]), kept
-    next_uniform = torch.as_tensor(next_uniform, dtype=uniforms.dtype, device=probs.device)
-    return path, int(sample_from_uniform(probs, next_uniform))
+        wanted = probs[walking]  # [R, V]
+        remaining = _at_least_float32(scores[walking, draft_places[walking, at[walking]]]).softmax(-1)  # [R, V]
+        kept = torch.full_like(walking, -1)
+        trying = torch.arange(len(walking), device=device)  # of the R: those that kept no sibling yet
+        for tried, of_rows in enumerate(siblings.unbind(-1), start=1):
+            trying = trying[of_rows[trying] >= 0]
+            if not len(trying):
+                break
+            node = of_rows[trying]
+            token = token_ids[walking[trying], node]
+            keeps = _accepts(wanted[trying, token], remaining[trying, token], uniforms[walking[trying], node])
+            kept[trying[keeps]] = node[keeps]
+            trying, token = trying[~keeps], token[~keeps]
+            left = remaining[trying]
+            wanted[trying] = residual_distribution(wanted[trying], left)
+            if tried < siblings.shape[-1]:
+                left.scatter_(1, token[:, None], 0.0)
+                remaining[trying] = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+        probs[walking] = wanted
+        walking, kept = walking[kept >= 0], kept[kept >= 0]
+        probs[walking] = _at_least_float32(target_scores[walking, kept + 1]).softmax(-1)
+        paths[walking, depth], at[walking] = kept, kept + 1
+    return paths, (paths >= 0).sum(-1), sample_from_uniform(probs, next_uniforms)
+
+
+def _children(parents: Tensor) -> Tensor:
+    """Children of the context, then of each node, in the order of their indices; -1 where there are fewer.
+
+    `[B, N]` (-2 where there is no node) -> `[B, N + 1, C]`.
+    """
+    batch, nodes = parents.shape
+    order = torch.arange(nodes, device=parents.device)
+    if bool(((parents < -2) | (parents >= order)).any()):
+        raise ValueError(
+            f"parents: {parents.tolist()} given. Pass one index per node, -1 for a child of the context, each parent "
+            "before its children, and -2 where a row has fewer nodes."
+        )
+    before = (parents[:, :, None] == parents[:, None]).tril(-1).sum(-1) * (parents > -2)  # siblings before each node
+    children = parents.new_full((batch, nodes + 1, int(before.max()) + 1 if nodes else 1), -1)
+    row, node = (parents > -2).nonzero(as_tuple=True)
+    children[row, parents[row, node] + 1, before[row, node]] = node
+    return children
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,13 +17,12 @@ from .acceptance import (
     greedy_accepted_counts,
     greedy_accepted_path,
     rejection_sample_chain,
-    rejection_sample_distinct_tree,
 )
 from .configuration_ppow import call_settings, warn_of_other_target
 from .drafting import DrafterView, UnreadTokens
 from .rows import Endings, Row, ScoreProcessing, append_looked_up, visible_tokens
 from .trace import GenerationTrace, RoundTrace
-from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, grow_trees, lay_out
+from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, grow_trees, lay_out, sampled_paths
 from .verifying import COMPACT_AT, TargetSession
 from .windowing import (
     MAX_KL,
@@ -468,7 +467,7 @@ class SpeculativeCall:
             logits, self.rows, lambda i, t: trees[i].path_tokens(t - 1) if 0 < t <= len(trees[i].tokens) else []
         )
         if self.do_sample:
-            verdicts = [self._sampled_path(grown, i, tokens[i], scores[i].softmax(-1)) for i in range(len(trees))]
+            verdicts = sampled_paths(grown, tokens, scores)
         else:
             choices = scores.argmax(-1)
             verdicts = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
@@ -502,22 +501,6 @@ class SpeculativeCall:
             following=[following for _, following in verdicts],
             logits=[logits[i, order[i]] for i in range(len(trees))] if self.endings.records else logits,
             scores=[scores[i, order[i]] for i in range(len(trees))] if self.endings.records else scores,
-        )
-
-    def _sampled_path(self, grown: GrownTrees, i: int, tokens: torch.Tensor, target_probs: torch.Tensor):
-        tree = grown.trees[i]
-        nodes, expanded = len(tree.tokens), list(tree.expanded)
-        rows = {node: number for number, node in enumerate(expanded)}
-        uniforms = torch.rand(nodes + 1, device=target_probs.device, dtype=torch.float64)
-        return rejection_sample_distinct_tree(
-            tokens[1 : nodes + 1],
-            torch.tensor(tree.parents, dtype=torch.long),
-            grown.draft_scores(i, expanded).softmax(-1),
-            [rows.get(node, 0) for node in range(CONTEXT, nodes)],
-            target_probs[0],
-            target_probs[1 : nodes + 1],
-            uniforms[:nodes],
-            uniforms[nodes],
         )
 
     def _path_divergences(self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor) -> list[float]:

@@ -1,6 +1,6 @@
-"""Trees of drafted tokens: how one grows to a node budget, and how it is laid out for the target.
+"""Trees of drafted tokens: how one grows to a node budget, how it is laid out for the target, which path of it stays.
 
-Knows the drafter's session, distributions and costs; knows nothing about the target, its cache or verification.
+Knows the drafter's session, distributions and costs; knows nothing about the target and its cache.
 
 At T = 0 a tree grows as in EAGLE-2 (Li et al. 2406.16858): level by level the most probable nodes are expanded, and
 the most probable of all nodes are verified. At T > 0 a node's children are drawn from the drafter's distribution
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from .acceptance import rejection_sample_distinct_trees
 from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
+NO_NODE = -2  # in a batch, the parent of what fills up rows with fewer nodes
 
 
 @dataclass
@@ -293,3 +295,27 @@ def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torc
             seen[i, node + 1] |= seen[i, parent + 1]
     seen[:, :, 0] |= (torch.arange(size) == 0) | (torch.tensor(depths) > 0)
     return torch.tensor(tokens, device=device), torch.tensor(depths, device=device), seen.to(device)
+
+
+def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor) -> list[tuple[list[int], int]]:
+    """Accepted path of each tree at T > 0 and the token behind it.
+
+    `tokens` `[B, N + 1]` and the target's processed scores `[B, N + 1, V]` begin with the context's.
+    """
+    (batch, size), device = tokens.shape, scores.device
+    parents, places = [], []
+    for tree in grown.trees:
+        parents.append(tree.parents + [NO_NODE] * (size - 1 - len(tree.parents)))
+        places.append([tree.expanded.get(node, (0, 0))[1] for node in range(CONTEXT, size - 1)])
+    uniforms = torch.rand(batch, size, device=device, dtype=torch.float64)
+    paths, counts, following = rejection_sample_distinct_trees(
+        tokens[:, 1:],
+        torch.tensor(parents, dtype=torch.long, device=device).view(batch, size - 1),
+        grown.level_scores,
+        torch.tensor(places, device=device),
+        scores,
+        uniforms[:, 1:],
+        uniforms[:, 0],
+    )
+    ends = zip(paths.tolist(), counts.tolist(), following.tolist(), strict=True)
+    return [(path[:count], token) for path, count, token in ends]

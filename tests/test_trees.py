@@ -21,7 +21,13 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from ppow_hf import PPOWDrafter, trees, verifying
 from ppow_hf import generation as loop
-from ppow_hf.acceptance import rejection_sample_chain, rejection_sample_distinct_tree, rejection_sample_tree
+from ppow_hf.acceptance import (
+    rejection_sample_chain,
+    rejection_sample_distinct_trees,
+    rejection_sample_tree,
+    residual_distribution,
+    sample_from_uniform,
+)
 from ppow_hf.trees import CONTEXT, DraftTree, lay_out, least_reach
 
 TREE = {"tree_nodes": 12, "tree_branches": 3, "max_window": 5, **COSTS}
@@ -215,11 +221,18 @@ def test_many_rows_are_sampled_from_the_targets_distribution(small_vocab_target,
 
 
 def test_taking_siblings_for_draws_with_replacement_is_noticed(small_vocab_target, monkeypatch):
-    def with_replacement(tokens, parents, draft_probs, rows, root_probs, node_probs, uniforms, next_uniform):
-        each = draft_probs[[rows[parent + 1] for parent in parents.tolist()]]
-        return rejection_sample_tree(tokens, parents, each, root_probs, node_probs, uniforms, next_uniform)
+    def with_replacement(tokens, parents, draft_scores, places, target_scores, uniforms, next_uniforms):
+        found = [
+            slow_path(
+                row, tokens, parents, draft_scores, places, target_scores, uniforms, next_uniforms, distinct=False
+            )
+            for row in range(len(tokens))
+        ]
+        paths = [path + [-1] * (len(draft_scores) - len(path)) for path, _ in found]
+        lengths, following = [len(path) for path, _ in found], [token for _, token in found]
+        return torch.tensor(paths), torch.tensor(lengths), torch.tensor(following)
 
-    monkeypatch.setattr(loop, "rejection_sample_distinct_tree", with_replacement)
+    monkeypatch.setattr(trees, "rejection_sample_distinct_trees", with_replacement)
     assert not sampled_rows_fit(small_vocab_target, NOISY(small_vocab_target), window="fixed", **SAMPLED_TREE)
 
 
@@ -242,6 +255,76 @@ def test_pruning_drawn_nodes_by_their_probability_is_noticed(small_vocab_target,
 
 
 # -- the rule for siblings drawn without replacement, by itself
+
+
+def slow_path(row, tokens, parents, draft_scores, places, target_scores, uniforms, next_uniforms, distinct=True):
+    """One row of `rejection_sample_distinct_trees`, node by node; `distinct=False` forgets what was drawn before."""
+    path, at = [], CONTEXT
+    probs = target_scores[row, 0].softmax(-1)
+    while True:
+        siblings = [node for node in range(tokens.shape[1]) if parents[row, node] == at]
+        draft = draft_scores[len(path)][row, places[row, at + 1]].softmax(-1) if siblings else None
+        for node in siblings:
+            token = int(tokens[row, node])
+            if uniforms[row, node] < probs[token] / draft[token]:
+                break
+            probs = residual_distribution(probs, draft)
+            if distinct:
+                draft = torch.cat([draft[:token], torch.zeros_like(draft[:1]), draft[token + 1 :]])
+                draft = draft / draft.sum().clamp_min(1e-30)
+        else:
+            return path, int(sample_from_uniform(probs, next_uniforms[row]))
+        path.append(node)
+        probs, at = target_scores[row, node + 1].softmax(-1), node
+
+
+def random_trees(batch: int, nodes: int, vocabulary: int, depth: int, seed: int):
+    """Arguments of `rejection_sample_distinct_trees`: ragged trees with tokens drawn without replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(1, generator=generator).item() * 3
+    draft_scores = [scale * torch.randn(batch, k, vocabulary, generator=generator) for k in (1, 2, 3, 3)[:depth]]
+    target_scores = scale * torch.randn(batch, nodes + 1, vocabulary, generator=generator)
+    if seed % 2:  # top-k: impossible tokens on both sides
+        for scores in (*draft_scores, target_scores):
+            scores.masked_fill_(scores < scores.topk(5).values[..., -1:], -torch.inf)
+    tokens, parents = torch.zeros(batch, nodes, dtype=torch.long), torch.full((batch, nodes), -2)
+    places = torch.zeros(batch, nodes + 1, dtype=torch.long)
+    for row in range(batch):
+        level, size = [CONTEXT], 0
+        for scores in draft_scores:
+            following = []
+            for place, parent in enumerate(level[: scores.shape[1]]):
+                count = min(int(torch.randint(4, (), generator=generator)), nodes - size)
+                places[row, parent + 1] = place
+                if count:
+                    drawn = torch.multinomial(scores[row, place].softmax(-1), count, generator=generator)
+                    tokens[row, size : size + count], parents[row, size : size + count] = drawn, parent
+                    following += range(size, size + count)
+                    size += count
+            level = following
+    uniforms = torch.rand(batch, nodes + 1, generator=generator, dtype=torch.float64)
+    return tokens, parents, draft_scores, places, target_scores, uniforms[:, 1:], uniforms[:, 0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_batch_of_trees_is_verified_as_each_node_by_node(seed):
+    given = random_trees(batch=16, nodes=10, vocabulary=9, depth=1 + seed % 4, seed=seed)
+    paths, lengths, following = rejection_sample_distinct_trees(*given)
+    expected = [slow_path(row, *given) for row in range(16)]
+    rows = list(zip(paths.tolist(), lengths.tolist(), following.tolist(), strict=True))
+    assert [(path[:length], token) for path, length, token in rows] == expected
+    assert all(set(path[length:]) <= {-1} for path, length, _ in rows)
+    assert seed < 2 or (0 < lengths.sum() < 16 * len(given[2]))
+
+
+def test_a_batch_in_which_a_row_has_no_tree():
+    tokens, parents, draft_scores, places, target_scores, uniforms, next_uniforms = random_trees(3, 6, 7, 2, seed=4)
+    parents[1] = -2
+    given = (tokens, parents, draft_scores, places, target_scores, uniforms, next_uniforms)
+    paths, lengths, following = rejection_sample_distinct_trees(*given)
+    assert lengths[1] == 0 and following[1] == sample_from_uniform(target_scores[1, 0].softmax(-1), next_uniforms[1])
+    with pytest.raises(ValueError, match="parents: .*Pass one index per node"):
+        rejection_sample_distinct_trees(tokens, parents.fill_(6), *given[2:])
 
 
 def exact_law(siblings: int, verify) -> torch.Tensor:
@@ -271,10 +354,17 @@ def test_distinct_siblings_reproduce_the_target_exactly(siblings):
     anything = torch.full((siblings, 4), 0.25, dtype=torch.float64)
 
     def verify(tokens, parents, uniforms):
-        rows = [0] * (siblings + 1)
-        return rejection_sample_distinct_tree(
-            tokens, parents, DRAFT[None], rows, WANTED, anything, uniforms[:-1], uniforms[-1]
+        target_scores = torch.cat([WANTED[None], anything]).log()
+        paths, lengths, following = rejection_sample_distinct_trees(
+            tokens[None],
+            parents[None],
+            [DRAFT.log()[None, None]],
+            torch.zeros(1, siblings + 1, dtype=torch.long),
+            target_scores[None],
+            uniforms[None, :-1],
+            uniforms[-1:],
         )
+        return paths[0, : lengths[0]].tolist(), int(following)
 
     def verify_with_replacement(tokens, parents, uniforms):
         return rejection_sample_tree(
@@ -291,11 +381,11 @@ def test_a_distinct_tree_that_is_a_chain_equals_the_chain():
         draft_probs, target_probs = (torch.rand(n, 5, generator=generator).softmax(-1) for n in (3, 4))
         tokens, uniforms = torch.multinomial(draft_probs, 1, generator=generator)[:, 0], torch.rand(4).double()
         count, following = rejection_sample_chain(tokens, draft_probs, target_probs, uniforms[:3], uniforms[3])
-        path, token = rejection_sample_distinct_tree(
-            tokens, torch.arange(-1, 2), draft_probs, [0, 1, 2, 0], target_probs[0], target_probs[1:], uniforms[:3],
-            uniforms[3],
+        paths, lengths, token = rejection_sample_distinct_trees(
+            tokens[None], torch.arange(-1, 2)[None], draft_probs.log()[:, None, None],
+            torch.zeros(1, 4, dtype=torch.long), target_probs.log()[None], uniforms[None, :3], uniforms[3:],
         )  # fmt: skip
-        assert (path, token) == (list(range(int(count))), int(following))
+        assert paths[0, : lengths[0]].tolist() == list(range(int(count))) and token == following
 
 
 # -- the tree itself
