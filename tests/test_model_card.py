@@ -112,11 +112,11 @@ def test_front_matter(folder):
 
 def test_the_gain_of_the_last_quarter_is_said_where_it_was_measured(folder):
     measured(folder)
-    assert "In the last" not in render_drafter_card(folder)
+    assert "In the last" not in str(drafter_card(folder))
     steps = [(0, 1.0), (10, 1.5), (20, 2.0), (31, 2.5), (40, 2.6)]
     log = [{"step": step, "eval_acceptance_length": value, "objective": "supervised"} for step, value in steps]
     (folder / "training_log.json").write_text(json.dumps([*log, *LOG[2:]]))
-    text = " ".join(render_drafter_card(folder).split())
+    text = " ".join(str(drafter_card(folder)).split())
     assert "In the last 22% of the steps of the supervised stage it went from 2.50 to 2.60 (+4.0%)." in text
 
 

@@ -107,7 +107,7 @@ class _ChunkedSum(torch.autograd.Function):
         total = None
         for start in range(0, max(length, 1), chunk_size):
             chunk = [None if row is None else row[start : start + chunk_size].detach() for row in rows]
-            leaves = [chunk[number].requires_grad_() for number in learned]
+            leaves = [row.requires_grad_() for number in learned if (row := chunk[number]) is not None]
             with torch.set_grad_enabled(any(wanted)):
                 part = function(*chunk)
                 loss = part[0]
