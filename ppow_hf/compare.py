@@ -294,6 +294,7 @@ class Comparison:
         """A folder belongs to one configuration; recipes may be added to it, and budgets and seeds."""
         path = self.folder / "config.json"
         mine = json.loads(json.dumps(vars(self.config)))
+        mine["drafter"] = public_name(self.config.drafter)
         if path.is_file():
             before = json.loads(path.read_text())
             open_ended = ("recipes", "budgets", "seeds")
