@@ -87,7 +87,7 @@ def test_bench_writes_table_json_and_picture(saved, tmp_path, capsys):
     argv += ["--json", tmp_path / "new" / "out.json", "--plot", tmp_path / "new" / "windows.png"]
     assert cli.main(list(map(str, argv))) == 0
     result = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert result["prompts"] == 2 and len(result["rows"]) == 7
+    assert result["prompts"] == 2 and len(result["rows"]) == 9
     assert str(tmp_path) not in json.dumps(result) and result["command"].startswith("ppow bench --target target")
     printed = capsys.readouterr().out
     assert all(row["name"] in printed for row in result["rows"])
