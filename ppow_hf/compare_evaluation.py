@@ -214,8 +214,13 @@ def target_entropy(target: Any, texts: EvaluationTexts) -> float:
 def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledText], window: int) -> dict[str, Pairs]:
     """Rounds of drafts at T = 1 on texts drawn from the target: sampled ones (`chain_t1_k5`, `_k10`), and greedy
     ones, which are kept where they are the text's token (`greedy_t1_k10`)."""
+    names = [f"chain_t1_k{length}" for length in sorted({min(5, window), window})] + [f"greedy_t1_k{window}"]
     pairs: dict[str, Pairs] = {}
     for text in texts:
+        if len(text.ids) - text.start < 2:  # it ended at once: there was nothing to draft
+            for name in names:
+                pairs.setdefault(name, []).append((0.0, 0.0))
+            continue
         ids = torch.tensor([text.ids], device=target.device)
         outputs = target(ids, output_hidden_states=bool(drafter.config.target_layer_ids))
         states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
@@ -291,8 +296,8 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
         here = places.clamp_max(longest - window - 2)
         behind = ids.gather(1, here[:, None] + 1 + torch.arange(window, device=device))  # the text's own tokens
         greedy = torch.tensor(
-            [int(table.accepted[min(int(p) - s, len(table.accepted) - 1)]) for table, p, s in
-             zip(tables, here, starts, strict=True)], device=device,
+            [int(table.accepted[min(int(p) - s, len(table.accepted) - 1)]) if len(table.accepted) else 0
+             for table, p, s in zip(tables, here, starts, strict=True)], device=device,
         )  # fmt: skip
         best = greedy.clamp_max(window)
         if drawn:

@@ -12,6 +12,8 @@ from ppow_hf import PPOWDrafter, cli
 from ppow_hf.acceptance import greedy_accepted_group
 from ppow_hf.compare import Comparison, load_config, plateau_gain
 from ppow_hf.compare_evaluation import (
+    EvaluationTexts,
+    SampledText,
     _group_uniforms,
     evaluate_drafter,
     group_chains,
@@ -148,6 +150,21 @@ def test_sampled_chains_have_the_law_of_real_speculative_sampling(small_vocab_ta
               for pairs, m in zip((replayed, decoded), means, strict=True)]  # fmt: skip
     assert abs(means[0] - means[1]) < 4 * sum(e**2 for e in errors) ** 0.5 < 0.6
     assert 1.5 < means[1] < 4.5
+
+
+def test_texts_that_ended_at_once_count_nothing(target, texts):
+    drafter = noisy_copy(target, 0.03)
+    ended = EvaluationTexts(
+        [*texts.prompts, texts.prompts[0]],
+        [*texts.greedy, texts.greedy[0][:1]],
+        [*texts.sampled, SampledText(texts.sampled[0].ids[: texts.sampled[0].start + 1], texts.sampled[0].start, [])],
+        texts.max_new_tokens,
+    )
+    options = {"groups": (4,), "cost_ratios": (0.1,), "tree_nodes": (4,)}
+    expected, found = (evaluate_drafter(target, drafter, these, **options) for these in (texts, ended))
+    for name, pairs in found["per_prompt"].items():
+        if not name.startswith("tree"):  # whose decoding does not know that the text is meant to end there
+            assert pairs[:-1] == expected["per_prompt"][name] and pairs[-1][1] == 0, name
 
 
 def test_a_perfect_drafter_has_every_token_kept(target, texts):
