@@ -292,7 +292,8 @@ class PPOWDrafter(PreTrainedModel):
     def with_settings(self, **settings) -> DrafterView:
         """This drafter with other window settings, for one call: `assistant_model=drafter.with_settings(window=...)`.
 
-        Accepts `window`, `max_window`, `cost_ratio`, `verification_cost`, and for trees of drafted tokens in place of
+        Accepts `window`, `max_window`, `cost_ratio`, `verification_cost`, `lookup` (`bool`: draft from the text itself
+        too, see [`PPOWDrafterConfig`]), and for trees of drafted tokens in place of
         chains `tree_nodes` (`int`: most nodes of a round's tree, at most `max_window` deep) and `tree_branches`
         (`int`, defaults to `4`: most children of a node, and nodes expanded in a level). The view's `last_trace` is
         its own.
