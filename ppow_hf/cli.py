@@ -143,14 +143,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     tiny = commands.add_parser(
         "tiny-target",
-        help="train an embedded target again from the Python standard library",
-        description="Train a small target on the source of the running Python's standard library. Run again with the "
-        "same folder, it goes on from its last checkpoint.",
+        help="train an embedded target again from the Python standard library, or a small one on other texts",
+        description="Train a small target on the source of the running Python's standard library, or on a file of "
+        "texts. Run again with the same folder, it goes on from its last checkpoint.",
     )
     tiny.add_argument("--output-dir", required=True, help="folder for the target, its tokenizer and its report")
     tiny.add_argument(
         "--family", choices=["llama", "qwen3"], default="llama", help="architecture (default: %(default)s)"
     )
+    tiny.add_argument(
+        "--texts",
+        metavar="FILE[:COLUMNS]",
+        help="a .jsonl or .jsonl.gz file with a text in each row, and its columns with commas between "
+        "(default column: text), in place of the standard library",
+    )
+    tiny.add_argument("--layers", type=int, help="decoder layers (default: those of the recipe)")
     tiny.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the recipe)")
     tiny.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
     tiny.set_defaults(run=tiny_target)
@@ -239,13 +246,23 @@ def quickstart(arguments: argparse.Namespace) -> int:
 
 def tiny_target(arguments: argparse.Namespace) -> int:
     """`ppow tiny-target`."""
-    if arguments.max_steps is not None:
-        check_positive("--max-steps", arguments.max_steps)
+    for name in ("max_steps", "layers"):
+        if getattr(arguments, name) is not None:
+            check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     ensure_writable(arguments.output_dir, "--output-dir")
     tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
+    from .data import read_rows
+    from .tiny.corpus import texts_of_rows
     from .tiny.recipe import make_target, recipe_of
 
-    make_target(arguments.output_dir, recipe_of(arguments.family, arguments.max_steps), tokenizer=tokenizer)
+    recipe = recipe_of(arguments.family, max_steps=arguments.max_steps, num_layers=arguments.layers)
+    texts = None
+    if arguments.texts is not None:
+        file, columns = arguments.texts, "text"
+        if not Path(file).is_file() and ":" in file:
+            file, _, columns = file.rpartition(":")
+        texts = texts_of_rows(read_rows(file, "--texts"), columns.split(","), "--texts")
+    make_target(arguments.output_dir, recipe, tokenizer=tokenizer, texts=texts)
     return 0
 
 

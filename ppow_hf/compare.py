@@ -3,13 +3,11 @@
 Every recipe gets the same budget (target-forward tokens, or seconds), the same learning rates to choose from on the
 validation split, the same seeds; the test split is read once, when everything is chosen. One run is one line of
 `results.jsonl`, written when it is done: a comparison that was interrupted goes on where it stopped. Knows what to run
-and in which order; what a drafter is worth is measured in compare_evaluation.py, what came out is said in
-compare_report.py.
+and in which order; the texts are prepared in compare_data.py, what a drafter is worth is measured in
+compare_evaluation.py, what came out is said in compare_report.py.
 """
 
-import hashlib
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,19 +18,17 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from .compare_evaluation import EvaluationTexts, SampledText, evaluate_drafter, quotient, target_entropy, write_texts
-from .data import SequenceDataset, read_rows
+from .compare_data import SPLITS, longest_sequence, prepare, write_whole
+from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, target_entropy
+from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name
-from .regeneration import regenerate
-from .tiny.corpus import SourceFile, standard_library
 from .tiny.recipe import bfloat16_pays
 from .training import PPOWTrainer, PPOWTrainingArguments
 from .training.objectives import parse_objective
 
 DEFAULT_CONFIG = Path(__file__).with_name("compare_default.yaml")
 RESULTS = "results.jsonl"
-SPLITS = ("validation", "test")
 
 
 @dataclass
@@ -43,6 +39,8 @@ class CompareConfig:
         target (`str`): the target: a folder, a name on the Hub, or an embedded model.
         architecture (`str`): of the drafter that is trained.
         drafter (`str`, *optional*): a supervised drafter to start from, in place of training one.
+        drafter_config (`dict`): fields of the drafter that is trained, as [`PPOWDrafter.from_target`] takes them; a
+            standalone one is made as small here as wanted (`hidden_size`, `num_hidden_layers`, ...).
         workload (`dict`): `name`, and either nothing else for `stdlib` (excerpts of the standard library, modules held
             in for training and held out for evaluation) or `train` and `evaluation`, files of prompts.
         data (`dict`): `train_sequences`, `prompt_tokens`, `completion_tokens`, `validation_prompts`, `test_prompts`.
@@ -53,8 +51,8 @@ class CompareConfig:
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
         baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
         select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
-        groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`]; trees
-            are measured on the test split, and elsewhere if they choose.
+        groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`]; all
+            are measured on the test split, on the validation split those that choose and the middle group.
         slow_prompts (`int`): prompts on which groups and trees are measured, which take seconds each on a CPU.
         curve_points (`int`), curve_prompts (`int`): evaluations during a run, and their prompts.
         keep_gib (`float`): memory for kept target encodings.
@@ -70,6 +68,7 @@ class CompareConfig:
     seeds: list[int]
     learning_rates: list[float]
     drafter: str | None = None
+    drafter_config: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=lambda: {"name": "stdlib"})
     training: dict[str, Any] = field(default_factory=dict)
     baselines: list[str] = field(default_factory=list)
@@ -285,7 +284,7 @@ class Comparison:
         self.given_start, self.command = start, command
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_same()
-        self.max_length = config.data["prompt_tokens"] + config.data["completion_tokens"]
+        self.max_length = longest_sequence(config)
         self.lines = read_results(self.folder / RESULTS)
         self.data: SequenceDataset
         self.texts: dict[str, EvaluationTexts] = {}
@@ -313,7 +312,7 @@ class Comparison:
         """Everything that is not done yet, then the report's files."""
         from .compare_report import write_report
 
-        self._prepare()
+        self.data, self.texts = prepare(self.config, self.folder, self.target, self.tokenizer)
         start = self._start()
         self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[0])
         chosen: list[dict[str, Any]] = []
@@ -336,70 +335,6 @@ class Comparison:
             self._test(line)
         write_report(self.folder)
 
-    # -- data
-
-    def _prepare(self) -> None:
-        data, path = self.config.data, self.folder / "texts.json"
-        train_rows, evaluation_rows = self._rows()
-        self.data = _all_positions(
-            regenerate(
-                train_rows, self.target, self.tokenizer, max_length=self.max_length,
-                max_new_tokens=data["completion_tokens"], batch_size=32, cache_dir=self.folder / "data",
-            )
-        )  # fmt: skip
-        if not path.is_file():
-            scratch = PPOWDrafter.from_target(self.target, "standalone").to(self.target.device)
-            found = {}
-            for split, rows in evaluation_rows.items():
-                prompts = [self._prompt(row) for row in rows]
-                texts = write_texts(self.target, scratch, prompts, data["completion_tokens"], seed=0)
-                found[split] = {
-                    "prompts": texts.prompts,
-                    "greedy": texts.greedy,
-                    "sampled": [vars(text) for text in texts.sampled],
-                }
-            _write_whole(path, json.dumps(found))
-        stored = json.loads(path.read_text())
-        for split, parts in stored.items():
-            sampled = [SampledText(**text) for text in parts["sampled"]]
-            self.texts[split] = EvaluationTexts(
-                parts["prompts"], parts["greedy"], sampled, data["completion_tokens"]
-            )  # fmt: skip
-
-    def _prompt(self, row: dict[str, str]) -> list[int]:
-        from .data import extract_prompts
-
-        return extract_prompts([row], self.tokenizer, self.config.data["prompt_tokens"], argument="workload")[0]
-
-    def _rows(self) -> tuple[list[dict], dict[str, list[dict]]]:
-        """Prompts to train on, and those of both evaluation splits, which share no source with them or each other."""
-        data, workload = self.config.data, self.config.workload
-        wanted = {split: data[f"{split}_prompts"] for split in SPLITS}
-        if workload.get("name") == "stdlib" and "train" not in workload:
-            files = standard_library()
-            held_out = [file for file in files if file.held_out]
-            sides = {split: [f for f in held_out if _side(f.name) == split] for split in SPLITS}
-            train = excerpts(
-                [file for file in files if not file.held_out], self.tokenizer, data["train_sequences"],
-                data["prompt_tokens"], seed=0,
-            )  # fmt: skip
-            return train, {
-                split: excerpts(sides[split], self.tokenizer, wanted[split], data["prompt_tokens"], seed=1)
-                for split in SPLITS
-            }
-        if not {"train", "evaluation"} <= set(workload):
-            raise ValueError("--config: workload needs train and evaluation, files of prompts, or the name stdlib.")
-        train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
-        rows = read_rows(workload["evaluation"], "workload.evaluation")
-        if len(rows) < sum(wanted.values()):
-            raise ValueError(
-                f"--config: workload.evaluation has {len(rows)} prompts, fewer than validation_prompts + test_prompts "
-                f"= {sum(wanted.values())}. Give more of them, or lower those numbers."
-            )
-        random.Random(0).shuffle(rows)
-        first = wanted[SPLITS[0]]
-        return train, {SPLITS[0]: rows[:first], SPLITS[1]: rows[first : first + wanted[SPLITS[1]]]}
-
     # -- the start
 
     def _start(self) -> PPOWDrafter:
@@ -412,7 +347,9 @@ class Comparison:
         else:
             set_seed(0)
             name = public_name(self.config.target)
-            drafter = PPOWDrafter.from_target(self.target, self.config.architecture, target_name_or_path=name).float()
+            drafter = PPOWDrafter.from_target(
+                self.target, self.config.architecture, target_name_or_path=name, **self.config.drafter_config
+            ).float()
             drafter = drafter.to(self.target.device)
             settings = dict(self.config.start)
             seconds, rate = settings.pop("seconds"), float(settings.pop("learning_rate"))
@@ -495,10 +432,14 @@ class Comparison:
         if fit is None and split == SPLITS[1]:
             validation = self._line(facts, SPLITS[0])
             fit = None if validation is None else validation["fit"]
-        choosing = any(name.startswith("tree") for name in self.config.select_by)
+        groups, ratios, trees = self.config.groups, self.config.cost_ratios, self.config.tree_nodes
+        if split == SPLITS[0]:  # what chooses, and the group that stands in the first table
+            names, middle = self.config.select_by, groups[len(groups) // 2 : len(groups) // 2 + 1]
+            groups = [count for count in groups if f"group_t0_c{count}" in names or count in middle]
+            ratios = [ratio for ratio in ratios if f"speed_t0_{ratio:g}" in names]
+            trees = [count for count in trees if {f"tree_t0_n{count}", f"tree_t1_n{count}"} & set(names)]
         found = evaluate_drafter(
-            self.target, drafter, self.texts[split], self.config.groups, self.config.cost_ratios,
-            self.config.tree_nodes if choosing or split == SPLITS[1] else (), self.config.slow_prompts,
+            self.target, drafter, self.texts[split], groups, ratios, trees, self.config.slow_prompts,
             self.config.verification_cost, calibration=fit,
         )  # fmt: skip
         line = {
@@ -563,39 +504,5 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         whole.append(text)
-    _write_whole(path, "".join(text + "\n" for text in whole))
+    write_whole(path, "".join(text + "\n" for text in whole))
     return lines
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _side(name: str) -> str:
-    """The evaluation split of a held-out module: its tests are on the same side."""
-    key = name.rsplit(".", maxsplit=1)[-1].removeprefix("test_").strip("_")
-    return SPLITS[hashlib.sha256(f"split {key}".encode()).digest()[0] % 2]
-
-
-def excerpts(files: list[SourceFile], tokenizer: Any, count: int, length: int, seed: int) -> list[dict[str, str]]:
-    """`count` excerpts of `length` tokens from files chosen at random, as rows of text."""
-    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
-    ids = [tokens for tokens in ids if len(tokens) > length]
-    chooser, rows = random.Random(seed), []
-    for _ in range(count):
-        tokens = chooser.choice(ids)
-        start = chooser.randrange(len(tokens) - length)
-        rows.append({"text": tokenizer.decode(tokens[start : start + length])})
-    return rows
-
-
-def _all_positions(data: SequenceDataset) -> SequenceDataset:
-    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
-    items = [data[index] for index in range(len(data))]
-    return SequenceDataset(
-        [item["input_ids"] for item in items],
-        [torch.ones_like(item["loss_mask"]) for item in items],
-        [item["target_written"] for item in items],
-    )

@@ -10,7 +10,10 @@ from ppow_hf.training.objectives import (
     clipped_policy_loss,
     cross_entropy,
     expected_acceptance_loss,
+    expected_length,
+    expected_length_gradients,
     forward_kl,
+    keep_probabilities,
     lk_hybrid,
     negative_log_acceptance,
     parse_objective,
@@ -205,6 +208,58 @@ def test_expected_acceptance_loss_has_without_bias_the_gradient_of_the_expected_
     for found, wanted in zip(torch.autograd.grad(total, logits), expected, strict=True):
         torch.testing.assert_close(found, wanted)
         assert wanted.abs().max() > 0.01
+
+
+def one_after_another(length, logits):
+    """Every window of `length` tokens, with the rows of logits behind it: the next token hangs on the last one."""
+    for window in itertools.product(range(logits.shape[-1]), repeat=length):
+        yield window, torch.stack([logits[previous] for previous in (0, *window[:-1])])
+
+
+def test_expected_length_over_the_targets_texts_is_the_expected_count_of_drafts_kept():
+    """T = 1: the mean over all texts, by their probability, against all windows of the drafter and all verdicts."""
+    size, length = 3, 3
+    draw = torch.Generator().manual_seed(5)
+    draft, goal = (2 * torch.randn(size, size, generator=draw, dtype=torch.float64) for _ in range(2))
+    found, exact = 0.0, 0.0
+    for text, rows in one_after_another(length, goal):
+        chance = math.prod(row.softmax(-1)[token].item() for row, token in zip(rows, text, strict=True))
+        drafts = torch.stack([draft[previous] for previous in (0, *text[:-1])])
+        both = keep_probabilities(rows, drafts, torch.tensor(text), 1.0, 1.0)
+        found += chance * expected_length(*(part.double() for part in both)).item()
+    for window, rows in one_after_another(length, draft):
+        chance, reached = 1.0, 1.0
+        for place, (row, token) in enumerate(zip(rows, window, strict=True)):
+            q, p = row.softmax(-1)[token].item(), goal[(0, *window)[place]].softmax(-1)[token].item()
+            chance *= q
+            reached *= min(1.0, p / q)
+            # A token's verdict counts once for each window that begins with what is before it, so for all behind.
+            behind = math.prod(
+                draft[(0, *window)[i]].softmax(-1)[window[i]].item() for i in range(place + 1, length)
+            )  # fmt: skip
+            exact += chance * behind * reached
+    assert found == pytest.approx(exact, rel=1e-5) and 0.5 < exact < 2.5
+
+
+def test_keep_probabilities_at_t0_are_of_the_targets_choice():
+    goal = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 4.0]])
+    draft = torch.tensor([[0.2, 0.4, 0.1], [0.0, 1.0, 0.0], [1.0, 2.0, 0.0]])
+    sharp = (draft / 0.5).softmax(-1)
+    kept, followed = keep_probabilities(goal, draft, torch.tensor([1, 2, -100]), 0.5, 0.0)
+    torch.testing.assert_close(kept, torch.stack([sharp[0, 1], sharp[1, 0], torch.tensor(0.0)]))
+    torch.testing.assert_close(followed, torch.stack([sharp[0, 1], torch.tensor(0.0), torch.tensor(0.0)]))
+
+
+def test_gradients_of_the_expected_length_equal_finite_differences():
+    kept, followed = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)
+    for number, gradient in enumerate(expected_length_gradients(kept, followed)):
+        for place in itertools.product(range(2), range(4)):
+            moved = [kept.clone(), followed.clone()]
+            moved[number][place] += 1e-6
+            slope = (expected_length(*moved).sum() - expected_length(kept, followed).sum()) / 1e-6
+            assert gradient[place].item() == pytest.approx(slope.item(), abs=1e-5)
+    one = torch.rand(3, 1)
+    assert [part.tolist() for part in expected_length_gradients(one, one)] == [[[1.0]] * 3, [[0.0]] * 3]
 
 
 # What an objective is made of

@@ -666,6 +666,68 @@ def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, archi
     assert found == pytest.approx(sessions_supervised_loss(trainer, inputs), rel=1e-4)
 
 
+def naive_expected_length(trainer, inputs, prefixes, length: int) -> torch.Tensor:
+    """Minus the mean share of the windows behind `prefixes` (of each sequence) that is kept, drafted on the text."""
+    args, drafter, total = trainer.args, trainer.model, torch.zeros(())
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        mask = inputs["loss_mask"][row].tolist()
+        for prefix in prefixes[row]:
+            window = ids[prefix + 1 : prefix + 1 + length]
+            along = target_logits_along(trainer.target_model, ids, prefix, window)
+            drafts = on_target_vocabulary(
+                drafter, draft_logits_along(drafter, trainer.target_model, ids, prefix, window)
+            )
+            reached = torch.ones(())
+            for j, token in enumerate(window):
+                if not mask[prefix + 1 + j]:
+                    break
+                q = (drafts[j] / args.rollout_temperature).softmax(-1)
+                if args.target_temperature == 0:
+                    choice = int(along[j].argmax())
+                    total = total + reached * q[choice]
+                    reached = reached * q[token] * (choice == token)
+                else:
+                    p = (along[j] / args.target_temperature).softmax(-1)
+                    total = total + reached * torch.minimum(p, q).sum()
+                    reached = reached * (q[token] / p[token]).clamp_max(1)
+    return -total / length
+
+
+@pytest.mark.parametrize(("architecture", "draft_vocab_size"), [("eagle", None), ("eagle", 48), ("standalone", None)])
+@pytest.mark.parametrize(("target_temperature", "chunk_size"), [(0.0, 7), (1.0, 1024)])
+def test_expected_length_equals_drafting_on_the_text(
+    make_trainer, make_target, architecture, draft_vocab_size, target_temperature, chunk_size
+):
+    """Text that the target wrote, so that windows are followed for a while; some of it is not to be learned."""
+    if draft_vocab_size and target_temperature:
+        pytest.skip("P is normalised over the draft vocabulary there, as in every term along the text")
+    target = make_target("llama", initializer_range=0.3)
+    texts = [
+        target.generate(
+            item["input_ids"][None, :4], attention_mask=torch.ones(1, 4), max_new_tokens=15, do_sample=False
+        )[0]
+        for item in random_dataset()
+    ]
+    begin = [not draft_vocab_size] * 4  # of the prompts: there a choice may be outside of the draft vocabulary
+    masks = [begin + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 11 + [False] * 4)]
+    trainer = make_trainer(
+        architecture, "0.7*expected_length", dataset=SequenceDataset(texts, masks), chunk_size=chunk_size,
+        draft_vocab_size=draft_vocab_size, target_temperature=target_temperature, unroll_steps=3, unroll_decay=0.7,
+    )  # fmt: skip
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.eval()
+    loss, found = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    first = trainer.model.draft_model.first_prefix
+    length = 3 if first else WINDOW
+    prefixes = [range(first, len(text) - 1) for text in texts]
+    items = inputs["loss_mask"][:, 1:].sum()
+    expected_loss, expected = backward(
+        trainer, lambda: 0.7 * naive_expected_length(trainer, inputs, prefixes, length) / items
+    )  # fmt: skip
+    same_gradients(found, expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["supervised", "ppow"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_behind_the_loss_mask_have_no_effect(make_trainer, architecture, objective):

@@ -151,6 +151,24 @@ def test_a_target_is_made_and_resumed_from_its_last_checkpoint(tmp_path, pair, m
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.use_cache
 
 
+def test_a_target_of_other_texts_is_made_by_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ppow_hf.tiny.recipe.shutil.which", lambda name: None)  # a compiler's minute for two steps
+    rows = [
+        {"question": f"How much is {i} and {i + 1}?", "answer": f"{i}+{i + 1}={2 * i + 1}\n" * 4} for i in range(400)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "target"
+    argv = ["tiny-target", "--layers", "1", "--max-steps", "2", "--output-dir", str(folder), "--texts"]
+    assert main([*argv, f"{tmp_path}/sums.jsonl:question,reply"]) == 2
+    assert "row 0 has no text in 'reply'" in capsys.readouterr().err
+    assert main([*argv, f"{tmp_path}/sums.jsonl:question,answer"]) == 0
+    report = json.loads((folder / "recipe.json").read_text())
+    assert report["corpus"] == "texts" and report["recipe"]["num_layers"] == 1 and report["steps"] == 2
+    card = (folder / "README.md").read_text()
+    assert "How much is" in card and "Python" not in card and "--texts FILE --layers 1" in card
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
+
+
 def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):
     argv = ["quickstart", "--fast", "--output-dir", str(tmp_path), "--prompts", "2", "--max-new-tokens", "12"]
     assert main(argv) == 0
@@ -167,4 +185,4 @@ def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):
 
 def test_recipe_of_a_family():
     assert recipe_of("llama") == TargetRecipe() and recipe_of("qwen3") == QWEN3_RECIPE
-    assert recipe_of("qwen3", 7) == dataclasses.replace(QWEN3_RECIPE, max_steps=7)
+    assert recipe_of("qwen3", max_steps=7, num_layers=None) == dataclasses.replace(QWEN3_RECIPE, max_steps=7)

@@ -18,11 +18,18 @@ TARGET_TEMPLATE = """---
 {{ card_data }}
 ---
 
+{% if corpus == "stdlib" -%}
 # Embedded {{ family }} target of ppow_hf
 
 A small language model of Python, trained from nothing on the source of the standard library. It exists so that
 drafters can be trained and speculative decoding can be tried and tested anywhere, without a download. What it writes
 has the look of Python, is often wrong in its syntax, and is of no use as a program.
+{%- else -%}
+# Small {{ family }} target of ppow_hf
+
+A small language model, trained from nothing on a file of texts, so that drafters and speculative decoding can be tried
+on that kind of text. It knows nothing beyond its texts.
+{%- endif %}
 
 | | |
 |---|---|
@@ -30,18 +37,18 @@ has the look of Python, is often wrong in its syntax, and is of no use as a prog
 | layers, hidden size, context | {{ recipe.num_layers }}, {{ recipe.hidden_size }}, 1,024 |
 | tokens seen in training | {{ tokens_seen }} ({{ steps }} steps of {{ recipe.tokens_per_step }}) |
 | held-in text | {{ held_in_tokens }} tokens, corpus fingerprint `{{ corpus_fingerprint }}` |
-| held-out bits per byte | {{ bits_per_byte }} ({{ rows }} rows of 1,024 tokens from modules never trained on) |
+| held-out bits per byte | {{ bits_per_byte }} ({{ rows }} rows of 1,024 tokens from {{ unit }} never trained on) |
 
-A tenth of the modules, chosen by a hash of their names, was never trained on. {{ falling }}
+A tenth of the {{ unit }}, chosen by a hash of {{ hashed }}, was never trained on. {{ falling }}
 
 ![loss](loss.png)
 
-Made with `ppow tiny-target --family {{ family }} --output-dir DIR`; the steps are in `training_log.json`, the settings
-in `recipe.json`.
+Made with `ppow tiny-target --family {{ family }}{{ options }} --output-dir DIR`; the steps are in
+`training_log.json`, the settings in `recipe.json`.
 
 ## What it writes
 
-Greedy completions of functions of held-out modules; `>>>` marks where the model begins. Greedy text of a model this
+Greedy completions of {{ completed }}; `>>>` marks where the model begins. Greedy text of a model this
 small loops, which flatters acceptance lengths: read them together with the share of repeated 8-grams.
 
 {% for prompt, completion in samples %}
@@ -49,9 +56,11 @@ small loops, which flatters acceptance lengths: read them together with the shar
 {{ prompt }}>>>{{ completion }}
 ```
 {% endfor %}
+{%- if corpus == "stdlib" %}
 ## Licence
 
 {{ licence_note }}
+{% endif -%}
 """
 
 
@@ -67,10 +76,16 @@ def write_target_card(folder: str | Path, samples: list[tuple[str, str]]) -> Non
         if len(losses) > 1 and losses[-1] < 0.99 * losses[-3 if len(losses) > 2 else 0]
         else "The held-out loss had stopped falling at this length of training."
     )
+    corpus = report.get("corpus", "stdlib")
     _card(
         TARGET_TEMPLATE,
         folder,
-        tags=["ppow", "python", "code"],
+        tags=["ppow", "python", "code"] if corpus == "stdlib" else ["ppow"],
+        corpus=corpus,
+        unit="modules" if corpus == "stdlib" else "texts",
+        hashed="their names" if corpus == "stdlib" else "each",
+        completed="functions of held-out modules" if corpus == "stdlib" else "the first lines of held-out texts",
+        options="" if corpus == "stdlib" else f" --texts FILE --layers {report['recipe']['num_layers']}",
         family=family,
         parameters=f"{report['parameters']:,}",
         tokens_seen=f"{report['tokens_seen']:,}",
@@ -86,10 +101,11 @@ def write_target_card(folder: str | Path, samples: list[tuple[str, str]]) -> Non
 
 
 def _card(template: str, folder: Path, tags: list[str], **values: Any) -> None:
+    ours = values["corpus"] == "stdlib"
     data = ModelCardData(
         library_name="ppow_hf",
-        license="apache-2.0",
-        language="code",
+        license="apache-2.0" if ours else None,  # of others' texts its owner decides
+        language="code" if ours else None,
         pipeline_tag="text-generation",
         tags=tags,
     )

@@ -1,6 +1,6 @@
-"""The embedded corpus: Python's own standard library as text, split into held-in and held-out modules.
+"""Texts to train a small target on: Python's own standard library or a file of rows, split in held in and held out.
 
-Knows files and modules; knows nothing about models or training.
+Knows files, modules and rows; knows nothing about models or training.
 """
 
 import ast
@@ -63,6 +63,29 @@ def standard_library(root: str | Path | None = None, include_tests: bool = True)
             "source, or pass the folder that holds it."
         )
     return files
+
+
+def texts_of_rows(rows: list[dict], columns: list[str], source: str) -> list[SourceFile]:
+    """One text of each row: its `columns`, a line each. One row in ten, by a hash of the text, is held out.
+
+    Raises `ValueError` naming `source` and the column that a row lacks, and if there is nothing on one of the sides.
+    """
+    files = []
+    for number, row in enumerate(rows):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{source}: row {number} has no text in {column!r}; it has {sorted(row)}.")
+        text = "\n".join(row[column] for column in columns)
+        digest = hashlib.sha256(text.encode()).digest()
+        files.append(SourceFile(str(number), text, int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0))
+    if len({file.held_out for file in files}) < 2:
+        raise ValueError(f"{source}: {len(files)} rows are too few to hold some of them out; pass at least a hundred.")
+    return files
+
+
+def openings(files: list[SourceFile], count: int) -> list[str]:
+    """The first line of `count` texts, with its line break."""
+    return [file.text.splitlines(keepends=True)[0] for file in files if file.text.strip()][:count]
 
 
 def corpus_fingerprint(files: list[SourceFile]) -> str:

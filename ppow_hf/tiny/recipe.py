@@ -27,7 +27,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from .cards import write_target_card
-from .corpus import SourceFile, corpus_fingerprint, function_prompts, standard_library
+from .corpus import SourceFile, corpus_fingerprint, function_prompts, openings, standard_library
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 4096
@@ -73,10 +73,11 @@ class TargetRecipe:
 QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384, max_steps=250)
 
 
-def recipe_of(family: str, max_steps: int | None = None) -> TargetRecipe:
-    """The recipe of the embedded target of a family, `"llama"` or `"qwen3"`; `max_steps` in place of its own."""
+def recipe_of(family: str, **changes: Any) -> TargetRecipe:
+    """The recipe of the embedded target of a family, `"llama"` or `"qwen3"`; what is not `None` takes the place of
+    the recipe's own."""
     recipe = QWEN3_RECIPE if family == "qwen3" else TargetRecipe(family=family)
-    return recipe if max_steps is None else replace(recipe, max_steps=max_steps)
+    return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
 def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
@@ -303,8 +304,11 @@ def bits_per_byte(model, tokenizer, files: list[SourceFile], max_chunks: int | N
     return nats / math.log(2) / byte_count
 
 
-def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, device: str | None = None) -> Path:
-    """Train a target from the running Python's standard library and write it to `output_dir`.
+def make_target(
+    output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, device: str | None = None,
+    texts: list[SourceFile] | None = None,
+) -> Path:  # fmt: skip
+    """Train a target from `texts`, by default the running Python's standard library, and write it to `output_dir`.
 
     Checkpoints lie under `output_dir/checkpoints`; a second call with the same folder resumes from the last one.
     Writes bfloat16 safetensors, tokenizer, `recipe.json`, `training_log.json` and `loss.png`.
@@ -314,7 +318,7 @@ def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, de
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    files = standard_library()
+    files = standard_library() if texts is None else texts
     held_in = [file for file in files if not file.held_out]
     held_out = [file for file in files if file.held_out]
     tokenizer = tokenizer or train_tokenizer(files)
@@ -324,11 +328,16 @@ def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, de
     model = build_target(recipe, tokenizer.bos_token_id, tokenizer.pad_token_id)
     stream = token_stream(held_in, tokenizer)
     evaluation_stream = token_stream(held_out, tokenizer)
+    for side, tokens in (("held in", stream), ("held out", evaluation_stream)):
+        if len(tokens) < CONTEXT_LENGTH:
+            raise ValueError(
+                f"texts: {len(tokens)} tokens {side} are less than one row of {CONTEXT_LENGTH}. Pass more texts."
+            )
     evaluation_rows = evaluation_stream[: len(evaluation_stream) // 1024 * 1024].view(-1, 1024).long()
     picked = evaluation_rows[torch.linspace(0, len(evaluation_rows) - 1, min(24, len(evaluation_rows))).long()]
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(held_in)} held-in modules with "
-        f"{len(stream):,} tokens; {len(held_out)} held-out modules with {len(evaluation_stream):,} tokens",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(held_in)} held-in texts with "
+        f"{len(stream):,} tokens; {len(held_out)} held-out texts with {len(evaluation_stream):,} tokens",
         flush=True,
     )
     arguments = TrainingArguments(
@@ -378,6 +387,7 @@ def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, de
         "steps": trainer.state.global_step,
         "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, max_chunks=200),
         "held_out_bits_per_byte_rows": 200,
+        "corpus": "stdlib" if texts is None else "texts",
         "corpus_fingerprint": corpus_fingerprint(files),
         "processor_hours": clock.used() / 3600,
         "wall_minutes_last_session": (time.time() - started) / 60,
@@ -394,7 +404,8 @@ def make_target(output_dir: str | Path, recipe: TargetRecipe, tokenizer=None, de
     )
     model.float()
     samples = []
-    for prompt in function_prompts(held_out, 4, seed=recipe.seed):
+    prompts = function_prompts(held_out, 4, seed=recipe.seed) if texts is None else openings(held_out, 4)
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -96:].long()
         ids = ids.to(model.device)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False)

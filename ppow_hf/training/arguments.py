@@ -22,6 +22,9 @@ class PPOWTrainingArguments(TrainingArguments):
             schedule of them (`"kl; 0.5: 0.3*kl + tv"`: the second one from half of the training on).
             Along the text, for every token: `"ce"` -log Q(text); `"kl"` KL(P||Q); `"tv"` TV(P, Q); `"lk"` -log alpha
             [2602.23881]; `"lk_hybrid"` KL and TV mixed by alpha [2602.23881; mixed position by position: ours];
+            `"expected_length"` minus the share of a window that is kept, in expectation over what the drafter draws at
+            `rollout_temperature`: the policy gradient of a window's accepted tokens without sampling one, as a window
+            that goes on is on the text [ours]; of windows of `unroll_steps` (eagle) or `max_window` tokens;
             `"supervised"` the first two by their weights below, what continued supervised training (CST) goes on with.
             Along windows that the drafter drafts, verified by the target: `"ppow"` reinforcement learning on windows
             with the rewards and anchors below [paper]; `"token_rl"` a token's reward is its own agreement with the

@@ -14,7 +14,9 @@ from .objectives import (
     clipped_policy_loss,
     cross_entropy,
     expected_acceptance_loss,
+    expected_length_gradients,
     forward_kl,
+    keep_probabilities,
     lk_hybrid,
     negative_log_acceptance,
     reverse_kl,
@@ -62,16 +64,78 @@ def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torc
     return torch.where(labels < width, labels, -100)
 
 
-def text_terms(names, draft: torch.Tensor, goal: torch.Tensor, labels: torch.Tensor, lk_decay: float) -> torch.Tensor:
-    """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens."""
+def text_terms(
+    names,
+    draft: torch.Tensor,
+    goal: torch.Tensor,
+    labels: torch.Tensor,
+    args: PPOWTrainingArguments,
+    by_length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
+
+    `by_length` `[R, 2]` weighs what `expected_length` is made of, see [`length_weights`].
+    """
+
+    def lengthening() -> torch.Tensor:
+        assert by_length is not None
+        kept, followed = keep_probabilities(goal, draft, labels, args.rollout_temperature, args.target_temperature)
+        # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
+        return -(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach()))
+
     functions = {
         "ce": lambda: cross_entropy(draft, labels),
         "kl": lambda: forward_kl(goal, draft),
         "tv": lambda: total_variation(goal, draft),
         "lk": lambda: negative_log_acceptance(goal, draft),
-        "lk_hybrid": lambda: lk_hybrid(goal, draft, lk_decay),
+        "lk_hybrid": lambda: lk_hybrid(goal, draft, args.lk_decay),
+        "expected_length": lengthening,
     }
     return torch.stack([functions[name]() for name in names])
+
+
+@torch.no_grad()
+def length_weights(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    learned: torch.Tensor,
+    features: torch.Tensor,
+    sources: torch.Tensor,
+    labels: torch.Tensor,
+    places: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
+    of a window that is kept, [`expected_length`] over its length.
+
+    `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of that; of features along the text (J = 1)
+    every `max_window` in a row are a window. The other arguments are of the rows, see [`paired_logits`].
+    """
+    rows = []
+    for start in range(0, len(features), args.chunk_size):
+        part = slice(start, start + args.chunk_size)
+        draft = drafter.draft_logits(features[part]).float()
+        here = (sources[part], None) if places is None else (sources, places[part])
+        draft, goal = paired_logits(drafter, target, draft, *here)
+        own = draft_labels(drafter, labels[part], draft.shape[-1])
+        both = keep_probabilities(goal, draft, own, args.rollout_temperature, args.target_temperature)
+        rows.append(torch.stack(both, -1))
+    order = torch.arange(len(features), device=features.device) if order is None else order
+    windows = torch.zeros(*learned.shape, 2, device=features.device)
+    windows[learned] = torch.cat([windows[:0, 0, 0], *rows])[order.argsort()]
+    window, count = learned.shape[2], learned.shape[1]
+    if window > 1:
+        weights = torch.stack(expected_length_gradients(*windows.unbind(-1)), -1)
+    else:
+        window = args.max_window
+        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, window - 1))
+        by_window = torch.stack(expected_length_gradients(*along.unfold(1, window, 1).unbind(2)), -1)
+        weights = torch.zeros_like(along)
+        for offset in range(window):
+            weights[:, offset : offset + count] += by_window[:, :, offset]
+        weights = weights[:, :count, None]
+    return weights[learned][order] / window
 
 
 def text_loss(
@@ -95,13 +159,20 @@ def text_loss(
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
     # Steps of different prefixes that end at one place are learned together: they share the target's distribution.
     numbers = torch.arange(len(input_ids), device=input_ids.device)[:, None, None] * input_ids.shape[1] + places
-    order = numbers[learned].argsort()
+    numbered = numbers[learned]
+    order = numbered.argsort()
     flat_sources = sources.flatten(0, 1)
+    of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
+    of_steps, by_length = of_steps[learned][order], None
+    if "expected_length" in names:  # of whole windows: the steps' weights, which are for means over them, are undone
+        along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
+        by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
+        by_length = by_length / of_steps[:, None]
 
-    def chunk(features, numbers, labels, of_steps, is_first):
+    def chunk(features, numbers, labels, of_steps, is_first, by_length):
         draft = drafter.draft_logits(features).float()
         draft, goal = paired_logits(drafter, target, draft, flat_sources, numbers)
-        terms = text_terms(names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args.lk_decay)
+        terms = text_terms(names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args, by_length)
         loss = (coefficients[:, None] * terms * of_steps).sum()
         with torch.no_grad():
             draft, goal, noted = draft[is_first], goal[is_first], terms[:, is_first]
@@ -114,11 +185,10 @@ def text_loss(
         chunk,
         args.chunk_size,
         drafter.parameters(),
-        features[learned][order],
-        numbers[learned][order],
-        input_ids.flatten()[numbers[learned][order] + 1],
-        of_steps[learned][order],
+        *of_rows,
+        of_steps,
         (learned.nonzero()[:, 2] == 0)[order],
+        by_length,
     )
     kl, agreed, count, *values = totals[1:].detach().tolist()
     metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, values, strict=True))
@@ -146,21 +216,18 @@ def window_text_loss(
     rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(places.shape)[real]
     names = list(weights)
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
+    of_rows = features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
+    by_length = None
+    if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
+        by_length = length_weights(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:]) * features.shape[2]
 
-    def chunk(features, sources, labels):
+    def chunk(features, sources, labels, by_length):
         draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
         labels = draft_labels(drafter, labels, draft.shape[-1])
-        sums = text_terms(names, draft, goal, labels, args.lk_decay).sum(-1)
+        sums = text_terms(names, draft, goal, labels, args, by_length).sum(-1)
         return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
 
-    totals = sum_over_chunks(
-        chunk,
-        args.chunk_size,
-        drafter.parameters(),
-        features[real],
-        sources[rows, places[real]],
-        input_ids[rows, next_places[real]],
-    )
+    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *of_rows, by_length)
     count = max(int(real.sum()), 1)
     metrics = {f"text_{name}": value / count for name, value in zip(names, totals[1:].tolist(), strict=True)}
     return totals[0] / (chosen.shape[1] * features.shape[2]), metrics

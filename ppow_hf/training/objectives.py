@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-TEXT_TERMS = ("ce", "kl", "tv", "lk", "lk_hybrid")
+TEXT_TERMS = ("ce", "kl", "tv", "lk", "lk_hybrid", "expected_length")
 WINDOW_TERMS = ("ppow", "token_rl", "reinforce", "expected_acceptance", "opd", "opd_reverse")
 GROUP_TERMS = ("ppow", "token_rl", "reinforce")  # those that compare the windows of a group
 NAMES = ("supervised", *TEXT_TERMS, *WINDOW_TERMS)
@@ -205,3 +205,47 @@ def expected_acceptance_loss(
     # min(P, Q)(x) has a gradient only where it is Q(x).
     grows = kept & (log_prob.detach().exp() < target_probs.gather(-1, tokens[:, None])[:, 0])
     return -(alpha + kept_after * torch.where(grows, log_prob, torch.zeros_like(log_prob)))
+
+
+def keep_probabilities(
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    labels: torch.Tensor,
+    draft_temperature: float,
+    target_temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities `[R]` each that a token drafted behind the text is kept, and that it is the text's own and kept.
+
+    `draft_temperature` is that of the drafter. At `target_temperature` 0 a token is kept if it is the target's
+    choice: Q(choice), and the same where the choice is the text's token, else 0. Above 0 it is kept by rejection
+    sampling: sum_x min(P, Q)(x), and min(1, Q/P) of the text's token, which makes a mean over text that the target
+    drew one over accepted drafts. Behind a negative label, a token that the drafter cannot propose, nothing is
+    followed, and at T = 0 nothing is kept.
+    """
+    draft = (draft_logits.float() / draft_temperature).softmax(-1)
+    known, labels = labels >= 0, labels.clamp_min(0)[:, None]
+    own = draft.gather(-1, labels)[:, 0]
+    if target_temperature == 0:
+        choices = target_logits.argmax(-1, keepdim=True)
+        return draft.gather(-1, choices)[:, 0] * known, own * (known & (choices == labels)[:, 0])
+    goal = (target_logits.float() / target_temperature).softmax(-1)
+    followed = (own / goal.gather(-1, labels)[:, 0].clamp_min(1e-9)).clamp_max(1.0)
+    return torch.minimum(goal, draft).sum(-1), followed * known
+
+
+def expected_length(kept: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:
+    """Expected accepted tokens `[...]` of windows behind the text, sum_j kept_j prod_{i<j} followed_i [ours].
+
+    `kept`, `followed` `[..., K]` as of [`keep_probabilities`]. Exact, with no window drafted: a window is still on
+    the text where it goes on, and the last token that is kept may leave it.
+    """
+    reached = torch.cat([torch.ones_like(followed[..., :1]), followed[..., :-1]], -1).cumprod(-1)
+    return (reached * kept).sum(-1)
+
+
+def expected_length_gradients(kept: torch.Tensor, followed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the sum of [`expected_length`] by `kept` and by `followed`, `[..., K]` each."""
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in (kept, followed)]
+        by_kept, by_followed = torch.autograd.grad(expected_length(*leaves).sum(), leaves, allow_unused=True)
+    return by_kept, torch.zeros_like(followed) if by_followed is None else by_followed

@@ -1,0 +1,121 @@
+"""The texts of a comparison: what is trained on, and the two evaluation splits, which share nothing with it.
+
+Knows workloads and files; knows no recipe and trains nothing.
+"""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .compare_evaluation import EvaluationTexts, SampledText, write_texts
+from .data import SequenceDataset, extract_prompts, read_rows
+from .modeling_ppow import PPOWDrafter
+from .regeneration import regenerate
+from .tiny.corpus import SourceFile, standard_library
+
+if TYPE_CHECKING:
+    from .compare import CompareConfig
+
+SPLITS = ("validation", "test")
+
+
+def longest_sequence(config: "CompareConfig") -> int:
+    """Tokens of a prompt and its completion together, at most."""
+    return config.data["prompt_tokens"] + config.data["completion_tokens"]
+
+
+def prepare(
+    config: "CompareConfig", folder: Path, target: Any, tokenizer: Any
+) -> tuple[SequenceDataset, dict[str, EvaluationTexts]]:
+    """The sequences that the target wrote to train on, and the texts of both splits; kept in `folder`."""
+    data, path = config.data, folder / "texts.json"
+    train_rows, evaluation_rows = workload_rows(config, tokenizer)
+    sequences = regenerate(
+        train_rows, target, tokenizer, max_length=longest_sequence(config),
+        max_new_tokens=data["completion_tokens"], batch_size=32, cache_dir=folder / "data",
+    )  # fmt: skip
+    if not path.is_file():
+        scratch = PPOWDrafter.from_target(target, "standalone").to(target.device)
+        found = {}
+        for split, rows in evaluation_rows.items():
+            prompts = extract_prompts(rows, tokenizer, data["prompt_tokens"], argument="workload")
+            texts = write_texts(target, scratch, prompts, data["completion_tokens"], seed=0)
+            found[split] = {
+                "prompts": texts.prompts,
+                "greedy": texts.greedy,
+                "sampled": [vars(text) for text in texts.sampled],
+            }
+        write_whole(path, json.dumps(found))
+    splits = {}
+    for split, parts in json.loads(path.read_text()).items():
+        sampled = [SampledText(**text) for text in parts["sampled"]]
+        splits[split] = EvaluationTexts(parts["prompts"], parts["greedy"], sampled, data["completion_tokens"])
+    return _all_positions(sequences), splits
+
+
+def workload_rows(config: "CompareConfig", tokenizer: Any) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Prompts to train on, and those of both evaluation splits, which share no source with them or each other."""
+    data, workload = config.data, config.workload
+    wanted = {split: data[f"{split}_prompts"] for split in SPLITS}
+    if workload.get("name") == "stdlib" and "train" not in workload:
+        files = standard_library()
+        held_out = [file for file in files if file.held_out]
+        sides = {split: [f for f in held_out if _side(f.name) == split] for split in SPLITS}
+        train = excerpts(
+            [file for file in files if not file.held_out], tokenizer, data["train_sequences"],
+            data["prompt_tokens"], seed=0,
+        )  # fmt: skip
+        return train, {
+            split: excerpts(sides[split], tokenizer, wanted[split], data["prompt_tokens"], seed=1) for split in SPLITS
+        }
+    if not {"train", "evaluation"} <= set(workload):
+        raise ValueError("--config: workload needs train and evaluation, files of prompts, or the name stdlib.")
+    train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
+    rows = read_rows(workload["evaluation"], "workload.evaluation")
+    if len(rows) < sum(wanted.values()):
+        raise ValueError(
+            f"--config: workload.evaluation has {len(rows)} prompts, fewer than validation_prompts + test_prompts "
+            f"= {sum(wanted.values())}. Give more of them, or lower those numbers."
+        )
+    random.Random(0).shuffle(rows)
+    first = wanted[SPLITS[0]]
+    return train, {SPLITS[0]: rows[:first], SPLITS[1]: rows[first : first + wanted[SPLITS[1]]]}
+
+
+def excerpts(files: list[SourceFile], tokenizer: Any, count: int, length: int, seed: int) -> list[dict[str, str]]:
+    """`count` excerpts of `length` tokens from files chosen at random, as rows of text."""
+    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
+    ids = [tokens for tokens in ids if len(tokens) > length]
+    chooser, rows = random.Random(seed), []
+    for _ in range(count):
+        tokens = chooser.choice(ids)
+        start = chooser.randrange(len(tokens) - length)
+        rows.append({"text": tokenizer.decode(tokens[start : start + length])})
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that an interruption leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _side(name: str) -> str:
+    """The evaluation split of a held-out module: its tests are on the same side."""
+    key = name.rsplit(".", maxsplit=1)[-1].removeprefix("test_").strip("_")
+    return SPLITS[hashlib.sha256(f"split {key}".encode()).digest()[0] % 2]
+
+
+def _all_positions(data: SequenceDataset) -> SequenceDataset:
+    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
+    items = [data[index] for index in range(len(data))]
+    return SequenceDataset(
+        [item["input_ids"] for item in items],
+        [torch.ones_like(item["loss_mask"]) for item in items],
+        [item["target_written"] for item in items],
+    )
