@@ -156,6 +156,8 @@ def _check(config: CompareConfig, source: str) -> None:
     for name in config.select_by:
         if name not in counted and not name.startswith(("chain_t0_k", "chain_t1_k", "greedy_t1_k")):
             refuse(f"select_by: {name!r} is not measured; beside chains there are {sorted(counted)}.")
+    if config.drafter is not None and config.drafter_config:
+        refuse("drafter_config: it is of a drafter that is made; leave it out where drafter names one.")
     if config.drafter is None and not {"seconds", "learning_rate"} <= set(config.start):
         refuse("start: give seconds and learning_rate of the supervised start, or drafter to start from.")
 

@@ -31,9 +31,20 @@ from .windowing import (
 )
 
 MIXED = "mixed stream"
-OURS, CONFIDENCE_ONLY = "ppow kl", "ppow kl, confidence alone"
+OURS, CONFIDENCE_ONLY, WITH_LOOKUP = "ppow kl", "ppow kl, confidence alone", "ppow kl with look-up"
 ENTROPY_THRESHOLDS = (0.3, 0.5, 0.7)
-THRIFT = (1.5, 2.5, 4.0, 8.0)  # times the true costs, told to the rule to make it draft less
+THRIFT = (
+    1.25,
+    1.5,
+    2.0,
+    2.5,
+    3.0,
+    4.0,
+    5.0,
+    6.0,
+    8.0,
+    12.0,
+)  # times the true costs, told to the rule to make it draft less
 FITTING_WINDOWS = (16, 8, 4, 2)
 COMPARED_FIXED = 8
 
@@ -124,16 +135,20 @@ def study(
         for cost_name, cost in costs.items():
 
             def adaptive(name: str, told: CostModel, these=these, cost=cost, as_one=as_one) -> dict[str, float]:
-                calibration = {"greedy": calibrations[name]}
-                made = run(lambda given: make_window_rule("kl", DEPTH, given, calibration), these, told, as_one)
-                return speed(made, cost)
+                lookup = name == WITH_LOOKUP  # beyond the clairvoyant's reach: it has the drafter's tokens alone
+                calibration = {"greedy": calibrations[OURS if lookup else name]}
+
+                def make(given: OnlineCosts) -> WindowRule:
+                    return make_window_rule("kl", DEPTH, given, calibration, lookup=lookup)
+
+                return speed(run(make, these, told, as_one), cost)
 
             speeds = {name: speed(traces, cost) for name, traces in unpriced.items()}
             fitted = {value: speed(traces, cost)["tokens_per_cost"] for value, traces in entropy_fits.items()}
             threshold = max(fitted, key=fitted.__getitem__)
             rules = {name: speeds[name] for name in UNPRICED if name.startswith("transformers")}
             rules["entropy stop (AdaEDL)"] = speeds[f"entropy stop from {threshold}"]
-            rules |= {name: adaptive(name, cost) for name in (CONFIDENCE_ONLY, OURS)}
+            rules |= {name: adaptive(name, cost) for name in (CONFIDENCE_ONLY, OURS, WITH_LOOKUP)}
             fixed = [speeds[f"fixed {window}"] for window in range(DEPTH + 1)]
             thrifty = rules[OURS] | {"told_costs_times": 1.0}
             for factor in THRIFT:
@@ -271,11 +286,13 @@ def live_check(
 ) -> dict[str, Any]:
     """Decode the tables' prompts in earnest, with given costs, and compare text and rounds with the replay's.
 
-    `settings` names the rules to check: `window` and `max_window`; by default ours, a fixed one and the heuristic.
+    `settings` names the rules to check: `window`, `max_window` and `lookup`; by default ours without and with look-up,
+    a fixed one and the heuristic.
     """
     depth = tables[0].draft_ids.shape[1]
     settings = settings or {
         OURS: {"window": "kl", "max_window": depth},
+        WITH_LOOKUP: {"window": "kl", "max_window": depth, "lookup": True},
         "fixed 5": {"window": "fixed", "max_window": min(5, depth)},
         "transformers heuristic": {"window": "heuristic", "max_window": depth},
     }
@@ -296,6 +313,7 @@ def live_check(
                     chosen["max_window"],
                     OnlineCosts(costs.cost_ratio, costs.verification_cost),
                     drafter.config.calibration,
+                    lookup=chosen.get("lookup", False),
                 )
                 replayed = replay(rule, table)
                 same_text += outputs[0] == table.text.tolist()

@@ -4,6 +4,7 @@ Knows tables, rules and costs; times nothing. At T = 0 a round that starts behin
 and the same verdict whatever came before, so that one table answers for every rule.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -214,14 +215,13 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
     committed, read = 1, 0
     whole = [*table.prompt.tolist(), *table.text.tolist()]
     while committed < len(table.text):
-        row = committed - 1
+        row, one_round, ended = committed - 1, RoundTrace(0, 0, []), False
         drafts = table.draft_ids[row].tolist()
-        longest = min(rule.start(table.room(committed)), len(drafts))
-        one_round = RoundTrace(0, 0, [])
-        if longest > 0 and looks_up:  # a drafter that drafts has read the text, and the rule with it
+        if looks_up:
             there = len(table.prompt) + committed
             rule.read(whole[read:there])
             read = there
+        longest = min(rule.start(table.room(committed)), len(drafts))
         while len(one_round.draft_ids) < longest:
             position = len(one_round.draft_ids)
             one_round.draft_steps += 1
@@ -230,20 +230,28 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
                 features = rule.describe(first, second, entropy, drafts[position], drafts[:position])
                 if not rule.include(position, features):
                     break
-            if drafts[position] in table.eos_token_ids:
+            if ended := drafts[position] in table.eos_token_ids:
                 break
             one_round.draft_ids.append(drafts[position])
             if looks:
                 one_round.features.append(features)
             if isinstance(rule, KLAdaptiveWindow):
                 one_round.acceptance_probabilities.append(rule.acceptance_probability(features))
-            if position + 1 == longest or not rule.go_on(position + 1):
+            if position + 1 == longest or not rule.go_on(position + 1) or rule.prefers_text(one_round.draft_ids):
                 break
-        one_round.window = len(one_round.draft_ids)
-        one_round.accepted = min(int(table.accepted[row]), one_round.window)
+        own = len(one_round.draft_ids)
+        own_accepted = min(int(table.accepted[row]), own)
         if looks:
-            one_round.kl = table.kl[row, : min(one_round.accepted + 1, one_round.window)].tolist()
-        rule.update(one_round.window, one_round.draft_steps, one_round.accepted, one_round.kl)
+            one_round.kl = table.kl[row, : min(own_accepted + 1, own)].tolist()
+        tokens = [] if ended else rule.look_up(one_round.draft_ids, table.room(committed))
+        tokens = list(itertools.takewhile(lambda token: token not in table.eos_token_ids, tokens))
+        one_round.draft_ids += tokens
+        one_round.window, one_round.looked_up = own + len(tokens), len(tokens)
+        behind = table.text[committed + own :].tolist() if own_accepted == own else []
+        kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, behind, strict=False)))
+        one_round.accepted = own_accepted + kept
+        rule.update(own, one_round.draft_steps, own_accepted, one_round.kl)
+        rule.update_looked_up(len(tokens), kept)
         trace.rounds.append(one_round)
         committed += one_round.accepted + 1
     return trace

@@ -236,7 +236,8 @@ def cell(tmp_path_factory, make_target):
         "seeds": [0, 1],
         "learning_rates": [1e-3, 1e-2],
         "training": {"per_device_train_batch_size": 4, "num_prefixes": 2, "num_rollouts": 2, "unroll_steps": 2},
-        "groups": [2],
+        "drafter_config": {"max_window": 10},
+        "groups": [2, 3],
         "tree_nodes": [4],
         "slow_prompts": 3,
         "cost_ratios": [0.12],
@@ -285,8 +286,8 @@ def test_a_comparison_trains_chooses_and_tests_every_recipe(compared):
     assert splits == sorted(splits, reverse=True)
     for line in lines:
         own, tested = line["per_prompt"], line["split"] == "test"
-        assert len(own["chain_t0_k10"]) == len(line["loops"]) == (4 if tested else 3) and len(own["group_t0_c2"]) == 3
-        assert ("tree_t1_n4" in own) == tested and (not tested or len(own["tree_t0_n4"]) == 3)
+        assert len(own["chain_t0_k10"]) == len(line["loops"]) == (4 if tested else 3) and len(own["group_t0_c3"]) == 3
+        assert ("group_t0_c2" in own) == ("speed_t0_0.12" in own) == ("tree_t1_n4" in own) == tested and (not tested or len(own["tree_t0_n4"]) == 3)
 
 
 def test_every_recipe_gets_the_same_budget_and_its_curve(compared):
@@ -370,6 +371,7 @@ def test_the_shipped_configuration_is_whole(tmp_path):
         ({"data": {"train_sequences": 3}}, "data: prompt_tokens is None"),
         ({"select_by": ["group_t0_c4"]}, "select_by: 'group_t0_c4' is not measured"),
         ({"start": {"seconds": 3}}, "start: give seconds and learning_rate"),
+        ({"drafter": "tiny-eagle"}, "drafter_config: .* leave it out"),
         ({"target": None, "recipes": None}, "must each have something"),
     ],
 )
