@@ -9,14 +9,13 @@ compare_evaluation.py, what came out is said in compare_report.py.
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from .compare_data import SPLITS, longest_sequence, prepare, write_whole
 from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, target_entropy
@@ -24,7 +23,8 @@ from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name
 from .tiny.recipe import bfloat16_pays
-from .training import PPOWTrainer, PPOWTrainingArguments
+from .training import PPOWTrainingArguments
+from .training.budget import Budget, BudgetTrainer
 from .training.objectives import parse_objective
 
 DEFAULT_CONFIG = Path(__file__).with_name("compare_default.yaml")
@@ -162,56 +162,7 @@ def _check(config: CompareConfig, source: str) -> None:
         refuse("start: give seconds and learning_rate of the supervised start, or drafter to start from.")
 
 
-# -- budgets
-
-
-class Budget(TrainerCallback):
-    """Ends training when its target-forward tokens or seconds are spent; evaluations on the way cost nothing.
-
-    `at_points` is called when the n-th of `points` equal shares is spent.
-    """
-
-    def __init__(self, kind: str, amount: float, points: int = 0, at_points: Callable[[], None] | None = None):
-        self.kind, self.amount = kind, amount
-        self.points, self.at_points = points, at_points
-        self.target: Any = None  # the trainer's FrozenTarget
-        self.tokens_before = 0
-        self.seconds = 0.0
-        self._since: float | None = None
-        self._reached = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.target.forward_tokens - self.tokens_before if self.target is not None else 0
-
-    @property
-    def fraction(self) -> float:
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
-        spent = self.tokens if self.kind == "tokens" else self.seconds + running
-        return min(spent / self.amount, 1.0)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-        self._since = None
-        while self.at_points is not None and self._reached < int(self.fraction * self.points + 1e-9):
-            self._reached += 1
-            self.at_points()
-        if self.fraction >= 1:
-            control.should_training_stop = True
-
-
-class BudgetTrainer(PPOWTrainer):
-    """PPOWTrainer whose progress is the share of the budget that is spent."""
-
-    budget: Budget
-
-    @property
-    def progress(self) -> float:
-        return self.budget.fraction
+# -- one run
 
 
 def train(
@@ -254,12 +205,10 @@ def train(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
     )
     trainer = BudgetTrainer(
-        model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget],
+        budget, model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget],
         optimizers=(optimizer, schedule),
     )  # fmt: skip
-    trainer.budget, budget.target = budget, trainer.target
     trainer.target.keep_encodings(keep_bytes)
-    budget.tokens_before = trainer.target.forward_tokens
     trainer.train()
     return trainer
 

@@ -9,13 +9,11 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .compare_evaluation import EvaluationTexts, SampledText, write_texts
-from .data import SequenceDataset, extract_prompts, read_rows
+from .data import SequenceDataset, all_positions, extract_prompts, read_rows
 from .modeling_ppow import PPOWDrafter
 from .regeneration import regenerate
-from .tiny.corpus import SourceFile, standard_library
+from .tiny.corpus import excerpts, standard_library
 
 if TYPE_CHECKING:
     from .compare import CompareConfig
@@ -54,7 +52,7 @@ def prepare(
     for split, parts in json.loads(path.read_text()).items():
         sampled = [SampledText(**text) for text in parts["sampled"]]
         splits[split] = EvaluationTexts(parts["prompts"], parts["greedy"], sampled, data["completion_tokens"])
-    return _all_positions(sequences), splits
+    return all_positions(sequences), splits
 
 
 def workload_rows(config: "CompareConfig", tokenizer: Any) -> tuple[list[dict], dict[str, list[dict]]]:
@@ -86,18 +84,6 @@ def workload_rows(config: "CompareConfig", tokenizer: Any) -> tuple[list[dict], 
     return train, {SPLITS[0]: rows[:first], SPLITS[1]: rows[first : first + wanted[SPLITS[1]]]}
 
 
-def excerpts(files: list[SourceFile], tokenizer: Any, count: int, length: int, seed: int) -> list[dict[str, str]]:
-    """`count` excerpts of `length` tokens from files chosen at random, as rows of text."""
-    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
-    ids = [tokens for tokens in ids if len(tokens) > length]
-    chooser, rows = random.Random(seed), []
-    for _ in range(count):
-        tokens = chooser.choice(ids)
-        start = chooser.randrange(len(tokens) - length)
-        rows.append({"text": tokenizer.decode(tokens[start : start + length])})
-    return rows
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path` so that an interruption leaves the old file or the new one."""
     part = path.with_name(path.name + ".part")
@@ -109,13 +95,3 @@ def _side(name: str) -> str:
     """The evaluation split of a held-out module: its tests are on the same side."""
     key = name.rsplit(".", maxsplit=1)[-1].removeprefix("test_").strip("_")
     return SPLITS[hashlib.sha256(f"split {key}".encode()).digest()[0] % 2]
-
-
-def _all_positions(data: SequenceDataset) -> SequenceDataset:
-    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
-    items = [data[index] for index in range(len(data))]
-    return SequenceDataset(
-        [item["input_ids"] for item in items],
-        [torch.ones_like(item["loss_mask"]) for item in items],
-        [item["target_written"] for item in items],
-    )

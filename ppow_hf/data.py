@@ -242,6 +242,16 @@ def extract_prompts(
     return [_keep_end(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]
 
 
+def all_positions(data: SequenceDataset) -> SequenceDataset:
+    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
+    items = [data[index] for index in range(len(data))]
+    return SequenceDataset(
+        [item["input_ids"] for item in items],
+        [torch.ones_like(item["loss_mask"]) for item in items],
+        [item["target_written"] for item in items],
+    )
+
+
 # Rows and columns
 
 

@@ -287,7 +287,9 @@ def test_a_comparison_trains_chooses_and_tests_every_recipe(compared):
     for line in lines:
         own, tested = line["per_prompt"], line["split"] == "test"
         assert len(own["chain_t0_k10"]) == len(line["loops"]) == (4 if tested else 3) and len(own["group_t0_c3"]) == 3
-        assert ("group_t0_c2" in own) == ("speed_t0_0.12" in own) == ("tree_t1_n4" in own) == tested and (not tested or len(own["tree_t0_n4"]) == 3)
+        assert ("group_t0_c2" in own) == ("speed_t0_0.12" in own) == ("tree_t1_n4" in own) == tested and (
+            not tested or len(own["tree_t0_n4"]) == 3
+        )
 
 
 def test_every_recipe_gets_the_same_budget_and_its_curve(compared):

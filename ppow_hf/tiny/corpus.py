@@ -9,6 +9,7 @@ import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Generated tables (code pages, documentation topics, build configuration) and third-party packages are not code that
 # a person wrote in the style of the rest, and would be a tenth of the corpus.
@@ -86,6 +87,18 @@ def texts_of_rows(rows: list[dict], columns: list[str], source: str) -> list[Sou
 def openings(files: list[SourceFile], count: int) -> list[str]:
     """The first line of `count` texts, with its line break."""
     return [file.text.splitlines(keepends=True)[0] for file in files if file.text.strip()][:count]
+
+
+def excerpts(files: list[SourceFile], tokenizer: Any, count: int, length: int, seed: int) -> list[dict[str, str]]:
+    """`count` excerpts of `length` tokens from files chosen at random, as rows of text."""
+    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
+    ids = [tokens for tokens in ids if len(tokens) > length]
+    chooser, rows = random.Random(seed), []
+    for _ in range(count):
+        tokens = chooser.choice(ids)
+        start = chooser.randrange(len(tokens) - length)
+        rows.append({"text": tokenizer.decode(tokens[start : start + length])})
+    return rows
 
 
 def corpus_fingerprint(files: list[SourceFile]) -> str:

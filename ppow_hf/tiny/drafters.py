@@ -5,22 +5,20 @@ Knows the embedded corpus and PPOWTrainer; the shipped drafters and the quicksta
 
 import copy
 import json
-import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from .. import provenance
-from ..data import SequenceDataset
+from ..data import SequenceDataset, all_positions
 from ..model_card import write_drafter_card
 from ..modeling_ppow import PPOWDrafter
 from ..regeneration import regenerate
-from ..training import PPOWTrainer, PPOWTrainingArguments
-from .corpus import SourceFile, standard_library
+from ..training import PPOWTrainingArguments
+from ..training.budget import Budget, BudgetTrainer
+from .corpus import SourceFile, excerpts, standard_library
 from .recipe import bfloat16_pays
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
@@ -47,16 +45,8 @@ def target_text(
     target, tokenizer, files: list[SourceFile], sequences: int, seed: int, cache_dir: str | Path | None = None
 ) -> SequenceDataset:
     """Text that the target writes at T = 0 behind `sequences` excerpts of `files`, 64 tokens each."""
-    chooser = random.Random(seed)
-    rows = []
-    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
-    ids = [tokens for tokens in ids if len(tokens) > PROMPT_TOKENS]
-    for _ in range(sequences):
-        tokens = chooser.choice(ids)
-        start = chooser.randrange(len(tokens) - PROMPT_TOKENS)
-        rows.append({"text": tokenizer.decode(tokens[start : start + PROMPT_TOKENS])})
     return regenerate(
-        rows,
+        excerpts(files, tokenizer, sequences, PROMPT_TOKENS, seed),
         target,
         tokenizer,
         max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
@@ -64,54 +54,6 @@ def target_text(
         batch_size=128,
         cache_dir=cache_dir,
     )
-
-
-def all_positions(data: SequenceDataset) -> SequenceDataset:
-    """The same sequences with every token learned: the target's distribution teaches on its prompts too."""
-    items = [data[index] for index in range(len(data))]
-    return SequenceDataset(
-        [item["input_ids"] for item in items],
-        [torch.ones_like(item["loss_mask"]) for item in items],
-        [item["target_written"] for item in items],
-    )
-
-
-class Clock(TrainerCallback):
-    """Ends training after `seconds`, evaluations not counted, evaluates on the way, says how much time is gone."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self.spent = 0.0
-        self._evaluated = 0
-        self._since: float | None = None
-
-    @property
-    def fraction(self) -> float:
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
-        return min((self.spent + running) / self.seconds, 1.0)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._since is not None:
-            self.spent += time.perf_counter() - self._since
-        self._since = None
-        if self.spent >= self.seconds:
-            control.should_training_stop = True
-        if self._evaluated < int(EVALUATIONS * self.fraction):
-            self._evaluated = int(EVALUATIONS * self.fraction)
-            control.should_evaluate = True
-
-
-class TimedTrainer(PPOWTrainer):
-    """PPOWTrainer whose progress is that of the clock instead of the step count."""
-
-    clock: Clock
-
-    @property
-    def progress(self) -> float:
-        return self.clock.fraction
 
 
 def train_stage(
@@ -126,7 +68,7 @@ def train_stage(
     **settings: Any,
 ) -> list[dict]:
     """Train for `stage.seconds`, evaluating before and after each quarter of them; returns the log."""
-    clock = Clock(stage.seconds)
+    budget = Budget("seconds", stage.seconds, EVALUATIONS)
     arguments = PPOWTrainingArguments(
         output_dir=str(output_dir),
         objective=stage.objective,
@@ -147,19 +89,19 @@ def train_stage(
     trainable = [p for name, p in drafter.named_parameters() if "embed_tokens" not in name or p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - clock.fraction / stage.decay, 0.05)
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction / stage.decay, 0.05)
     )
-    trainer = TimedTrainer(
+    trainer = BudgetTrainer(
+        budget,
         model=drafter,
         target_model=target,
         args=arguments,
         train_dataset=all_positions(train_data) if stage.objective == "supervised" else train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
-        callbacks=[clock],
+        callbacks=[budget],
         optimizers=(optimizer, schedule),
     )
-    trainer.clock = clock
     trainer.target.keep_encodings(KEPT_ENCODINGS)
     before = {**trainer.evaluate(), "step": 0}  # train() begins a log of its own
     trainer.train()

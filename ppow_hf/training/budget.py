@@ -1,0 +1,81 @@
+"""Training until target-forward tokens or seconds are spent, instead of a number of steps.
+
+Knows what a run has spent; knows nothing of recipes.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .trainer import PPOWTrainer
+
+
+class Budget(TrainerCallback):
+    """Ends training when its target-forward tokens or seconds are spent; evaluations on the way cost nothing.
+
+    Args:
+        kind (`str`): `"tokens"` or `"seconds"`.
+        amount (`float`): how many.
+        points (`int`): equal shares of the budget, with a point at the end of each.
+        at_points (`Callable`, *optional*): called at each point, in place of an evaluation by the trainer.
+    """
+
+    def __init__(self, kind: str, amount: float, points: int = 0, at_points: Callable[[], None] | None = None):
+        self.kind, self.amount = kind, amount
+        self.points, self.at_points = points, at_points
+        self.target: Any = None  # the trainer's FrozenTarget
+        self.seconds = 0.0
+        self._tokens_before = 0
+        self._since: float | None = None
+        self._reached = 0
+
+    def begin(self, target: Any) -> None:
+        """Count from here on the tokens that the trainer's `target` reads."""
+        self.target, self._tokens_before = target, target.forward_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Target-forward tokens spent; 0 before training."""
+        return self.target.forward_tokens - self._tokens_before if self.target is not None else 0
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        spent = self.tokens if self.kind == "tokens" else self.seconds + running
+        return min(spent / self.amount, 1.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        self._since = None
+        reached = int(self.fraction * self.points + 1e-9)
+        if reached > self._reached and self.at_points is None:
+            control.should_evaluate = True
+        for _ in range(self._reached, reached):
+            if self.at_points is not None:
+                self.at_points()
+        self._reached = max(self._reached, reached)
+        if self.fraction >= 1:
+            control.should_training_stop = True
+
+
+class BudgetTrainer(PPOWTrainer):
+    """[`PPOWTrainer`] whose progress is the share of a [`Budget`] that is spent; set `max_steps` out of reach."""
+
+    def __init__(self, budget: Budget, *args: Any, **kwargs: Any):
+        self.budget = budget
+        super().__init__(*args, **kwargs)
+
+    @property
+    def progress(self) -> float:
+        return self.budget.fraction
+
+    def train(self, *args: Any, **kwargs: Any):
+        self.budget.begin(self.target)
+        return super().train(*args, **kwargs)
