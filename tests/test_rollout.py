@@ -666,6 +666,71 @@ def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, archi
     assert found == pytest.approx(sessions_supervised_loss(trainer, inputs), rel=1e-4)
 
 
+# Verified by the text
+
+
+def written_dataset(target, prompt: int = 4, new_tokens: int = 15) -> SequenceDataset:
+    """Texts that the target wrote at T = 0 behind random prompts."""
+    texts = [
+        target.generate(
+            item["input_ids"][None, :prompt], attention_mask=torch.ones(1, prompt), max_new_tokens=new_tokens,
+            do_sample=False,
+        )[0]
+        for item in random_dataset()
+    ]  # fmt: skip
+    masks = [[False] * prompt + [True] * (len(text) - prompt) for text in texts]
+    return SequenceDataset(texts, masks, masks)
+
+
+@pytest.mark.parametrize("objective", ["ppow", "opd", "0.3*token_rl + reinforce + 0.2*tv", "expected_acceptance"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_text_of_the_target_verifies_as_the_target_does(make_trainer, make_target, architecture, objective):
+    """The same windows, verdicts, rewards and gradients, and not one token of a window read by the target."""
+    dataset = written_dataset(make_target("llama", initializer_range=0.3))
+    inputs = batch_of(dataset)
+    learner = make_trainer(architecture, "ce", dataset=dataset, unroll_steps=WINDOW)
+    optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-2)
+    for _ in range(25):  # until its drafts agree with the target now and then
+        backward(learner, lambda: learner.compute_loss(learner.model, inputs))
+        optimizer.step()
+    found = {}
+    for way in ("target", "auto"):
+        trainer = make_trainer(architecture, objective, dataset=dataset, proximity_weight=0.0, verify_with=way)
+        trainer.model.load_state_dict(learner.model.state_dict())
+        trainer.model.train()
+        result = backward(trainer, lambda t=trainer, i=inputs: t.compute_loss(t.model, i))
+        found[way] = (*result, next(iter(trainer._rollouts.values())), trainer.target.forward_tokens)
+    loss, gradient, verified, tokens = found["target"]
+    loss_by_text, gradient_by_text, by_text, tokens_by_text = found["auto"]
+    assert torch.equal(verified.draft_ids, by_text.draft_ids) and verified.accepted.sum() > 3
+    for name in ("prefixes", "accepted", "advantages", "learned"):
+        assert torch.equal(getattr(verified, name), getattr(by_text, name)), name
+    assert loss_by_text == pytest.approx(loss, rel=1e-5)
+    same_gradients(gradient_by_text, gradient)
+    windows = verified.draft_ids[..., 1:].numel()
+    assert tokens_by_text == 3 * 19 and tokens == tokens_by_text + windows
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "written"),
+    [
+        ("ppow", {"proximity_weight": 0.5}, True),
+        ("ppow", {"proximity_weight": 0.0, "target_temperature": 1.0}, True),
+        ("opd", {"on_policy_positions": "all"}, True),
+        ("opd", {}, False),
+        ("opd", {"max_window": 18}, True),  # no window of that length is all the target's
+    ],
+)
+def test_the_target_verifies_where_the_text_cannot(make_trainer, make_target, objective, settings, written):
+    dataset = written_dataset(make_target("llama", initializer_range=0.3))
+    if not written:
+        items = [dataset[index] for index in range(len(dataset))]
+        dataset = SequenceDataset([item["input_ids"] for item in items], [item["loss_mask"] for item in items])
+    trainer = make_trainer("eagle", objective, dataset=dataset, **settings)
+    trainer.compute_loss(trainer.model, batch_of(dataset))
+    assert trainer.target.forward_tokens > 3 * 19 and trainer._metrics["verified_by_text"] == [0.0]
+
+
 def naive_expected_length(trainer, inputs, prefixes, length: int) -> torch.Tensor:
     """Minus the mean share of the windows behind `prefixes` (of each sequence) that is kept, drafted on the text."""
     args, drafter, total = trainer.args, trainer.model, torch.zeros(())
@@ -702,12 +767,7 @@ def test_expected_length_equals_drafting_on_the_text(
     if draft_vocab_size and target_temperature:
         pytest.skip("P is normalised over the draft vocabulary there, as in every term along the text")
     target = make_target("llama", initializer_range=0.3)
-    texts = [
-        target.generate(
-            item["input_ids"][None, :4], attention_mask=torch.ones(1, 4), max_new_tokens=15, do_sample=False
-        )[0]
-        for item in random_dataset()
-    ]
+    texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
     begin = [not draft_vocab_size] * 4  # of the prompts: there a choice may be outside of the draft vocabulary
     masks = [begin + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 11 + [False] * 4)]
     trainer = make_trainer(

@@ -65,6 +65,10 @@ class PPOWTrainingArguments(TrainingArguments):
             lowered greedy acceptance in our study [ours].
         target_temperature (`float`, *optional*, defaults to `0.0`):
             0: a draft token is kept if it is the target's choice; above 0: by rejection sampling.
+        verify_with (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: on text that the target wrote at T = 0, drafts are verified by that text, with no further forward
+            of the target, where nothing beyond a window's first rejected token is asked for (`target_temperature=0`
+            and `proximity_weight=0`, or an objective without that reward) [ours]; `"target"`: always by the target.
         speedup_weight (`float`, *optional*, defaults to `1.0`): weight of k / (k * gamma + 1) [paper].
         throughput_weight (`float`, *optional*, defaults to `0.0`): weight of (k + 1) / (K * gamma + 1) [ours].
         group_reward (`str`, *optional*, defaults to `"own"`):
@@ -127,6 +131,7 @@ class PPOWTrainingArguments(TrainingArguments):
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})
     rollout_temperature: float = field(default=0.3, metadata={"help": "Temperature of drafting; literal: 1.0."})
     target_temperature: float = field(default=0.0, metadata={"help": "0: greedy verification, else sampling."})
+    verify_with: str = field(default="auto", metadata={"help": "'auto': by the target's own text where it can be."})
     speedup_weight: float = field(default=1.0, metadata={"help": "Weight of k/(k*gamma+1) [paper]."})
     throughput_weight: float = field(default=0.0, metadata={"help": "Weight of (k+1)/(K*gamma+1) [ours]."})
     group_reward: str = field(default="own", metadata={"help": "'own' [paper], 'best' or 'marginal' of candidates."})
@@ -163,6 +168,7 @@ class PPOWTrainingArguments(TrainingArguments):
             ("advantages", ("standardized", "leave_one_out")),
             ("group_reward", GROUP_REWARDS),
             ("on_policy_positions", ("reached", "all")),
+            ("verify_with", ("auto", "target")),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(accepted)}.")

@@ -83,18 +83,49 @@ def divergence_of_prefixes(
     return torch.cat(parts).nan_to_num(20.0, 20.0, 0.0).clamp(0.0, 20.0).view(features.shape[:2])
 
 
+def text_judges(args, weights, inputs, first_prefix: int) -> bool:
+    """Whether the text says of every window what the target would [ours].
+
+    Where the target wrote the text at T = 0, its choice behind any part of it is the text's next token: a draft is
+    kept as far as it is the text, and what the target says up to the first rejection is known from reading the text.
+    So no window is read by the target, unless something is asked about what it says beyond: the proximity reward, or
+    `on_policy_positions="all"`. Every sequence must have a whole window of such text behind an eligible prefix.
+    """
+    if args.verify_with == "target" or args.target_temperature > 0:
+        return False
+    if "ppow" in weights and args.proximity_weight > 0:
+        return False
+    if {"opd", "opd_reverse"} & set(weights) and args.on_policy_positions == "all":
+        return False
+    return bool(written_prefixes(inputs, first_prefix, args.max_window).any(-1).all())
+
+
+def written_prefixes(inputs, first_prefix: int, window: int) -> torch.Tensor:
+    """Prefixes `[B, S]` bool with a whole window behind them that is learned and that the target wrote at T = 0."""
+    ours = inputs["loss_mask"] & inputs["target_written"]
+    whole = torch.zeros_like(ours)
+    if ours.shape[1] > window:
+        whole[:, : ours.shape[1] - window] = ours.unfold(1, window, 1)[:, 1:].all(-1)
+    return whole & (torch.arange(ours.shape[1], device=ours.device) >= first_prefix)
+
+
 @torch.no_grad()
 def collect_rollout(
-    drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive
+    drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive, by_text=False
 ) -> Rollout:
-    """Choose prefixes, draft G windows from each, verify them all in one packed forward, and reward them."""
+    """Choose prefixes, draft G windows from each, and reward them: verified by the target in one packed forward, or
+    `by_text` (see [`text_judges`]), from prefixes with text of the target's behind them."""
     was_training = drafter.training
     drafter.eval()
     loss_mask, indices = inputs["loss_mask"], inputs["index"]
     window, groups, prefixes_wanted = args.max_window, args.num_rollouts, args.num_prefixes
     features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states, inputs["attention_mask"])
     context = drafter.config.context_length
-    eligible = eligible_prefixes(loss_mask, drafter.draft_model.first_prefix, window, context)
+    first = drafter.draft_model.first_prefix
+    if by_text:
+        eligible = written_prefixes(inputs, first, window)
+    else:
+        eligible = eligible_prefixes(loss_mask, first, window, context)
     priorities = None
     if adaptive:
         divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
@@ -124,8 +155,16 @@ def collect_rollout(
     last = drafter.unroll(features, cache, prefixes, choose, window)[:, :, -1]
     choose(window - 1, last)
     draft_ids = torch.stack(drafted, dim=-1)  # [B, M, K]
-    sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
-    choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
+    if by_text:  # right up to the first rejected token, and nothing behind it is looked at
+        places = prefixes[..., None] + torch.arange(window, device=prefixes.device)
+        flat = places.flatten(1)
+        choices = inputs["input_ids"].gather(1, flat + 1).view(places.shape)
+        sources = encoding.sources.gather(1, flat[..., None].expand(-1, -1, encoding.sources.shape[-1]))
+        sources = sources.unflatten(1, places.shape[1:])
+        log_probs = torch.zeros(places.shape, device=places.device)
+    else:
+        sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
+        choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
     if args.target_temperature > 0:
         accept = keyed_uniforms(args.seed, step, indices, tuple(draft_ids.shape[1:]), "accept")
         draft_probs = torch.stack(draft_token_probs, -1)
@@ -139,6 +178,7 @@ def collect_rollout(
     rewards = window_rewards(
         target, encoding, inputs, chosen, accepted.unflatten(1, (-1, groups)),
         acceptance.unflatten(1, (-1, groups)), log_probs.unflatten(1, (-1, groups)), args, cost_ratio,
+        proximity=not by_text,
     )  # fmt: skip
     advantages = group_advantages(rewards["total"], args.advantages).flatten(1)
     learned = first_rejection_mask(accepted, window) & has_prefix[:, None, None]
@@ -166,11 +206,13 @@ def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_si
     return tuple(torch.cat(parts).view(draft_ids.shape) for parts in (choices, log_probs, probs))
 
 
-def window_rewards(target, encoding, inputs, chosen, accepted, acceptance, log_probs, args, cost_ratio):
+def window_rewards(
+    target, encoding, inputs, chosen, accepted, acceptance, log_probs, args, cost_ratio, proximity=True
+):
     """Each weighted part of the reward and their `total`, `[B, N, G]` (METHOD: speedup, throughput, proximity).
 
     `accepted` `[B, N, G]` are sampled verdicts' counts; `acceptance` `[B, N, G, K]` are each token's probabilities
-    where `expected_reward` is on, whose rewards are averaged over all verdicts.
+    where `expected_reward` is on, whose rewards are averaged over all verdicts. Without `proximity` that part is 0.
     """
     window = args.max_window
     expected = args.expected_reward and args.target_temperature > 0
@@ -186,7 +228,7 @@ def window_rewards(target, encoding, inputs, chosen, accepted, acceptance, log_p
         size = args.candidate_group or args.num_rollouts
         parts = {name: candidate_rewards(values, size, args.group_reward) for name, values in parts.items()}
     parts["proximity"] = torch.zeros_like(parts["speedup"])
-    if args.proximity_weight > 0 and (expected or bool((accepted == 0).any())):
+    if proximity and args.proximity_weight > 0 and (expected or bool((accepted == 0).any())):
         greedy = greedy_log_probs(target, encoding, inputs, chosen, window, args.chunk_size)
         missed = torch.zeros_like(accepted) if expected else accepted
         parts["proximity"] = proximity_reward(

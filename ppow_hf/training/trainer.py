@@ -34,7 +34,7 @@ from .losses import text_loss, text_windows, window_loss, window_text_loss
 from .objectives import WINDOW_TERMS
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
-from .rollout import Rollout, collect_rollout
+from .rollout import Rollout, collect_rollout, text_judges
 from .target import FrozenTarget, TargetEncoding
 
 logger = logging.get_logger(__name__)
@@ -210,9 +210,12 @@ class PPOWTrainer(Trainer):
     def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         weights = self.args.weights_at(self.progress)
         rolled_out = any(name in WINDOW_TERMS for name in weights)
-        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=rolled_out)
+        drafter = self.accelerator.unwrap_model(model)
+        by_text = rolled_out and text_judges(self.args, weights, inputs, drafter.draft_model.first_prefix)
+        verifies = rolled_out and not by_text
+        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=verifies)
         if rolled_out:
-            loss = self._window_objective(model, inputs, encoding, weights)
+            loss = self._window_objective(model, inputs, encoding, weights, by_text)
             loss = loss / (len(inputs["index"]) * self.args.world_size)
             if self.model.training:
                 loss = loss / self.current_gradient_accumulation_steps
@@ -254,10 +257,10 @@ class PPOWTrainer(Trainer):
             **call,
         ).loss
 
-    def _window_objective(self, model, inputs, encoding: TargetEncoding, weights) -> torch.Tensor:
+    def _window_objective(self, model, inputs, encoding: TargetEncoding, weights, by_text: bool) -> torch.Tensor:
         """Sum over the batch's sequences of the weighted terms, each averaged over the sequence's windows."""
         drafter = self.accelerator.unwrap_model(model)
-        rollout, slot = self._next_rollout(drafter, inputs, encoding)
+        rollout, slot = self._next_rollout(drafter, inputs, encoding, by_text)
         count = rollout.prefixes.shape[1]
         chosen = rollout.prefixes[:, :: self.args.num_rollouts]
         prefixes, draft_ids = rollout.prefixes, rollout.draft_ids
@@ -298,7 +301,7 @@ class PPOWTrainer(Trainer):
         """Share of the training that is done, which decides when ADAW begins."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def _next_rollout(self, drafter, inputs, encoding) -> tuple[Rollout, int | None]:
+    def _next_rollout(self, drafter, inputs, encoding, by_text: bool) -> tuple[Rollout, int | None]:
         """This micro-batch's rollouts: new ones, or those kept for a further gradient step."""
         accumulation = self.args.gradient_accumulation_steps
         place = self._micro_step % (accumulation * self.args.num_iterations)
@@ -312,7 +315,7 @@ class PPOWTrainer(Trainer):
         assert self.cost_ratio is not None
         rollout = collect_rollout(
             drafter, self.target, encoding, inputs, self.args,
-            step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive,
+            step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
         )  # fmt: skip
         if not bool(rollout.has_prefix.any()):
             raise ValueError(
@@ -331,6 +334,7 @@ class PPOWTrainer(Trainer):
         metrics["verified_tokens_per_second"].append(rollout.draft_ids.numel() / seconds)
         metrics["target_forward_tokens"].append(self.target.forward_tokens - tokens_before)
         metrics["adaw"].append(float(adaptive))
+        metrics["verified_by_text"].append(float(by_text))
         return rollout, slot
 
     # -- evaluation
