@@ -244,7 +244,11 @@ class Comparison:
         """A folder belongs to one configuration; recipes may be added to it, and budgets and seeds."""
         path = self.folder / "config.json"
         mine = json.loads(json.dumps(vars(self.config)))
-        mine["drafter"] = public_name(self.config.drafter)
+        for name in ("target", "drafter"):  # where something lies on this machine is nobody else's
+            mine[name] = public_name(mine[name])
+        mine["workload"] = {
+            name: value if name == "name" else Path(value).name for name, value in mine["workload"].items()
+        }
         if path.is_file():
             before = json.loads(path.read_text())
             open_ended = ("recipes", "budgets", "seeds")

@@ -308,7 +308,10 @@ class FixedWindow(WindowRule):
 
 
 class HeuristicWindow(FixedWindow):
-    """transformers' `num_assistant_tokens_schedule="heuristic"`: +2 after a fully accepted window, -1 otherwise."""
+    """transformers' `num_assistant_tokens_schedule="heuristic"`: +2 after a fully accepted window, -1 otherwise.
+
+    It starts at 5, as transformers 4 did; transformers 5 starts at 20, which costs more until it has come down.
+    """
 
     def __init__(self, max_window: int, costs: OnlineCosts):
         super().__init__(max_window, costs)
