@@ -788,6 +788,15 @@ def test_expected_length_equals_drafting_on_the_text(
     assert loss == pytest.approx(expected_loss, rel=1e-4)
 
 
+def test_a_drafter_is_unrolled_as_deep_as_its_windows(make_trainer):
+    losses = []
+    for settings in ({}, {"unroll_steps": WINDOW}, {"unroll_steps": 2}):
+        trainer = make_trainer("eagle", "supervised", **settings)
+        trainer.model.eval()
+        losses.append(trainer.compute_loss(trainer.model, batch_of(trainer.train_dataset)).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("objective", ["supervised", "ppow"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_behind_the_loss_mask_have_no_effect(make_trainer, architecture, objective):

@@ -511,6 +511,8 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
         ({"group_reward": "marginal", "candidate_group": 3}, "candidate_group: 3 candidates"),
         ({"group_reward": "marginal", "expected_reward": True}, "expected_reward: the best"),
         ({"on_policy_positions": "none"}, "on_policy_positions: 'none'"),
+        ({"verify_with": "text"}, "verify_with: 'text'"),
+        ({"unroll_steps": 0}, "unroll_steps: 0 given"),
         ({"objective": "kl + opd", "max_length": 10, "max_window": 10}, "max_length: 10"),
         ({"lk_decay": 0.0}, "lk_decay: 0.0"),
         ({"rollout_temperature": 0.0}, "rollout_temperature: 0.0"),

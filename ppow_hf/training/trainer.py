@@ -236,7 +236,8 @@ class PPOWTrainer(Trainer):
         first = drafter.draft_model.first_prefix
         prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
         # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
-        steps = {"eagle": self.args.unroll_steps, "medusa": self.args.max_window}.get(drafter.config.architecture, 1)
+        unrolled = {"eagle": self.args.unroll_steps or self.args.max_window, "medusa": self.args.max_window}
+        steps = unrolled.get(drafter.config.architecture, 1)
         call = {}
         if steps > 1:
             call = {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
