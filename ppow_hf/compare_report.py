@@ -129,6 +129,14 @@ class Report:
             rows.append(cells)
         return _markdown(header, rows)
 
+    def positions_table(self, budget: str) -> str:
+        """Of the greedy chain's longest windows at T = 0, the share whose first j tokens were kept."""
+        rows = []
+        for recipe, lines in {"start": self.begin, **self.runs(budget)}.items():
+            means = numpy.mean([line["position_acceptance"] for line in lines], axis=0)
+            rows.append([recipe, *(f"{share:.3f}" for share in means)])
+        return _markdown(["first tokens kept", *(str(j + 1) for j in range(len(rows[0]) - 1))], rows)
+
     def costs_table(self, budget: str) -> str:
         """What each recipe's runs took, and what the target and the drafter are like there."""
         header = ["recipe", "target-forward tokens", "seconds", "steps", "drafter's entropy", "KL", "calibration"]
@@ -256,6 +264,7 @@ class Report:
             if any(share > LOOPING for share in loops) and not all(share > LOOPING for share in loops):
                 greedy = [name for name in self.metrics if "_t0_" in name]
                 parts += ["Without looping texts (T = 0):", self.table(budget, greedy, without_looping=True)]
+            parts += ["Acceptance by position, greedy chain at T = 0:", self.positions_table(budget)]
             parts += ["What it took, and what the drafters are like:", self.costs_table(budget)]
         provenance = self.lines[-1]["provenance"]
         parts.append(

@@ -317,6 +317,9 @@ def test_the_report_says_what_the_lines_say(compared):
     expected = sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
     row = next(row for row in report.table("tokens", ["chain_t0_k10"]).splitlines() if row.startswith("| ppow"))
     assert f"| 2 | {expected:.3f} (" in row and row in section.replace(" |\n", " |\n") or row.split(" (")[0] in section
+    kept = numpy.mean([line["position_acceptance"] for line in lines], axis=0)
+    row = next(row for row in report.positions_table("tokens").splitlines() if row.startswith("| ppow"))
+    assert row in section and row.split(" | ")[1:] == [f"{share:.3f}" for share in kept[:-1]] + [f"{kept[-1]:.3f} |"]
     assert report.paper_tables("tokens") == []  # none of its recipes was among them
     assert "wanted +10%" in section and "Equal seconds: 0.2" in section and str(compared) not in section
     for name in ("config.json", "results.jsonl"):
