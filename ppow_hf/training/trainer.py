@@ -212,6 +212,9 @@ class PPOWTrainer(Trainer):
         rolled_out = any(name in WINDOW_TERMS for name in weights)
         drafter = self.accelerator.unwrap_model(model)
         by_text = rolled_out and text_judges(self.args, weights, inputs, drafter.draft_model.first_prefix)
+        if rolled_out and self.args.world_size > 1:  # all or none: a sharded target's forwards must not be one's alone
+            agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
+            by_text = bool(agreed.all())
         verifies = rolled_out and not by_text
         encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=verifies)
         if rolled_out:
