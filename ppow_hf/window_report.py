@@ -364,7 +364,7 @@ def format_study(found: dict[str, Any]) -> str:
         )
     if WITH_LOOKUP in found["summary"]:
         lines.append(
-            "With look-up the text's own tokens are drafted too, which the fixed windows and the clairvoyant have not; "
+            "With look-up the text's own tokens are drafted too, which fixed windows and the clairvoyant do without: "
             "they cost no draft step, and nothing at all where verification is free."
         )
     waste = found["waste_at_speed_of_fixed_8"]
