@@ -85,7 +85,8 @@ class PPOWTrainingArguments(TrainingArguments):
         on_policy_positions (`str`, *optional*, defaults to `"reached"`):
             Tokens of drafted windows that `opd` and `opd_reverse` learn: up to the first rejected one, or `"all"`
             [ours].
-        proximity_weight (`float`, *optional*, defaults to `0.5`): eta [paper; its value is ours].
+        proximity_weight (`float`, *optional*, defaults to `0.5`):
+            eta [paper; its value is ours]. At 0 windows may need no forward of the target, see `verify_with`.
         proximity_threshold (`float`, *optional*, defaults to `5.0`): epsilon in nats [paper; its value is ours].
         advantages (`str`, *optional*, defaults to `"standardized"`): or `"leave_one_out"`.
         clip_range (`float`, *optional*, defaults to `0.2`): PPO's clip [paper; its value is ours].
