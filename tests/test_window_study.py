@@ -338,7 +338,7 @@ def test_study_compares_every_rule_with_the_fixed_windows_and_the_clairvoyant():
     assert found["summary"][OURS]["worst_over_best_fixed"] == min(ours)
     assert calibration["confidence_alone"]["weights"]["agreement"] == pytest.approx(0.0, abs=1e-9)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert len(format_study(found).splitlines()) == 1 + 6 + 2 + len(found["summary"]) + 1
+    assert len(format_study(found).splitlines()) == 1 + 6 + 2 + len(found["summary"]) + 2  # two notes
     for result in found["results"]:
         assert result["thrifty"]["tokens_per_cost"] >= min(
             result["fixed"][8]["tokens_per_cost"], result["rules"][OURS]["tokens_per_cost"]
