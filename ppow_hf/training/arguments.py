@@ -51,7 +51,7 @@ class PPOWTrainingArguments(TrainingArguments):
         unroll_steps (`int`, *optional*):
             Draft steps that an eagle drafter is unrolled on its own features (EAGLE-3's training-time test); `None`:
             `max_window`, so that what is drafted was learned. Fewer are faster, for the beginning of a training: one
-            that had only seen 3 kept little behind them, and 10 in its last part raised that as much as PPOW did [ours].
+            that had only seen 3 kept little behind them, and 10 in its last part raised that like PPOW did [ours].
         unroll_decay (`float`, *optional*, defaults to `0.9`): weight of each further step.
 
         lk_decay (`float`, *optional*, defaults to `3.0`):
