@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 from ppow_hf import PPOWDrafter
 from ppow_hf.data import SequenceDataset, collate_sequences
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
-from ppow_hf.training.rollout import collect_rollout, keyed_uniforms
+from ppow_hf.training.rollout import collect_rollout, keyed_uniforms, written_prefixes
 from ppow_hf.training.target import FrozenTarget
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
@@ -709,6 +709,20 @@ def test_text_of_the_target_verifies_as_the_target_does(make_trainer, make_targe
     same_gradients(gradient_by_text, gradient)
     windows = verified.draft_ids[..., 1:].numel()
     assert tokens_by_text == 3 * 19 and tokens == tokens_by_text + windows
+
+
+def test_windows_verified_by_the_text_lie_in_it_and_in_the_drafters_context():
+    """Prefixes from a loop: some of the text is not the target's, some not learned, and the context ends."""
+    draw = torch.Generator().manual_seed(0)
+    learned, written = (torch.rand(8, 30, generator=draw) < 0.9 for _ in range(2))
+    inputs = {"loss_mask": learned, "target_written": written}
+    found = written_prefixes(inputs, 2, WINDOW, 24)
+    for row in range(8):
+        for prefix in range(30):
+            behind = [learned[row, p] and written[row, p] for p in range(prefix + 1, min(prefix + 1 + WINDOW, 30))]
+            expected = prefix >= 2 and prefix + WINDOW < 24 and len(behind) == WINDOW and all(behind)
+            assert bool(found[row, prefix]) == expected
+    assert found.any()
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def divergence_of_prefixes(
     return torch.cat(parts).nan_to_num(20.0, 20.0, 0.0).clamp(0.0, 20.0).view(features.shape[:2])
 
 
-def text_judges(args, weights, inputs, first_prefix: int) -> bool:
+def text_judges(args, weights, inputs, first_prefix: int, context_length: int | None) -> bool:
     """Whether the text says of every window what the target would [ours].
 
     Where the target wrote the text at T = 0, its choice behind any part of it is the text's next token: a draft is
@@ -97,16 +97,16 @@ def text_judges(args, weights, inputs, first_prefix: int) -> bool:
         return False
     if {"opd", "opd_reverse"} & set(weights) and args.on_policy_positions == "all":
         return False
-    return bool(written_prefixes(inputs, first_prefix, args.max_window).any(-1).all())
+    return bool(written_prefixes(inputs, first_prefix, args.max_window, context_length).any(-1).all())
 
 
-def written_prefixes(inputs, first_prefix: int, window: int) -> torch.Tensor:
-    """Prefixes `[B, S]` bool with a whole window behind them that is learned and that the target wrote at T = 0."""
+def written_prefixes(inputs, first_prefix: int, window: int, context_length: int | None) -> torch.Tensor:
+    """Of the eligible prefixes `[B, S]`, those with a whole window behind them that the target wrote at T = 0."""
     ours = inputs["loss_mask"] & inputs["target_written"]
     whole = torch.zeros_like(ours)
     if ours.shape[1] > window:
         whole[:, : ours.shape[1] - window] = ours.unfold(1, window, 1)[:, 1:].all(-1)
-    return whole & (torch.arange(ours.shape[1], device=ours.device) >= first_prefix)
+    return whole & eligible_prefixes(ours, first_prefix, window, context_length)
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def collect_rollout(
     context = drafter.config.context_length
     first = drafter.draft_model.first_prefix
     if by_text:
-        eligible = written_prefixes(inputs, first, window)
+        eligible = written_prefixes(inputs, first, window, context)
     else:
         eligible = eligible_prefixes(loss_mask, first, window, context)
     priorities = None

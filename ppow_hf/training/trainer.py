@@ -211,7 +211,8 @@ class PPOWTrainer(Trainer):
         weights = self.args.weights_at(self.progress)
         rolled_out = any(name in WINDOW_TERMS for name in weights)
         drafter = self.accelerator.unwrap_model(model)
-        by_text = rolled_out and text_judges(self.args, weights, inputs, drafter.draft_model.first_prefix)
+        limits = drafter.draft_model.first_prefix, drafter.config.context_length
+        by_text = rolled_out and text_judges(self.args, weights, inputs, *limits)
         if rolled_out and self.args.world_size > 1:  # all or none: a sharded target's forwards must not be one's alone
             agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
             by_text = bool(agreed.all())
