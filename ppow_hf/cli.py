@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--sequences", type=int, default=4000, help="texts that the target writes first (default: %(default)s)"
     )
     tiny_draft.add_argument(
-        "--start", metavar="FOLDER", help="go on with the supervised stage of a drafter that this command made"
+        "--start", metavar="FOLDER", help="go on with a drafter that this command made (its supervised stage, if kept)"
     )
     tiny_draft.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
     tiny_draft.set_defaults(run=tiny_drafter)
@@ -270,7 +270,7 @@ def tiny_drafter(arguments: argparse.Namespace) -> int:
     """`ppow tiny-drafter`."""
     check_positive("--minutes", arguments.minutes)
     check_positive("--sequences", arguments.sequences)
-    for file in ("training_log.json", "supervised/config.json"):
+    for file in ("training_log.json", "config.json"):
         if arguments.start and not Path(arguments.start, file).is_file():
             raise FileNotFoundError(f"--start: {arguments.start!r} has no {file}; pass what `ppow tiny-drafter` made.")
     ensure_writable(arguments.output_dir, "--output-dir")

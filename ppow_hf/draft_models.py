@@ -7,6 +7,7 @@ verification or training. `first_prefix` is the shortest prefix that has a featu
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,6 +26,45 @@ from .configuration_ppow import PPOWDrafterConfig
 from .drafting import KeysValues, additive_mask, cache_argument, causal_allowed, rearrange_cache
 
 
+@dataclass
+class WindowKeys:
+    """Keys and values behind M windows that share a text and see nothing of each other.
+
+    Args:
+        text (`[B, heads, S, d]` each): the text's.
+        own (`[B, heads, M, j, d]` each, *optional*): of the j tokens that each window has.
+    """
+
+    text: KeysValues
+    own: KeysValues | None = None
+
+    def extended(self, keys: torch.Tensor, values: torch.Tensor) -> "WindowKeys":
+        """With one more token of each window, `[B, heads, M, d]` each."""
+        own = keys[:, :, :, None], values[:, :, :, None]
+        if self.own is not None:
+            own = torch.cat([self.own[0], own[0]], dim=3), torch.cat([self.own[1], own[1]], dim=3)
+        return WindowKeys(self.text, own)
+
+    def attend(self, queries: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What queries `[B, q_heads, M, d]` see: of the text what `allowed` `[B, 1, M, S]` says, and their own window.
+
+        A window's own tokens are few: one product each, where a mask over all windows' tokens would be M times as
+        wide. Returns `[B, M, q_heads * d]`.
+        """
+        assert self.own is not None
+        (keys, values), (own_keys, own_values) = self.text, self.own
+        batch, heads, count, width = own_keys.shape[0], own_keys.shape[1], queries.shape[2], queries.shape[3]
+        grouped = queries.view(batch, heads, -1, count, width)
+        to_text = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
+        to_text = to_text.masked_fill(~allowed[:, :, None], -torch.inf)
+        to_own = (grouped[:, :, :, :, None] * own_keys[:, :, None]).sum(-1)
+        weights = (torch.cat([to_text.float(), to_own.float()], dim=-1) * scaling).softmax(-1).to(values.dtype)
+        of_text, of_own = weights.split([keys.shape[2], own_keys.shape[3]], dim=-1)
+        seen = (of_text.flatten(2, 3) @ values).view(grouped.shape)
+        seen = seen + (of_own[..., None] * own_values[:, :, None]).sum(-2)
+        return seen.flatten(1, 2).transpose(1, 2).flatten(2)
+
+
 class EagleAttention(nn.Module):
     """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
 
@@ -40,13 +80,16 @@ class EagleAttention(nn.Module):
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, position_embeddings, mask, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
+    def forward(self, x, position_embeddings, mask, past: KeysValues | WindowKeys | None):
         batch, length = x.shape[:2]
         queries, keys, values = (
             projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        if isinstance(past, WindowKeys):
+            past = past.extended(keys, values)
+            return self.o_proj(past.attend(queries, mask, self.scaling)), past
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -65,7 +108,7 @@ class EagleDecoderLayer(GradientCheckpointingLayer):
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, embeddings, states, position_embeddings, mask, past: KeysValues | None):
+    def forward(self, embeddings, states, position_embeddings, mask, past: KeysValues | WindowKeys | None):
         x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
         attended, keys_values = self.self_attn(x, position_embeddings, mask, past)
         states = states + attended
@@ -101,7 +144,7 @@ class EagleDrafter(nn.Module):
         """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
         embeddings = self.embed_tokens(tokens)
         mask = allowed
-        if mask is not None and self.config._attn_implementation == "eager":
+        if mask is not None and self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
             mask = additive_mask(mask, embeddings.dtype)
         position_embeddings = self.rotary_emb(embeddings, positions)
         return self.midlayer(embeddings, features, position_embeddings, mask, cache)

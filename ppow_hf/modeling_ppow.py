@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
-from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
+from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
 from .drafting import DrafterView, DraftSession, causal_allowed, packed_allowed
 
 
@@ -44,6 +44,11 @@ class PPOWDrafterOutput(ModelOutput):
     features: torch.Tensor | None = None
     window_features: torch.Tensor | None = None
 
+
+# Attention scores of one unrolled step (batch * heads * windows * prefixes) up to which eagle attends to text and
+# windows apart. Ten unrolled steps train 1.25 times as fast on a processor; each score takes about 14 bytes a step,
+# where a fused kernel keeps none.
+APART_SCORES = 2**24
 
 DRAFT_MODELS: dict[str, Any] = {"eagle": EagleDrafter, "standalone": StandaloneDrafter, "medusa": MedusaDrafter}
 
@@ -204,9 +209,13 @@ class PPOWDrafter(PreTrainedModel):
         key_prefixes = torch.arange(first, features.shape[1], device=prefixes.device)
         allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S - first]
         own = torch.eye(count, dtype=torch.bool, device=prefixes.device).expand(batch, 1, -1, -1)
+        apart = isinstance(draft, EagleDrafter) and allowed.numel() * draft.config.num_attention_heads <= APART_SCORES
+        if apart:
+            cache = WindowKeys(cache)
         for j in range(window - 1):
             tokens = choose(j, current)
-            allowed = torch.cat([allowed, own], dim=-1)
+            if not apart:
+                allowed = torch.cat([allowed, own], dim=-1)
             current, cache = draft.advance(tokens, current, cache, prefixes + 1 + j - first, allowed)
             along.append(current)
         return torch.stack(along, dim=2)

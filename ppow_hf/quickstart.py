@@ -113,7 +113,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
     drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path="tiny")
     log: list[dict] = []
     lengths: list[tuple[str, float]] = []
-    for stage in default_stages(seconds):
+    for stage in default_stages(seconds, architecture):
         print(f"\nTraining, {stage.objective}, {stage.seconds:.0f} s:", flush=True)
         offset = log[-1]["step"] if log else 0
         history = train_stage(

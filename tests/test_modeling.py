@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 
-from ppow_hf import PPOWDrafter, PPOWDrafterConfig
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig, modeling_ppow
 from ppow_hf.configuration_ppow import default_target_layers, vocabulary_fingerprint
 from ppow_hf.modeling_ppow import check_width, collect_target_states, match_width, packed_allowed
 
@@ -139,6 +139,28 @@ def test_window_features_equal_separate_forwards_on_prefix_and_draft(make_target
         output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
         expected = slow_window_features(drafter, states, input_ids, prefixes, draft_ids)
     torch.testing.assert_close(output.window_features, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.lowest
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_windows_too_many_to_attend_apart_have_the_same_features_and_gradients(make_target, monkeypatch, family):
+    target = make_target(family)
+    drafter = make_drafter(target, "eagle")
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    features, gradients = [], []
+    for most in (0, 10**6):
+        monkeypatch.setattr(modeling_ppow, "APART_SCORES", most)
+        drafter.zero_grad()
+        output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
+        (output.window_features * torch.linspace(-1, 1, K)[:, None]).square().sum().backward()
+        features.append(output.window_features.detach())
+        gradients.append([p.grad.clone() for p in drafter.parameters() if p.grad is not None])
+    assert not torch.equal(*features)  # two ways of computing it, not one
+    torch.testing.assert_close(*features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+    expected = slow_window_features(drafter, states, input_ids, prefixes, draft_ids)
+    torch.testing.assert_close(features[0], expected.detach(), atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.lowest

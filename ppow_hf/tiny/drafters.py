@@ -108,12 +108,19 @@ def train_stage(
     return [before, *trainer.state.log_history]
 
 
-def default_stages(seconds: float, decay: float = 1.0) -> list[Stage]:
-    """Supervised for 70% of the time, PPOW for 30%; `decay` is that of the supervised stage."""
-    return [
-        Stage("supervised", 0.7 * seconds, 2e-3, {"unroll_steps": 3}, decay),
-        Stage("ppow", 0.3 * seconds, 1e-4, {}),
-    ]
+def default_stages(seconds: float, architecture: str, decay: float = 1.0, started: bool = False) -> list[Stage]:
+    """Supervised for 70% of the time, then PPOW with windows verified by the target's text for 30%.
+
+    A new eagle drafter learns its first tokens fast, unrolled for three steps in the first half of the supervised
+    time, and then as deep as its windows; one that is `started` is unrolled that deep at once. `decay` is that of the
+    last supervised stage.
+    """
+    ppow = Stage("ppow", 0.3 * seconds, 1e-4, {"proximity_weight": 0.0})
+    if architecture != "eagle":
+        return [Stage("supervised", 0.7 * seconds, 2e-3, {}, decay), ppow]
+    deep = 0.7 * seconds if started else 0.35 * seconds
+    shallow = [] if started else [Stage("supervised", 0.35 * seconds, 2e-3, {"unroll_steps": 3}, 2.0)]
+    return [*shallow, Stage("supervised", deep, 1e-3, {"unroll_steps": None}, decay), ppow]
 
 
 def make_drafter(
@@ -133,8 +140,9 @@ def make_drafter(
     """Train a drafter for an embedded target and write it to `output_dir`, the supervised stage beside it.
 
     Writes bfloat16 safetensors, tokenizer, `training_log.json` (both stages), `provenance.json` and `training.png`.
-    `start` is the folder of a drafter that this function made: its supervised stage is gone on with and its log
-    continued; another `seed` gives other training data. The held-out prompts are always the same.
+    `start` is the folder of a drafter that this function made: its supervised stage, or where that was not kept the
+    drafter itself, is gone on with and its log continued; another `seed` gives other training data. The held-out
+    prompts are always the same.
     """
     from ..training.trainer import draw_curves
 
@@ -146,11 +154,12 @@ def make_drafter(
     if start is None:
         drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
     else:
-        drafter = PPOWDrafter.from_pretrained(Path(start, "supervised"), dtype=torch.float32)
+        kept = Path(start, "supervised").is_dir()
+        drafter = PPOWDrafter.from_pretrained(Path(start, "supervised") if kept else start, dtype=torch.float32)
         rows = json.loads(Path(start, "training_log.json").read_text())
-        log = [row for row in rows if row["objective"] == "supervised"]
+        log = [row for row in rows if row["objective"] == "supervised" or not kept]
     steps_before = log[-1]["step"] if log else 0
-    for stage in default_stages(seconds, decay=0.75):
+    for stage in default_stages(seconds, architecture, decay=0.75, started=start is not None):
         folder = output_dir / stage.objective
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder, seed, eval_prompts=eval_prompts

@@ -132,9 +132,13 @@ class _ChunkedSum(torch.autograd.Function):
 
 
 def forward_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
-    """KL(P||Q) in nats, `[R]` from logits `[R, DV]` each; both are normalised over what the drafter can propose."""
+    """KL(P||Q) in nats, `[R]` from logits `[R, DV]` each; both are normalised over what the drafter can propose.
+
+    The draft logits are finite; a target's token of -inf counts nothing.
+    """
     target, draft = target_logits.float().log_softmax(-1), draft_logits.float().log_softmax(-1)
-    return (target.exp() * (target - draft)).masked_fill(target == -torch.inf, 0.0).sum(-1)
+    probs = target.exp()
+    return (probs * target.clamp_min(torch.finfo(target.dtype).min)).sum(-1) - (probs * draft).sum(-1)
 
 
 def reverse_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
