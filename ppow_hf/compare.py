@@ -44,7 +44,7 @@ class CompareConfig:
         workload (`dict`): `name`, and either nothing else for `stdlib` (excerpts of the standard library, modules held
             in for training and held out for evaluation) or `train` and `evaluation`, files of prompts.
         data (`dict`): `train_sequences`, `prompt_tokens`, `completion_tokens`, `validation_prompts`, `test_prompts`.
-        start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start.
+        start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start; not with `drafter`.
         budgets (`dict`): `tokens` (target-forward tokens) and `seconds`, one or both.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
         training (`dict`): training arguments of every recipe.
@@ -63,10 +63,10 @@ class CompareConfig:
     architecture: str
     recipes: dict[str, dict[str, Any]]
     data: dict[str, int]
-    start: dict[str, Any]
     budgets: dict[str, float]
     seeds: list[int]
     learning_rates: list[float]
+    start: dict[str, Any] = field(default_factory=dict)
     drafter: str | None = None
     drafter_config: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=lambda: {"name": "stdlib"})

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
-from ppow_hf.tiny import drafter_path, target_path
+from ppow_hf.tiny import drafter_path, drafters, target_path
 from ppow_hf.tiny.corpus import function_prompts, is_held_out, standard_library
+from ppow_hf.tiny.drafters import default_stages, make_drafter
 from ppow_hf.tiny.recipe import (
     QWEN3_RECIPE,
     StepBatches,
@@ -167,6 +168,43 @@ def test_a_target_of_other_texts_is_made_by_the_command(tmp_path, monkeypatch, c
     card = (folder / "README.md").read_text()
     assert "How much is" in card and "Python" not in card and "--texts FILE --layers 1" in card
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
+
+
+def test_a_drafter_is_made_in_stages_and_gone_on_with(tmp_path, monkeypatch, files):
+    """With the real trainer, on the smaller target and a part of the corpus, for seconds: what is written, and where a
+    second run begins."""
+    monkeypatch.setattr(drafters, "standard_library", lambda: files[::20])
+    assert {file.held_out for file in files[::20]} == {True, False}
+    target = AutoModelForCausalLM.from_pretrained(target_path("tiny-qwen3"), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target_path("tiny-qwen3"))
+    small: dict = {"seconds": 3.0, "sequences": 8, "eval_prompts": 1, "eval_new_tokens": 8, "target_name": None}
+    small["calibrate_at_end"] = False
+    make_drafter(tmp_path / "new", "eagle", target, tokenizer, **small)
+    log = json.loads((tmp_path / "new" / "training_log.json").read_text())
+    assert list(dict.fromkeys(row["objective"] for row in log)) == ["supervised", "ppow"]
+    assert [row["step"] for row in log] == sorted(row["step"] for row in log)
+    assert {"supervised", "README.md", "provenance.json", "training.png", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "new").iterdir()
+    }
+    make_drafter(tmp_path / "again", "eagle", target, tokenizer, seed=1, start=tmp_path / "new", **small)
+    supervised = [row for row in log if row["objective"] == "supervised"]
+    longer = json.loads((tmp_path / "again" / "training_log.json").read_text())
+    assert longer[: len(supervised)] == supervised
+    # Begun where the supervised stage ended: its first evaluation is that of the same drafter, stored in bfloat16.
+    first, last = longer[len(supervised)], [row for row in supervised if "eval_acceptance_length" in row][-1]
+    assert first["step"] == supervised[-1]["step"]
+    assert first["eval_kl"] == pytest.approx(last["eval_kl"], rel=0.02)
+
+
+def test_only_a_new_eagle_drafter_is_unrolled_less_deep_than_its_windows():
+    new, started = (default_stages(100.0, "eagle", started=started) for started in (False, True))
+    assert [(s.objective, s.settings.get("unroll_steps", 0)) for s in new] == [
+        ("supervised", 3), ("supervised", None), ("ppow", 0),
+    ]  # fmt: skip
+    assert (
+        [s.objective for s in started] == ["supervised", "ppow"] == [s.objective for s in default_stages(1, "medusa")]
+    )
+    assert all(sum(s.seconds for s in stages) == pytest.approx(100) for stages in (new, started))
 
 
 def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):

@@ -136,13 +136,14 @@ def make_drafter(
     target_name: str | None = "tiny",
     start: str | Path | None = None,
     command: str | None = None,
+    **settings: Any,
 ) -> PPOWDrafter:
     """Train a drafter for an embedded target and write it to `output_dir`, the supervised stage beside it.
 
     Writes bfloat16 safetensors, tokenizer, `training_log.json` (both stages), `provenance.json` and `training.png`.
     `start` is the folder of a drafter that this function made: its supervised stage, or where that was not kept the
     drafter itself, is gone on with and its log continued; another `seed` gives other training data. The held-out
-    prompts are always the same.
+    prompts are always the same. `settings` are PPOWTrainingArguments of all stages.
     """
     from ..training.trainer import draw_curves
 
@@ -162,7 +163,16 @@ def make_drafter(
     for stage in default_stages(seconds, architecture, decay=0.75, started=start is not None):
         folder = output_dir / stage.objective
         history = train_stage(
-            drafter, target, tokenizer, stage, train_data, eval_data, folder, seed, eval_prompts=eval_prompts
+            drafter,
+            target,
+            tokenizer,
+            stage,
+            train_data,
+            eval_data,
+            folder,
+            seed,
+            eval_prompts=eval_prompts,
+            **settings,
         )
         log += [{**row, "step": row["step"] + steps_before, "objective": stage.objective} for row in history]
         steps_before = log[-1]["step"]
