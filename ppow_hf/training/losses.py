@@ -4,6 +4,7 @@ Puts the pure functions of objectives.py and rewards.py on features and rollouts
 Knows nothing about optimizers, steps or processes.
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -37,22 +38,14 @@ def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -
     return input_ids.gather(1, clamped.flatten(1)).view(places.shape)
 
 
-def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources, places=None):
-    """Draft and target logits `[R, DV]` on what the drafter can propose; `sources` `[R, H]` belong to the rows.
-
-    With `places` `[R]`, ascending, they are `sources[places]`, and rows of one place share its target logits.
-    """
-    inverse = None
-    if places is not None:
-        unique, inverse = torch.unique_consecutive(places, return_inverse=True)
-        sources = sources[unique]
+def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
+    """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
     goal = target.logits(sources)
     kept = drafter.kept_tokens
     if kept is not None:
         goal = goal[..., kept]
     width = min(draft.shape[-1], goal.shape[-1])
-    goal = goal[..., :width]
-    return draft[..., :width], goal if inverse is None else goal[inverse]
+    return draft[..., :width], goal[..., :width]
 
 
 def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
@@ -71,24 +64,30 @@ def text_terms(
     labels: torch.Tensor,
     args: PPOWTrainingArguments,
     by_length: torch.Tensor | None = None,
+    goal_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
 
-    `by_length` `[R, 2]` weighs what `expected_length` is made of, see [`length_weights`].
+    With `goal_rows` `[R]` a row's target logits are `goal[goal_rows]`: rows may share them. `by_length` `[R, 2]`
+    weighs what `expected_length` is made of, see [`length_weights`].
     """
+
+    @functools.cache
+    def goals() -> torch.Tensor:
+        return goal if goal_rows is None else goal[goal_rows]
 
     def lengthening() -> torch.Tensor:
         assert by_length is not None
-        kept, followed = keep_probabilities(goal, draft, labels, args.rollout_temperature, args.target_temperature)
+        kept, followed = keep_probabilities(goals(), draft, labels, args.rollout_temperature, args.target_temperature)
         # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
         return -(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach()))
 
     functions = {
         "ce": lambda: cross_entropy(draft, labels),
-        "kl": lambda: forward_kl(goal, draft),
-        "tv": lambda: total_variation(goal, draft),
-        "lk": lambda: negative_log_acceptance(goal, draft),
-        "lk_hybrid": lambda: lk_hybrid(goal, draft, args.lk_decay),
+        "kl": lambda: forward_kl(goal, draft, goal_rows),
+        "tv": lambda: total_variation(goals(), draft),
+        "lk": lambda: negative_log_acceptance(goals(), draft),
+        "lk_hybrid": lambda: lk_hybrid(goals(), draft, args.lk_decay),
         "expected_length": lengthening,
     }
     return torch.stack([functions[name]() for name in names])
@@ -110,14 +109,15 @@ def length_weights(
     of a window that is kept, [`expected_length`] over its length.
 
     `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of that; of features along the text (J = 1)
-    every `max_window` in a row are a window. The other arguments are of the rows, see [`paired_logits`].
+    every `max_window` in a row are a window. The other arguments are of the rows; with `places` `[R]` their sources
+    are `sources[places]`.
     """
     rows = []
     for start in range(0, len(features), args.chunk_size):
         part = slice(start, start + args.chunk_size)
         draft = drafter.draft_logits(features[part]).float()
-        here = (sources[part], None) if places is None else (sources, places[part])
-        draft, goal = paired_logits(drafter, target, draft, *here)
+        here = sources[part] if places is None else sources[places[part]]
+        draft, goal = paired_logits(drafter, target, draft, here)
         own = draft_labels(drafter, labels[part], draft.shape[-1])
         both = keep_probabilities(goal, draft, own, args.rollout_temperature, args.target_temperature)
         rows.append(torch.stack(both, -1))
@@ -170,12 +170,14 @@ def text_loss(
         by_length = by_length / of_steps[:, None]
 
     def chunk(features, numbers, labels, of_steps, is_first, by_length):
+        own_places, goal_rows = torch.unique_consecutive(numbers, return_inverse=True)
         draft = drafter.draft_logits(features).float()
-        draft, goal = paired_logits(drafter, target, draft, flat_sources, numbers)
-        terms = text_terms(names, draft, goal, draft_labels(drafter, labels, draft.shape[-1]), args, by_length)
+        draft, goal = paired_logits(drafter, target, draft, flat_sources[own_places])
+        labels = draft_labels(drafter, labels, draft.shape[-1])
+        terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
         loss = (coefficients[:, None] * terms * of_steps).sum()
         with torch.no_grad():
-            draft, goal, noted = draft[is_first], goal[is_first], terms[:, is_first]
+            draft, goal, noted = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
             agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
             kl = noted[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
             sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *noted.sum(-1)])

@@ -131,14 +131,20 @@ class _ChunkedSum(torch.autograd.Function):
         return None, None, None, *(None if gradient is None else gradient * of_total[0] for gradient in gradients)
 
 
-def forward_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+def forward_kl(
+    target_logits: torch.Tensor, draft_logits: torch.Tensor, target_rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """KL(P||Q) in nats, `[R]` from logits `[R, DV]` each; both are normalised over what the drafter can propose.
 
-    The draft logits are finite; a target's token of -inf counts nothing.
+    The draft logits are finite; a target's token of -inf counts nothing. With `target_rows` `[R]` each row's target
+    is `target_logits[target_rows]`, of which those that rows share are normalised once.
     """
     target, draft = target_logits.float().log_softmax(-1), draft_logits.float().log_softmax(-1)
     probs = target.exp()
-    return (probs * target.clamp_min(torch.finfo(target.dtype).min)).sum(-1) - (probs * draft).sum(-1)
+    negative_entropy = (probs * target.clamp_min(torch.finfo(target.dtype).min)).sum(-1)
+    if target_rows is not None:
+        probs, negative_entropy = probs[target_rows], negative_entropy[target_rows]
+    return negative_entropy - (probs * draft).sum(-1)
 
 
 def reverse_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
