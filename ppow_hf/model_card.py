@@ -7,6 +7,7 @@ Files it reads, all optional but the first two: `config.json`, `*.safetensors` (
 bench`), `training.png`, `windows.png`.
 """
 
+import itertools
 import json
 import math
 import re
@@ -145,30 +146,36 @@ def _training(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     log = _read(folder / "training_log.json", default=[])
     arguments = _read(folder / "training_arguments.json", default={})
     provenance = _read(folder / "provenance.json", default={})
-    names = list(dict.fromkeys(row["objective"] for row in log if "objective" in row))
+    runs = _runs(log)
     words = {"supervised": "supervised on text that the target wrote", "ppow": "with PPOW"}
-    stages = _stages(log, names)
+    stages = _stages(log, runs)
     return {
-        "objectives": ", then ".join(words.get(name, f"with the objective {name}") for name in names),
+        "objectives": ", then ".join(words.get(name, f"with the objective {name}") for name, _ in runs),
         "stages": stages,
         "evaluation": _evaluation(arguments, config),
-        "verdict": " ".join(filter(None, [_plateau(log, names), _verdict(stages, log, arguments)])),
-        "provenance_rows": _provenance_rows(provenance, log, names),
+        "verdict": " ".join(filter(None, [_plateau(runs), _verdict(stages, log, arguments)])),
+        "provenance_rows": _provenance_rows(provenance, runs),
     }
 
 
-def _stages(log: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+Runs = list[tuple[str, list[dict[str, Any]]]]
+
+
+def _runs(log: list[dict[str, Any]]) -> Runs:
+    """The stages of training in their order, an objective and its rows each; one may come back later."""
+    named = [row for row in log if "objective" in row]
+    return [(name, list(rows)) for name, rows in itertools.groupby(named, key=lambda row: row["objective"])]
+
+
+def _stages(log: list[dict[str, Any]], runs: Runs) -> list[dict[str, Any]]:
     evaluations = [row for row in log if "eval_acceptance_length" in row]
     if not evaluations:
         return []
-    chosen = [
-        (f"after {name}", [row for row in evaluations if row.get("objective") == name][-1])
-        for name in names
-        if any(row.get("objective") == name for row in evaluations)
-    ]
+    evaluated = [(name, [row for row in rows if "eval_acceptance_length" in row]) for name, rows in runs]
+    chosen = [(f"after {name}", rows[-1]) for name, rows in evaluated if rows]
     first = evaluations[0]
     if not chosen or chosen[0][1] is not first:
-        chosen.insert(0, ("untrained" if first["step"] == 0 else f"{names[0]}, step {first['step']}", first))
+        chosen.insert(0, ("untrained" if first["step"] == 0 else f"{runs[0][0]}, step {first['step']}", first))
     return [
         {
             "name": name,
@@ -181,9 +188,13 @@ def _stages(log: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]
     ]
 
 
-def _plateau(log: list[dict[str, Any]], names: list[str]) -> str:
-    """How much the first stage still gained in about its last quarter of steps, where it was evaluated there."""
-    evaluations = [r for r in log if "eval_acceptance_length" in r and r.get("objective") == names[0]] if names else []
+def _plateau(runs: Runs) -> str:
+    """How much the first objective still gained, when it was last trained with, in about the last quarter of steps."""
+    if not runs:
+        return ""
+    name = runs[0][0]
+    rows = [rows for other, rows in runs if other == name][-1]
+    evaluations = [row for row in rows if "eval_acceptance_length" in row]
     if len(evaluations) < 4:
         return ""
     first, last = evaluations[0]["step"], evaluations[-1]
@@ -193,7 +204,7 @@ def _plateau(log: list[dict[str, Any]], names: list[str]) -> str:
         return ""
     before, after = share[nearest]["eval_acceptance_length"], last["eval_acceptance_length"]
     return (
-        f"In the last {1 - nearest:.0%} of the steps of the {names[0]} stage it went from {before:.2f} to {after:.2f} "
+        f"In the last {1 - nearest:.0%} of the steps of the {name} stage it went from {before:.2f} to {after:.2f} "
         f"({after / before - 1:+.1%})."
     )
 
@@ -223,12 +234,12 @@ def _evaluation(arguments: dict[str, Any], config: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _provenance_rows(provenance: dict[str, Any], log: list[dict[str, Any]], names: list[str]) -> list[tuple[str, str]]:
+def _provenance_rows(provenance: dict[str, Any], runs: Runs) -> list[tuple[str, str]]:
     rows = []
-    steps = {name: max(row["step"] for row in log if row.get("objective") == name) for name in names}
-    if steps:
+    if runs:
         before, parts = 0, []
-        for name, last in steps.items():
+        for name, stage in runs:
+            last = max(row["step"] for row in stage)
             parts.append(f"{last - before} {name}")
             before = last
         rows.append(("steps", ", ".join(parts)))

@@ -120,6 +120,17 @@ def test_the_gain_of_the_last_quarter_is_said_where_it_was_measured(folder):
     assert "In the last 22% of the steps of the supervised stage it went from 2.50 to 2.60 (+4.0%)." in text
 
 
+def test_a_stage_that_comes_back_is_a_stage_of_its_own(folder):
+    measured(folder)
+    steps = [(60, 2.8), (70, 2.9), (80, 3.0), (90, 3.1), (100, 3.2)]
+    again = [{"step": step, "eval_acceptance_length": value, "objective": "supervised"} for step, value in steps]
+    (folder / "training_log.json").write_text(json.dumps([*LOG, *again]))
+    text = " ".join(str(drafter_card(folder)).split())
+    assert "40 supervised, 20 ppow, 40 supervised" in text
+    assert [row[1] for row in cells(str(drafter_card(folder)), "after supervised")] == ["2.52", "3.20"]
+    assert "In the last 25% of the steps of the supervised stage it went from 3.10 to 3.20" in text
+
+
 def test_every_measured_number_stands_in_a_table(folder):
     text = str(drafter_card(measured(folder), "ada/drafter"))
     assert cells(text, "ppow_kl") == [
