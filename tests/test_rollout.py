@@ -56,6 +56,7 @@ def make_trainer(tmp_path, make_target):
             "rollout_temperature": 0.8,
             "cost_ratio": 0.15,
             "per_device_train_batch_size": 3,
+            "proximity_weight": 0.5,
         }
         args = PPOWTrainingArguments(
             output_dir=str(tmp_path / "run"), objective=objective, use_cpu=True, report_to=[], **(defaults | settings)

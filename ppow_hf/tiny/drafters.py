@@ -115,7 +115,7 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
     time, and then as deep as its windows; one that is `started` is unrolled that deep at once. `decay` is that of the
     last supervised stage.
     """
-    ppow = Stage("ppow", 0.3 * seconds, 1e-4, {"proximity_weight": 0.0})
+    ppow = Stage("ppow", 0.3 * seconds, 1e-4, {})
     if architecture != "eagle":
         return [Stage("supervised", 0.7 * seconds, 2e-3, {}, decay), ppow]
     deep = 0.7 * seconds if started else 0.35 * seconds

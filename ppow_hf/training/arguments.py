@@ -85,8 +85,9 @@ class PPOWTrainingArguments(TrainingArguments):
         on_policy_positions (`str`, *optional*, defaults to `"reached"`):
             Tokens of drafted windows that `opd` and `opd_reverse` learn: up to the first rejected one, or `"all"`
             [ours].
-        proximity_weight (`float`, *optional*, defaults to `0.5`):
-            eta [paper; its value is ours]. At 0 windows may need no forward of the target, see `verify_with`.
+        proximity_weight (`float`, *optional*, defaults to `0.0`):
+            eta; the literal method has the reward [paper], here with 0.5 [ours]. At 0 windows may need no forward of
+            the target, see `verify_with`: for equal target-forward tokens that won more in our comparison [ours].
         proximity_threshold (`float`, *optional*, defaults to `5.0`): epsilon in nats [paper; its value is ours].
         advantages (`str`, *optional*, defaults to `"standardized"`): or `"leave_one_out"`.
         clip_range (`float`, *optional*, defaults to `0.2`): PPO's clip [paper; its value is ours].
@@ -143,7 +144,7 @@ class PPOWTrainingArguments(TrainingArguments):
     candidate_group: int | None = field(default=None, metadata={"help": "Windows verified at once; None: all."})
     expected_reward: bool = field(default=False, metadata={"help": "Rewards averaged over verdicts (T > 0)."})
     on_policy_positions: str = field(default="reached", metadata={"help": "'reached' or 'all' (opd)."})
-    proximity_weight: float = field(default=0.5, metadata={"help": "eta of the proximity reward."})
+    proximity_weight: float = field(default=0.0, metadata={"help": "eta of the proximity reward; literal: 0.5."})
     proximity_threshold: float = field(default=5.0, metadata={"help": "epsilon of the proximity reward, nats."})
     advantages: str = field(default="standardized", metadata={"help": "'standardized' or 'leave_one_out'."})
     clip_range: float = field(default=0.2, metadata={"help": "PPO's clip."})
