@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -265,6 +266,24 @@ def test_embedded_names_resolve_to_folders_that_are_complete(tmp_path, monkeypat
     for function, name in ((tiny.target_path, "tiny-eagle"), (tiny.drafter_path, "tiny")):
         with pytest.raises(ValueError, match="name: "):
             function(name)
+
+
+def test_what_quotes_the_embedded_drafters_is_made_again_by_one_command(tmp_path, monkeypatch, capsys):
+    for folder in ("llama", "standalone"):
+        shutil.copytree(tiny.target_path().parent / folder, tmp_path / "tiny" / folder)
+    monkeypatch.setattr(tiny, "_ROOT", tmp_path / "tiny")
+    cards, folder = tmp_path / "cards", tmp_path / "tiny" / "standalone"
+    arguments = ["tiny-results", "tiny-standalone", "--output-dir", str(cards), "--num-prompts", "1"]
+    assert cli.main([*arguments, "--bench-prompts", "2"]) == 0
+    acceptance, benchmark = (json.loads((folder / f"{name}.json").read_text()) for name in ("acceptance", "benchmark"))
+    assert {row["prompts"] for row in acceptance["rows"]} == {1} and acceptance["half_precision"]["prompts"] == 1
+    assert benchmark["command"].startswith("ppow bench --target tiny --drafter tiny-standalone")
+    assert str(tmp_path) not in (folder / "acceptance.json").read_text() + (folder / "benchmark.json").read_text()
+    card = (cards / "tiny-standalone.md").read_text()
+    assert card == (folder / "README.md").read_text()
+    row = next(row for row in benchmark["rows"] if row["name"] == "ppow_kl_lookup")
+    assert f"| ppow_kl_lookup | {row['tokens_per_second']:.1f} |" in card
+    assert "NAME: ['tiny-mamba'] are no embedded drafters" in fails(capsys, "tiny-results", "tiny-mamba")
 
 
 def test_asking_for_help_imports_nothing_heavy():

@@ -3,4 +3,14 @@
 A module imports heavy libraries inside its functions, so that `ppow --help` is quick.
 """
 
-COMMANDS: tuple[str, ...] = ("bench", "export", "import_", "demo", "push", "windows", "compare", "overhead")
+COMMANDS: tuple[str, ...] = (
+    "bench",
+    "export",
+    "import_",
+    "demo",
+    "push",
+    "windows",
+    "compare",
+    "overhead",
+    "tiny_results",
+)

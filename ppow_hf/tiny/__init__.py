@@ -11,6 +11,7 @@ _DRAFTERS = {"tiny-eagle": "eagle", "tiny-standalone": "standalone"}
 _TARGET_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _DRAFTER_FILES = ("config.json", "model.safetensors")
 
+EMBEDDED_DRAFTERS = tuple(_DRAFTERS)
 EMBEDDED_NAMES = (*_TARGETS, *_DRAFTERS)
 
 

@@ -1,0 +1,78 @@
+"""`ppow tiny-results`: everything that quotes the embedded drafters, measured again from their weights."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..loading import check_positive, ensure_writable
+from ..tiny import EMBEDDED_DRAFTERS, drafter_path
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow tiny-results`."""
+    parser = commands.add_parser(
+        "tiny-results",
+        help="measure the embedded drafters again and write what quotes them",
+        description="For each embedded drafter run `ppow measure` and `ppow bench` in its folder and write its card; "
+        "then run `ppow windows` with tiny-eagle. To be run on a quiet machine whenever weights have changed.",
+    )
+    parser.add_argument(
+        "drafters", nargs="*", metavar="NAME", help=f"drafters (default: {' '.join(EMBEDDED_DRAFTERS)})"
+    )
+    parser.add_argument(
+        "--output-dir", default="model_cards", help="folder of the cards and of results/windows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE[:COLUMN]",
+        help="workloads of the window study beside stdlib; without any the study is left as it is",
+    )
+    parser.add_argument(
+        "--num-prompts", type=int, default=50, help="prompts that acceptance is measured on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bench-prompts", type=int, default=20, help="prompts that speed is measured on (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the commands one after the other; stops at the first that fails."""
+    from ..cli import main
+
+    for name in ("num_prompts", "bench_prompts"):
+        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    names = arguments.drafters or list(EMBEDDED_DRAFTERS)
+    unknown = sorted(set(names) - set(EMBEDDED_DRAFTERS))
+    if unknown:
+        raise ValueError(f"NAME: {unknown} are no embedded drafters; there are {list(EMBEDDED_DRAFTERS)}.")
+    cards = Path(arguments.output_dir)
+    ensure_writable(str(cards), "--output-dir")
+    runs: list[list[str]] = []
+    for name in names:
+        folder = drafter_path(name)
+        ensure_writable(str(folder), f"the folder of {name}")
+        pair = ["--target", "tiny", "--drafter", name]
+        runs += [
+            ["measure", *pair, "--prompts", "stdlib", "--num-prompts", str(arguments.num_prompts), "--temperature",
+             "0,1", "--half-precision", "bfloat16", "--json", str(folder / "acceptance.json")],
+            ["bench", *pair, "--standalone", "tiny-standalone", "--num-prompts", str(arguments.bench_prompts),
+             "--json", str(folder / "benchmark.json"), "--plot", str(folder / "windows.png")],
+            ["card", name, "--output", str(folder / "README.md")],
+        ]  # fmt: skip
+    if arguments.workloads:
+        runs.append(
+            ["windows", "--target", "tiny", "--drafter", "tiny-eagle", "--prompts", "stdlib", *arguments.workloads,
+             "--output-dir", str(cards / "results" / "windows")]
+        )  # fmt: skip
+    for argv in runs:
+        print("ppow", *argv[:5], "...", flush=True)
+        code = main(argv)
+        if code:
+            return code
+    for name in names:
+        shutil.copyfile(drafter_path(name) / "README.md", cards / f"{name}.md")
+    return 0
