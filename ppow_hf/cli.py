@@ -27,6 +27,7 @@ from .loading import (
     load_pair,
     load_target,
     load_tokenizer,
+    split_column,
 )
 from .tiny import is_embedded
 
@@ -258,10 +259,8 @@ def tiny_target(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments.family, max_steps=arguments.max_steps, num_layers=arguments.layers)
     texts = None
     if arguments.texts is not None:
-        file, columns = arguments.texts, "text"
-        if not Path(file).is_file() and ":" in file:
-            file, _, columns = file.rpartition(":")
-        texts = texts_of_rows(read_rows(file, "--texts"), columns.split(","), "--texts")
+        file, columns = split_column(arguments.texts)
+        texts = texts_of_rows(read_rows(file, "--texts"), (columns or "text").split(","), "--texts")
     make_target(arguments.output_dir, recipe, tokenizer=tokenizer, texts=texts)
     return 0
 

@@ -85,16 +85,44 @@ def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--d
         )
 
 
+def split_column(source: str) -> tuple[str, str | None]:
+    """`FILE[:COLUMN]` -> file, column."""
+    if Path(source).is_file() or ":" not in source:
+        return source, None
+    file, _, column = source.rpartition(":")
+    return file, column
+
+
+def parse_workload(text: str) -> tuple[str, str]:
+    """`[NAME=]FILE[:COLUMN]` -> name, and what [`load_prompts`] reads; raises as [`check_prompts`] does."""
+    name, _, source = text.rpartition("=")
+    check_prompts(source)
+    return name or Path(split_column(source)[0]).name.split(".")[0], source
+
+
+def check_prompts(source: str) -> None:
+    """Raise `FileNotFoundError` where [`load_prompts`] would find no file, before anything is loaded."""
+    file, _ = split_column(source)
+    if source != "stdlib" and not Path(file).is_file():
+        raise FileNotFoundError(
+            f"--prompts: there is no file {file!r}. Pass a .jsonl, .jsonl.gz or .txt file, with :COLUMN behind it "
+            "where the prompt is in another column than messages, prompt or text, or stdlib."
+        )
+
+
 def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
-    """Token ids `[1, n]` of the first `count` prompts of a file, or of held-out functions of the standard library."""
+    """Token ids `[1, n]` of the first `count` prompts of `FILE[:COLUMN]`, or of held-out functions of the standard
+    library."""
     import torch
 
-    from .data import extract_prompts
+    from .data import extract_prompts, read_rows
 
     context = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
     room = context - max_new_tokens
     if room < 1:
         raise ValueError(f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}.")
+    check_prompts(source)
+    source, column = split_column(source)
     rows: Any = source
     if source == "stdlib":
         from .tiny.corpus import function_prompts, standard_library
@@ -105,6 +133,11 @@ def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_t
     elif source.endswith(".txt"):
         lines = Path(source).read_text(encoding="utf-8").splitlines()
         rows = [{"prompt": line} for line in lines if line.strip()]
+    elif column is not None:
+        rows = read_rows(source, "--prompts")[:count]
+        if any(column not in row for row in rows):
+            raise ValueError(f"--prompts: {Path(source).name} has no column {column!r}; it has {sorted(rows[0])}.")
+        rows = [{"prompt": row[column]} for row in rows]
     prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
     return [torch.tensor([prompt]) for prompt in prompts]
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.benchmark import ForwardRecorder
 from ppow_hf.cli import main
-from ppow_hf.commands.windows import parse_workload
 from ppow_hf.evaluation import decode
+from ppow_hf.loading import parse_workload
 from ppow_hf.modeling_ppow import collect_target_states
 from ppow_hf.window_report import (
     MIXED,
@@ -389,8 +389,8 @@ def test_command_explains_its_mistakes(tmp_path, capsys):
     assert "has no column 'question'" in capsys.readouterr().err
     assert main([*base, "--prompts", str(file)]) == 2
     assert "--fit-prompts: 10 of the 1 prompts" in capsys.readouterr().err
-    assert parse_workload("stdlib") == ("stdlib", ("stdlib", None))
-    assert parse_workload(f"a={file}:q") == ("a", (str(file), "q"))
+    assert parse_workload("stdlib") == ("stdlib", "stdlib")
+    assert parse_workload(f"a={file}:q") == ("a", f"{file}:q") and parse_workload(str(file))[0] == "p"
 
 
 def test_bench_hands_its_options_to_the_study(capsys):

@@ -9,6 +9,7 @@ from ..loading import (
     STDLIB_PROMPT_TOKENS,
     add_models,
     check_positive,
+    check_prompts,
     check_tokenizer,
     ensure_file_writable,
     load_drafter,
@@ -34,7 +35,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--prompts",
         default="stdlib",
-        metavar="FILE",
+        metavar="FILE[:COLUMN]",
         help="a .jsonl file with prompt, messages or text; a .txt file with one prompt a line; or stdlib for "
         f"functions of the standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
     )
@@ -86,10 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("json", "plot"):
         if getattr(arguments, name):
             ensure_file_writable(getattr(arguments, name), f"--{name}")
-    if arguments.prompts != "stdlib" and not Path(arguments.prompts).is_file():
-        raise FileNotFoundError(
-            f"--prompts: there is no file {arguments.prompts!r}. Pass a .jsonl or .txt file, or stdlib."
-        )
+    check_prompts(arguments.prompts)
     target, tokenizer, drafter = load_pair(arguments)
     standalone = None
     if arguments.standalone:

@@ -5,7 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..loading import add_models, check_fits, check_positive, ensure_file_writable, load_pair, load_prompts
+from ..loading import (
+    add_models,
+    check_fits,
+    check_positive,
+    check_prompts,
+    ensure_file_writable,
+    load_pair,
+    load_prompts,
+)
 
 
 def register(commands: Any) -> None:
@@ -18,7 +26,10 @@ def register(commands: Any) -> None:
     )
     add_models(parser)
     parser.add_argument(
-        "--prompts", default="stdlib", metavar="FILE", help="prompts as for `ppow bench` (default: %(default)s)"
+        "--prompts",
+        default="stdlib",
+        metavar="FILE[:COLUMN]",
+        help="prompts as for `ppow bench` (default: %(default)s)",
     )
     parser.add_argument("--num-prompts", type=int, default=4, help="prompts taken (default: %(default)s)")
     parser.add_argument(
@@ -36,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     if arguments.json:
         ensure_file_writable(arguments.json, "--json")
+    check_prompts(arguments.prompts)
     target, tokenizer, drafter = load_pair(arguments)
     prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
     for prompt in prompts:

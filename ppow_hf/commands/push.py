@@ -14,6 +14,7 @@ from ..loading import (
     load_pair,
     load_prompts,
     load_target,
+    parse_workload,
     resolve,
 )
 from ..tiny import is_embedded
@@ -59,7 +60,7 @@ def register(commands: Any) -> None:
     measure.add_argument(
         "--prompts",
         action="append",
-        metavar="[NAME=]FILE",
+        metavar="[NAME=]FILE[:COLUMN]",
         help="a workload, may be given several times: a .jsonl or .txt file, or stdlib for functions of the standard "
         f"library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: stdlib)",
     )
@@ -149,12 +150,12 @@ def run_measure(arguments: argparse.Namespace) -> int:
         check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     ensure_file_writable(arguments.json, "--json")
     temperatures = _temperatures(arguments.temperature)
+    sources = dict(parse_workload(text) for text in arguments.prompts or ["stdlib"])
     target, tokenizer, drafter = load_pair(arguments)
     workloads = {}
-    for source in arguments.prompts or ["stdlib"]:
-        name, _, file = source.rpartition("=")
-        prompts = load_prompts(file, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
-        workloads[name or _workload_name(file)] = [ids[0].tolist() for ids in prompts]
+    for name, source in sources.items():
+        prompts = load_prompts(source, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+        workloads[name] = [ids[0].tolist() for ids in prompts]
     from ..benchmark import write_benchmark
     from ..metrics import measure_acceptance
 
@@ -205,9 +206,3 @@ def _temperatures(text: str) -> list[float]:
     if not all(0 <= value < float("inf") for value in values):
         raise ValueError(f"--temperature: {text!r} given; 0 (greedy) or positive numbers are needed.")
     return values
-
-
-def _workload_name(file: str) -> str:
-    from pathlib import Path
-
-    return Path(file).name.split(".")[0]

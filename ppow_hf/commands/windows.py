@@ -1,12 +1,11 @@
 """`ppow windows`: what each window rule is worth, on a table of drafts from every prefix of the target's text."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..loading import add_models, check_positive, ensure_writable, load_pair, load_prompts
+from ..loading import add_models, check_positive, ensure_writable, load_pair, load_prompts, parse_workload
 
 PLOTTED_COST = "0.12"
 MACHINE = "this machine"
@@ -73,8 +72,7 @@ def windows(arguments: argparse.Namespace) -> int:
     workloads = dict(parse_workload(text) for text in arguments.prompts)
     target, tokenizer, drafter = load_pair(arguments)
     prompts = {
-        name: workload_prompts(name, source, column, arguments, tokenizer, target)
-        for name, (source, column) in workloads.items()
+        name: workload_prompts(name, arguments, source, tokenizer, target) for name, source in workloads.items()
     }
 
     from .. import provenance
@@ -162,39 +160,10 @@ def windows(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse_workload(text: str) -> tuple[str, tuple[str, str | None]]:
-    """`[NAME=]FILE[:COLUMN]` -> name, (file or `stdlib`, column or `None`)."""
-    name, equals, source = text.rpartition("=")
-    column = None
-    if not Path(source).is_file() and ":" in source:
-        source, _, column = source.rpartition(":")
-    if source != "stdlib" and not Path(source).is_file():
-        raise FileNotFoundError(
-            f"--prompts: there is no file {source!r}. Pass a .jsonl or .jsonl.gz file, with :COLUMN behind it where "
-            "the prompt is in another column than prompt, or stdlib."
-        )
-    return (name if equals else Path(source).name.split(".")[0]), (source, column)
-
-
-def workload_prompts(
-    name: str, source: str, column: str | None, arguments: argparse.Namespace, tokenizer: Any, target: Any
-) -> list[Any]:
+def workload_prompts(name: str, arguments: argparse.Namespace, source: str, tokenizer: Any, target: Any) -> list[Any]:
     """Token ids `[1, n]` of the workload's first prompts: those to fit on, then those to compare on."""
     count = arguments.fit_prompts + arguments.num_prompts
-    if column is None:
-        prompts = load_prompts(source, count, tokenizer, target, arguments.max_new_tokens)
-    else:
-        import tempfile
-
-        from ..data import read_rows
-
-        rows = read_rows(source, "--prompts")[:count]
-        if any(column not in row for row in rows):
-            raise ValueError(f"--prompts: {name} has no column {column!r}; it has {sorted(rows[0])}.")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "prompts.jsonl")
-            path.write_text("".join(json.dumps({"prompt": row[column]}) + "\n" for row in rows), encoding="utf-8")
-            prompts = load_prompts(str(path), count, tokenizer, target, arguments.max_new_tokens)
+    prompts = load_prompts(source, count, tokenizer, target, arguments.max_new_tokens)
     if len(prompts) <= arguments.fit_prompts:
         raise ValueError(
             f"--fit-prompts: {arguments.fit_prompts} of the {len(prompts)} prompts of {name} are to be fitted on, "
