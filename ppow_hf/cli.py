@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--architecture", choices=["eagle", "standalone"], default="eagle", help="architecture (default: %(default)s)"
     )
     tiny_draft.add_argument(
-        "--minutes", type=float, default=60.0, help="time for the two training stages (default: %(default)s)"
+        "--minutes", type=float, default=60.0, help="time for all training stages together (default: %(default)s)"
     )
     tiny_draft.add_argument(
         "--sequences", type=int, default=4000, help="texts that the target writes first (default: %(default)s)"

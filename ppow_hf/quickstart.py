@@ -37,7 +37,7 @@ def run(
         prompts (`int`, *optional*, defaults to `20`): held-out functions to complete.
         max_new_tokens (`int`, *optional*, defaults to `64`): tokens generated behind each.
         seed (`int`, *optional*, defaults to `0`): of data and training.
-        minutes (`float`, *optional*, defaults to `3.2`): time for the two training stages together.
+        minutes (`float`, *optional*, defaults to `3.2`): time for the training stages together.
         architecture (`str`, *optional*, defaults to `"standalone"`):
             `"standalone"`, which learns the most in these minutes and which transformers' own assisted generation
             takes too, so that both run the same drafter; or `"eagle"`, compared with the embedded standalone one.

@@ -140,7 +140,7 @@ def make_drafter(
 ) -> PPOWDrafter:
     """Train a drafter for an embedded target and write it to `output_dir`, the supervised stage beside it.
 
-    Writes bfloat16 safetensors, tokenizer, `training_log.json` (both stages), `provenance.json` and `training.png`.
+    Writes bfloat16 safetensors, tokenizer, `training_log.json` (all stages), `provenance.json` and `training.png`.
     `start` is the folder of a drafter that this function made: its supervised stage, or where that was not kept the
     drafter itself, is gone on with and its log continued; another `seed` gives other training data. The held-out
     prompts are always the same. `settings` are PPOWTrainingArguments of all stages.

@@ -109,15 +109,19 @@ def length_weights(
     of a window that is kept, [`expected_length`] over its length.
 
     `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of that; of features along the text (J = 1)
-    every `max_window` in a row are a window. The other arguments are of the rows; with `places` `[R]` their sources
-    are `sources[places]`.
+    every `max_window` in a row are a window. The other arguments are of the rows; with `places` `[R]`, ascending,
+    their sources are `sources[places]`.
     """
     rows = []
     for start in range(0, len(features), args.chunk_size):
         part = slice(start, start + args.chunk_size)
         draft = drafter.draft_logits(features[part]).float()
-        here = sources[part] if places is None else sources[places[part]]
-        draft, goal = paired_logits(drafter, target, draft, here)
+        if places is None:
+            draft, goal = paired_logits(drafter, target, draft, sources[part])
+        else:  # rows of one place share its target logits
+            own_places, goal_rows = torch.unique_consecutive(places[part], return_inverse=True)
+            draft, goal = paired_logits(drafter, target, draft, sources[own_places])
+            goal = goal[goal_rows]
         own = draft_labels(drafter, labels[part], draft.shape[-1])
         both = keep_probabilities(goal, draft, own, args.rollout_temperature, args.target_temperature)
         rows.append(torch.stack(both, -1))
