@@ -803,6 +803,55 @@ def test_expected_length_equals_drafting_on_the_text(
     assert loss == pytest.approx(expected_loss, rel=1e-4)
 
 
+def naive_reached_kl(trainer, inputs, prefixes, length: int) -> torch.Tensor:
+    """Mean over a window's tokens of KL(P||Q), each as far as drafts from Q at `rollout_temperature` stay on the text."""
+    args, drafter, total = trainer.args, trainer.model, torch.zeros(())
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        for prefix in prefixes[row]:
+            window = ids[prefix + 1 : prefix + 1 + length]
+            along = target_logits_along(trainer.target_model, ids, prefix, window)
+            drafts = draft_logits_along(drafter, trainer.target_model, ids, prefix, window)
+            reached = 1.0
+            for j, token in enumerate(window):
+                if not inputs["loss_mask"][row, prefix + 1 + j]:
+                    break
+                total = total + reached * kl(along[j], drafts[j])
+                q = (drafts[j] / args.rollout_temperature).softmax(-1)[token].item()
+                reached *= q if int(along[j].argmax()) == token else 0.0
+    return total / length
+
+
+@pytest.mark.parametrize("architecture", ["eagle", "standalone"])
+@pytest.mark.parametrize("chunk_size", [7, 1024])
+def test_tokens_count_as_far_as_their_windows_reach_them(make_trainer, make_target, architecture, chunk_size):
+    """Alone, and beside the expected length, whose own weights are not weighted again."""
+    target = make_target("llama", initializer_range=0.3)
+    texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
+    masks = [[True] * 4 + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 15)]
+    losses, gradients = [], []
+    for objective in ("0.5*kl", "0.5*kl + 0.7*expected_length", "0.7*expected_length"):
+        trainer = make_trainer(
+            architecture, objective, dataset=SequenceDataset(texts, masks), chunk_size=chunk_size, unroll_steps=3,
+            text_weighting="reached", rollout_temperature=1.0,
+        )  # fmt: skip
+        inputs = batch_of(trainer.train_dataset)
+        trainer.model.eval()
+        loss, found = backward(trainer, lambda t=trainer, i=inputs: t.compute_loss(t.model, i))
+        losses.append(loss)
+        gradients.append(found)
+    trainer = make_trainer(architecture, "kl", dataset=trainer.train_dataset, rollout_temperature=1.0)
+    trainer.model.eval()
+    first = trainer.model.draft_model.first_prefix
+    prefixes = [range(first, len(text) - 1) for text in texts]
+    items = inputs["loss_mask"][:, 1:].sum()
+    expected_loss, expected = backward(
+        trainer, lambda: 0.5 * naive_reached_kl(trainer, inputs, prefixes, 3 if first else WINDOW) / items
+    )  # fmt: skip
+    same_gradients(gradients[0], expected)
+    assert losses[0] == pytest.approx(expected_loss, rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0] + losses[2], rel=1e-4)
+
+
 def test_a_drafter_is_unrolled_as_deep_as_its_windows(make_trainer):
     losses = []
     for settings in ({}, {"unroll_steps": WINDOW}, {"unroll_steps": 2}):

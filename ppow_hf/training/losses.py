@@ -152,7 +152,8 @@ def text_loss(
     inputs: Mapping[str, torch.Tensor],
     sources: torch.Tensor,
 ) -> Loss:
-    """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j decay."""
+    """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j count by
+    `text_weighting`."""
     input_ids, mask = inputs["input_ids"], inputs["loss_mask"]
     steps = torch.arange(features.shape[2], device=input_ids.device)
     places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
@@ -168,10 +169,13 @@ def text_loss(
     flat_sources = sources.flatten(0, 1)
     of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
     of_steps, by_length = of_steps[learned][order], None
-    if "expected_length" in names:  # of whole windows: the steps' weights, which are for means over them, are undone
+    by_reach = args.text_weighting == "reached"
+    if "expected_length" in names or by_reach:
         along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
         by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
-        by_length = by_length / of_steps[:, None]
+    if by_reach and by_length is not None:  # what a row is kept with counts as far as its window reaches it
+        of_steps = by_length[:, 0]
+    of_windows = torch.tensor([[name == "expected_length"] for name in names], device=input_ids.device)
 
     def chunk(features, numbers, labels, of_steps, is_first, by_length):
         own_places, goal_rows = torch.unique_consecutive(numbers, return_inverse=True)
@@ -179,7 +183,7 @@ def text_loss(
         draft, goal = paired_logits(drafter, target, draft, flat_sources[own_places])
         labels = draft_labels(drafter, labels, draft.shape[-1])
         terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
-        loss = (coefficients[:, None] * terms * of_steps).sum()
+        loss = (coefficients[:, None] * torch.where(of_windows, terms, terms * of_steps)).sum()
         with torch.no_grad():
             draft, goal, noted = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
             agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
