@@ -804,7 +804,7 @@ def test_expected_length_equals_drafting_on_the_text(
 
 
 def naive_reached_kl(trainer, inputs, prefixes, length: int) -> torch.Tensor:
-    """Mean over a window's tokens of KL(P||Q), each as far as drafts from Q at `rollout_temperature` stay on the text."""
+    """Mean over windows' tokens of KL(P||Q), each as far as drafts at `rollout_temperature` stay on the text."""
     args, drafter, total = trainer.args, trainer.model, torch.zeros(())
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         for prefix in prefixes[row]:

@@ -136,7 +136,7 @@ class PPOWTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Unrolled draft steps of an eagle drafter (supervised); None: max_window."}
     )
     unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
-    text_weighting: str = field(default="decay", metadata={"help": "'decay' or 'reached': what a text's token counts."})
+    text_weighting: str = field(default="decay", metadata={"help": "'decay' or 'reached': weight of a text's token."})
     lk_decay: float = field(default=3.0, metadata={"help": "How fast lk_hybrid goes from KL to TV."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
