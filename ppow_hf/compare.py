@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from .compare_data import SPLITS, longest_sequence, prepare, write_whole
+from .compare_data import SPLITS, longest_sequence, prepare, training_text, write_whole
 from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, target_entropy
 from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
@@ -49,6 +49,7 @@ class CompareConfig:
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
         training (`dict`): training arguments of every recipe.
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
+            `regenerate_temperature` there says how the target writes that recipe's text; the others' is of T = 0.
         baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
         select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
         groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`]; all
@@ -355,12 +356,16 @@ class Comparison:
         folder = self._run_folder(facts)
         drafter = PPOWDrafter.from_pretrained(self.folder / "start", dtype=torch.float32).to(self.target.device)
         settings = {k: v for k, v in self.config.recipes[recipe].items() if k != "learning_rates"}
+        data = self.data
+        if "regenerate_temperature" in settings:
+            temperature = settings["regenerate_temperature"]
+            data = training_text(self.config, self.folder, self.target, self.tokenizer, temperature=temperature)
         curve: list[list[float]] = []
         counter = Budget(
             budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter, counter, curve)
         )
         trainer = train(
-            drafter, self.target, self.data, {**self.config.training, **settings}, counter, rate, seed, folder,
+            drafter, self.target, data, {**self.config.training, **settings}, counter, rate, seed, folder,
             self.max_length, self._keep_bytes,
         )  # fmt: skip
         names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")

@@ -32,10 +32,7 @@ def prepare(
     """The sequences that the target wrote to train on, and the texts of both splits; kept in `folder`."""
     data, path = config.data, folder / "texts.json"
     train_rows, evaluation_rows = workload_rows(config, tokenizer)
-    sequences = regenerate(
-        train_rows, target, tokenizer, max_length=longest_sequence(config),
-        max_new_tokens=data["completion_tokens"], batch_size=32, cache_dir=folder / "data",
-    )  # fmt: skip
+    sequences = training_text(config, folder, target, tokenizer, train_rows)
     if not path.is_file():
         scratch = PPOWDrafter.from_target(target, "standalone").to(target.device)
         found = {}
@@ -52,7 +49,20 @@ def prepare(
     for split, parts in json.loads(path.read_text()).items():
         sampled = [SampledText(**text) for text in parts["sampled"]]
         splits[split] = EvaluationTexts(parts["prompts"], parts["greedy"], sampled, data["completion_tokens"])
-    return all_positions(sequences), splits
+    return sequences, splits
+
+
+def training_text(
+    config: "CompareConfig", folder: Path, target: Any, tokenizer: Any, rows: list[dict] | None = None,
+    temperature: float | list[float] = 0.0,
+) -> SequenceDataset:  # fmt: skip
+    """What the target writes behind the workload's training prompts (`rows`, where they are at hand)."""
+    sequences = regenerate(
+        workload_rows(config, tokenizer)[0] if rows is None else rows, target, tokenizer,
+        max_length=longest_sequence(config), max_new_tokens=config.data["completion_tokens"], batch_size=32,
+        temperature=temperature, cache_dir=folder / "data",
+    )  # fmt: skip
+    return all_positions(sequences)
 
 
 def workload_rows(config: "CompareConfig", tokenizer: Any) -> tuple[list[dict], dict[str, list[dict]]]:

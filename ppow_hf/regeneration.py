@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def regenerate(
     *,
     max_length: int,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     batch_size: int = 8,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
@@ -56,14 +57,16 @@ def regenerate(
         max_length (`int`): tokens in the longest sequence, prompt and completion together. Prompts are cut to the
             larger of `max_length - max_new_tokens` and half of `max_length`.
         max_new_tokens (`int`): tokens in the longest completion.
-        temperature (`float`, *optional*, defaults to `0.0`): 0 takes the most likely token, above 0 samples.
+        temperature (`float` or `Sequence[float]`, *optional*, defaults to `0.0`):
+            0 takes the most likely token, above 0 samples; of several, prompts take one after the other in turn.
         batch_size (`int`, *optional*, defaults to `8`): prompts that are completed at once.
         seed (`int`, *optional*, defaults to `0`): with a temperature, decides the samples, together with `batch_size`.
         cache_dir (`str` or `os.PathLike`, *optional*): folder of the results on disk; by default
             `$HF_HOME/ppow_hf/regenerated`, or `~/.cache/ppow_hf/regenerated` where `HF_HOME` is not set.
         argument (`str`, *optional*, defaults to `"train_dataset"`): name of the argument in errors and warnings.
 
-    Returns a [`SequenceDataset`] with loss on the completions, marked as written by the target where T = 0.
+    Returns a [`SequenceDataset`] in the order of the prompts, with loss on the completions, marked as written by the
+    target where T = 0.
 
     Raises `ValueError` for settings out of range, for a dataset without prompts, and for a prompt that fills the
     target's context.
@@ -73,10 +76,13 @@ def regenerate(
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise ValueError(f"{name}: {value} given. Pass {least} or more.")
-    if temperature < 0:
+    temperatures = [float(temperature)] if isinstance(temperature, int | float) else [float(t) for t in temperature]
+    if not temperatures or min(temperatures) < 0:
         raise ValueError(f"temperature: {temperature} given. Pass 0 for the most likely token, or more to sample.")
 
     prompts = extract_prompts(source, tokenizer, max(max_length - max_new_tokens, max_length // 2), argument)
+    if len(prompts) < len(temperatures):
+        raise ValueError(f"temperature: {len(temperatures)} given for {len(prompts)} prompts. Pass more prompts.")
     context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
     if context_length is not None and len(prompts[longest]) >= context_length:
@@ -89,30 +95,39 @@ def regenerate(
     length_limit = max_length if context_length is None else min(max_length, context_length)
 
     eos_token_ids = _eos_token_ids(target, tokenizer)
-    settings: dict[str, Any] = {
-        "length_limit": length_limit,
-        "max_new_tokens": max_new_tokens,
-        "temperature": float(temperature),
-        "eos_token_ids": eos_token_ids,
-    }
-    if temperature > 0:  # at T = 0 neither changes what is written
-        settings |= {"seed": seed, "batch_size": batch_size}
+    pad_token_id = tokenizer.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
     cache_folder = Path(cache_dir) if cache_dir is not None else _default_cache_folder()
     cache_folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after
-    tensors_path = cache_folder / f"{_cache_key(prompts, target, settings)}.safetensors"
+    parts = []
+    for number, each in enumerate(temperatures):
+        own_prompts = prompts[number :: len(temperatures)]
+        settings: dict[str, Any] = {
+            "length_limit": length_limit,
+            "max_new_tokens": max_new_tokens,
+            "temperature": each,
+            "eos_token_ids": eos_token_ids,
+        }
+        if each > 0:  # at T = 0 neither changes what is written
+            settings |= {"seed": seed, "batch_size": batch_size}
+        tensors_path = cache_folder / f"{_cache_key(own_prompts, target, settings)}.safetensors"
+        dataset = _load_cached(tensors_path, own_prompts, each)
+        if dataset is None:
+            completions = _generate_completions(
+                own_prompts, target, length_limit, max_new_tokens, each, batch_size, seed, eos_token_ids, pad_token_id
+            )
+            sequences = [prompt + completion for prompt, completion in zip(own_prompts, completions, strict=True)]
+            dataset = _regenerated_dataset(sequences, own_prompts, each)
+            _save_cached(tensors_path, dataset, target, settings)
+        parts.append(dataset)
+    return parts[0] if len(parts) == 1 else _in_turn(parts)
 
-    dataset = _load_cached(tensors_path, prompts, temperature)
-    if dataset is None:
-        pad_token_id = tokenizer.pad_token_id
-        if pad_token_id is None:
-            pad_token_id = eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
-        completions = _generate_completions(
-            prompts, target, length_limit, max_new_tokens, temperature, batch_size, seed, eos_token_ids, pad_token_id
-        )
-        sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        dataset = _regenerated_dataset(sequences, prompts, temperature)
-        _save_cached(tensors_path, dataset, target, settings)
-    return dataset
+
+def _in_turn(parts: list[SequenceDataset]) -> SequenceDataset:
+    """One sequence of each part after the other."""
+    items = [parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts)))]
+    return SequenceDataset(*([item[name] for item in items] for name in ("input_ids", "loss_mask", "target_written")))
 
 
 def _eos_token_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -244,7 +244,7 @@ def cell(tmp_path_factory, make_target):
         "curve_points": 2,
         "curve_prompts": 2,
         "baselines": ["cst", "lk"],
-        "recipes": {"cst": {"objective": "supervised"}, "lk": {"objective": "lk", "learning_rates": [1e-3]},
+        "recipes": {"cst": {"objective": "supervised"}, "lk": {"objective": "lk", "learning_rates": [1e-3], "regenerate_temperature": [0.0, 1.0]},
                     "ppow": {"objective": "ppow"}},
     }  # fmt: skip
     (folder / "compare.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -290,6 +290,14 @@ def test_a_comparison_trains_chooses_and_tests_every_recipe(compared):
         assert ("group_t0_c2" in own) == ("speed_t0_0.12" in own) == ("tree_t1_n4" in own) == tested and (
             not tested or len(own["tree_t0_n4"]) == 3
         )
+
+
+def test_a_recipe_may_have_text_of_its_own_temperatures(compared):
+    written = [json.loads(path.read_text()) for path in (compared / "data").glob("*.json")]
+    facts = sorted((data["settings"]["temperature"], data["sequences"]) for data in written)
+    assert facts == [(0.0, 6), (0.0, 12), (1.0, 6)]
+    of_lk = [line for line in read(compared) if line["recipe"] == "lk" and "training" in line]
+    assert of_lk and all(x["training"]["settings"]["regenerate_temperature"] == [0.0, 1.0] for x in of_lk)
 
 
 def test_every_recipe_gets_the_same_budget_and_its_curve(compared):

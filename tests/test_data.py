@@ -396,6 +396,22 @@ def test_samples_depend_on_the_seed_alone_and_are_not_marked_as_greedy(target, t
     assert first[0]["loss_mask"].any() and not first[0]["target_written"].any()
 
 
+def test_prompts_take_several_temperatures_in_turn(target, tokenizer, tmp_path):
+    options = {"max_length": 96, "max_new_tokens": 6, "cache_dir": tmp_path}
+    mixed = regenerate(PROMPTS, target, tokenizer, temperature=[0.0, 1.5], **options)
+    greedy = regenerate(PROMPTS, target, tokenizer, **options)
+    sampled = regenerate(PROMPTS[1::2], target, tokenizer, temperature=1.5, **options)
+    assert len(mixed) == len(PROMPTS) >= 3
+    for place in range(len(PROMPTS)):
+        expected = sampled[place // 2] if place % 2 else greedy[place]
+        for name in ("input_ids", "loss_mask", "target_written"):
+            assert torch.equal(mixed[place][name], expected[name]), (place, name)
+    again = regenerate(PROMPTS, target, tokenizer, temperature=[0.0, 1.5], **options)
+    assert again.fingerprint == mixed.fingerprint != greedy.fingerprint
+    with pytest.raises(ValueError, match="temperature: 5 given"):
+        regenerate(PROMPTS[:2], target, tokenizer, temperature=[0.0] * 5, **options)
+
+
 def test_samples_follow_the_targets_distribution_at_the_temperature(target, tokenizer, tmp_path):
     repeats, temperature = 2000, 2.0
     dataset = regenerate(

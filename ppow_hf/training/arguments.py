@@ -41,8 +41,11 @@ class PPOWTrainingArguments(TrainingArguments):
         packing (`bool`, *optional*, defaults to `True`): whether `text` rows are joined and cut into full sequences.
         regenerate (`bool`, *optional*, defaults to `False`):
             Whether the target writes the completions itself first. Drafters must learn the target's own text.
-        regenerate_temperature (`float`, *optional*, defaults to `0.0`), max_new_tokens (`int`, *optional*, defaults to
-            `128`), regenerate_batch_size (`int`, *optional*, defaults to `16`): how it writes them.
+        regenerate_temperature (`float` or `list[float]`, *optional*, defaults to `0.0`):
+            At which temperature it writes; of several, prompts take one after the other in turn. Text at T = 0 teaches
+            greedy decoding, `[0.0, 1.0]` sampling too; windows are verified by the text only where all of it is T = 0.
+        max_new_tokens (`int`, *optional*, defaults to `128`), regenerate_batch_size (`int`, *optional*, defaults to
+            `16`): tokens of a completion, and prompts completed at once.
 
         > Parameters of the supervised objective
 
@@ -127,7 +130,9 @@ class PPOWTrainingArguments(TrainingArguments):
     max_length: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
     packing: bool = field(default=True, metadata={"help": "Join text rows and cut them into full sequences."})
     regenerate: bool = field(default=False, metadata={"help": "Let the target write the completions first."})
-    regenerate_temperature: float = field(default=0.0, metadata={"help": "Temperature of those completions."})
+    regenerate_temperature: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "Temperature of those completions; several: in turn."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest completion of regenerate."})
     regenerate_batch_size: int = field(default=16, metadata={"help": "Prompts completed at once."})
     ce_weight: float = field(default=0.1, metadata={"help": "Weight of -log Q(text) (supervised)."})
@@ -175,6 +180,8 @@ class PPOWTrainingArguments(TrainingArguments):
         super().__post_init__()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
+        if isinstance(self.regenerate_temperature, int | float):
+            self.regenerate_temperature = [float(self.regenerate_temperature)]
         self.weights_at(0.0)
         for name, accepted in (
             ("advantages", ("standardized", "leave_one_out")),
@@ -205,11 +212,15 @@ class PPOWTrainingArguments(TrainingArguments):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must be above 0.")
         for name in (
-            "target_temperature", "regenerate_temperature", "ce_weight", "kl_weight", "speedup_weight",
+            "target_temperature", "ce_weight", "kl_weight", "speedup_weight",
             "throughput_weight", "proximity_weight", "kl_coef", "text_kl_coef", "adaw_start",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must not be negative.")
+        if not self.regenerate_temperature or min(self.regenerate_temperature) < 0:
+            raise ValueError(
+                f"regenerate_temperature: {self.regenerate_temperature} given; pass numbers that are not negative."
+            )
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
         if self.uses_rollouts and self.max_length <= self.max_window:
