@@ -244,7 +244,8 @@ def cell(tmp_path_factory, make_target):
         "curve_points": 2,
         "curve_prompts": 2,
         "baselines": ["cst", "lk"],
-        "recipes": {"cst": {"objective": "supervised"}, "lk": {"objective": "lk", "learning_rates": [1e-3], "regenerate_temperature": [0.0, 1.0]},
+        "recipes": {"cst": {"objective": "supervised"}, "lk": {"objective": "lk", "learning_rates": [1e-3],
+                                                              "regenerate_temperature": [0.0, 1.0]},
                     "ppow": {"objective": "ppow"}},
     }  # fmt: skip
     (folder / "compare.yaml").write_text(json.dumps(config))  # JSON is YAML
