@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
 from ppow_hf.tiny import drafter_path, drafters, target_path
-from ppow_hf.tiny.corpus import function_prompts, is_held_out, standard_library
+from ppow_hf.tiny.corpus import SourceFile, excerpts, function_prompts, is_held_out, standard_library
 from ppow_hf.tiny.drafters import default_stages, make_drafter
 from ppow_hf.tiny.recipe import (
     QWEN3_RECIPE,
@@ -34,6 +35,21 @@ def files():
 def pair():
     target = AutoModelForCausalLM.from_pretrained(target_path(), dtype=torch.float32).eval()
     return target, AutoTokenizer.from_pretrained(target_path())
+
+
+def test_excerpts_are_those_of_files_that_are_all_encoded(files, pair):
+    tokenizer, length = pair[1], 64
+    short = [SourceFile(f"short.{n}", "x = 1\n" * n, True) for n in range(1, 40)]
+    some = [file for file in files if file.held_out][:30] + short
+    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in some]
+    long_enough = [tokens for tokens in ids if len(tokens) > length]
+    assert 30 < len(long_enough) < len(some)
+    chooser, expected = random.Random(5), []
+    for _ in range(40):
+        tokens = chooser.choice(long_enough)
+        start = chooser.randrange(len(tokens) - length)
+        expected.append({"text": tokenizer.decode(tokens[start : start + length])})
+    assert excerpts(some, tokenizer, 40, length, 5) == expected
 
 
 def held_out_prompts(files, tokenizer, count):

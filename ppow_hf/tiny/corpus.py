@@ -4,6 +4,7 @@ Knows files, modules and rows; knows nothing about models or training.
 """
 
 import ast
+import functools
 import hashlib
 import random
 import sysconfig
@@ -90,12 +91,20 @@ def openings(files: list[SourceFile], count: int) -> list[str]:
 
 
 def excerpts(files: list[SourceFile], tokenizer: Any, count: int, length: int, seed: int) -> list[dict[str, str]]:
-    """`count` excerpts of `length` tokens from files chosen at random, as rows of text."""
-    ids = [tokenizer(file.text, add_special_tokens=False)["input_ids"] for file in files]
-    ids = [tokens for tokens in ids if len(tokens) > length]
+    """`count` excerpts of `length` tokens from files chosen at random, as rows of text.
+
+    Only what is chosen is encoded, beside files that may be too short.
+    """
+
+    @functools.cache
+    def encoded(place: int) -> list[int]:
+        return tokenizer(files[place].text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    surely_longer = length * max(map(len, tokenizer.get_vocab()))
+    places = [n for n, file in enumerate(files) if len(file.text) > surely_longer or len(encoded(n)) > length]
     chooser, rows = random.Random(seed), []
     for _ in range(count):
-        tokens = chooser.choice(ids)
+        tokens = encoded(chooser.choice(places))
         start = chooser.randrange(len(tokens) - length)
         rows.append({"text": tokenizer.decode(tokens[start : start + length])})
     return rows
