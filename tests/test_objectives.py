@@ -20,6 +20,7 @@ from ppow_hf.training.objectives import (
     reverse_kl,
     sum_over_chunks,
     total_variation,
+    visit_probabilities,
 )
 from ppow_hf.training.rewards import (
     candidate_rewards,
@@ -524,3 +525,29 @@ def test_extreme_random_numbers_and_zero_priorities_choose_only_eligible_prefixe
     eligible = torch.tensor([[False, True, False, True]])
     chosen, has_any = choose_prefixes(eligible, torch.full((1, 4), uniform), 2, torch.zeros(1, 4))
     assert chosen.tolist() == [[1, 3]] and has_any.all()
+
+
+def test_visits_are_those_of_decoding_the_text():
+    """With verdicts that are certain, one decoding; with others, the mean over all verdicts that could come."""
+    count, window = 5, 2
+
+    def decode(verdicts) -> torch.Tensor:
+        visits, prefix = torch.zeros(count, window), 0
+        while prefix < count:
+            kept = 0
+            while kept < window:
+                visits[prefix, kept] += 1
+                if not verdicts[prefix][kept]:
+                    break
+                kept += 1
+            prefix += kept + 1
+        return visits
+
+    chances = torch.rand(1, count, window, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(count, window)
+    for bits in itertools.product((False, True), repeat=count * window):
+        verdicts = torch.tensor(bits).view(count, window)
+        certain = verdicts[None].float()
+        assert torch.equal(visit_probabilities(certain)[0], decode(verdicts.tolist()))
+        expected += torch.where(verdicts, chances[0], 1 - chances[0]).prod() * decode(verdicts.tolist())
+    torch.testing.assert_close(visit_probabilities(chances)[0], expected)

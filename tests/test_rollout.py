@@ -803,27 +803,33 @@ def test_expected_length_equals_drafting_on_the_text(
     assert loss == pytest.approx(expected_loss, rel=1e-4)
 
 
-def naive_reached_kl(trainer, inputs, prefixes, length: int) -> torch.Tensor:
-    """Mean over windows' tokens of KL(P||Q), each as far as drafts at `rollout_temperature` stay on the text."""
+def naive_weighted_kl(trainer, inputs, prefixes, length: int, weighting: str) -> torch.Tensor:
+    """KL(P||Q) of windows' tokens, each as far as drafts at `rollout_temperature` stay on the text (reached; a mean
+    over a window's tokens), or only as far as rounds begin where the window does (visited)."""
     args, drafter, total = trainer.args, trainer.model, torch.zeros(())
     for row, ids in enumerate(inputs["input_ids"].tolist()):
+        begins = dict.fromkeys(range(len(ids) + length + 1), 0.0) | {prefixes[row][0]: 1.0}
         for prefix in prefixes[row]:
             window = ids[prefix + 1 : prefix + 1 + length]
             along = target_logits_along(trainer.target_model, ids, prefix, window)
             drafts = draft_logits_along(drafter, trainer.target_model, ids, prefix, window)
             reached = 1.0
-            for j, token in enumerate(window):
-                if not inputs["loss_mask"][row, prefix + 1 + j]:
-                    break
-                total = total + reached * kl(along[j], drafts[j])
-                q = (drafts[j] / args.rollout_temperature).softmax(-1)[token].item()
-                reached *= q if int(along[j].argmax()) == token else 0.0
-    return total / length
+            weight = 1 / length if weighting == "reached" else begins[prefix]
+            for j in range(length):
+                follows = 0.0
+                if j < len(window) and inputs["loss_mask"][row, prefix + 1 + j]:
+                    total = total + weight * reached * kl(along[j], drafts[j])
+                    q = (drafts[j] / args.rollout_temperature).softmax(-1)[window[j]].item()
+                    follows = q if int(along[j].argmax()) == window[j] else 0.0
+                begins[prefix + j + 1] += begins[prefix] * reached * (1 - follows)
+                reached *= follows
+            begins[prefix + length + 1] += begins[prefix] * reached
+    return total
 
 
 @pytest.mark.parametrize("architecture", ["eagle", "standalone"])
-@pytest.mark.parametrize("chunk_size", [7, 1024])
-def test_tokens_count_as_far_as_their_windows_reach_them(make_trainer, make_target, architecture, chunk_size):
+@pytest.mark.parametrize(("weighting", "chunk_size"), [("reached", 7), ("visited", 7), ("visited", 1024)])
+def test_tokens_count_as_far_as_their_windows_get(make_trainer, make_target, architecture, weighting, chunk_size):
     """Alone, and beside the expected length, whose own weights are not weighted again."""
     target = make_target("llama", initializer_range=0.3)
     texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
@@ -832,7 +838,7 @@ def test_tokens_count_as_far_as_their_windows_reach_them(make_trainer, make_targ
     for objective in ("0.5*kl", "0.5*kl + 0.7*expected_length", "0.7*expected_length"):
         trainer = make_trainer(
             architecture, objective, dataset=SequenceDataset(texts, masks), chunk_size=chunk_size, unroll_steps=3,
-            text_weighting="reached", rollout_temperature=1.0,
+            text_weighting=weighting, rollout_temperature=1.0,
         )  # fmt: skip
         inputs = batch_of(trainer.train_dataset)
         trainer.model.eval()
@@ -843,9 +849,9 @@ def test_tokens_count_as_far_as_their_windows_reach_them(make_trainer, make_targ
     trainer.model.eval()
     first = trainer.model.draft_model.first_prefix
     prefixes = [range(first, len(text) - 1) for text in texts]
-    items = inputs["loss_mask"][:, 1:].sum()
+    items, length = inputs["loss_mask"][:, 1:].sum(), 3 if first else WINDOW
     expected_loss, expected = backward(
-        trainer, lambda: 0.5 * naive_reached_kl(trainer, inputs, prefixes, 3 if first else WINDOW) / items
+        trainer, lambda: 0.5 * naive_weighted_kl(trainer, inputs, prefixes, length, weighting) / items
     )  # fmt: skip
     same_gradients(gradients[0], expected)
     assert losses[0] == pytest.approx(expected_loss, rel=1e-4)

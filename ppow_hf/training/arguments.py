@@ -59,8 +59,9 @@ class PPOWTrainingArguments(TrainingArguments):
         text_weighting (`str`, *optional*, defaults to `"decay"`):
             How much a token counts in the terms along the text: `"decay"`, every one alike, unrolled steps by
             `unroll_decay`; `"reached"`, by the probability that a window drafted at `rollout_temperature` is still on
-            the text there, so that a drafter learns what it gets to draft: the mean over the windows of `unroll_steps`
-            (eagle) or `max_window` tokens that contain it [ours]. Not of the terms beside windows' ones.
+            the text there: the mean over the windows of `unroll_steps` (eagle) or `max_window` tokens that contain it;
+            `"visited"`, by the probability that decoding the text drafts the token at that place of a window, rounds
+            beginning where others end [ours]. Not of the terms beside windows' ones.
 
         lk_decay (`float`, *optional*, defaults to `3.0`):
             How fast `lk_hybrid` goes from KL to TV as acceptance rises [2602.23881; its value is ours].
@@ -141,7 +142,9 @@ class PPOWTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Unrolled draft steps of an eagle drafter (supervised); None: max_window."}
     )
     unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
-    text_weighting: str = field(default="decay", metadata={"help": "'decay' or 'reached': weight of a text's token."})
+    text_weighting: str = field(
+        default="decay", metadata={"help": "'decay', 'reached' or 'visited': a token's weight."}
+    )
     lk_decay: float = field(default=3.0, metadata={"help": "How fast lk_hybrid goes from KL to TV."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
@@ -188,7 +191,7 @@ class PPOWTrainingArguments(TrainingArguments):
             ("group_reward", GROUP_REWARDS),
             ("on_policy_positions", ("reached", "all")),
             ("verify_with", ("auto", "target")),
-            ("text_weighting", ("decay", "reached")),
+            ("text_weighting", ("decay", "reached", "visited")),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(accepted)}.")

@@ -20,9 +20,11 @@ from .objectives import (
     keep_probabilities,
     lk_hybrid,
     negative_log_acceptance,
+    reach_probabilities,
     reverse_kl,
     sum_over_chunks,
     total_variation,
+    visit_probabilities,
 )
 from .rewards import position_advantages, return_to_go
 from .rollout import Rollout
@@ -94,7 +96,7 @@ def text_terms(
 
 
 @torch.no_grad()
-def length_weights(
+def windows_on_text(
     drafter: PPOWDrafter,
     target: FrozenTarget,
     args: PPOWTrainingArguments,
@@ -104,9 +106,9 @@ def length_weights(
     labels: torch.Tensor,
     places: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
-    of a window that is kept, [`expected_length`] over its length.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`keep_probabilities`] says of the windows that lie on the text, `[B, M, K]` each; 0 where nothing is
+    learned.
 
     `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of that; of features along the text (J = 1)
     every `max_window` in a row are a window. The other arguments are of the rows; with `places` `[R]`, ascending,
@@ -125,21 +127,34 @@ def length_weights(
         own = draft_labels(drafter, labels[part], draft.shape[-1])
         both = keep_probabilities(goal, draft, own, args.rollout_temperature, args.target_temperature)
         rows.append(torch.stack(both, -1))
-    order = torch.arange(len(features), device=features.device) if order is None else order
+    of_rows = torch.cat(rows) if rows else features.new_zeros(0, 2, dtype=torch.float32)
     windows = torch.zeros(*learned.shape, 2, device=features.device)
-    windows[learned] = torch.cat([windows[:0, 0, 0], *rows])[order.argsort()]
-    window, count = learned.shape[2], learned.shape[1]
-    if window > 1:
-        weights = torch.stack(expected_length_gradients(*windows.unbind(-1)), -1)
-    else:
-        window = args.max_window
-        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, window - 1))
-        by_window = torch.stack(expected_length_gradients(*along.unfold(1, window, 1).unbind(2)), -1)
-        weights = torch.zeros_like(along)
+    windows[learned] = of_rows if order is None else of_rows[order.argsort()]
+    if learned.shape[2] == 1:
+        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, args.max_window - 1))
+        windows = along.unfold(1, args.max_window, 1).transpose(2, 3)
+    kept, followed = windows.unbind(-1)
+    return kept, followed
+
+
+def weights_of_rows(by_window: torch.Tensor, learned: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    """Weights `[B, M, K]` of windows' tokens as weights `[R]` of the rows that they are, see [`windows_on_text`]."""
+    if learned.shape[2] == 1:
+        count, window = by_window.shape[1:]
+        along = by_window.new_zeros(len(by_window), count + window - 1)
         for offset in range(window):
-            weights[:, offset : offset + count] += by_window[:, :, offset]
-        weights = weights[:, :count, None]
-    return weights[learned][order] / window
+            along[:, offset : offset + count] += by_window[:, :, offset]
+        by_window = along[:, :count, None]
+    return by_window[learned] if order is None else by_window[learned][order]
+
+
+def length_weights(
+    kept: torch.Tensor, followed: torch.Tensor, learned: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
+    of a window that is kept, [`expected_length`] over its length. Arguments as of [`windows_on_text`]."""
+    gradients = expected_length_gradients(kept, followed)
+    return torch.stack([weights_of_rows(part, learned, order) for part in gradients], -1) / kept.shape[2]
 
 
 def text_loss(
@@ -169,12 +184,16 @@ def text_loss(
     flat_sources = sources.flatten(0, 1)
     of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
     of_steps, by_length = of_steps[learned][order], None
-    by_reach = args.text_weighting == "reached"
-    if "expected_length" in names or by_reach:
+    if "expected_length" in names or args.text_weighting != "decay":
         along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
-        by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
-    if by_reach and by_length is not None:  # what a row is kept with counts as far as its window reaches it
-        of_steps = by_length[:, 0]
+        kept, followed = windows_on_text(
+            drafter, target, args, learned, along, flat_sources, labels, here, order
+        )  # fmt: skip
+        by_length = length_weights(kept, followed, learned, order)
+        if args.text_weighting == "reached":
+            of_steps = weights_of_rows(reach_probabilities(followed), learned, order) / followed.shape[2]
+        elif args.text_weighting == "visited":
+            of_steps = weights_of_rows(visit_probabilities(followed), learned, order)
     of_windows = torch.tensor([[name == "expected_length"] for name in names], device=input_ids.device)
 
     def chunk(features, numbers, labels, of_steps, is_first, by_length):
@@ -229,7 +248,8 @@ def window_text_loss(
     of_rows = features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
     by_length = None
     if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
-        by_length = length_weights(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:]) * features.shape[2]
+        kept, followed = windows_on_text(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:])
+        by_length = length_weights(kept, followed, real) * features.shape[2]
 
     def chunk(features, sources, labels, by_length):
         draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)

@@ -249,8 +249,7 @@ def expected_length(kept: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:
     `kept`, `followed` `[..., K]` as of [`keep_probabilities`]. Exact, with no window drafted: a window is still on
     the text where it goes on, and the last token that is kept may leave it.
     """
-    reached = torch.cat([torch.ones_like(followed[..., :1]), followed[..., :-1]], -1).cumprod(-1)
-    return (reached * kept).sum(-1)
+    return (reach_probabilities(followed) * kept).sum(-1)
 
 
 def expected_length_gradients(kept: torch.Tensor, followed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,3 +258,25 @@ def expected_length_gradients(kept: torch.Tensor, followed: torch.Tensor) -> tup
         leaves = [part.detach().requires_grad_() for part in (kept, followed)]
         by_kept, by_followed = torch.autograd.grad(expected_length(*leaves).sum(), leaves, allow_unused=True)
     return by_kept, torch.zeros_like(followed) if by_followed is None else by_followed
+
+
+def reach_probabilities(followed: torch.Tensor) -> torch.Tensor:
+    """Probability `[..., K]` that a window is still on the text at each of its tokens, from `followed` `[..., K]`."""
+    return torch.cat([torch.ones_like(followed[..., :1]), followed[..., :-1]], -1).cumprod(-1)
+
+
+def visit_probabilities(followed: torch.Tensor) -> torch.Tensor:
+    """Probability `[B, M, K]` that decoding the text drafts token j of the window behind prefix m [ours].
+
+    `followed` `[B, M, K]` as of [`keep_probabilities`], of windows behind consecutive prefixes. The first one begins a
+    round; a round that keeps k tokens commits one more, so that the next one begins k + 1 prefixes on.
+    """
+    _, count, window = followed.shape
+    reached = reach_probabilities(followed)
+    whole = reached[..., -1:] * followed[..., -1:]
+    kept = torch.cat([reached * (1 - followed), whole], -1)  # [B, M, K + 1]: that exactly k tokens are kept
+    begins = followed.new_zeros(len(followed), count + window + 1)
+    begins[:, 0] = 1
+    for prefix in range(count):
+        begins[:, prefix + 1 : prefix + window + 2] += begins[:, prefix, None] * kept[:, prefix]
+    return begins[:, :count, None] * reached
