@@ -45,6 +45,13 @@ class WindowKeys:
             own = torch.cat([self.own[0], own[0]], dim=3), torch.cat([self.own[1], own[1]], dim=3)
         return WindowKeys(self.text, own)
 
+    def of_windows(self, order: torch.Tensor) -> "WindowKeys":
+        """Those of the windows `order` `[B, A]` alone."""
+        if self.own is None:
+            return self
+        index = order[:, None, :, None, None].expand(-1, self.own[0].shape[1], -1, *self.own[0].shape[3:])
+        return WindowKeys(self.text, (self.own[0].gather(2, index), self.own[1].gather(2, index)))
+
     def attend(self, queries: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
         """What queries `[B, q_heads, M, d]` see: of the text what `allowed` `[B, 1, M, S]` says, and their own window.
 

@@ -190,6 +190,7 @@ class PPOWDrafter(PreTrainedModel):
         prefixes: torch.Tensor,
         choose: Callable[[int, torch.Tensor], torch.Tensor],
         window: int,
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Draft `window` tokens from M prefixes of each sequence at once, over the shared cache.
 
@@ -198,27 +199,50 @@ class PPOWDrafter(PreTrainedModel):
             prefixes (`torch.LongTensor` of shape `(B, M)`): the prefix each window starts from; may repeat.
             choose (`Callable`): `choose(j, features [B, M, h]) -> LongTensor [B, M]` gives the window's token j.
             window (`int`): number of distributions wanted, K.
+            goes_on (`Callable`, *optional*): `goes_on(j, features [B, A, h], windows [B, A]) -> BoolTensor [B, A]`:
+                which of the windows that have come to token j are drafted further; others cost nothing from there on.
+                `choose` then gives the tokens of all M windows, and is not to look at features.
 
         Returns:
-            `torch.Tensor` of shape `(B, M, K, h)`: entry j gives the distribution of the window's token j.
+            `torch.Tensor` of shape `(B, M, K, h)`: entry j gives the distribution of the window's token j; 0 where a
+            window did not come to it.
         """
         draft = self.draft_model
         first, (batch, count) = draft.first_prefix, prefixes.shape
         current = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
-        along = [current]
+        windows = torch.arange(count, device=prefixes.device).expand(batch, -1)  # [B, A]: those that are drafted
+        alive = torch.ones_like(windows, dtype=torch.bool)
+        positions, along = prefixes - first, [(windows, current)]
         key_prefixes = torch.arange(first, features.shape[1], device=prefixes.device)
         allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S - first]
-        own = torch.eye(count, dtype=torch.bool, device=prefixes.device).expand(batch, 1, -1, -1)
         apart = isinstance(draft, EagleDrafter) and allowed.numel() * draft.config.num_attention_heads <= APART_SCORES
         if apart:
             cache = WindowKeys(cache)
         for j in range(window - 1):
+            if goes_on is not None:
+                alive = alive & goes_on(j, current, windows)
+                most = int(alive.sum(1).max())
+                if most == 0:
+                    break
+                order = (~alive).long().argsort(dim=1, stable=True)[:, :most]  # a row with fewer is padded with others
+                windows, alive, positions = (rows.gather(1, order) for rows in (windows, alive, positions))
+                current = current.gather(1, order[..., None].expand(-1, -1, current.shape[-1]))
+                allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
+                cache = cache.of_windows(order) if apart else cache
             tokens = choose(j, current)
+            tokens = tokens if goes_on is None else tokens.gather(1, windows)
             if not apart:
+                own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
                 allowed = torch.cat([allowed, own], dim=-1)
-            current, cache = draft.advance(tokens, current, cache, prefixes + 1 + j - first, allowed)
-            along.append(current)
-        return torch.stack(along, dim=2)
+            current, cache = draft.advance(tokens, current, cache, positions + 1 + j, allowed)
+            along.append((windows, current))
+        if goes_on is None:
+            return torch.stack([features for _, features in along], dim=2)
+        spread = []
+        for windows, current in along:
+            nothing = current.new_zeros(batch, count, current.shape[-1])
+            spread.append(nothing.scatter(1, windows[..., None].expand(-1, -1, current.shape[-1]), current))
+        return torch.stack(spread + [torch.zeros_like(spread[0])] * (window - len(spread)), dim=2)
 
     def window_features(
         self,
@@ -227,13 +251,17 @@ class PPOWDrafter(PreTrainedModel):
         attention_mask: torch.Tensor | None,
         prefixes: torch.Tensor,
         draft_ids: torch.Tensor,
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of all prefixes `[B, S, h]` and along given windows `[B, M, K, h]`, with gradients."""
+        """Features of all prefixes `[B, S, h]` and along given windows `[B, M, K, h]`, with gradients.
+
+        `goes_on` as of [`unroll`]; a standalone drafter reads windows whole.
+        """
         window = draft_ids.shape[-1]
         if isinstance(self.draft_model, StandaloneDrafter):
             return self._packed_features(input_ids, attention_mask, prefixes, draft_ids)
         features, cache = self.prefix_features(input_ids, target_states, attention_mask)
-        return features, self.unroll(features, cache, prefixes, lambda j, _: draft_ids[:, :, j], window)
+        return features, self.unroll(features, cache, prefixes, lambda j, _: draft_ids[:, :, j], window, goes_on)
 
     def _packed_features(self, input_ids, attention_mask, prefixes, draft_ids):
         """The same for a standalone drafter: one forward over the sequence and all windows behind it."""
@@ -267,6 +295,7 @@ class PPOWDrafter(PreTrainedModel):
         prefixes: torch.LongTensor | None = None,
         draft_ids: torch.LongTensor | None = None,
         loss_function: Callable[["PPOWDrafter", PPOWDrafterOutput], torch.Tensor] | None = None,
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ) -> PPOWDrafterOutput:
         """Features of all prefixes, and along given windows.
@@ -280,9 +309,12 @@ class PPOWDrafter(PreTrainedModel):
             loss_function (`Callable`, *optional*):
                 `loss_function(drafter, output)` is evaluated here, inside forward, so that DDP and FSDP see every use
                 of a parameter.
+            goes_on (`Callable`, *optional*): which windows are followed further, see [`unroll`].
         """
         if prefixes is not None and draft_ids is not None:
-            features, along = self.window_features(input_ids, target_states, attention_mask, prefixes, draft_ids)
+            features, along = self.window_features(
+                input_ids, target_states, attention_mask, prefixes, draft_ids, goes_on
+            )
         else:
             features, along = self.prefix_features(input_ids, target_states, attention_mask)[0], None
         output = PPOWDrafterOutput(features=features, window_features=along)

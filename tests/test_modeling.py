@@ -163,6 +163,32 @@ def test_windows_too_many_to_attend_apart_have_the_same_features_and_gradients(m
     torch.testing.assert_close(features[0], expected.detach(), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("most", [0, 10**6])
+@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
+def test_windows_that_end_early_have_the_features_and_gradients_of_their_beginnings(
+    make_target, monkeypatch, architecture, most
+):
+    """Each window its own length, among them none and all of it."""
+    monkeypatch.setattr(modeling_ppow, "APART_SCORES", most)
+    target = make_target("llama")
+    drafter = make_drafter(target, architecture)
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    lengths = torch.randint(0, K + 1, prefixes.shape, generator=torch.Generator().manual_seed(0))
+    lengths[0, 0], lengths[0, 1] = 0, K
+    reached = torch.arange(K) <= lengths[..., None]  # the distribution behind the kept tokens is computed too
+    features, gradients = [], []
+    for goes_on in (None, lambda j, found, windows: lengths.gather(1, windows) > j):
+        drafter.zero_grad()
+        output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids, goes_on=goes_on)
+        features.append((output.window_features * reached[..., None]).detach())
+        logits = drafter.draft_logits(output.window_features[reached])
+        (logits * torch.linspace(-1, 1, K).expand(reached.shape)[reached][:, None]).square().sum().backward()
+        gradients.append([p.grad.clone() for p in drafter.parameters() if p.grad is not None])
+    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.lowest
 def test_eagle_features_of_a_whole_sequence_equal_the_slow_reference(target):
     drafter = make_drafter(target, "eagle")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 from ppow_hf import PPOWDrafter
 from ppow_hf.data import SequenceDataset, collate_sequences
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+from ppow_hf.training.losses import visited_windows
 from ppow_hf.training.rollout import collect_rollout, keyed_uniforms, written_prefixes
 from ppow_hf.training.target import FrozenTarget
 
@@ -803,59 +804,75 @@ def test_expected_length_equals_drafting_on_the_text(
     assert loss == pytest.approx(expected_loss, rel=1e-4)
 
 
-def naive_weighted_kl(trainer, inputs, prefixes, length: int, weighting: str) -> torch.Tensor:
-    """KL(P||Q) of windows' tokens, each as far as drafts at `rollout_temperature` stay on the text (reached; a mean
-    over a window's tokens), or only as far as rounds begin where the window does (visited)."""
-    args, drafter, total = trainer.args, trainer.model, torch.zeros(())
+def sessions_visited_loss(trainer, inputs) -> float:
+    """The text decoded round by round by the session that decoding uses, which is given the text's own tokens."""
+    args, drafter, model = trainer.args, trainer.model, trainer.target_model
+    total, first = 0.0, drafter.draft_model.first_prefix
     for row, ids in enumerate(inputs["input_ids"].tolist()):
-        begins = dict.fromkeys(range(len(ids) + length + 1), 0.0) | {prefixes[row][0]: 1.0}
-        for prefix in prefixes[row]:
-            window = ids[prefix + 1 : prefix + 1 + length]
-            along = target_logits_along(trainer.target_model, ids, prefix, window)
-            drafts = draft_logits_along(drafter, trainer.target_model, ids, prefix, window)
-            reached = 1.0
-            weight = 1 / length if weighting == "reached" else begins[prefix]
-            for j in range(length):
-                follows = 0.0
-                if j < len(window) and inputs["loss_mask"][row, prefix + 1 + j]:
-                    total = total + weight * reached * kl(along[j], drafts[j])
-                    q = (drafts[j] / args.rollout_temperature).softmax(-1)[window[j]].item()
-                    follows = q if int(along[j].argmax()) == window[j] else 0.0
-                begins[prefix + j + 1] += begins[prefix] * reached * (1 - follows)
-                reached *= follows
-            begins[prefix + length + 1] += begins[prefix] * reached
-    return total
+        mask = inputs["loss_mask"][row].tolist()
+        with torch.no_grad():
+            output = model(torch.tensor([ids]), output_hidden_states=True)
+        states = torch.cat([output.hidden_states[layer] for layer in drafter.config.target_layer_ids], dim=-1)
+        prefix = first
+        while prefix < len(ids) - 1:
+            session = drafter.start_session()
+            session.observe(torch.tensor([ids[first : prefix + 1]]), states[:, :prefix], first)
+            logits, accepted = session.first_logits(), 0
+            while accepted < args.unroll_steps and prefix + accepted + 1 < len(ids) and mask[prefix + accepted + 1]:
+                place = prefix + accepted + 1
+                total += args.kl_weight * kl(output.logits[0, place - 1], logits[0]).item()
+                total -= args.ce_weight * logits[0].log_softmax(-1)[ids[place]].item()
+                if int(logits[0].argmax()) != ids[place]:
+                    break
+                logits = session.next_logits(torch.tensor([[ids[place]]]), accepted)
+                accepted += 1
+            prefix += accepted + 1
+    return total / int(inputs["loss_mask"][:, 1:].sum())
 
 
-@pytest.mark.parametrize("architecture", ["eagle", "standalone"])
-@pytest.mark.parametrize(("weighting", "chunk_size"), [("reached", 7), ("visited", 7), ("visited", 1024)])
-def test_tokens_count_as_far_as_their_windows_get(make_trainer, make_target, architecture, weighting, chunk_size):
-    """Alone, and beside the expected length, whose own weights are not weighted again."""
+@pytest.mark.parametrize("chunk_size", [7, 1024])
+def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_target, chunk_size):
     target = make_target("llama", initializer_range=0.3)
     texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
     masks = [[True] * 4 + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 15)]
-    losses, gradients = [], []
-    for objective in ("0.5*kl", "0.5*kl + 0.7*expected_length", "0.7*expected_length"):
-        trainer = make_trainer(
-            architecture, objective, dataset=SequenceDataset(texts, masks), chunk_size=chunk_size, unroll_steps=3,
-            text_weighting=weighting, rollout_temperature=1.0,
-        )  # fmt: skip
-        inputs = batch_of(trainer.train_dataset)
-        trainer.model.eval()
-        loss, found = backward(trainer, lambda t=trainer, i=inputs: t.compute_loss(t.model, i))
-        losses.append(loss)
-        gradients.append(found)
-    trainer = make_trainer(architecture, "kl", dataset=trainer.train_dataset, rollout_temperature=1.0)
+    settings = {"unroll_steps": 3, "ce_weight": 0.3, "chunk_size": chunk_size}
+    dataset = SequenceDataset(texts, masks)
+    learner = make_trainer("eagle", "supervised", dataset=dataset, **settings)
+    inputs = batch_of(dataset)
+    optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-2)
+    for _ in range(25):  # until rounds keep tokens now and then
+        backward(learner, lambda: learner.compute_loss(learner.model, inputs))
+        optimizer.step()
+    trainer = make_trainer("eagle", "supervised", dataset=dataset, text_weighting="visited", **settings)
+    trainer.model.load_state_dict(learner.model.state_dict())
     trainer.model.eval()
-    first = trainer.model.draft_model.first_prefix
-    prefixes = [range(first, len(text) - 1) for text in texts]
-    items, length = inputs["loss_mask"][:, 1:].sum(), 3 if first else WINDOW
-    expected_loss, expected = backward(
-        trainer, lambda: 0.5 * naive_weighted_kl(trainer, inputs, prefixes, length, weighting) / items
-    )  # fmt: skip
-    same_gradients(gradients[0], expected)
-    assert losses[0] == pytest.approx(expected_loss, rel=1e-4)
-    assert losses[1] == pytest.approx(losses[0] + losses[2], rel=1e-4)
+    encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
+    prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, 3)
+    assert prefixes.shape[1] < 18 and visited[..., 1].sum() > 5 and visited[..., 2].any()
+    found, _ = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    assert found == pytest.approx(sessions_visited_loss(trainer, inputs), rel=1e-4)
+
+
+def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make_trainer):
+    """min(1, Q/P) of the text's token, by the first round of one sequence over many seeds."""
+    trainer = make_trainer("eagle", "kl", text_weighting="visited", unroll_steps=3, target_temperature=1.0,
+                           rollout_temperature=1.0)  # fmt: skip
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.eval()
+    encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
+    counts = torch.zeros(3)
+    for seed in range(400):
+        torch.manual_seed(seed)
+        prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, 3)
+        counts += visited[0, prefixes[0] == 1].sum(0)  # the first round's
+    ids = inputs["input_ids"][0].tolist()
+    window = ids[2:5]
+    along = target_logits_along(trainer.target_model, ids, 1, window).softmax(-1)
+    drafts = draft_logits_along(trainer.model, trainer.target_model, ids, 1, window).softmax(-1)
+    chances = [min(1.0, (drafts[j, token] / along[j, token]).item()) for j, token in enumerate(window)]
+    assert counts[0] == 400 and 0.05 < chances[0] < 0.98
+    for count, chance in ((counts[1], chances[0]), (counts[2], chances[0] * chances[1])):
+        assert abs(count / 400 - chance) < 4 * math.sqrt(chance * (1 - chance) / 400)
 
 
 def test_a_drafter_is_unrolled_as_deep_as_its_windows(make_trainer):

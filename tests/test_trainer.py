@@ -520,6 +520,7 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
         ({"regenerate_temperature": -1.0}, r"regenerate_temperature: \[-1.0\]"),
         ({"regenerate_temperature": []}, "regenerate_temperature"),
         ({"text_weighting": "all"}, "text_weighting: 'all'"),
+        ({"text_weighting": "visited", "objective": "kl + expected_length"}, "text_weighting: .* expected_length"),
         ({"cost_ratio": math.nan}, "cost_ratio: nan"),
         ({"max_length": 10, "max_window": 10}, "max_length: 10 .* max_window=10"),
     ],

@@ -57,11 +57,10 @@ class PPOWTrainingArguments(TrainingArguments):
             that had only seen 3 kept little behind them, and 10 in its last part raised that like PPOW did [ours].
         unroll_decay (`float`, *optional*, defaults to `0.9`): weight of each further step.
         text_weighting (`str`, *optional*, defaults to `"decay"`):
-            How much a token counts in the terms along the text: `"decay"`, every one alike, unrolled steps by
-            `unroll_decay`; `"reached"`, by the probability that a window drafted at `rollout_temperature` is still on
-            the text there: the mean over the windows of `unroll_steps` (eagle) or `max_window` tokens that contain it;
-            `"visited"`, by the probability that decoding the text drafts the token at that place of a window, rounds
-            beginning where others end [ours]. Not of the terms beside windows' ones.
+            What counts in the terms along the text of an eagle or medusa drafter: `"decay"`, windows behind every
+            prefix, their steps by `unroll_decay`; `"visited"`, only what decoding the text would draft with the
+            drafter as it is, rounds beginning where others end: as deep as it gets, and a fraction of the work [ours].
+            Not of the terms beside windows' ones, which follow the windows' prefixes.
 
         lk_decay (`float`, *optional*, defaults to `3.0`):
             How fast `lk_hybrid` goes from KL to TV as acceptance rises [2602.23881; its value is ours].
@@ -142,9 +141,7 @@ class PPOWTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Unrolled draft steps of an eagle drafter (supervised); None: max_window."}
     )
     unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
-    text_weighting: str = field(
-        default="decay", metadata={"help": "'decay', 'reached' or 'visited': a token's weight."}
-    )
+    text_weighting: str = field(default="decay", metadata={"help": "'decay', or 'visited': what decoding drafts."})
     lk_decay: float = field(default=3.0, metadata={"help": "How fast lk_hybrid goes from KL to TV."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
@@ -191,7 +188,7 @@ class PPOWTrainingArguments(TrainingArguments):
             ("group_reward", GROUP_REWARDS),
             ("on_policy_positions", ("reached", "all")),
             ("verify_with", ("auto", "target")),
-            ("text_weighting", ("decay", "reached", "visited")),
+            ("text_weighting", ("decay", "visited")),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(accepted)}.")
@@ -226,6 +223,10 @@ class PPOWTrainingArguments(TrainingArguments):
             )
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
+        if self.text_weighting == "visited" and self._uses(("expected_length",)):
+            raise ValueError(
+                'text_weighting: "visited" given with expected_length, which weighs windows itself. Leave one out.'
+            )
         if self.uses_rollouts and self.max_length <= self.max_window:
             raise ValueError(
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."

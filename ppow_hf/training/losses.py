@@ -20,7 +20,6 @@ from .objectives import (
     keep_probabilities,
     lk_hybrid,
     negative_log_acceptance,
-    reach_probabilities,
     reverse_kl,
     sum_over_chunks,
     total_variation,
@@ -28,7 +27,7 @@ from .objectives import (
 )
 from .rewards import position_advantages, return_to_go
 from .rollout import Rollout
-from .target import FrozenTarget
+from .target import FrozenTarget, TargetEncoding
 
 Loss = tuple[torch.Tensor, dict[str, float]]
 
@@ -96,7 +95,7 @@ def text_terms(
 
 
 @torch.no_grad()
-def windows_on_text(
+def length_weights(
     drafter: PPOWDrafter,
     target: FrozenTarget,
     args: PPOWTrainingArguments,
@@ -106,9 +105,9 @@ def windows_on_text(
     labels: torch.Tensor,
     places: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What [`keep_probabilities`] says of the windows that lie on the text, `[B, M, K]` each; 0 where nothing is
-    learned.
+) -> torch.Tensor:
+    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
+    of a window that is kept, [`expected_length`] over its length.
 
     `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of that; of features along the text (J = 1)
     every `max_window` in a row are a window. The other arguments are of the rows; with `places` `[R]`, ascending,
@@ -127,34 +126,80 @@ def windows_on_text(
         own = draft_labels(drafter, labels[part], draft.shape[-1])
         both = keep_probabilities(goal, draft, own, args.rollout_temperature, args.target_temperature)
         rows.append(torch.stack(both, -1))
-    of_rows = torch.cat(rows) if rows else features.new_zeros(0, 2, dtype=torch.float32)
+    order = torch.arange(len(features), device=features.device) if order is None else order
     windows = torch.zeros(*learned.shape, 2, device=features.device)
-    windows[learned] = of_rows if order is None else of_rows[order.argsort()]
-    if learned.shape[2] == 1:
-        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, args.max_window - 1))
-        windows = along.unfold(1, args.max_window, 1).transpose(2, 3)
-    kept, followed = windows.unbind(-1)
-    return kept, followed
-
-
-def weights_of_rows(by_window: torch.Tensor, learned: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """Weights `[B, M, K]` of windows' tokens as weights `[R]` of the rows that they are, see [`windows_on_text`]."""
-    if learned.shape[2] == 1:
-        count, window = by_window.shape[1:]
-        along = by_window.new_zeros(len(by_window), count + window - 1)
+    windows[learned] = torch.cat([windows[:0, 0, 0], *rows])[order.argsort()]
+    window, count = learned.shape[2], learned.shape[1]
+    if window > 1:
+        weights = torch.stack(expected_length_gradients(*windows.unbind(-1)), -1)
+    else:
+        window = args.max_window
+        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, window - 1))
+        by_window = torch.stack(expected_length_gradients(*along.unfold(1, window, 1).unbind(2)), -1)
+        weights = torch.zeros_like(along)
         for offset in range(window):
-            along[:, offset : offset + count] += by_window[:, :, offset]
-        by_window = along[:, :count, None]
-    return by_window[learned] if order is None else by_window[learned][order]
+            weights[:, offset : offset + count] += by_window[:, :, offset]
+        weights = weights[:, :count, None]
+    return weights[learned][order] / window
 
 
-def length_weights(
-    kept: torch.Tensor, followed: torch.Tensor, learned: torch.Tensor, order: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
-    of a window that is kept, [`expected_length`] over its length. Arguments as of [`windows_on_text`]."""
-    gradients = expected_length_gradients(kept, followed)
-    return torch.stack([weights_of_rows(part, learned, order) for part in gradients], -1) / kept.shape[2]
+def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, steps: int) -> torch.Tensor:
+    """Which of the text's `steps` tokens behind `prefixes` `[B, M]` are learned, `[B, M, steps]`."""
+    length = inputs["input_ids"].shape[1]
+    places = prefixes[..., None] + 1 + torch.arange(steps, device=prefixes.device)
+    learned = inputs["loss_mask"].gather(1, places.clamp_max(length - 1).flatten(1)).view(places.shape)
+    return learned & (places < length)
+
+
+@torch.no_grad()
+def visited_windows(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    inputs: Mapping[str, torch.Tensor],
+    encoding: TargetEncoding,
+    steps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of `steps` tokens that decoding the text would draft: their prefixes `[B, M]`, and which of their
+    tokens it would come to, `[B, M, steps]`. Rows with fewer windows have ones that nothing comes to [ours].
+
+    Rounds begin at the first prefix and behind each other. At `target_temperature` 0 a token is kept if it is the
+    drafter's choice; above 0 as rejection sampling keeps the text's token, by lot. Where nothing is learned, nothing
+    is kept.
+    """
+    input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
+    prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
+    texts = text_windows(input_ids, prefixes, steps)
+    learned = learned_windows(inputs, prefixes, steps)
+    kept = torch.zeros(learned.shape, device=input_ids.device)
+
+    def keeps(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        verdicts = torch.zeros_like(windows, dtype=torch.bool)
+        asked = learned[:, :, j] & (kept[:, :, j - 1] > 0) if j else learned[:, :, 0]
+        row, place = asked.gather(1, windows).nonzero(as_tuple=True)
+        own = windows[row, place]
+        for part in torch.arange(len(row), device=row.device).split(args.chunk_size):
+            here = row[part], own[part]
+            draft = drafter.draft_logits(features[row[part], place[part]]).float()
+            goal = None
+            if args.target_temperature > 0:
+                draft, goal = paired_logits(drafter, target, draft, encoding.sources[row[part], prefixes[here] + j])
+            labels = draft_labels(drafter, texts[:, :, j][here], draft.shape[-1])
+            if goal is None:
+                verdicts[row[part], place[part]] = draft.argmax(-1) == labels
+            else:
+                temperatures = args.rollout_temperature, args.target_temperature
+                chances = keep_probabilities(goal, draft, labels, *temperatures)[1]
+                verdicts[row[part], place[part]] = torch.rand_like(chances) < chances
+        kept[:, :, j].scatter_(1, windows, verdicts.to(kept))
+        return verdicts
+
+    features, cache = drafter.prefix_features(input_ids, encoding.states, inputs["attention_mask"])
+    drafter.unroll(features, cache, prefixes, lambda j, _: texts[:, :, j], steps + 1, keeps)
+    visited = (visit_probabilities(kept) > 0) & learned
+    begins = visited.any(-1)
+    chosen = (~begins).long().argsort(dim=1, stable=True)[:, : int(begins.sum(1).max())]
+    return prefixes.gather(1, chosen), visited.gather(1, chosen[..., None].expand(-1, -1, steps))
 
 
 def text_loss(
@@ -166,15 +211,17 @@ def text_loss(
     prefixes: torch.Tensor,
     inputs: Mapping[str, torch.Tensor],
     sources: torch.Tensor,
+    visited: torch.Tensor | None = None,
 ) -> Loss:
-    """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j count by
-    `text_weighting`."""
-    input_ids, mask = inputs["input_ids"], inputs["loss_mask"]
+    """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j decay, or those
+    that are `visited` `[B, M, J]` bool count alike and others nothing."""
+    input_ids = inputs["input_ids"]
     steps = torch.arange(features.shape[2], device=input_ids.device)
     places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
-    next_places = (places + 1).clamp_max(input_ids.shape[1] - 1)
-    learned = (places + 1 < input_ids.shape[1]) & mask.gather(1, next_places.flatten(1)).view(places.shape)
+    learned = learned_windows(inputs, prefixes, features.shape[2])
     of_steps = (args.unroll_decay**steps).expand(places.shape) / (args.unroll_decay**steps).sum()
+    if visited is not None:
+        learned, of_steps = learned & visited, torch.ones_like(of_steps)
     names = list(weights)
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
     # Steps of different prefixes that end at one place are learned together: they share the target's distribution.
@@ -184,17 +231,10 @@ def text_loss(
     flat_sources = sources.flatten(0, 1)
     of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
     of_steps, by_length = of_steps[learned][order], None
-    if "expected_length" in names or args.text_weighting != "decay":
+    if "expected_length" in names:  # of whole windows: the steps' weights, which are for means over them, are undone
         along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
-        kept, followed = windows_on_text(
-            drafter, target, args, learned, along, flat_sources, labels, here, order
-        )  # fmt: skip
-        by_length = length_weights(kept, followed, learned, order)
-        if args.text_weighting == "reached":
-            of_steps = weights_of_rows(reach_probabilities(followed), learned, order) / followed.shape[2]
-        elif args.text_weighting == "visited":
-            of_steps = weights_of_rows(visit_probabilities(followed), learned, order)
-    of_windows = torch.tensor([[name == "expected_length"] for name in names], device=input_ids.device)
+        by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
+        by_length = by_length / of_steps[:, None]
 
     def chunk(features, numbers, labels, of_steps, is_first, by_length):
         own_places, goal_rows = torch.unique_consecutive(numbers, return_inverse=True)
@@ -202,7 +242,7 @@ def text_loss(
         draft, goal = paired_logits(drafter, target, draft, flat_sources[own_places])
         labels = draft_labels(drafter, labels, draft.shape[-1])
         terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
-        loss = (coefficients[:, None] * torch.where(of_windows, terms, terms * of_steps)).sum()
+        loss = (coefficients[:, None] * terms * of_steps).sum()
         with torch.no_grad():
             draft, goal, noted = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
             agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
@@ -248,8 +288,7 @@ def window_text_loss(
     of_rows = features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
     by_length = None
     if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
-        kept, followed = windows_on_text(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:])
-        by_length = length_weights(kept, followed, real) * features.shape[2]
+        by_length = length_weights(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:]) * features.shape[2]
 
     def chunk(features, sources, labels, by_length):
         draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)

@@ -30,7 +30,7 @@ from ..regeneration import regenerate
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
 from .checks import check_lengths, check_pair
-from .losses import text_loss, text_windows, window_loss, window_text_loss
+from .losses import text_loss, text_windows, visited_windows, window_loss, window_text_loss
 from .objectives import WINDOW_TERMS
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
@@ -242,14 +242,19 @@ class PPOWTrainer(Trainer):
         # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
         unrolled = {"eagle": self.args.unroll_steps or self.args.max_window, "medusa": self.args.max_window}
         steps = unrolled.get(drafter.config.architecture, 1)
-        call = {}
+        call: dict[str, Any] = {}
+        visited: torch.Tensor | None = None
         if steps > 1:
-            call = {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
+            if self.args.text_weighting == "visited":
+                prefixes, found = visited_windows(drafter, self.target, self.args, inputs, encoding, steps)
+                visited = found
+                call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
+            call |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
 
         def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
             features = output.window_features if call else output.features[:, first:-1, None]
             loss, metrics = text_loss(
-                drafter, self.target, self.args, weights, features, prefixes, inputs, encoding.sources
+                drafter, self.target, self.args, weights, features, prefixes, inputs, encoding.sources, visited
             )
             self._note(metrics)
             return loss
