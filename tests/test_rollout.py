@@ -659,7 +659,7 @@ def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, archi
     masks = [[True] * 19, [False] * 4 + [True] * 4 + [False] * 2 + [True], [False] * 6 + [True] * 9]
     trainer = make_trainer(
         architecture, "supervised", dataset=random_dataset(loss_masks=masks), draft_vocab_size=draft_vocab_size,
-        unroll_steps=3, unroll_decay=0.7, ce_weight=0.3, chunk_size=chunk_size,
+        text_weighting="decay", unroll_steps=3, unroll_decay=0.7, ce_weight=0.3, chunk_size=chunk_size,
     )  # fmt: skip
     inputs = batch_of(trainer.train_dataset)
     trainer.model.train()
@@ -878,7 +878,7 @@ def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make
 def test_a_drafter_is_unrolled_as_deep_as_its_windows(make_trainer):
     losses = []
     for settings in ({}, {"unroll_steps": WINDOW}, {"unroll_steps": 2}):
-        trainer = make_trainer("eagle", "supervised", **settings)
+        trainer = make_trainer("eagle", "supervised", text_weighting="decay", **settings)
         trainer.model.eval()
         losses.append(trainer.compute_loss(trainer.model, batch_of(trainer.train_dataset)).item())
     assert losses[0] == losses[1] != losses[2]

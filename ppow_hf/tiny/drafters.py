@@ -111,15 +111,16 @@ def train_stage(
 def default_stages(seconds: float, architecture: str, decay: float = 1.0, started: bool = False) -> list[Stage]:
     """Supervised for 70% of the time, then PPOW with windows verified by the target's text for 30%.
 
-    A new eagle drafter learns its first tokens fast, unrolled for three steps in the first half of the supervised
-    time, and then as deep as its windows; one that is `started` is unrolled that deep at once. `decay` is that of the
-    last supervised stage.
+    A new eagle drafter learns its first tokens fast, unrolled for three steps behind every prefix in the first half of
+    the supervised time, and then what decoding visits, as deep as its windows; one that is `started` learns that at
+    once. `decay` is that of the last supervised stage.
     """
     ppow = Stage("ppow", 0.3 * seconds, 1e-4, {})
     if architecture != "eagle":
         return [Stage("supervised", 0.7 * seconds, 2e-3, {}, decay), ppow]
     deep = 0.7 * seconds if started else 0.35 * seconds
-    shallow = [] if started else [Stage("supervised", 0.35 * seconds, 2e-3, {"unroll_steps": 3}, 2.0)]
+    every = {"unroll_steps": 3, "text_weighting": "decay"}
+    shallow = [] if started else [Stage("supervised", 0.35 * seconds, 2e-3, every, 2.0)]
     return [*shallow, Stage("supervised", deep, 1e-3, {"unroll_steps": None}, decay), ppow]
 
 

@@ -56,12 +56,12 @@ class PPOWTrainingArguments(TrainingArguments):
             `max_window`, so that what is drafted was learned. Fewer are faster, for the beginning of a training: one
             that had only seen 3 kept little behind them, and 10 in its last part raised that like PPOW did [ours].
         unroll_decay (`float`, *optional*, defaults to `0.9`): weight of each further step.
-        text_weighting (`str`, *optional*, defaults to `"decay"`):
-            What counts in the terms along the text of an eagle or medusa drafter: `"decay"`, windows behind every
-            prefix, their steps by `unroll_decay`; `"visited"`, only what decoding the text would draft with the
-            drafter as it is, rounds beginning where others end: as deep as it gets, and a fraction of the work [ours].
-            Not of the terms beside windows' ones, which follow the windows' prefixes.
-
+        text_weighting (`str`, *optional*):
+            What counts in the terms along the text of an eagle drafter: `"visited"`, only what decoding the text would
+            draft with the drafter as it is, rounds beginning where others end: as deep as it gets, for less than half
+            the work; or `"decay"`, windows behind every prefix, their steps by `unroll_decay` [ours]. `None`:
+            `"visited"`, but `"decay"` for `expected_length`, which weighs windows itself. Not of the terms beside
+            windows' ones, which follow the windows' prefixes.
         lk_decay (`float`, *optional*, defaults to `3.0`):
             How fast `lk_hybrid` goes from KL to TV as acceptance rises [2602.23881; its value is ours].
 
@@ -141,7 +141,9 @@ class PPOWTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Unrolled draft steps of an eagle drafter (supervised); None: max_window."}
     )
     unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
-    text_weighting: str = field(default="decay", metadata={"help": "'decay', or 'visited': what decoding drafts."})
+    text_weighting: str | None = field(
+        default=None, metadata={"help": "'visited': what decoding would draft; 'decay': every window."}
+    )
     lk_decay: float = field(default=3.0, metadata={"help": "How fast lk_hybrid goes from KL to TV."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
@@ -180,6 +182,8 @@ class PPOWTrainingArguments(TrainingArguments):
         super().__post_init__()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
+        if self.text_weighting is None:
+            self.text_weighting = "decay" if self._uses(("expected_length",)) else "visited"
         if isinstance(self.regenerate_temperature, int | float):
             self.regenerate_temperature = [float(self.regenerate_temperature)]
         self.weights_at(0.0)

@@ -245,7 +245,7 @@ class PPOWTrainer(Trainer):
         call: dict[str, Any] = {}
         visited: torch.Tensor | None = None
         if steps > 1:
-            if self.args.text_weighting == "visited":
+            if self.args.text_weighting == "visited" and drafter.config.architecture == "eagle":
                 prefixes, found = visited_windows(drafter, self.target, self.args, inputs, encoding, steps)
                 visited = found
                 call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
@@ -279,6 +279,13 @@ class PPOWTrainer(Trainer):
             prefixes = torch.cat([prefixes, chosen], dim=1)
             texts = text_windows(inputs["input_ids"], chosen, self.args.max_window)
             draft_ids = torch.cat([draft_ids, texts], dim=1)
+        goes_on = None
+        if not ({"opd", "opd_reverse"} & set(weights) and self.args.on_policy_positions == "all"):
+            followed = torch.ones_like(draft_ids, dtype=torch.bool)
+            followed[:, :count] = rollout.learned  # nothing is learned behind a window's first rejected token
+
+            def goes_on(j: int, _, windows: torch.Tensor) -> torch.Tensor:
+                return followed[:, :, j + 1].gather(1, windows)
 
         def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
             along = output.window_features
@@ -300,6 +307,7 @@ class PPOWTrainer(Trainer):
             prefixes=prefixes,
             draft_ids=draft_ids,
             loss_function=loss_function,
+            goes_on=goes_on,
         ).loss
 
     def _note(self, metrics: dict[str, float]) -> None:
