@@ -853,6 +853,21 @@ def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_targe
     assert found == pytest.approx(sessions_visited_loss(trainer, inputs), rel=1e-4)
 
 
+def test_what_decoding_visits_is_what_an_eagle_drafter_learns_along_the_text(make_trainer):
+    """By default; expected_length and medusa have every window."""
+    losses = {}
+    for architecture in ("eagle", "medusa"):
+        for weighting in (None, "visited", "decay"):
+            trainer = make_trainer(architecture, "kl", text_weighting=weighting)
+            trainer.model.eval()
+            losses[architecture, weighting] = trainer.compute_loss(
+                trainer.model, batch_of(trainer.train_dataset)
+            ).item()
+    assert losses["eagle", None] == losses["eagle", "visited"] != losses["eagle", "decay"]
+    assert losses["medusa", None] == losses["medusa", "decay"]
+    assert make_trainer("eagle", "kl + expected_length").args.text_weighting == "decay"
+
+
 def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make_trainer):
     """min(1, Q/P) of the text's token, by the first round of one sequence over many seeds."""
     trainer = make_trainer("eagle", "kl", text_weighting="visited", unroll_steps=3, target_temperature=1.0,
