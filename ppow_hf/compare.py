@@ -414,7 +414,7 @@ class Comparison:
         }
         self.lines.append(line)
         with open(self.folder / RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
         shown = ", ".join(f"{name} {found['metrics'][name]:.3f}" for name in self.config.select_by)
         print(f"{_label(facts)} [{split}]: {shown}", flush=True)
         return line
