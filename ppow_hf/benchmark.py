@@ -28,6 +28,7 @@ from .benchmark_report import (
     write_benchmark,
 )
 from .candidate_generator import check_call, target_width
+from .evaluation import left_padded, until_end
 from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter
 from .trace import GenerationTrace, RoundTrace
@@ -244,21 +245,6 @@ def run_grid(
             one["traces"] = None if results else traces
             results.append(run_benchmark(target, tokenizer, drafter, prompts, **one, **options))
     return results
-
-
-def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts `[1, n]` as one batch `[B, longest]`, and its attention mask."""
-    longest = max(prompt.shape[1] for prompt in prompts)
-    pad = torch.nn.functional.pad
-    ids = [pad(prompt.cpu(), (longest - prompt.shape[1], 0), value=pad_token_id) for prompt in prompts]
-    mask = [pad(torch.ones_like(prompt.cpu()), (longest - prompt.shape[1], 0)) for prompt in prompts]
-    return torch.cat(ids), torch.cat(mask)
-
-
-def until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    """`tokens` up to and with the first that ends a text: what is behind it in a batch is padding."""
-    ends = [place for place, token in enumerate(tokens) if token in eos]
-    return tokens[: ends[0] + 1] if ends else tokens
 
 
 # -- what a row is

@@ -129,8 +129,8 @@ def evaluate_drafter(
     for count in tree_nodes:
         for temperature in (0.0, 1.0):
             _, grown = decode(
-                target, drafter, texts.prompts[:slow_texts], texts.max_new_tokens, temperature, seed, window="fixed",
-                max_window=window, tree_nodes=count,
+                target, drafter, texts.prompts[:slow_texts], texts.max_new_tokens, temperature, seed, batch_size=8,
+                window="fixed", max_window=window, tree_nodes=count,
             )  # fmt: skip
             per_prompt[f"tree_t{temperature:g}_n{count}"] = [
                 (float(sum(r.accepted + 1 for r in trace.rounds[1:])), float(len(trace.rounds) - 1)) for trace in grown

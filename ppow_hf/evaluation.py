@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .trace import GenerationTrace
+from .window_study import eos_of
 from .windowing import AcceptanceEstimator
 
 
@@ -44,31 +45,37 @@ def decode(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    batch_size: int = 1,
     **settings: Any,
 ) -> tuple[list[list[int]], list[GenerationTrace]]:
     """Generate a continuation of each prompt with the drafter; new tokens and trace of each.
 
-    Sampling is seeded for each prompt by (seed, its place), and the global random state is left as it was. `settings`
-    are those of [`PPOWDrafter.with_settings`].
+    Sampling is seeded for each batch by (seed, its first prompt's place), and the global random state is left as it
+    was. Batches of several prompts take less time and have other random numbers; `settings` are those of
+    [`PPOWDrafter.with_settings`].
     """
     outputs, traces = [], []
     was_training = drafter.training
     drafter.eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    ends = eos_of(target)
     with torch.random.fork_rng(), torch.no_grad():
-        for place, prompt in enumerate(prompts):
+        for place in range(0, len(prompts), batch_size):
             torch.manual_seed((seed * 1_000_003 + place) % 2**63)
-            ids = torch.tensor([list(prompt)], device=target.device)
+            ids, mask = left_padded(
+                [torch.tensor([list(prompt)]) for prompt in prompts[place : place + batch_size]], 0
+            )
             view = drafter.with_settings(**settings)
             generated = target.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=ids.to(target.device),
+                attention_mask=mask.to(target.device),
                 max_new_tokens=max_new_tokens,
                 assistant_model=view,
+                **({} if len(ids) == 1 else {"pad_token_id": 0}),
                 **(sampling or {"do_sample": False}),
             )
-            outputs.append(generated[0, ids.shape[1] :].tolist())
-            traces.append(view.last_trace)
+            outputs += [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
+            traces += view.last_traces if len(ids) > 1 or not view.last_trace else [view.last_trace]
     drafter.train(was_training)
     return outputs, traces
 
@@ -161,3 +168,18 @@ def calibrate(target, drafter, prompts, max_new_tokens=64, temperatures=(0.0, 1.
         "verification_cost": round(costs.verification_cost, 4),
     }
     return calibration
+
+
+def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts `[1, n]` as one batch `[B, longest]`, and its attention mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    pad = torch.nn.functional.pad
+    ids = [pad(prompt.cpu(), (longest - prompt.shape[1], 0), value=pad_token_id) for prompt in prompts]
+    mask = [pad(torch.ones_like(prompt.cpu()), (longest - prompt.shape[1], 0)) for prompt in prompts]
+    return torch.cat(ids), torch.cat(mask)
+
+
+def until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    """`tokens` up to and with the first that ends a text: what is behind it in a batch is padding."""
+    ends = [place for place, token in enumerate(tokens) if token in eos]
+    return tokens[: ends[0] + 1] if ends else tokens

@@ -114,6 +114,16 @@ def test_greedy_decoding_writes_what_plain_generation_writes(target, drafter, se
         assert sum(r.accepted + 1 for r in trace.rounds) >= len(output)
 
 
+@pytest.mark.parametrize("tree_nodes", [None, 6])
+def test_prompts_decoded_together_have_the_rounds_they_have_alone(target, drafter, tree_nodes):
+    settings = {"window": "fixed", "max_window": 4} | ({} if tree_nodes is None else {"tree_nodes": tree_nodes})
+    alone, traces_alone = decode(target, drafter, PROMPTS, 12, **settings)
+    together, traces = decode(target, drafter, PROMPTS, 12, batch_size=2, **settings)
+    assert together == alone
+    counted = [[[(r.window, r.accepted) for r in trace.rounds] for trace in some] for some in (traces_alone, traces)]
+    assert counted[0] == counted[1]
+
+
 def test_decoding_leaves_random_state_and_mode_alone(target, drafter):
     for training in (True, False):
         drafter.train(training)
