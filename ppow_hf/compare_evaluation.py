@@ -304,13 +304,12 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
             numbers = uniforms[rows, here]  # [B, C - 1, K]
             drafted: list[torch.Tensor] = []
 
-            def choose(j: int, current: torch.Tensor, numbers=numbers, drafted=drafted) -> torch.Tensor:
+            def choose(j: int, current: torch.Tensor, _, numbers=numbers, drafted=drafted) -> torch.Tensor:
                 probs = drafter.compute_logits(current, width).float().softmax(-1)
                 drafted.append(sample_from_uniform(probs, numbers[:, :, j]))
                 return drafted[-1]
 
-            along = drafter.unroll(features, cache, here[:, None].expand(-1, drawn), choose, window)
-            choose(window - 1, along[:, :, -1])
+            drafter.unroll(features, cache, here[:, None].expand(-1, drawn), choose, window)
             cache = drafter.draft_model.cropped(cache, committed)
             agreed = torch.stack(drafted, dim=-1) == behind[:, None]  # [B, C - 1, K]
             best = torch.maximum(best, agreed.long().cumprod(-1).sum(-1).amax(-1))

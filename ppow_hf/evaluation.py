@@ -54,7 +54,8 @@ def decode(
     was. Batches of several prompts take less time and have other random numbers; `settings` are those of
     [`PPOWDrafter.with_settings`].
     """
-    outputs, traces = [], []
+    outputs: list[list[int]] = []
+    traces: list[GenerationTrace] = []
     was_training = drafter.training
     drafter.eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}

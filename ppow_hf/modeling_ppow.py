@@ -188,7 +188,7 @@ class PPOWDrafter(PreTrainedModel):
         features: torch.Tensor,
         cache: Any,
         prefixes: torch.Tensor,
-        choose: Callable[[int, torch.Tensor], torch.Tensor],
+        choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
         window: int,
         goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -197,11 +197,12 @@ class PPOWDrafter(PreTrainedModel):
         Args:
             features (`torch.Tensor` of shape `(B, S, h)`), cache: what [`prefix_features`] returned.
             prefixes (`torch.LongTensor` of shape `(B, M)`): the prefix each window starts from; may repeat.
-            choose (`Callable`): `choose(j, features [B, M, h]) -> LongTensor [B, M]` gives the window's token j.
+            choose (`Callable`): `choose(j, features [B, A, h], windows [B, A]) -> LongTensor [B, A]` gives token j of
+                the windows that have come to it, the last token too; `windows` are their places among the M.
             window (`int`): number of distributions wanted, K.
-            goes_on (`Callable`, *optional*): `goes_on(j, features [B, A, h], windows [B, A]) -> BoolTensor [B, A]`:
-                which of the windows that have come to token j are drafted further; others cost nothing from there on.
-                `choose` then gives the tokens of all M windows, and is not to look at features.
+            goes_on (`Callable`, *optional*): `goes_on(j, features, windows) -> BoolTensor [B, A]`, asked when token j
+                is chosen, the last excepted: which windows are drafted further; others cost nothing from there on. A
+                row in which fewer go on than in another is filled up with windows that do not.
 
         Returns:
             `torch.Tensor` of shape `(B, M, K, h)`: entry j gives the distribution of the window's token j; 0 where a
@@ -218,19 +219,20 @@ class PPOWDrafter(PreTrainedModel):
         apart = isinstance(draft, EagleDrafter) and allowed.numel() * draft.config.num_attention_heads <= APART_SCORES
         if apart:
             cache = WindowKeys(cache)
-        for j in range(window - 1):
+        for j in range(window):
+            tokens = choose(j, current, windows)
+            if j == window - 1:
+                break
             if goes_on is not None:
                 alive = alive & goes_on(j, current, windows)
                 most = int(alive.sum(1).max())
                 if most == 0:
                     break
-                order = (~alive).long().argsort(dim=1, stable=True)[:, :most]  # a row with fewer is padded with others
-                windows, alive, positions = (rows.gather(1, order) for rows in (windows, alive, positions))
+                order = (~alive).long().argsort(dim=1, stable=True)[:, :most]
+                windows, alive, positions, tokens = (x.gather(1, order) for x in (windows, alive, positions, tokens))
                 current = current.gather(1, order[..., None].expand(-1, -1, current.shape[-1]))
                 allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
                 cache = cache.of_windows(order) if apart else cache
-            tokens = choose(j, current)
-            tokens = tokens if goes_on is None else tokens.gather(1, windows)
             if not apart:
                 own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
                 allowed = torch.cat([allowed, own], dim=-1)
@@ -261,7 +263,11 @@ class PPOWDrafter(PreTrainedModel):
         if isinstance(self.draft_model, StandaloneDrafter):
             return self._packed_features(input_ids, attention_mask, prefixes, draft_ids)
         features, cache = self.prefix_features(input_ids, target_states, attention_mask)
-        return features, self.unroll(features, cache, prefixes, lambda j, _: draft_ids[:, :, j], window, goes_on)
+
+        def given(j: int, _, windows: torch.Tensor) -> torch.Tensor:
+            return draft_ids[:, :, j].gather(1, windows)
+
+        return features, self.unroll(features, cache, prefixes, given, window, goes_on)
 
     def _packed_features(self, input_ids, attention_mask, prefixes, draft_ids):
         """The same for a standalone drafter: one forward over the sequence and all windows behind it."""

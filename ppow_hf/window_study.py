@@ -108,7 +108,7 @@ def draft_table(
         prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
         drawn: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
 
-        def look(j: int, here: torch.Tensor, prefixes=prefixes, drawn=drawn) -> torch.Tensor:
+        def look(j: int, here: torch.Tensor, _, prefixes=prefixes, drawn=drawn) -> torch.Tensor:
             log_probs = drafter.compute_logits(here[0], width).float().log_softmax(-1)
             places = (prefixes[0] + j).clamp_max(length - 1)
             there = target_log_probs[places.to(target_log_probs.device)].to(here.device)
@@ -122,8 +122,7 @@ def draft_table(
             drawn["kl"].append(terms.sum(-1))
             return likeliest[None]
 
-        along = drafter.unroll(features, cache, prefixes, look, depth)
-        look(depth - 1, along[:, :, -1])
+        drafter.unroll(features, cache, prefixes, look, depth)
         cache = drafter.draft_model.cropped(cache, committed)
         for name, values in drawn.items():
             columns[name].append(torch.stack(values, dim=1).cpu())

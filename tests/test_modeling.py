@@ -252,7 +252,7 @@ def test_unrolled_choices_equal_features_along_the_same_windows(target, architec
     states = states_of(target, drafter, input_ids)
     with torch.no_grad():
         features, cache = drafter.prefix_features(input_ids, states)
-        unrolled = drafter.unroll(features, cache, prefixes, lambda j, _: draft_ids[:, :, j], K)
+        unrolled = drafter.unroll(features, cache, prefixes, lambda j, _, windows: draft_ids[:, :, j], K)
         output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
     torch.testing.assert_close(unrolled, output.window_features, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(features, output.features, atol=1e-4, rtol=1e-4)
@@ -265,15 +265,15 @@ def test_unroll_shows_each_choice_the_features_it_is_drawn_from(target, architec
     states = states_of(target, drafter, input_ids)
     seen = []
 
-    def choose(j, features):
+    def choose(j, features, windows):
         seen.append(features)
         return drafter.compute_logits(features).argmax(-1)
 
     with torch.no_grad():
         features, cache = drafter.prefix_features(input_ids, states)
         along = drafter.unroll(features, cache, prefixes, choose, K)
-    assert len(seen) == K - 1
-    assert torch.equal(torch.stack(seen, dim=2), along[:, :, :-1])
+    assert len(seen) == K
+    assert torch.equal(torch.stack(seen, dim=2), along)
 
 
 @both_architectures

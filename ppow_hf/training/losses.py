@@ -28,15 +28,9 @@ from .objectives import (
 from .rewards import position_advantages, return_to_go
 from .rollout import Rollout
 from .target import FrozenTarget, TargetEncoding
+from .window_sampling import text_windows
 
 Loss = tuple[torch.Tensor, dict[str, float]]
-
-
-def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-    """The text's own windows behind prefixes, `[B, M, K]`; what lies beyond the sequence repeats its last token."""
-    places = prefixes[..., None] + 1 + torch.arange(window, device=prefixes.device)
-    clamped = places.clamp_max(input_ids.shape[1] - 1)
-    return input_ids.gather(1, clamped.flatten(1)).view(places.shape)
 
 
 def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
@@ -169,7 +163,7 @@ def visited_windows(
     """
     input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
     prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-    texts = text_windows(input_ids, prefixes, steps)
+    texts = text_windows(input_ids, prefixes, steps + 1)
     learned = learned_windows(inputs, prefixes, steps)
     kept = torch.zeros(learned.shape, device=input_ids.device)
 
@@ -195,7 +189,9 @@ def visited_windows(
         return verdicts
 
     features, cache = drafter.prefix_features(input_ids, encoding.states, inputs["attention_mask"])
-    drafter.unroll(features, cache, prefixes, lambda j, _: texts[:, :, j], steps + 1, keeps)
+    drafter.unroll(
+        features, cache, prefixes, lambda j, _, windows: texts[:, :, j].gather(1, windows), steps + 1, keeps
+    )
     visited = (visit_probabilities(kept) > 0) & learned
     begins = visited.any(-1)
     chosen = (~begins).long().argsort(dim=1, stable=True)[:, : int(begins.sum(1).max())]

@@ -25,7 +25,7 @@ from .rewards import (
     throughput_reward,
 )
 from .target import FrozenTarget, TargetEncoding
-from .window_sampling import choose_prefixes, eligible_prefixes, window_priorities
+from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities
 
 
 def keyed_uniforms(seed: int, step: int, indices: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
@@ -136,10 +136,11 @@ def collect_rollout(
     chosen, has_prefix = choose_prefixes(eligible, uniforms, prefixes_wanted, priorities)
     prefixes = chosen.repeat_interleave(groups, dim=1)
     draws = keyed_uniforms(args.seed, step, indices, (prefixes_wanted * groups, window), "draft")
-    drafted: list[torch.Tensor] = []
-    draft_token_probs: list[torch.Tensor] = []
+    draft_ids = torch.zeros(*prefixes.shape, window, dtype=torch.long, device=prefixes.device)  # [B, M, K]
+    draft_probs = torch.ones(draft_ids.shape, device=prefixes.device)
+    texts = text_windows(inputs["input_ids"], prefixes, window) if by_text else None
 
-    def choose(j: int, current: torch.Tensor) -> torch.Tensor:
+    def choose(j: int, current: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         logits = drafter.compute_logits(current, target.vocab_size).float()
         probs = (logits / args.rollout_temperature).softmax(-1)
         if not bool(torch.isfinite(probs).all()):
@@ -147,27 +148,28 @@ def collect_rollout(
                 f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its "
                 "weights and dtype; the last checkpoint is untouched."
             )
-        tokens = sample_from_uniform(probs, draws[:, :, j])
-        drafted.append(tokens)
-        draft_token_probs.append(probs.gather(-1, tokens[..., None])[..., 0])
+        tokens = sample_from_uniform(probs, draws[:, :, j].gather(1, windows))
+        draft_ids[:, :, j].scatter_(1, windows, tokens)
+        draft_probs[:, :, j].scatter_(1, windows, probs.gather(-1, tokens[..., None])[..., 0])
         return tokens
 
-    last = drafter.unroll(features, cache, prefixes, choose, window)[:, :, -1]
-    choose(window - 1, last)
-    draft_ids = torch.stack(drafted, dim=-1)  # [B, M, K]
-    if by_text:  # right up to the first rejected token, and nothing behind it is looked at
-        places = prefixes[..., None] + torch.arange(window, device=prefixes.device)
-        flat = places.flatten(1)
-        choices = inputs["input_ids"].gather(1, flat + 1).view(places.shape)
+    def kept(j: int, _, windows: torch.Tensor) -> torch.Tensor:
+        assert texts is not None
+        return (draft_ids[:, :, j] == texts[:, :, j]).gather(1, windows)
+
+    # Behind a token that the text rejects nothing is looked at, so nothing is drafted.
+    drafter.unroll(features, cache, prefixes, choose, window, kept if by_text else None)
+    if texts is not None:
+        choices = texts
+        flat = (prefixes[..., None] + torch.arange(window, device=prefixes.device)).flatten(1)
         sources = encoding.sources.gather(1, flat[..., None].expand(-1, -1, encoding.sources.shape[-1]))
-        sources = sources.unflatten(1, places.shape[1:])
-        log_probs = torch.zeros(places.shape, device=places.device)
+        sources = sources.unflatten(1, texts.shape[1:])
+        log_probs = torch.zeros(texts.shape, device=prefixes.device)
     else:
         sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
         choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
     if args.target_temperature > 0:
         accept = keyed_uniforms(args.seed, step, indices, tuple(draft_ids.shape[1:]), "accept")
-        draft_probs = torch.stack(draft_token_probs, -1)
         accepted = rejection_accepted_counts(draft_ids, draft_probs, verify_probs, accept)
         acceptance = (verify_probs / draft_probs).clamp_max(1.0)
         if not args.expected_reward:

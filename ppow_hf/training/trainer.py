@@ -30,12 +30,13 @@ from ..regeneration import regenerate
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
 from .checks import check_lengths, check_pair
-from .losses import text_loss, text_windows, visited_windows, window_loss, window_text_loss
+from .losses import text_loss, visited_windows, window_loss, window_text_loss
 from .objectives import WINDOW_TERMS
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
 from .target import FrozenTarget, TargetEncoding
+from .window_sampling import text_windows
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Which prefixes of a sequence get rolled out: uniformly at first, then by divergence (ADAW) [paper].
+"""Which prefixes of a sequence get rolled out: uniformly at first, then by divergence (ADAW) [paper]; the text there.
 
 Pure tensors; all randomness is handed in as uniform numbers, so that callers can key it.
 """
@@ -66,3 +66,10 @@ def choose_prefixes(eligible: torch.Tensor, uniforms: torch.Tensor, count: int, 
     chosen = order.gather(1, places).sort(-1).values
     has_any = available > 0
     return torch.where(has_any[:, None], chosen, torch.zeros_like(chosen)), has_any
+
+
+def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+    """The text's own windows behind prefixes, `[B, M, K]`; what lies beyond the sequence repeats its last token."""
+    places = prefixes[..., None] + 1 + torch.arange(window, device=prefixes.device)
+    clamped = places.clamp_max(input_ids.shape[1] - 1)
+    return input_ids.gather(1, clamped.flatten(1)).view(places.shape)
