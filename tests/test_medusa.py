@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_rollout import batch_of, random_dataset
+from slow_training import batch_of, random_dataset
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.evaluation import decode

@@ -20,7 +20,7 @@ import json, os, signal, sys
 sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
 import torch
 from conftest import build_target
-from test_rollout import make_drafter, random_dataset
+from slow_training import make_drafter, random_dataset
 from transformers import TrainerCallback
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rollout import ARCHITECTURES, WINDOW, batch_of, draft_logits_along, make_drafter, random_dataset, rollout_of
+from slow_training import ARCHITECTURES, WINDOW, batch_of, draft_logits_along, make_drafter, random_dataset, rollout_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
