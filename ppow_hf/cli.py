@@ -119,8 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     quick = commands.add_parser(
         "quickstart",
         help="train a drafter for the embedded target and compare it with the other ways of generating",
-        description="On the embedded target: prepare data, train a drafter supervised and then with PPOW, and compare "
-        "it with plain generation, prompt lookup and transformers' own assisted generation on held-out prompts.",
+        description="On the embedded target: prepare data, train a drafter (a standalone one supervised, then with "
+        "PPOW; an eagle one supervised), and compare it with plain generation, prompt lookup and transformers' own "
+        "assisted generation on held-out prompts.",
     )
     quick.add_argument("--fast", action="store_true", help="use the embedded drafter and train nothing (two minutes)")
     quick.add_argument(
@@ -166,8 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     tiny_draft = commands.add_parser(
         "tiny-drafter",
         help="train an embedded drafter again for an embedded target",
-        description="Let the target write text from excerpts of the standard library, then train a drafter on it, "
-        "supervised and then with PPOW.",
+        description="Let the target write text from excerpts of the standard library, then train a drafter on it: "
+        "an eagle one supervised, a standalone one supervised and then with PPOW.",
     )
     tiny_draft.add_argument("--output-dir", required=True, help="folder for the drafter and its training log")
     tiny_draft.add_argument("--target", default="tiny", metavar="MODEL", help=f"the target: {MODEL_HELP}")

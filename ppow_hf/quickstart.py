@@ -103,7 +103,7 @@ def run(
 
 
 def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, architecture: str) -> PPOWDrafter:
-    from .tiny.drafters import default_stages, save_drafter, target_text, train_stage
+    from .tiny.drafters import default_stages, in_turn, save_drafter, target_text, train_stage
     from .training.trainer import draw_curves
 
     print("Data: the target completes excerpts of held-in modules (its own text is what a drafter must learn) ...")
@@ -113,13 +113,14 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
     drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path="tiny")
     log: list[dict] = []
     lengths: list[tuple[str, float]] = []
-    for stage in default_stages(seconds, architecture):
+    stages = default_stages(seconds, architecture)
+    for stage in stages:
         print(f"\nTraining, {stage.objective}, {stage.seconds:.0f} s:", flush=True)
         offset = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.objective, seed,
             eval_prompts=8, eval_new_tokens=48, disable_tqdm=True,
-            calibrate_at_end=stage.objective == "ppow",
+            calibrate_at_end=stage is stages[-1],
         )  # fmt: skip
         log += [{**row, "step": row["step"] + offset} for row in history]
         evaluations = [row["eval_acceptance_length"] for row in history if "eval_acceptance_length" in row]
@@ -127,10 +128,10 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
             lengths.append(("untrained", evaluations[0]))
         lengths.append((f"after {stage.objective}", evaluations[-1]))
     save_drafter(drafter, tokenizer, folder)
-    draw_curves(log, folder / "training.png", title="quickstart: supervised, then PPOW")
+    draw_curves(log, folder / "training.png", title=f"quickstart: {in_turn(stage.objective for stage in stages)}")
     print("\nAcceptance length on held-out prompts (window 10, greedy, bonus token counted):")
     for name, length in lengths:
         print(f"  {name:<18}{length:.2f}")
     gain = lengths[-1][1] - lengths[-2][1]
-    print(f"  PPOW changed it by {gain:+.2f} on 8 prompts; differences below about 0.2 are noise at this size.")
+    print(f"  The last stage changed it by {gain:+.2f}; on 8 prompts differences below about 0.2 are noise.")
     return drafter.eval()

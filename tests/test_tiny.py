@@ -195,14 +195,14 @@ def test_a_drafter_is_made_in_stages_and_gone_on_with(tmp_path, monkeypatch, fil
     tokenizer = AutoTokenizer.from_pretrained(target_path("tiny-qwen3"))
     small: dict = {"seconds": 3.0, "sequences": 8, "eval_prompts": 1, "eval_new_tokens": 8, "target_name": None}
     small["calibrate_at_end"] = False
-    make_drafter(tmp_path / "new", "eagle", target, tokenizer, **small)
+    make_drafter(tmp_path / "new", "standalone", target, tokenizer, **small)
     log = json.loads((tmp_path / "new" / "training_log.json").read_text())
     assert list(dict.fromkeys(row["objective"] for row in log)) == ["supervised", "ppow"]
     assert [row["step"] for row in log] == sorted(row["step"] for row in log)
     assert {"supervised", "README.md", "provenance.json", "training.png", "tokenizer.json"} <= {
         path.name for path in (tmp_path / "new").iterdir()
     }
-    make_drafter(tmp_path / "again", "eagle", target, tokenizer, seed=1, start=tmp_path / "new", **small)
+    make_drafter(tmp_path / "again", "standalone", target, tokenizer, seed=1, start=tmp_path / "new", **small)
     supervised = [row for row in log if row["objective"] == "supervised"]
     longer = json.loads((tmp_path / "again" / "training_log.json").read_text())
     assert longer[: len(supervised)] == supervised
@@ -214,13 +214,11 @@ def test_a_drafter_is_made_in_stages_and_gone_on_with(tmp_path, monkeypatch, fil
 
 def test_only_a_new_eagle_drafter_is_unrolled_less_deep_than_its_windows():
     new, started = (default_stages(100.0, "eagle", started=started) for started in (False, True))
-    assert [(s.objective, s.settings.get("unroll_steps", 0)) for s in new] == [
-        ("supervised", 3), ("supervised", None), ("ppow", 0),
-    ]  # fmt: skip
-    assert (
-        [s.objective for s in started] == ["supervised", "ppow"] == [s.objective for s in default_stages(1, "medusa")]
-    )
-    assert all(sum(s.seconds for s in stages) == pytest.approx(100) for stages in (new, started))
+    assert [(s.objective, s.settings["unroll_steps"]) for s in new] == [("supervised", 3), ("supervised", None)]
+    assert [(s.objective, s.settings["unroll_steps"]) for s in started] == [("supervised", None)]
+    others = default_stages(100.0, "standalone")
+    assert [s.objective for s in others] == ["supervised", "ppow"]
+    assert all(sum(s.seconds for s in stages) == pytest.approx(100) for stages in (new, started, others))
 
 
 def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):

@@ -1,10 +1,12 @@
-"""The recipe of the embedded drafters, and of the one that `ppow quickstart` trains: supervised, then PPOW.
+"""The recipe of the embedded drafters, and of the one that `ppow quickstart` trains.
 
 Knows the embedded corpus and PPOWTrainer; the shipped drafters and the quickstart differ in nothing but time.
 """
 
 import copy
+import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,19 +111,31 @@ def train_stage(
 
 
 def default_stages(seconds: float, architecture: str, decay: float = 1.0, started: bool = False) -> list[Stage]:
-    """Supervised for 70% of the time, then PPOW with windows verified by the target's text for 30%.
+    """What came out best for each architecture (see `model_cards/results`).
 
-    A new eagle drafter learns its first tokens fast, unrolled for three steps behind every prefix in the first half of
-    the supervised time, and then what decoding visits, as deep as its windows; one that is `started` learns that at
-    once. `decay` is that of the last supervised stage.
+    Eagle: supervised. A new drafter learns its first tokens fast, unrolled for three steps behind every prefix in the
+    first half of the time, and then what decoding visits, as deep as its windows; one that is `started` learns that
+    alone. PPOW won nothing behind it. Standalone: supervised for 70% of the time, then PPOW with windows verified by
+    the target's text. `decay` is that of the last supervised stage.
     """
-    ppow = Stage("ppow", 0.3 * seconds, 1e-4, {})
     if architecture != "eagle":
-        return [Stage("supervised", 0.7 * seconds, 2e-3, {}, decay), ppow]
-    deep = 0.7 * seconds if started else 0.35 * seconds
+        return [
+            Stage("supervised", 0.7 * seconds, 2e-3, {}, decay),
+            Stage("ppow", 0.3 * seconds, 1e-4, {}),
+        ]
+    visited = {"unroll_steps": None}
+    if started:
+        return [Stage("supervised", seconds, 1e-3, visited, decay)]
     every = {"unroll_steps": 3, "text_weighting": "decay"}
-    shallow = [] if started else [Stage("supervised", 0.35 * seconds, 2e-3, every, 2.0)]
-    return [*shallow, Stage("supervised", deep, 1e-3, {"unroll_steps": None}, decay), ppow]
+    return [
+        Stage("supervised", 0.5 * seconds, 2e-3, every, 2.0),
+        Stage("supervised", 0.5 * seconds, 1e-3, visited, decay),
+    ]
+
+
+def in_turn(objectives: Iterable[str]) -> str:
+    """What stages were trained with, in their turn: "supervised, then ppow"."""
+    return ", then ".join(name for name, _ in itertools.groupby(objectives))
 
 
 def make_drafter(
@@ -180,7 +194,9 @@ def make_drafter(
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
     (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    draw_curves(log, output_dir / "training.png", title=f"{architecture} drafter: supervised, then PPOW")
+    draw_curves(
+        log, output_dir / "training.png", title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}"
+    )
     origin = provenance.describe(
         drafter.device, command, seed=seed, sequences=sequences, data_fingerprint=train_data.fingerprint
     )
