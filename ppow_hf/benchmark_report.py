@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .plots import save_figure
 from .trace import GenerationTrace
 
 # -- what it ran on
@@ -243,11 +244,7 @@ def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds
         f"wasted drafts {together.wasted:.0%}",
         fontsize=11,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def plot_speeds(result: dict[str, Any], path: str | Path) -> Path:
@@ -273,8 +270,4 @@ def plot_speeds(result: dict[str, Any], path: str | Path) -> Path:
     axis.set_xlabel("tokens per second")
     axis.set_xlim(0, 1.15 * max(high for _, high in ranges))
     axis.spines[["top", "right"]].set_visible(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

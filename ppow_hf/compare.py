@@ -8,6 +8,7 @@ compare_evaluation.py, what came out is said in compare_report.py.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -402,7 +403,7 @@ class Comparison:
             self.target, drafter, self.texts[split], groups, ratios, trees, self.config.slow_prompts,
             self.config.verification_cost, calibration=fit,
         )  # fmt: skip
-        line = {
+        line = shortened({
             **facts,
             "target": public_name(self.config.target),
             "architecture": self.config.architecture,
@@ -411,7 +412,7 @@ class Comparison:
             **found,
             **({} if training is None else {"training": training}),
             "provenance": describe(self.target.device, self.command),
-        }
+        })  # fmt: skip
         self.lines.append(line)
         with open(self.folder / RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
@@ -451,6 +452,17 @@ def plateau_gain(curve: list[list[float]]) -> float | None:
     if len(curve) < 5:
         return None
     return curve[-1][2] / curve[-1 - max(len(curve) // 4, 1)][2] - 1
+
+
+def shortened(value: Any) -> Any:
+    """The same with numbers of six digits, whole ones as integers: hundreds of them stand in a line."""
+    if isinstance(value, dict):
+        return {name: shortened(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [shortened(part) for part in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else float(f"{value:.6g}")
+    return value
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

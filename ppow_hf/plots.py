@@ -3,8 +3,10 @@
 Knows series of numbers; knows nothing about models.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 
@@ -43,7 +45,18 @@ def plot_curves(
         for axis in with_lines:
             axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure as a PNG of 64 colours, a third of the size of full ones, and close it."""
+    from matplotlib import pyplot
+    from PIL import Image
+
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png", dpi=130)
     pyplot.close(figure)
+    Image.open(whole).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
