@@ -1,6 +1,7 @@
 """The comparison of recipes: what it measures against real decoding, and that it runs, resumes and reports."""
 
 import json
+import math
 
 import numpy
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.acceptance import greedy_accepted_group
-from ppow_hf.compare import Comparison, load_config, plateau_gain
+from ppow_hf.compare import Comparison, load_config, plateau_gain, shortened
 from ppow_hf.compare_evaluation import (
     EvaluationTexts,
     SampledText,
@@ -433,6 +434,12 @@ def test_intervals_cover_the_truth_about_as_often_as_they_claim():
         covered += low <= 0.05 <= high
         assert high - low < 0.2  # unpaired it would be near 0.35
     assert 85 <= covered <= 100
+
+
+def test_numbers_in_results_keep_six_digits():
+    line = {"rate": 3e-05, "pairs": [(26.0, 1 / 3)], "amount": 123_456_789.0, "seed": 7, "name": "x", "none": None}
+    kept = {"rate": 3e-05, "pairs": [[26, 0.333333]], "amount": 123_456_789, "seed": 7, "name": "x", "none": None}
+    assert shortened(line) == kept and str(shortened(26.0)) == "26" and math.isnan(shortened(math.nan))
 
 
 def test_the_plateau_is_read_off_the_last_quarter_of_the_curve():
