@@ -8,7 +8,6 @@ compare_evaluation.py, what came out is said in compare_report.py.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -22,7 +21,7 @@ from .compare_data import SPLITS, longest_sequence, prepare, training_text, writ
 from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, target_entropy
 from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
-from .provenance import describe, public_name
+from .provenance import describe, public_name, shortened
 from .tiny.recipe import bfloat16_pays
 from .training import PPOWTrainingArguments
 from .training.budget import Budget, BudgetTrainer
@@ -452,17 +451,6 @@ def plateau_gain(curve: list[list[float]]) -> float | None:
     if len(curve) < 5:
         return None
     return curve[-1][2] / curve[-1 - max(len(curve) // 4, 1)][2] - 1
-
-
-def shortened(value: Any) -> Any:
-    """The same with numbers of six digits, whole ones as integers: hundreds of them stand in a line."""
-    if isinstance(value, dict):
-        return {name: shortened(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [shortened(part) for part in value]
-    if isinstance(value, float) and math.isfinite(value):
-        return int(value) if value.is_integer() else float(f"{value:.6g}")
-    return value
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

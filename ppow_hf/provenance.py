@@ -4,6 +4,7 @@ Written beside every trained drafter and measurement, and pushed with them: so i
 """
 
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -100,3 +101,14 @@ def public_name(name: str | None) -> str | None:
 def is_hub_name(name: str | None) -> bool:
     """Whether `name` can be that of a repository on the Hub, `namespace/name`."""
     return name is not None and name.count("/") == 1 and public_name(name) == name
+
+
+def shortened(value: Any) -> Any:
+    """The same with numbers of six digits, whole ones as integers: hundreds of them stand in a line."""
+    if isinstance(value, dict):
+        return {name: shortened(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [shortened(part) for part in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else float(f"{value:.6g}")
+    return value

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.acceptance import greedy_accepted_group
-from ppow_hf.compare import Comparison, load_config, plateau_gain, shortened
+from ppow_hf.compare import Comparison, load_config, plateau_gain
 from ppow_hf.compare_evaluation import (
     EvaluationTexts,
     SampledText,
@@ -25,6 +25,7 @@ from ppow_hf.compare_evaluation import (
 )
 from ppow_hf.compare_report import Report, paired_gain, value
 from ppow_hf.evaluation import decode
+from ppow_hf.provenance import shortened
 from ppow_hf.training.target import FrozenTarget
 from ppow_hf.window_study import draft_table
 

@@ -193,7 +193,7 @@ def make_drafter(
         steps_before = log[-1]["step"]
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
-    (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    (output_dir / "training_log.json").write_text(json.dumps(provenance.shortened(log), indent=1) + "\n")
     draw_curves(
         log, output_dir / "training.png", title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}"
     )
