@@ -242,7 +242,7 @@ class Comparison:
         self.texts: dict[str, EvaluationTexts] = {}
 
     def _check_same(self) -> None:
-        """A folder belongs to one configuration; recipes may be added to it, and budgets and seeds."""
+        """A folder belongs to one configuration; recipes may be added to it, baselines, budgets and seeds."""
         path = self.folder / "config.json"
         mine = json.loads(json.dumps(vars(self.config)))
         for name in ("target", "drafter"):  # where something lies on this machine is nobody else's
@@ -252,7 +252,7 @@ class Comparison:
         }
         if path.is_file():
             before = json.loads(path.read_text())
-            open_ended = ("recipes", "budgets", "seeds")
+            open_ended = ("recipes", "baselines", "budgets", "seeds")
             changed = [name for name in mine if name not in open_ended and before.get(name) != mine[name]]
             changed += [f"recipes.{name}" for name, recipe in mine["recipes"].items()
                         if before["recipes"].get(name, recipe) != recipe]  # fmt: skip

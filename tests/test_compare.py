@@ -356,9 +356,10 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(compared, cell, caps
 
 def test_another_configuration_is_refused_in_the_same_folder_and_more_recipes_are_not(compared, cell, target):
     config = load_config(cell / "compare.yaml")
-    config.recipes["tv"] = {"objective": "tv"}
+    config.recipes["tv"], config.baselines = {"objective": "tv"}, [*config.baselines, "tv"]
     Comparison(config, compared, target, None)
-    assert "tv" in json.loads((compared / "config.json").read_text())["recipes"]
+    written = json.loads((compared / "config.json").read_text())
+    assert "tv" in written["recipes"] and "tv" in written["baselines"]
     config.groups = [3]
     with pytest.raises(ValueError, match=r"--output-dir: .* other settings \(groups\)"):
         Comparison(config, compared, target, None)
