@@ -72,7 +72,7 @@ def decode(
                 attention_mask=mask.to(target.device),
                 max_new_tokens=max_new_tokens,
                 assistant_model=view,
-                **({} if len(ids) == 1 else {"pad_token_id": 0}),
+                pad_token_id=0,
                 **(sampling or {"do_sample": False}),
             )
             outputs += [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]

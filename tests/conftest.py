@@ -105,3 +105,11 @@ def make_target():
 def small_vocab_target() -> PreTrainedModel:
     """Six tokens, about one nat of entropy per token: small enough to enumerate every continuation exactly."""
     return build_target("llama", vocab_size=6, hidden_size=16, num_layers=2, initializer_range=0.4)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, make_target):
+    """Trainers on tiny pairs, see [`slow_training.trainer_maker`]."""
+    from slow_training import trainer_maker
+
+    return trainer_maker(tmp_path, make_target)

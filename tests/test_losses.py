@@ -18,17 +18,11 @@ from slow_training import (
     rollout_of,
     same_gradients,
     target_logits_along,
-    trainer_maker,
 )
 
 from ppow_hf.data import SequenceDataset
 from ppow_hf.training.losses import visited_windows
 from ppow_hf.training.rollout import keyed_uniforms, written_prefixes
-
-
-@pytest.fixture
-def make_trainer(tmp_path, make_target):
-    return trainer_maker(tmp_path, make_target)
 
 
 def naive_policy_loss(trainer, inputs):

@@ -17,19 +17,12 @@ from slow_training import (
     random_dataset,
     rollout_of,
     target_logits_along,
-    trainer_maker,
 )
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from ppow_hf.data import SequenceDataset
 from ppow_hf.training.rollout import keyed_uniforms
 from ppow_hf.training.target import FrozenTarget
-
-
-@pytest.fixture
-def make_trainer(tmp_path, make_target):
-    return trainer_maker(tmp_path, make_target)
-
 
 # The frozen target
 

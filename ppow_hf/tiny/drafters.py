@@ -115,8 +115,8 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
 
     Eagle: supervised. A new drafter learns its first tokens fast, unrolled for three steps behind every prefix in the
     first half of the time, and then what decoding visits, as deep as its windows; one that is `started` learns that
-    alone. PPOW won nothing behind it. Standalone: supervised for 70% of the time, then PPOW with windows verified by
-    the target's text. `decay` is that of the last supervised stage.
+    alone; going on with PPOW won nothing over going on so. Standalone: supervised for 70% of the time, then PPOW with
+    windows verified by the target's text. `decay` is that of the last supervised stage.
     """
     if architecture != "eagle":
         return [
