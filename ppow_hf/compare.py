@@ -29,6 +29,7 @@ from .training.objectives import parse_objective
 
 DEFAULT_CONFIG = Path(__file__).with_name("compare_default.yaml")
 RESULTS = "results.jsonl"
+START = "start.json"  # what is known of the start, for the report
 
 
 @dataclass
@@ -325,8 +326,8 @@ class Comparison:
             "drafter": public_name(self.config.drafter),
             "target_entropy": target_entropy(self.target, self.texts[SPLITS[0]]),
         }
+        write_whole(self.folder / START, json.dumps(summary, indent=1) + "\n")
         drafter.save_pretrained(self.folder / "start.part")
-        (self.folder / "start.part" / "start.json").write_text(json.dumps(summary, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         (self.folder / "start.part").rename(folder)
         return drafter

@@ -5,16 +5,18 @@ Knows lines of results; loads no model, so that a report can be made again anywh
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from .compare import RESULTS, read_results
+from .compare import RESULTS, START, read_results
 from .plots import plot_curves
 
 LOOPING = 0.2  # share of repeated 8-grams from which on a text counts as looping
 RESAMPLES = 2000
+UNITS = {"tokens": "target-forward tokens", "seconds": "seconds"}  # of a budget, by its kind
 WANTED = {"baseline": 0.10, "reference": 0.20}  # of the project: gains over the best baseline, and over CST
 
 # The paper's ablation (arXiv 2605.14978, Llama-3.1-8B, MT-Bench / GSM8K) by the names of the shipped recipes.
@@ -49,21 +51,28 @@ def value(pairs: numpy.ndarray) -> float:
 def paired_gain(
     pairs: numpy.ndarray, against: numpy.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Relative gain of `pairs` `[seeds, prompts, 2]` over `against`, and its 95% interval (paired bootstrap).
+    """Relative gain of `pairs` `[seeds, prompts, 2]` over `against`, and its 95% interval (paired bootstrap)."""
+    if pairs.shape[1] == 0:
+        return 0.0, 0.0, 0.0
+    low, high = numpy.percentile(gain_samples(pairs, against, resamples, seed), [2.5, 97.5])
+    return value(pairs) / value(against) - 1, float(low), float(high)
+
+
+def gain_samples(
+    pairs: numpy.ndarray, against: numpy.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> numpy.ndarray:
+    """The bootstrap's relative gains, `[resamples]`.
 
     Prompts are drawn for both alike; seeds of each by themselves, since seeds of two recipes share nothing but order.
     """
     random = numpy.random.default_rng(seed)
     prompts = pairs.shape[1]
-    if prompts == 0:
-        return 0.0, 0.0, 0.0
     gains = []
     for _ in range(resamples):
         drawn = random.integers(prompts, size=prompts)
         parts = [part[random.integers(len(part), size=len(part))][:, drawn] for part in (pairs, against)]
         gains.append(value(parts[0]) / value(parts[1]) - 1)
-    low, high = numpy.percentile(gains, [2.5, 97.5])
-    return value(pairs) / value(against) - 1, float(low), float(high)
+    return numpy.asarray(gains)
 
 
 class Report:
@@ -77,12 +86,16 @@ class Report:
         self.folder = Path(folder)
         self.config = json.loads((self.folder / "config.json").read_text())
         self.lines = read_results(self.folder / RESULTS)
-        self.start = json.loads((self.folder / "start" / "start.json").read_text())
         self.split = "test" if any(line["split"] == "test" for line in self.lines) else "validation"
         self.begin = [line for line in self.lines if line["recipe"] == "start" and line["split"] == self.split]
         if not self.begin:
             raise ValueError(f"--output-dir: {self.folder.name!r} holds no results yet; run the comparison first.")
         self.metrics = list(self.begin[0]["per_prompt"])
+
+    @cached_property
+    def start(self) -> dict[str, Any]:
+        """The start's curve, its gain at the end, and the target's entropy."""
+        return json.loads((self.folder / START).read_text())
 
     def runs(self, budget: str) -> dict[str, list[Line]]:
         """The chosen runs of each recipe under one budget, a line each seed; on validation those of the best rate."""
@@ -114,7 +127,7 @@ class Report:
         """A row each recipe: value, and gain over the reference with its 95% interval in brackets."""
         runs = self.runs(budget)
         reference = runs.get(self.config["reference"], self.begin)
-        header = ["recipe", "learning rate", "seeds", *(_title(metric) for metric in metrics)]
+        header = ["recipe", "learning rate", "seeds", *(metric_title(metric) for metric in metrics)]
         rows = []
         for recipe, lines in {"start": self.begin, **runs}.items():
             rate = lines[0]["learning_rate"]
@@ -127,7 +140,7 @@ class Report:
                     cell += f" ({gain:+.1%}: {low:+.1%} to {high:+.1%})"
                 cells.append(cell)
             rows.append(cells)
-        return _markdown(header, rows)
+        return markdown(header, rows)
 
     def positions_table(self, budget: str) -> str:
         """Of the greedy chain's longest windows at T = 0, the share whose first j tokens were kept."""
@@ -135,7 +148,7 @@ class Report:
         for recipe, lines in {"start": self.begin, **self.runs(budget)}.items():
             means = numpy.mean([line["position_acceptance"] for line in lines], axis=0)
             rows.append([recipe, *(f"{share:.3f}" for share in means)])
-        return _markdown(["first tokens kept", *(str(j + 1) for j in range(len(rows[0]) - 1))], rows)
+        return markdown(["first tokens kept", *(str(j + 1) for j in range(len(rows[0]) - 1))], rows)
 
     def costs_table(self, budget: str) -> str:
         """What each recipe's runs took, and what the target and the drafter are like there."""
@@ -156,7 +169,7 @@ class Report:
                 for name in ("entropy", "kl", "calibration_nats")
             ]
             rows.append([recipe, *means, *own])
-        return _markdown(header, rows)
+        return markdown(header, rows)
 
     def paper_tables(self, budget: str) -> list[str]:
         """The literal recipe and its ablations beside the paper's numbers, which are of far larger models."""
@@ -170,8 +183,8 @@ class Report:
             gain, low, high = paired_gain(pairs, values_of(self.begin, metric))
             ours = f"{value(pairs):.3f}", f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
             rows.append([recipe, *ours, PAPER_ABLATION[recipe]])
-        header = ["recipe", f"here: {_title(metric)}", "gain over the start", "paper: MT-Bench / GSM8K"]
-        return [PAPER_GAIN, _markdown(header, rows)]
+        header = ["recipe", f"here: {metric_title(metric)}", "gain over the start", "paper: MT-Bench / GSM8K"]
+        return [PAPER_GAIN, markdown(header, rows)]
 
     def verdicts(self, budget: str) -> list[str]:
         """For the recipe that was chosen on validation: its gains over the best baseline and over the reference."""
@@ -206,8 +219,8 @@ class Report:
                 wanted = WANTED[kind]
                 reached = "reached" if gain >= wanted and low > 0 else "not reached"
                 said.append(
-                    f"{_title(metric)}: {gain:+.1%} over `{rival}` ({low:+.1%} to {high:+.1%}); wanted {wanted:+.0%}, "
-                    f"{reached}."
+                    f"{metric_title(metric)}: {gain:+.1%} over `{rival}` ({low:+.1%} to {high:+.1%}); "
+                    f"wanted {wanted:+.0%}, {reached}."
                 )
         return said
 
@@ -252,8 +265,7 @@ class Report:
         for budget in config["budgets"]:
             if not self.runs(budget):
                 continue
-            unit = "target-forward tokens" if budget == "tokens" else "seconds"
-            parts += [f"### Equal {unit}: {config['budgets'][budget]:,}", self.table(budget, self.headline())]
+            parts += [f"### Equal {UNITS[budget]}: {config['budgets'][budget]:,}", self.table(budget, self.headline())]
             rest = [name for name in self.metrics if name not in self.headline()]
             parts += [
                 *self.verdicts(budget),
@@ -294,7 +306,7 @@ class Report:
             if panel:
                 plot_curves(
                     panel, self.folder / f"curves-{budget}.png", title="greedy chain, k + 1 (validation)",
-                    x_label="target-forward tokens" if budget == "tokens" else "seconds",
+                    x_label=UNITS[budget],
                 )  # fmt: skip
             rewarded = [line for line in trained if any("reward/mean" in row for row in line["training"]["log"])]
             panels = [
@@ -316,7 +328,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _title(metric: str) -> str:
+def metric_title(metric: str) -> str:
     kind, temperature, rest = metric.split("_")
     names = {
         "tree": "tree",
@@ -331,6 +343,6 @@ def _title(metric: str) -> str:
     return f"{names[kind]} {of(rest[1:])}, T={temperature[1:]}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)

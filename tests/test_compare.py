@@ -23,7 +23,7 @@ from ppow_hf.compare_evaluation import (
     target_entropy,
     write_texts,
 )
-from ppow_hf.compare_report import Report, paired_gain, value
+from ppow_hf.compare_report import Report, paired_gain, value, values_of
 from ppow_hf.evaluation import decode
 from ppow_hf.provenance import shortened
 from ppow_hf.training.target import FrozenTarget
@@ -409,6 +409,40 @@ def test_what_is_not_there_is_named(tmp_path, capsys):
     assert "--recipes: ['nothing']" in capsys.readouterr().err
     assert cli.main(["compare", "--report-only", "--output-dir", str(tmp_path)]) == 2
     assert "holds no comparison" in capsys.readouterr().err
+
+
+def test_the_mean_of_comparisons_weighs_them_alike(compared, tmp_path, capsys):
+    """A second comparison whose windows of one recipe are a tenth longer: the mean gain grows by half of that."""
+    other = tmp_path / "other"
+    other.mkdir()
+    lines = read(compared)
+    for line in lines:
+        if line["recipe"] == "ppow":
+            for pairs in line["per_prompt"].values():
+                pairs[:] = [[1.1 * above, below] for above, below in pairs]
+    (other / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = json.loads((compared / "config.json").read_text())
+    config["recipes"]["lk"]["unroll_decay"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    argv = ["compare", "--mean-of", f"{compared}, {other}", "--output-dir", str(tmp_path)]
+    assert cli.main(argv) == 0
+    text = (tmp_path / "mean.md").read_text()
+    assert text in capsys.readouterr().out and "Equal seconds" in text and str(tmp_path) not in text
+    assert "other settings in some of them: lk." in text
+    report = Report(compared)
+    runs = report.runs("tokens")
+    pairs, against = (values_of(runs[name], "chain_t0_k10") for name in ("ppow", "cst"))
+    gain = value(pairs) / value(against)
+    expected = (gain + 1.1 * gain) / 2 - 1
+    rows = [row.split(" | ") for row in text.split("Equal seconds")[0].splitlines() if row.startswith("| ")]
+    header, cells = rows[0], next(row for row in rows if row[0] == "| ppow")
+    assert header[1] == "chain K=10, T=0: over the reference" and cells[1].split(" (")[0] == f"{expected:+.1%}"
+    # Only what all of them have tested is compared.
+    assert cli.main(["compare", "--mean-of", str(tmp_path), "--output-dir", str(tmp_path)]) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+    (other / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines if x["recipe"] != "cst"))
+    assert cli.main(argv) == 2
+    assert "share no recipe" in capsys.readouterr().err
 
 
 # Intervals

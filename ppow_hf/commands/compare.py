@@ -1,6 +1,7 @@
 """`ppow compare`: recipes of training against each other on equal terms; what it does is in compare.py."""
 
 import argparse
+from pathlib import Path
 
 from ..loading import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
 
@@ -20,6 +21,11 @@ def register(commands) -> None:
     parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="folder for everything it makes")
     parser.add_argument("--recipes", metavar="NAMES", help="only these of the configuration's, with commas between")
     parser.add_argument("--smoke", action="store_true", help="make everything small, to see that it runs (minutes)")
+    parser.add_argument(
+        "--mean-of",
+        metavar="FOLDERS",
+        help="only write mean.md: mean gains over these comparisons that are done, with commas between",
+    )
     parser.add_argument("--report-only", action="store_true", help="only write the report from what is there")
     parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
     parser.set_defaults(run=run)
@@ -27,11 +33,21 @@ def register(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     folder = ensure_writable(arguments.output_dir, "--output-dir")
+    if arguments.mean_of:
+        from ..compare_data import write_whole
+        from ..compare_mean import mean_report
+
+        folders = [Path(name.strip()) for name in arguments.mean_of.split(",")]
+        for name in folders:
+            _check_compared(name, "--mean-of")
+        text = mean_report(folders)
+        write_whole(folder / "mean.md", text)
+        print(text)
+        return 0
     if arguments.report_only:
         from ..compare_report import write_report
 
-        if not (folder / "start" / "start.json").is_file():
-            raise ValueError(f"--output-dir: {arguments.output_dir!r} holds no comparison; run it first.")
+        _check_compared(folder, "--output-dir")
         print(write_report(folder).read_text(encoding="utf-8"))
         return 0
     from ..compare import Comparison, load_config
@@ -47,3 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     Comparison(config, folder, target, tokenizer, start, arguments.command).run()
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0
+
+
+def _check_compared(folder: Path, argument: str) -> None:
+    from ..compare import RESULTS
+
+    if not (folder / RESULTS).is_file():
+        raise ValueError(f"{argument}: {folder.name!r} holds no comparison; run it first.")

@@ -113,7 +113,8 @@ class PPOWTrainingArguments(TrainingArguments):
 
         chunk_size (`int`, *optional*, defaults to `1024`): positions whose vocabulary-wide tensors are held at once.
         verify_tokens (`int`, *optional*, defaults to `4096`): draft tokens of a sequence in one packed target forward.
-        eval_prompts (`int`, *optional*, defaults to `16`): held-out prompts that are decoded at each evaluation.
+        eval_prompts (`int`, *optional*, defaults to `16`): held-out prompts that are decoded at each evaluation,
+            `per_device_eval_batch_size` of them at once.
         eval_prompt_length (`int`, *optional*, defaults to `96`): tokens of a prompt taken from a `text` row.
         eval_new_tokens (`int`, *optional*, defaults to `64`): tokens decoded behind each.
         calibrate_at_end (`bool`, *optional*, defaults to `True`): whether training ends by fitting the window rule.

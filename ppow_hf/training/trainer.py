@@ -392,6 +392,7 @@ class PPOWTrainer(Trainer):
             self.args.eval_new_tokens,
             self.args.target_temperature,
             self.args.seed,
+            batch_size=self.args.per_device_eval_batch_size,
             window="fixed",
             max_window=self.args.max_window,
         )
