@@ -147,15 +147,23 @@ def _training(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     arguments = _read(folder / "training_arguments.json", default={})
     provenance = _read(folder / "provenance.json", default={})
     runs = _runs(log)
-    words = {"supervised": "supervised on text that the target wrote", "ppow": "with PPOW"}
     stages = _stages(log, runs)
     return {
-        "objectives": ", then ".join(words.get(name, f"with the objective {name}") for name, _ in runs),
+        "objectives": _objectives([name for name, _ in runs]),
         "stages": stages,
         "evaluation": _evaluation(arguments, config),
         "verdict": " ".join(filter(None, [_plateau(runs), _verdict(stages, log, arguments)])),
         "provenance_rows": _provenance_rows(provenance, runs),
     }
+
+
+def _objectives(names: list[str]) -> str:
+    """What stands behind "Trained": the stages one by one, or, where they come back, each once."""
+    words = {"supervised": "supervised on text that the target wrote", "ppow": "with PPOW"}
+    said = {name: words.get(name, f"with the objective {name}") for name in names}
+    if len(said) == len(names):
+        return ", then ".join(said.values())
+    return f"in {len(names)} stages, {' and '.join(said.values())} in turns, the last of them `{names[-1]}`"
 
 
 Runs = list[tuple[str, list[dict[str, Any]]]]

@@ -127,6 +127,8 @@ def test_a_stage_that_comes_back_is_a_stage_of_its_own(folder):
     (folder / "training_log.json").write_text(json.dumps([*LOG, *again]))
     text = " ".join(str(drafter_card(folder)).split())
     assert "40 supervised, 20 ppow, 40 supervised" in text
+    stages = "supervised on text that the target wrote and with PPOW in turns, the last of them `supervised`"
+    assert f"Trained in 3 stages, {stages} ([arXiv" in text
     assert [row[1] for row in cells(str(drafter_card(folder)), "after supervised")] == ["2.52", "3.20"]
     assert "In the last 25% of the steps of the supervised stage it went from 3.10 to 3.20" in text
 
