@@ -160,6 +160,12 @@ def build_parser() -> argparse.ArgumentParser:
         "(default column: text), in place of the standard library",
     )
     tiny.add_argument("--layers", type=int, help="decoder layers (default: those of the recipe)")
+    tiny.add_argument(
+        "--hidden-size",
+        type=int,
+        help="width, a multiple of 128, by which heads and feed-forward layers grow (default: that of the recipe); "
+        "768 with 14 layers are 100 million parameters, for a GPU",
+    )
     tiny.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the recipe)")
     tiny.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
     tiny.set_defaults(run=tiny_target)
@@ -257,7 +263,8 @@ def tiny_target(arguments: argparse.Namespace) -> int:
     from .tiny.corpus import texts_of_rows
     from .tiny.recipe import make_target, recipe_of
 
-    recipe = recipe_of(arguments.family, max_steps=arguments.max_steps, num_layers=arguments.layers)
+    sizes = {"hidden_size": arguments.hidden_size, "num_layers": arguments.layers}
+    recipe = recipe_of(arguments.family, max_steps=arguments.max_steps, **sizes)
     texts = None
     if arguments.texts is not None:
         file, columns = split_column(arguments.texts)

@@ -19,6 +19,7 @@ from ppow_hf.tiny.recipe import (
     StepBatches,
     TargetRecipe,
     bits_per_byte,
+    build_target,
     make_target,
     orthogonalize,
     recipe_of,
@@ -238,3 +239,11 @@ def test_quickstart_fast_writes_what_it_promises(tmp_path, capsys):
 def test_recipe_of_a_family():
     assert recipe_of("llama") == TargetRecipe() and recipe_of("qwen3") == QWEN3_RECIPE
     assert recipe_of("qwen3", max_steps=7, num_layers=None) == dataclasses.replace(QWEN3_RECIPE, max_steps=7)
+    assert recipe_of("llama", hidden_size=256) == TargetRecipe()
+    with torch.device("meta"):
+        wide = build_target(recipe_of("llama", hidden_size=768, num_layers=14), 0, 1)
+    assert 95e6 < sum(parameter.numel() for parameter in wide.parameters()) < 110e6
+    assert wide.config.num_attention_heads == 12 and wide.config.intermediate_size == 3 * 768
+    for size in (0, 100, 192):
+        with pytest.raises(ValueError, match=f"hidden_size: {size} given; it must be a multiple of 128"):
+            recipe_of("llama", hidden_size=size)

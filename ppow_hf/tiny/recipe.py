@@ -73,10 +73,23 @@ class TargetRecipe:
 QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384, max_steps=250)
 
 
-def recipe_of(family: str, **changes: Any) -> TargetRecipe:
+def recipe_of(family: str, hidden_size: int | None = None, **changes: Any) -> TargetRecipe:
     """The recipe of the embedded target of a family, `"llama"` or `"qwen3"`; what is not `None` takes the place of
-    the recipe's own."""
+    the recipe's own.
+
+    With `hidden_size`, a multiple of twice the head's size, heads and the feed-forward layers grow in proportion.
+    Raises `ValueError` for another.
+    """
     recipe = QWEN3_RECIPE if family == "qwen3" else TargetRecipe(family=family)
+    if hidden_size is not None:
+        least = 2 * recipe.head_dim
+        if hidden_size < least or hidden_size % least:
+            raise ValueError(f"hidden_size: {hidden_size} given; it must be a multiple of {least}.")
+        heads = hidden_size // recipe.head_dim
+        wider = recipe.intermediate_size * hidden_size // recipe.hidden_size
+        recipe = replace(
+            recipe, hidden_size=hidden_size, intermediate_size=wider, num_heads=heads, num_key_value_heads=heads // 2
+        )
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
