@@ -134,8 +134,8 @@ class Report:
             cells = [recipe, "" if rate is None else f"{rate:g}", str(len(lines)) if recipe != "start" else ""]
             for metric in metrics:
                 pairs = values_of(lines, metric, without_looping)
-                cell = f"{value(pairs):.3f}"
-                if lines is not reference:
+                cell = f"{value(pairs):.3f}" if pairs.shape[1] else "no such text"
+                if lines is not reference and pairs.shape[1]:
                     gain, low, high = paired_gain(pairs, values_of(reference, metric, without_looping))
                     cell += f" ({gain:+.1%}: {low:+.1%} to {high:+.1%})"
                 cells.append(cell)

@@ -328,6 +328,9 @@ def test_the_report_says_what_the_lines_say(compared):
     expected = sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
     row = next(row for row in report.table("tokens", ["chain_t0_k10"]).splitlines() if row.startswith("| ppow"))
     assert f"| 2 | {expected:.3f} (" in row and row in section.replace(" |\n", " |\n") or row.split(" (")[0] in section
+    for line in report.begin + [x for x in report.lines if x["split"] == "test"]:
+        line["loops"] = [1.0] * 4  # all of them loop: then there is nothing to say without them
+    assert set(report.table("tokens", ["group_t0_c3"], True).split("\n")[-1].split(" | ")[3:]) == {"no such text |"}
     kept = numpy.mean([line["position_acceptance"] for line in lines], axis=0)
     row = next(row for row in report.positions_table("tokens").splitlines() if row.startswith("| ppow"))
     assert row in section and row.split(" | ")[1:] == [f"{share:.3f}" for share in kept[:-1]] + [f"{kept[-1]:.3f} |"]
