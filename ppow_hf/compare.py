@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from .compare_data import SPLITS, longest_sequence, prepare, training_text, write_whole
 from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, target_entropy
@@ -51,6 +51,8 @@ class CompareConfig:
         training (`dict`): training arguments of every recipe.
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
             `regenerate_temperature` there says how the target writes that recipe's text; the others' is of T = 0.
+            `later` there is a dict of arguments that take the place of the recipe's own once the share `from` of the
+            budget is spent: `{from: 0.75, unroll_steps: 10}`.
         baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
         select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
         groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`]; all
@@ -147,11 +149,14 @@ def _check(config: CompareConfig, source: str) -> None:
     for name in counts:
         if not isinstance(config.data.get(name), int) or config.data[name] < 1:
             refuse(f"data: {name} is {config.data.get(name)!r}; a whole number of at least 1 is needed.")
-    own = {f.name for f in fields(PPOWTrainingArguments)} | {"learning_rates"}
+    own = {f.name for f in fields(PPOWTrainingArguments)}
     for name, recipe in config.recipes.items():
-        unknown = sorted(set(recipe) - own)
+        later = recipe.get("later", {"from": 0.5})
+        unknown = sorted((set(recipe) - own - {"learning_rates", "later"}) | (set(later) - own - {"from"}))
         if unknown:
             refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
+        if not 0 < later.get("from", 0) < 1:
+            refuse(f"recipes: later of {name} begins from {later.get('from')}; give a share between 0 and 1.")
         parse_objective(recipe.get("objective", "ppow"), 0.1, 1.0)
     counted = {f"group_t0_c{count}" for count in config.groups} | {f"speed_t0_{c:g}" for c in config.cost_ratios}
     counted |= {f"tree_t{t}_n{count}" for count in config.tree_nodes for t in (0, 1)}
@@ -179,25 +184,31 @@ def train(
     max_length: int,
     keep_bytes: int,
 ) -> BudgetTrainer:
-    """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up."""
-    args = PPOWTrainingArguments(
-        output_dir=str(folder),
-        **{
-            "max_length": max_length,
-            "cost_ratio": 0.12,
-            "per_device_train_batch_size": 8,
-            "logging_steps": 5,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": target.device.type == "cpu",
-            "bf16": bfloat16_pays(target.device.type),
-            **settings,
-            "max_steps": 10_000_000,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        },
-    )
+    """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up.
+
+    `settings` are training arguments, with `later` as in [`CompareConfig`].
+    """
+    later = dict(settings.get("later", {}))
+    share = later.pop("from", 1.0)
+    own = {
+        "output_dir": str(folder),
+        "max_length": max_length,
+        "cost_ratio": 0.12,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 5,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": target.device.type == "cpu",
+        "bf16": bfloat16_pays(target.device.type),
+        **{name: value for name, value in settings.items() if name != "later"},
+        "max_steps": 10_000_000,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    args = PPOWTrainingArguments(**own)
+    second = PPOWTrainingArguments(**{**own, **later})  # refused before any work, if it must be
+    switch = _Switch(budget, share, {name: getattr(second, name) for name in later})
     set_seed(seed)
     if drafter.config.architecture == "eagle" and not args.train_embeddings:
         drafter.draft_model.embed_tokens.requires_grad_(False)
@@ -207,12 +218,24 @@ def train(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
     )
     trainer = BudgetTrainer(
-        budget, model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget],
+        budget, model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget, switch],
         optimizers=(optimizer, schedule),
     )  # fmt: skip
     trainer.target.keep_encodings(keep_bytes)
     trainer.train()
     return trainer
+
+
+class _Switch(TrainerCallback):
+    """Gives training arguments other values once a share of the budget is spent."""
+
+    def __init__(self, budget: Budget, share: float, values: dict[str, Any]):
+        self.budget, self.share, self.values = budget, share, values
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.budget.fraction >= self.share:
+            for name, value in self.values.items():
+                setattr(args, name, value)
 
 
 # -- the comparison

@@ -7,11 +7,11 @@ import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.acceptance import greedy_accepted_group
-from ppow_hf.compare import Comparison, load_config, plateau_gain
+from ppow_hf.compare import Comparison, load_config, plateau_gain, train
 from ppow_hf.compare_evaluation import (
     EvaluationTexts,
     SampledText,
@@ -24,8 +24,10 @@ from ppow_hf.compare_evaluation import (
     write_texts,
 )
 from ppow_hf.compare_report import Report, paired_gain, value, values_of
+from ppow_hf.data import SequenceDataset
 from ppow_hf.evaluation import decode
 from ppow_hf.provenance import shortened
+from ppow_hf.training.budget import Budget
 from ppow_hf.training.target import FrozenTarget
 from ppow_hf.window_study import draft_table
 
@@ -248,7 +250,7 @@ def cell(tmp_path_factory, make_target):
         "baselines": ["cst", "lk"],
         "recipes": {"cst": {"objective": "supervised"}, "lk": {"objective": "lk", "learning_rates": [1e-3],
                                                               "regenerate_temperature": [0.0, 1.0]},
-                    "ppow": {"objective": "ppow"}},
+                    "ppow": {"objective": "ppow", "later": {"from": 0.5, "num_prefixes": 1}}},
     }  # fmt: skip
     (folder / "compare.yaml").write_text(json.dumps(config))  # JSON is YAML
     return folder
@@ -301,6 +303,27 @@ def test_a_recipe_may_have_text_of_its_own_temperatures(compared):
     assert facts == [(0.0, 6), (0.0, 12), (1.0, 6)]
     of_lk = [line for line in read(compared) if line["recipe"] == "lk" and "training" in line]
     assert of_lk and all(x["training"]["settings"]["regenerate_temperature"] == [0.0, 1.0] for x in of_lk)
+
+
+def test_what_comes_later_in_a_recipe_comes_when_its_share_is_spent(target, tmp_path):
+    seen = []
+    budget = Budget("tokens", 4 * 2 * 16, points=4, at_points=lambda: seen.append(trainers[-1].unroll_steps))
+    trainers = []
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainers.append(args)
+
+    budget.on_train_begin = Spy().on_train_begin
+    settings = {"objective": "supervised", "unroll_steps": 1, "per_device_train_batch_size": 2,
+                "later": {"from": 0.5, "unroll_steps": 2}}  # fmt: skip
+    drafter = PPOWDrafter.from_target(target, "eagle")
+    data = SequenceDataset([list(range(1, 17))] * 8, [[True] * 16] * 8)
+    trainer = train(drafter, target, data, settings, budget, 1e-3, 0, tmp_path, 16, 0)
+    assert seen == [1, 1, 2, 2] and trainer.args.unroll_steps == 2
+    with pytest.raises(ValueError, match="unroll_steps: 0 given"):
+        train(drafter, target, data, {**settings, "later": {"from": 0.5, "unroll_steps": 0}}, budget, 1e-3, 0,
+              tmp_path, 16, 0)  # fmt: skip
 
 
 def test_every_recipe_gets_the_same_budget_and_its_curve(compared):
@@ -387,6 +410,8 @@ def test_the_shipped_configuration_is_whole(tmp_path):
         ({"recipe": {}}, r"--config: \['recipe'\]"),
         ({"recipes": {"x": {"objective": "sft"}}}, "objective: 'sft'"),
         ({"recipes": {"x": {"speed": 1}}}, r"recipes: x has \['speed'\]"),
+        ({"recipes": {"x": {"later": {"from": 0.5, "speed": 1}}}}, r"recipes: x has \['speed'\]"),
+        ({"recipes": {"x": {"later": {"num_prefixes": 1}}}}, "later of x begins from None"),
         ({"budgets": {"steps": 5}}, "budgets: {'steps': 5}"),
         ({"budgets": {"tokens": 0}}, "budgets: {'tokens': 0}"),
         ({"seeds": []}, "seeds"),
