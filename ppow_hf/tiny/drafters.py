@@ -115,7 +115,8 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
 
     Eagle: supervised. A new drafter learns its first tokens fast, unrolled for three steps behind every prefix in the
     first half of the time, and then what decoding visits, as deep as its windows; one that is `started` learns that
-    alone; going on with PPOW won nothing over going on so. Standalone: supervised for 70% of the time, then PPOW with
+    alone, at a high rate, which costs at first and wins within twenty minutes; going on with PPOW won nothing over
+    going on so. Standalone: supervised for 70% of the time, then PPOW with
     windows verified by the target's text. `decay` is that of the last supervised stage.
     """
     if architecture != "eagle":
@@ -125,7 +126,7 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
         ]
     visited = {"unroll_steps": None}
     if started:
-        return [Stage("supervised", seconds, 1e-3, visited, decay)]
+        return [Stage("supervised", seconds, 2e-3, visited, decay)]
     every = {"unroll_steps": 3, "text_weighting": "decay"}
     return [
         Stage("supervised", 0.5 * seconds, 2e-3, every, 2.0),
