@@ -213,10 +213,14 @@ def test_a_drafter_is_made_in_stages_and_gone_on_with(tmp_path, monkeypatch, fil
     assert first["eval_kl"] == pytest.approx(last["eval_kl"], rel=0.02)
 
 
-def test_only_a_new_eagle_drafter_is_unrolled_less_deep_than_its_windows():
+def test_an_eagle_drafter_learns_first_tokens_first_and_then_as_deep_as_its_windows():
     new, started = (default_stages(100.0, "eagle", started=started) for started in (False, True))
     assert [(s.objective, s.settings["unroll_steps"]) for s in new] == [("supervised", 3), ("supervised", None)]
-    assert [(s.objective, s.settings["unroll_steps"]) for s in started] == [("supervised", None)]
+    assert [(s.objective, s.settings["unroll_steps"]) for s in started] == [("supervised", 3), ("supervised", None)]
+    for stages in (new, started):  # the rate falls over both as over one
+        share = stages[0].seconds / 100
+        assert stages[1].learning_rate == pytest.approx(stages[0].learning_rate * (1 - share))
+        assert stages[0].decay == pytest.approx(1 / share)
     others = default_stages(100.0, "standalone")
     assert [s.objective for s in others] == ["supervised", "ppow"]
     assert all(sum(s.seconds for s in stages) == pytest.approx(100) for stages in (new, started, others))

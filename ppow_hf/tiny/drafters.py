@@ -113,24 +113,21 @@ def train_stage(
 def default_stages(seconds: float, architecture: str, decay: float = 1.0, started: bool = False) -> list[Stage]:
     """What came out best for each architecture (see `model_cards/results`).
 
-    Eagle: supervised. A new drafter learns its first tokens fast, unrolled for three steps behind every prefix in the
-    first half of the time, and then what decoding visits, as deep as its windows; one that is `started` learns that
-    alone, at a high rate, which costs at first and wins within twenty minutes; going on with PPOW won nothing over
-    going on so. Standalone: supervised for 70% of the time, then PPOW with
-    windows verified by the target's text. `decay` is that of the last supervised stage.
+    Eagle: supervised, unrolled for three steps behind every prefix, which learns a window's first tokens fast, and
+    then what decoding visits, as deep as its windows. A new drafter has half of the time for each, one that is
+    `started` 70% for the first; going on with PPOW won nothing over going on so. Standalone: supervised for 70% of
+    the time, then PPOW with windows verified by the target's text. `decay` is that of the last supervised stage.
     """
     if architecture != "eagle":
         return [
             Stage("supervised", 0.7 * seconds, 2e-3, {}, decay),
             Stage("ppow", 0.3 * seconds, 1e-4, {}),
         ]
-    visited = {"unroll_steps": None}
-    if started:
-        return [Stage("supervised", seconds, 2e-3, visited, decay)]
+    share, end = (0.7, 6e-4) if started else (0.5, 1e-3)  # the second begins at the rate that the first ends at
     every = {"unroll_steps": 3, "text_weighting": "decay"}
     return [
-        Stage("supervised", 0.5 * seconds, 2e-3, every, 2.0),
-        Stage("supervised", 0.5 * seconds, 1e-3, visited, decay),
+        Stage("supervised", share * seconds, 2e-3, every, 1 / share),
+        Stage("supervised", (1 - share) * seconds, end, {"unroll_steps": None}, decay),
     ]
 
 
