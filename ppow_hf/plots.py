@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
+CROWDED = 6  # lines, from which on a legend has no place among them
 
 
 def plot_curves(
@@ -25,9 +26,9 @@ def plot_curves(
 
     path = Path(panels[-1])  # type: ignore[arg-type]
     mappings = [panel for panel in panels[:-1] if isinstance(panel, Mapping)]
-    figure, axes = pyplot.subplots(
-        1, len(mappings), figsize=(4.2 * len(mappings), 3.2), squeeze=False, layout="constrained"
-    )
+    crowded = any(len(mapping) > CROWDED for mapping in mappings)
+    size = (4.2 * len(mappings), 4.2 if crowded else 3.2)
+    figure, axes = pyplot.subplots(1, len(mappings), figsize=size, squeeze=False, layout="constrained")
     for axis, mapping, panel_title in zip(axes[0], mappings, panel_titles or [""] * len(mappings), strict=True):
         axis.set_title(panel_title, fontsize=9)
         for name, points in mapping.items():
@@ -39,8 +40,12 @@ def plot_curves(
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     with_lines = [axis for axis in axes[0] if axis.lines]
-    if len(with_lines) > 1 and len({tuple(mapping) for mapping in mappings}) == 1:  # one legend for all, below them
-        figure.legend(handles=with_lines[0].lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    alike = len({tuple(mapping) for mapping in mappings}) == 1
+    if with_lines and alike and (crowded or len(with_lines) > 1):  # one legend for all, below them
+        columns = 4 if len(with_lines) > 1 else 2
+        figure.legend(
+            handles=with_lines[0].lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
     else:
         for axis in with_lines:
             axis.legend(frameon=False, fontsize=8)
