@@ -152,11 +152,13 @@ def _check(config: CompareConfig, source: str) -> None:
     own = {f.name for f in fields(PPOWTrainingArguments)}
     for name, recipe in config.recipes.items():
         later = recipe.get("later", {"from": 0.5})
+        if not isinstance(later, dict) or not isinstance(later.get("from"), int | float):
+            refuse(f"recipes: later of {name} is {later}; give settings and from, a share: {{from: 0.5, ...}}.")
         unknown = sorted((set(recipe) - own - {"learning_rates", "later"}) | (set(later) - own - {"from"}))
         if unknown:
             refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
-        if not 0 < later.get("from", 0) < 1:
-            refuse(f"recipes: later of {name} begins from {later.get('from')}; give a share between 0 and 1.")
+        if not 0 < later["from"] < 1:
+            refuse(f"recipes: later of {name} begins from {later['from']}; give a share between 0 and 1.")
         parse_objective(recipe.get("objective", "ppow"), 0.1, 1.0)
     counted = {f"group_t0_c{count}" for count in config.groups} | {f"speed_t0_{c:g}" for c in config.cost_ratios}
     counted |= {f"tree_t{t}_n{count}" for count in config.tree_nodes for t in (0, 1)}

@@ -95,7 +95,10 @@ class Report:
     @cached_property
     def start(self) -> dict[str, Any]:
         """The start's curve, its gain at the end, and the target's entropy."""
-        return json.loads((self.folder / START).read_text())
+        places = [path for path in (self.folder / START, self.folder / "start" / START) if path.is_file()]
+        if not places:
+            raise ValueError(f"--output-dir: {self.folder.name!r} has no {START}, which its report begins with.")
+        return json.loads(places[0].read_text())
 
     def runs(self, budget: str) -> dict[str, list[Line]]:
         """The chosen runs of each recipe under one budget, a line each seed; on validation those of the best rate."""

@@ -411,7 +411,9 @@ def test_the_shipped_configuration_is_whole(tmp_path):
         ({"recipes": {"x": {"objective": "sft"}}}, "objective: 'sft'"),
         ({"recipes": {"x": {"speed": 1}}}, r"recipes: x has \['speed'\]"),
         ({"recipes": {"x": {"later": {"from": 0.5, "speed": 1}}}}, r"recipes: x has \['speed'\]"),
-        ({"recipes": {"x": {"later": {"num_prefixes": 1}}}}, "later of x begins from None"),
+        ({"recipes": {"x": {"later": {"num_prefixes": 1}}}}, r"later of x is {'num_prefixes': 1}"),
+        ({"recipes": {"x": {"later": 0.5}}}, "later of x is 0.5"),
+        ({"recipes": {"x": {"later": {"from": 1.5}}}}, "later of x begins from 1.5"),
         ({"budgets": {"steps": 5}}, "budgets: {'steps': 5}"),
         ({"budgets": {"tokens": 0}}, "budgets: {'tokens': 0}"),
         ({"seeds": []}, "seeds"),
@@ -465,6 +467,8 @@ def test_the_mean_of_comparisons_weighs_them_alike(compared, tmp_path, capsys):
     rows = [row.split(" | ") for row in text.split("Equal seconds")[0].splitlines() if row.startswith("| ")]
     header, cells = rows[0], next(row for row in rows if row[0] == "| ppow")
     assert header[1] == "chain K=10, T=0: over the reference" and cells[1].split(" (")[0] == f"{expected:+.1%}"
+    assert cli.main(["compare", "--report-only", "--output-dir", str(other)]) == 2
+    assert "has no start.json" in capsys.readouterr().err
     # Only what all of them have tested is compared.
     assert cli.main(["compare", "--mean-of", str(tmp_path), "--output-dir", str(tmp_path)]) == 2
     assert "holds no comparison" in capsys.readouterr().err
