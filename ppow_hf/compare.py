@@ -52,7 +52,8 @@ class CompareConfig:
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
             `regenerate_temperature` there says how the target writes that recipe's text; the others' is of T = 0.
             `later` there is a dict of arguments that take the place of the recipe's own once the share `from` of the
-            budget is spent: `{from: 0.75, unroll_steps: 10}`.
+            budget is spent: `{from: 0.75, unroll_steps: 10}`. Only those that a step reads, as the terms along the
+            text do, have an effect; the learning rate and what a batch is made of stay.
         baselines (`list[str]`), reference (`str`): recipes that a winner has to beat, and the one of the first column.
         select_by (`list[str]`): metrics whose mean gain over the start chooses a learning rate.
         groups, cost_ratios, tree_nodes, verification_cost: see [`~ppow_hf.compare_evaluation.evaluate_drafter`]; all

@@ -33,6 +33,8 @@ def mean_report(folders: Sequence[str | Path]) -> str:
     reference, or for a folder without results of the test split.
     """
     reports = {Path(folder).name: Report(Path(folder)) for folder in folders}
+    if len(reports) < len(folders):
+        raise ValueError(f"--mean-of: {[Path(f).name for f in folders]} name a folder twice; give each its own name.")
     untested = [name for name, report in reports.items() if report.split != "test"]
     if untested:
         raise ValueError(f"--mean-of: {untested} have no results of the test split; run these comparisons first.")

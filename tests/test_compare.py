@@ -469,6 +469,8 @@ def test_the_mean_of_comparisons_weighs_them_alike(compared, tmp_path, capsys):
     assert header[1] == "chain K=10, T=0: over the reference" and cells[1].split(" (")[0] == f"{expected:+.1%}"
     assert cli.main(["compare", "--report-only", "--output-dir", str(other)]) == 2
     assert "has no start.json" in capsys.readouterr().err
+    assert cli.main(["compare", "--mean-of", f"{other},{other}", "--output-dir", str(tmp_path)]) == 2
+    assert "name a folder twice" in capsys.readouterr().err
     # Only what all of them have tested is compared.
     assert cli.main(["compare", "--mean-of", str(tmp_path), "--output-dir", str(tmp_path)]) == 2
     assert "holds no comparison" in capsys.readouterr().err
