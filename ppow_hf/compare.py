@@ -26,6 +26,7 @@ from .tiny.recipe import bfloat16_pays
 from .training import PPOWTrainingArguments
 from .training.budget import Budget, BudgetTrainer
 from .training.objectives import parse_objective
+from .training.optimizers import make_optimizer
 
 DEFAULT_CONFIG = Path(__file__).with_name("compare_default.yaml")
 RESULTS = "results.jsonl"
@@ -198,6 +199,7 @@ def train(
         "max_length": max_length,
         "cost_ratio": 0.12,
         "per_device_train_batch_size": 8,
+        "adam_beta2": 0.95,
         "logging_steps": 5,
         "report_to": [],
         "save_strategy": "no",
@@ -215,8 +217,7 @@ def train(
     set_seed(seed)
     if drafter.config.architecture == "eagle" and not args.train_embeddings:
         drafter.draft_model.embed_tokens.requires_grad_(False)
-    trainable = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(drafter, args, args.muon)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
     )

@@ -20,6 +20,7 @@ from ..modeling_ppow import PPOWDrafter
 from ..regeneration import regenerate
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
+from ..training.optimizers import make_optimizer
 from .corpus import SourceFile, excerpts, standard_library
 from .recipe import bfloat16_pays
 
@@ -76,6 +77,7 @@ def train_stage(
         objective=stage.objective,
         learning_rate=stage.learning_rate,
         max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+        adam_beta2=0.95,
         per_device_train_batch_size=8,
         max_steps=100_000,
         logging_steps=5,
@@ -88,8 +90,9 @@ def train_stage(
         **settings,
         **stage.settings,
     )
-    trainable = [p for name, p in drafter.named_parameters() if "embed_tokens" not in name or p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    if drafter.config.architecture == "eagle" and not arguments.train_embeddings:
+        drafter.draft_model.embed_tokens.requires_grad_(False)
+    optimizer = make_optimizer(drafter, arguments, arguments.muon)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction / stage.decay, 0.05)
     )
@@ -124,10 +127,10 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
             Stage("ppow", 0.3 * seconds, 1e-4, {}),
         ]
     share, end = (0.7, 6e-4) if started else (0.5, 1e-3)  # the second begins at the rate that the first ends at
-    every = {"unroll_steps": 3, "text_weighting": "decay"}
+    every = {"unroll_steps": 3, "text_weighting": "decay", "muon": 2.0}
     return [
         Stage("supervised", share * seconds, 2e-3, every, 1 / share),
-        Stage("supervised", (1 - share) * seconds, end, {"unroll_steps": None}, decay),
+        Stage("supervised", (1 - share) * seconds, end, {"unroll_steps": None, "muon": 2.0}, decay),
     ]
 
 

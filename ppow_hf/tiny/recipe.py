@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..training.optimizers import Muon, muon_groups
 from .cards import write_target_card
 from .corpus import SourceFile, corpus_fingerprint, function_prompts, openings, standard_library
 
@@ -152,68 +152,6 @@ class StepBatches(Dataset):
         return {"input_ids": batch, "labels": batch}
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) for hidden matrices, AdamW for everything else.
-
-    `torch.optim.Muon` orthogonalises in bfloat16, which a processor without bfloat16 units does eight times slower
-    than float32; and it takes matrices only, where the Trainer wants one optimizer. `dtype` is the type of the
-    orthogonalisation's products.
-    """
-
-    def __init__(
-        self,
-        matrices: list[nn.Parameter],
-        others: list[nn.Parameter],
-        lr: float,
-        adamw_lr: float,
-        dtype: torch.dtype = torch.float32,
-    ):
-        self.dtype = dtype
-        groups = [{"params": matrices, "lr": lr, "kind": "muon"}, {"params": others, "lr": adamw_lr, "kind": "adamw"}]
-        super().__init__(groups, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            (self._muon if group["kind"] == "muon" else self._adamw)(group)
-
-    def _muon(self, group: dict) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            by_shape.setdefault(parameter.shape, []).append(parameter)
-        for shape, parameters in by_shape.items():
-            updates = []
-            for parameter in parameters:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 0.05)
-                updates.append(parameter.grad.lerp(momentum, 0.95))
-            orthogonal = (
-                orthogonalize(torch.stack(updates).to(self.dtype)).float() * max(1.0, shape[0] / shape[1]) ** 0.5
-            )
-            for parameter, update in zip(parameters, orthogonal, strict=True):
-                parameter.add_(update, alpha=-group["lr"])
-
-    def _adamw(self, group: dict) -> None:
-        for parameter in group["params"]:
-            state = self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            first = state.setdefault("first", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
-            second = state.setdefault("second", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.05)
-            scale = (second / (1 - 0.95 ** state["step"])).sqrt_().add_(1e-10)
-            parameter.addcdiv_(first / (1 - 0.9 ** state["step"]), scale, value=-group["lr"])
-
-
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrices; `[count, rows, columns]` in and out."""
-    transposed = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if transposed else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if transposed else x
-
-
 class TargetTrainer(Trainer):
     """Trainer that reads `StepBatches` in order, optimises with `Muon` and compiles the training forward."""
 
@@ -231,13 +169,13 @@ class TargetTrainer(Trainer):
 
     def create_optimizer(self, *args):
         if self.optimizer is None:
-            named = list(self.model.named_parameters())
-            matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
-            chosen = {id(p) for p in matrices}
-            others = [p for _, p in named if id(p) not in chosen]
+            groups = muon_groups(self.model)
+            for group, rate in zip(
+                groups, (self.recipe.muon_learning_rate, self.recipe.adamw_learning_rate), strict=True
+            ):
+                group["lr"] = rate
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-            rates = (self.recipe.muon_learning_rate, self.recipe.adamw_learning_rate)
-            self.optimizer = Muon(matrices, others, *rates, dtype)
+            self.optimizer = Muon(groups, eps=1e-10, scale="spectral", dtype=dtype)
         return self.optimizer
 
 

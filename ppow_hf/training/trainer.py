@@ -32,6 +32,7 @@ from .checkpoints import STATE, check_complete, check_writable, last_complete_ch
 from .checks import check_lengths, check_pair
 from .losses import text_loss, visited_windows, window_loss, window_text_loss
 from .objectives import WINDOW_TERMS
+from .optimizers import make_optimizer
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
@@ -124,6 +125,11 @@ class PPOWTrainer(Trainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
         self.add_callback(CurvesCallback())
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.args.muon:
+            self.optimizer = make_optimizer(self.accelerator.unwrap_model(self.model), self.args, self.args.muon)
+        return super().create_optimizer(*args, **kwargs)
 
     def _prepare(self, source, tokenizer, args, argument) -> SequenceDataset | None:
         if source is None or isinstance(source, SequenceDataset):
