@@ -214,6 +214,7 @@ def test_an_eagle_drafter_learns_first_tokens_first_and_then_as_deep_as_its_wind
         assert stages[0].decay == pytest.approx(1 / share)
     others = default_stages(100.0, "standalone")
     assert [s.objective for s in others] == ["supervised", "ppow"]
+    assert [s.objective for s in default_stages(100.0, "standalone", started=True)] == ["supervised"]
     assert all(sum(s.seconds for s in stages) == pytest.approx(100) for stages in (new, started, others))
 
 

@@ -7,7 +7,7 @@ import copy
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,19 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
 
     Eagle: supervised, unrolled for three steps behind every prefix, which learns a window's first tokens fast, and
     then what decoding visits, as deep as its windows. A new drafter has half of the time for each, one that is
-    `started` 70% for the first; going on with PPOW won nothing over going on so. Standalone: supervised for 70% of
-    the time, then PPOW with windows verified by the target's text. `decay` is that of the last supervised stage.
+    `started` 70% for the first; going on with PPOW won nothing over going on so. Others: supervised for 70% of the
+    time, then PPOW with windows verified by the target's text; one that is `started`, which PPOW left as it was, only
+    supervised. Supervised stages train hidden matrices by Muon. `decay` is that of the last supervised stage.
     """
+    muon = {"muon": 2.0}
     if architecture != "eagle":
-        return [
-            Stage("supervised", 0.7 * seconds, 2e-3, {}, decay),
-            Stage("ppow", 0.3 * seconds, 1e-4, {}),
-        ]
+        alone = Stage("supervised", seconds, 2e-3, muon, decay)
+        return [alone] if started else [replace(alone, seconds=0.7 * seconds), Stage("ppow", 0.3 * seconds, 1e-4, {})]
     share, end = (0.7, 6e-4) if started else (0.5, 1e-3)  # the second begins at the rate that the first ends at
-    every = {"unroll_steps": 3, "text_weighting": "decay", "muon": 2.0}
+    every = {"unroll_steps": 3, "text_weighting": "decay", **muon}
     return [
         Stage("supervised", share * seconds, 2e-3, every, 1 / share),
-        Stage("supervised", (1 - share) * seconds, end, {"unroll_steps": None, "muon": 2.0}, decay),
+        Stage("supervised", (1 - share) * seconds, end, {"unroll_steps": None, **muon}, decay),
     ]
 
 
