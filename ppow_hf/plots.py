@@ -10,6 +10,7 @@ from typing import Any
 
 Points = Sequence[tuple[float, float]]
 CROWDED = 6  # lines, from which on a legend has no place among them
+COLOURS = 10  # of matplotlib's cycle; lines behind them have them again, dashed
 
 
 def plot_curves(
@@ -31,10 +32,15 @@ def plot_curves(
     figure, axes = pyplot.subplots(1, len(mappings), figsize=size, squeeze=False, layout="constrained")
     for axis, mapping, panel_title in zip(axes[0], mappings, panel_titles or [""] * len(mappings), strict=True):
         axis.set_title(panel_title, fontsize=9)
-        for name, points in mapping.items():
+        for number, (name, points) in enumerate(mapping.items()):
             if points:
                 axis.plot(
-                    *zip(*points, strict=True), label=name, linewidth=1.6, marker="." if len(points) < 30 else ""
+                    *zip(*points, strict=True),
+                    label=name,
+                    linewidth=1.6,
+                    marker="." if len(points) < 30 else "",
+                    color=f"C{number % COLOURS}",
+                    linestyle="-" if number < COLOURS else "--",
                 )
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.25)
