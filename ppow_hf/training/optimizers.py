@@ -4,6 +4,7 @@ Knows parameters and their names; knows no drafter, no target and no loss.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ class Muon(torch.optim.AdamW):
 
     Raises `ValueError` for a parameter of `kind="muon"` that is no matrix, or an unknown `scale`.
     """
+
+    param_groups: list[dict[str, Any]]
 
     def __init__(
         self,

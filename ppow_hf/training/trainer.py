@@ -62,6 +62,7 @@ class PPOWTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     control: Any
+    optimizer: Any
 
     def __init__(
         self,
