@@ -380,6 +380,7 @@ def train(argv: list[str]) -> int:
         resume = True  # the last complete one, or a new start where there is none
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
     return 0
 
 

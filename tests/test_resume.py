@@ -62,6 +62,7 @@ for settings in json.loads(sys.argv[1]):
         json.dump(state, file)
     if args.process_index == 0:
         trainer.save_model(os.path.join(args.output_dir, "final"))
+trainer.accelerator.end_training()
 """
 COMMON = {
     "max_length": 20, "max_window": 3, "num_prefixes": 2, "num_rollouts": 4, "rollout_temperature": 0.8,
