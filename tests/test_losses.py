@@ -423,7 +423,7 @@ def test_expected_length_equals_drafting_on_the_text(
     assert loss == pytest.approx(expected_loss, rel=1e-4)
 
 
-def sessions_visited_loss(trainer, inputs) -> float:
+def sessions_visited_loss(trainer, inputs, steps: int) -> float:
     """The text decoded round by round by the session that decoding uses, which is given the text's own tokens."""
     args, drafter, model = trainer.args, trainer.model, trainer.target_model
     total, first = 0.0, drafter.draft_model.first_prefix
@@ -437,7 +437,7 @@ def sessions_visited_loss(trainer, inputs) -> float:
             session = drafter.start_session()
             session.observe(torch.tensor([ids[first : prefix + 1]]), states[:, :prefix], first)
             logits, accepted = session.first_logits(), 0
-            while accepted < args.unroll_steps and prefix + accepted + 1 < len(ids) and mask[prefix + accepted + 1]:
+            while accepted < steps and prefix + accepted + 1 < len(ids) and mask[prefix + accepted + 1]:
                 place = prefix + accepted + 1
                 total += args.kl_weight * kl(output.logits[0, place - 1], logits[0]).item()
                 total -= args.ce_weight * logits[0].log_softmax(-1)[ids[place]].item()
@@ -450,30 +450,31 @@ def sessions_visited_loss(trainer, inputs) -> float:
 
 
 @pytest.mark.parametrize("chunk_size", [7, 1024])
-def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_target, chunk_size):
+@pytest.mark.parametrize(("architecture", "steps"), [("eagle", 3), ("medusa", WINDOW)])
+def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_target, architecture, steps, chunk_size):
     target = make_target("llama", initializer_range=0.3)
     texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
     masks = [[True] * 4 + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 15)]
     settings = {"unroll_steps": 3, "ce_weight": 0.3, "chunk_size": chunk_size}
     dataset = SequenceDataset(texts, masks)
-    learner = make_trainer("eagle", "supervised", dataset=dataset, **settings)
+    learner = make_trainer(architecture, "supervised", dataset=dataset, text_weighting="decay", **settings)
     inputs = batch_of(dataset)
     optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-2)
     for _ in range(25):  # until rounds keep tokens now and then
         backward(learner, lambda: learner.compute_loss(learner.model, inputs))
         optimizer.step()
-    trainer = make_trainer("eagle", "supervised", dataset=dataset, text_weighting="visited", **settings)
+    trainer = make_trainer(architecture, "supervised", dataset=dataset, text_weighting="visited", **settings)
     trainer.model.load_state_dict(learner.model.state_dict())
     trainer.model.eval()
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
-    prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, 3)
+    prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, steps)
     assert prefixes.shape[1] < 18 and visited[..., 1].sum() > 5 and visited[..., 2].any()
     found, _ = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
-    assert found == pytest.approx(sessions_visited_loss(trainer, inputs), rel=1e-4)
+    assert found == pytest.approx(sessions_visited_loss(trainer, inputs, steps), rel=1e-4)
 
 
-def test_what_decoding_visits_is_what_an_eagle_drafter_learns_along_the_text(make_trainer):
-    """By default; expected_length and medusa have every window."""
+def test_what_decoding_visits_is_what_unrolled_drafters_learn_along_the_text(make_trainer):
+    """By default; expected_length has every window."""
     losses = {}
     for architecture in ("eagle", "medusa"):
         for weighting in (None, "visited", "decay"):
@@ -482,8 +483,9 @@ def test_what_decoding_visits_is_what_an_eagle_drafter_learns_along_the_text(mak
             losses[architecture, weighting] = trainer.compute_loss(
                 trainer.model, batch_of(trainer.train_dataset)
             ).item()
-    assert losses["eagle", None] == losses["eagle", "visited"] != losses["eagle", "decay"]
-    assert losses["medusa", None] == losses["medusa", "decay"]
+    for architecture in ("eagle", "medusa"):
+        found = [losses[architecture, weighting] for weighting in (None, "visited", "decay")]
+        assert found[0] == found[1] != found[2]
     assert make_trainer("eagle", "kl + expected_length").args.text_weighting == "decay"
 
 

@@ -253,7 +253,7 @@ class PPOWTrainer(Trainer):
         call: dict[str, Any] = {}
         visited: torch.Tensor | None = None
         if steps > 1:
-            if self.args.text_weighting == "visited" and drafter.config.architecture == "eagle":
+            if self.args.text_weighting == "visited":
                 prefixes, found = visited_windows(drafter, self.target, self.args, inputs, encoding, steps)
                 visited = found
                 call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
