@@ -106,3 +106,13 @@ def test_what_muon_cannot_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match="muon: given with optim='sgd'"):
         PPOWTrainingArguments(muon=1.0, optim="sgd", **common)
     assert PPOWTrainingArguments(optim="sgd", **common).muon == 0
+
+
+@pytest.mark.parametrize("how", ["fsdp", "ACCELERATE_USE_FSDP"])
+def test_muon_is_refused_where_matrices_are_split(tmp_path, monkeypatch, how):
+    """By the argument, or as `accelerate launch --use_fsdp` says it."""
+    settings = {"fsdp": "full_shard"} if how == "fsdp" else {}
+    if how != "fsdp":
+        monkeypatch.setenv(how, "true")
+    with pytest.raises(ValueError, match="muon: .* which FSDP and DeepSpeed split"):
+        PPOWTrainingArguments(muon=1.0, output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)

@@ -1,5 +1,6 @@
 """Arguments of PPOWTrainer, each with its source. Knows numbers and their ranges only."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -242,7 +243,8 @@ class PPOWTrainingArguments(TrainingArguments):
             raise ValueError(
                 'text_weighting: "visited" given with expected_length, which weighs windows itself. Leave one out.'
             )
-        if self.muon and (self.fsdp or self.deepspeed):
+        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
+        if self.muon and (self.fsdp or self.deepspeed or "true" in map(str.lower, launched)):
             raise ValueError("muon: it orthogonalises whole matrices, which FSDP and DeepSpeed split. Leave it out.")
         if self.muon and self.optim != type(self).optim:
             raise ValueError(
