@@ -30,49 +30,37 @@ class Foretold(NamedTuple):
 
 
 class TextMemory:
-    """Which short runs of tokens a text has held, so that a likely next token can be looked up in it [ours]."""
+    """What followed which short runs of tokens in a text, so that the next token can be foretold, and how often what
+    was foretold came [ours]."""
 
     def __init__(self) -> None:
+        self.acceptance = ForetoldAcceptance()
         self._text: list[int] = []
         # Runs of 1 to LOOKBACK tokens that something came after: the place of what came last, and its history.
         self._followed: dict[tuple[int, ...], tuple[int, int]] = {}
-        self._seen: set[tuple[int, ...]] = set()  # runs of 2 to LOOKBACK + 1 tokens
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Take in the tokens that come next in the text."""
+        """Take in the tokens that come next in the text: first the prompt, which was not the target's choice and is
+        no evidence of what it keeps, then what was committed."""
         text, start = self._text, len(self._text)
         text += list(tokens)[-MEMORY_TOKENS:]
         for place in range(start, len(text)):
+            if start:
+                foretold = self.foretell(up_to=place)
+                if foretold is not None:
+                    self.acceptance.observe(foretold, text[place])
             for length in range(1, min(LOOKBACK, place) + 1):
                 run = tuple(text[place - length : place])
                 before, history = self._followed.get(run), NEW
                 if before is not None:
                     history = REPEATED if text[before[0]] == text[place] else DIFFERENT
                 self._followed[run] = place, history
-                self._seen.add((*run, text[place]))
 
-    def look_up(self, token: int, drafted: Sequence[int] = ()) -> tuple[int, int]:
-        """How many of the last tokens, `drafted` ones counted, `token` has followed before, and how many others did.
-
-        Both are 0 to LOOKBACK: the longest run before `token` that was seen with it behind, and the longest one, if
-        longer, that was only seen with something else behind.
-        """
-        text = [*self._text[-LOOKBACK:], *drafted[-LOOKBACK:]][-LOOKBACK:]
-        agreeing = opposing = 0
-        for length in range(1, len(text) + 1):
-            run = tuple(text[-length:])
-            if run not in self._followed:
-                break
-            if (*run, token) in self._seen:
-                agreeing, opposing = length, 0
-            else:
-                opposing = length
-        return agreeing, opposing
-
-    def foretell(self, drafted: Sequence[int] = ()) -> Foretold | None:
-        """What followed the last occurrence of the longest run, of up to LOOKBACK tokens, that ends the text and
-        `drafted`; `None` where even their last token is new."""
-        text, recent = self._text, [*self._text[-LONGEST_MATCH:], *drafted]
+    def foretell(self, drafted: Sequence[int] = (), up_to: int | None = None) -> Foretold | None:
+        """What followed the last occurrence of the longest run, of up to LOOKBACK tokens, that ends the text (its
+        first `up_to` tokens) and `drafted`; `None` where even their last token is new."""
+        text, end = self._text, len(self._text) if up_to is None else up_to
+        recent = [*text[max(end - LONGEST_MATCH, 0) : end], *drafted]
         for match in range(min(LOOKBACK, len(recent)), 0, -1):
             found = self._followed.get(tuple(recent[-match:]))
             if found is not None:

@@ -8,10 +8,10 @@ probability that the next draft token is kept.
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .lookup import ForetoldAcceptance, TextMemory
+from .lookup import TextMemory
 
 MAX_KL = 20.0  # nats; a saturated softmax or a token outside the draft vocabulary gives infinity
 
@@ -123,7 +123,10 @@ class AcceptanceEstimator:
         divergence (`float`): of the logarithm of the lagged KL(P||Q).
         position (`float`): of the number of draft tokens before it in the window.
         margin (`float`): of the logarithm of the highest probability over the second.
-        agreement, conflict (`float`): of what [`TextMemory.look_up`] says of the likeliest token.
+        foretold (`float`):
+            Of the log-odds that the text's own repetitions give to what they foretell
+            ([`~ppow_hf.lookup.TextMemory`]), where that is the likeliest token; taken negative where it is another.
+        conflict (`float`): of whether it is another.
     """
 
     bias: float = 0.0
@@ -132,7 +135,7 @@ class AcceptanceEstimator:
     divergence: float = -0.2
     position: float = 0.0
     margin: float = 0.4
-    agreement: float = 0.5
+    foretold: float = 0.7
     conflict: float = -0.5
 
     @staticmethod
@@ -142,12 +145,13 @@ class AcceptanceEstimator:
         lagged_kl: float,
         position: int,
         second_probability: float | None = None,
-        agreement: int = 0,
-        conflict: int = 0,
+        foretold: float | None = None,
+        is_foretold: bool = True,
     ) -> list[float]:
         """The seven features, each finite whatever the inputs (NaN counts as the most doubtful value).
 
-        `second_probability` left out leaves the margin at 0.
+        `second_probability` left out leaves the margin at 0. `foretold` is the probability of what the text foretells,
+        `None` where it foretells nothing; `is_foretold` whether that is the likeliest token.
         """
         probability = min(max(_finite(max_probability, 0.0), 1e-4), 1 - 1e-4)
         second = probability if second_probability is None else _finite(second_probability, 1.0)
@@ -157,8 +161,8 @@ class AcceptanceEstimator:
             math.log(0.01 + min(max(_finite(lagged_kl, MAX_KL), 0.0), MAX_KL)),
             float(position),
             math.log(probability / min(max(second, 1e-4), probability)),
-            float(agreement),
-            float(conflict),
+            0.0 if foretold is None else _log_odds(foretold) * (1.0 if is_foretold else -1.0),
+            float(foretold is not None and not is_foretold),
         ]
 
     @property
@@ -170,7 +174,7 @@ class AcceptanceEstimator:
             self.divergence,
             self.position,
             self.margin,
-            self.agreement,
+            self.foretold,
             self.conflict,
         )
 
@@ -215,6 +219,11 @@ class AcceptanceEstimator:
         return cls(*(round(float(weight), 5) for weight in weights))
 
 
+def _log_odds(probability: float) -> float:
+    bounded = min(max(probability, 1e-3), 1 - 1e-3)
+    return math.log(bounded / (1 - bounded))
+
+
 def _finite(value: float, otherwise: float) -> float:
     return otherwise if math.isnan(value) else min(max(value, -1e30), 1e30)
 
@@ -244,9 +253,11 @@ class WindowRule:
 
         Looks at nothing that is drawn there, so that sampling stays unbiased.
         """
-        agreement, conflict = self.memory.look_up(likeliest, drafted)
+        foretold = self.memory.foretell(drafted)
+        probability = None if foretold is None else self.memory.acceptance.probability(foretold)
+        is_foretold = foretold is not None and foretold.token == likeliest
         return AcceptanceEstimator.features(
-            max_probability, entropy, self.lagged_kl, len(drafted), second_probability, agreement, conflict
+            max_probability, entropy, self.lagged_kl, len(drafted), second_probability, probability, is_foretold
         )
 
     def start(self, limit: int) -> int:
@@ -453,21 +464,8 @@ class LookupWindow(KLAdaptiveWindow):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.foretold = ForetoldAcceptance()
-        self._has_read_prompt = False
         self._limit = 0
         self._text_rounds = 0  # in a row
-
-    def read(self, tokens: Sequence[int]) -> None:
-        if not self._has_read_prompt:  # its tokens are not the target's choice
-            self._has_read_prompt = True
-            super().read(tokens)
-            return
-        for token in tokens:
-            foretold = self.memory.foretell()
-            if foretold is not None:
-                self.foretold.observe(foretold, token)
-            super().read([token])
 
     def start(self, limit: int) -> int:
         longest = super().start(limit)
@@ -507,7 +505,7 @@ class LookupWindow(KLAdaptiveWindow):
             foretold = self.memory.foretell([*drafted, *chain])
             if foretold is None:
                 break
-            reached *= self.foretold.probability(foretold)
+            reached *= self.memory.acceptance.probability(foretold)
             if reached < price:
                 break
             chain.append(foretold.token)
@@ -547,6 +545,9 @@ def make_window_rule(
     if window != "kl":
         raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
     stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
-    estimator = AcceptanceEstimator(**stored.get("weights", {}))
+    weights = stored.get("weights", {})
+    if not set(weights) <= {one.name for one in fields(AcceptanceEstimator)}:  # fitted to other features, once
+        weights = {}
+    estimator = AcceptanceEstimator(**weights)
     rule = LookupWindow if lookup else KLAdaptiveWindow
     return rule(max_window, costs, estimator, prior_acceptance=stored.get("acceptance", 0.7))

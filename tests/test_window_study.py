@@ -336,7 +336,7 @@ def test_study_compares_every_rule_with_the_fixed_windows_and_the_clairvoyant():
             assert rule["way_to_clairvoyant"] == pytest.approx((rule["tokens_per_cost"] - best) / (limit - best))
     ours = [result["rules"][OURS]["over_best_fixed"] for result in found["results"]]
     assert found["summary"][OURS]["worst_over_best_fixed"] == min(ours)
-    assert calibration["confidence_alone"]["weights"]["agreement"] == pytest.approx(0.0, abs=1e-9)
+    assert calibration["confidence_alone"]["weights"]["foretold"] == pytest.approx(0.0, abs=1e-9)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert len(format_study(found).splitlines()) == 1 + 6 + 2 + len(found["summary"]) + 2  # two notes
     for result in found["results"]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ppow_hf.lookup import LOOKBACK, TextMemory
+from ppow_hf.lookup import NEW, ForetoldAcceptance, TextMemory
 from ppow_hf.windowing import (
     MAX_KL,
     AcceptanceEstimator,
@@ -193,46 +193,53 @@ def test_higher_confidence_and_lower_divergence_raise_the_estimate():
 # -- the text so far
 
 
-def slow_look_up(text, token, drafted):
-    """By scanning the text: the longest run before `token` seen with it behind, and a longer one seen without."""
-    before = (text[-LOOKBACK:] + list(drafted))[-LOOKBACK:]
-    agreeing = opposing = 0
-    for length in range(1, len(before) + 1):
-        run = before[len(before) - length :]
-        places = [i for i in range(len(text) - length) if text[i : i + length] == run]
-        if any(text[i + length] == token for i in places):
-            agreeing, opposing = length, 0
-        elif places:
-            opposing = length
-    return agreeing, opposing
-
-
-def test_memory_finds_what_a_scan_of_the_text_finds():
-    rng = random.Random(0)
-    for _ in range(60):
-        text = [rng.randrange(4) for _ in range(rng.randint(0, 40))]
-        memory, read = TextMemory(), 0
-        while read < len(text):  # in pieces, as rounds commit it
-            step = rng.randint(1, 6)
-            memory.read(text[read : read + step])
-            read += step
-        for drafted in ([], [1], [0, 2, 1], [3, 3, 3, 3, 3]):
-            for token in range(4):
-                assert memory.look_up(token, drafted) == slow_look_up(text, token, drafted), (text, drafted, token)
-
-
 def test_memory_of_nothing_says_nothing():
-    assert TextMemory().look_up(3, [1, 2]) == (0, 0)
+    assert TextMemory().foretell([1, 2]) is None
 
 
 def test_a_repeated_text_raises_the_estimate_and_another_token_lowers_it():
-    rule = KLAdaptiveWindow(10, GIVEN, AcceptanceEstimator(agreement=0.7, conflict=-0.7))
+    rule = KLAdaptiveWindow(10, GIVEN, AcceptanceEstimator())
     rule.read([1, 2, 3, 4, 5, 1, 2, 3])
     unsure = (0.5, 0.3, 1.0)
-    repeated, other = rule.describe(*unsure, 4, []), rule.describe(*unsure, 9, [])
-    assert repeated[-2:] == [3.0, 0.0] and other[-2:] == [0.0, 3.0]
-    assert rule.describe(*unsure, 5, [4])[-2:] == [4.0, 0.0]
-    assert rule.acceptance_probability(repeated) > 0.8 > 0.3 > rule.acceptance_probability(other)
+    repeated, other, new = rule.describe(*unsure, 4, []), rule.describe(*unsure, 9, []), rule.describe(*unsure, 4, [9])
+    foretold = ForetoldAcceptance.PRIORS[NEW][2]  # three tokens are the same, seen once
+    log_odds = pytest.approx(math.log(foretold / (1 - foretold)))
+    assert repeated[-2:] == [log_odds, 0.0] and [-other[-2], other[-1]] == [log_odds, 1.0] and new[-2:] == [0.0, 0.0]
+    assert rule.describe(*unsure, 5, [4])[-2] > repeated[-2]  # four
+    estimates = [rule.acceptance_probability(features) for features in (repeated, new, other)]
+    assert estimates == sorted(estimates, reverse=True) and estimates[0] - estimates[2] > 0.2
+
+
+def test_a_text_that_goes_on_otherwise_than_foretold_makes_what_it_foretells_less_likely():
+    rng = random.Random(0)
+    rules = [KLAdaptiveWindow(10, GIVEN, AcceptanceEstimator()) for _ in range(2)]
+    for rule, committed in zip(rules, ([1, 2, 3] * 40, [rng.randrange(3) for _ in range(120)]), strict=True):
+        rule.read([1, 2, 3, 1, 2, 3])
+        for token in committed:
+            rule.read([token])
+    repeating, random_ones = (rule.memory.foretell() for rule in rules)
+    assert repeating is not None and random_ones is not None
+    assert rules[0].memory.acceptance.probability(repeating) > 0.95
+    assert rules[1].memory.acceptance.probability(random_ones) < 0.6
+
+
+def test_what_follows_a_run_in_the_prompt_alone_is_no_evidence_of_what_is_kept():
+    memory = TextMemory()
+    memory.read([1, 2, 3] * 40)
+    foretold = memory.foretell()
+    assert foretold is not None
+    assert memory.acceptance.probability(foretold) == ForetoldAcceptance().probability(foretold)
+    memory.read([foretold.token])
+    assert memory.acceptance.probability(foretold) > ForetoldAcceptance().probability(foretold)
+
+
+def test_weights_of_a_drafter_that_was_fitted_to_other_features_are_left_aside():
+    stored = {"greedy": {"weights": {"bias": 3.0, "agreement": 0.5}, "acceptance": 0.4}}
+    rule = make_window_rule("kl", 10, GIVEN, stored)
+    assert isinstance(rule, KLAdaptiveWindow) and rule.estimator == AcceptanceEstimator()
+    kept = {"greedy": {"weights": {"bias": 3.0, "foretold": 0.5}, "acceptance": 0.4}}
+    rule = make_window_rule("kl", 10, GIVEN, kept)
+    assert isinstance(rule, KLAdaptiveWindow) and rule.estimator == AcceptanceEstimator(bias=3.0, foretold=0.5)
 
 
 # -- the rules

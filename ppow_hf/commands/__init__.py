@@ -5,6 +5,7 @@ A module imports heavy libraries inside its functions, so that `ppow --help` is 
 
 COMMANDS: tuple[str, ...] = (
     "bench",
+    "calibrate",
     "export",
     "import_",
     "demo",

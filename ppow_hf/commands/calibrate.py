@@ -1,0 +1,100 @@
+"""`ppow calibrate`: fit a drafter's window rule to prompts of one's own and to this machine."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..loading import (
+    add_models,
+    check_positive,
+    check_prompts,
+    ensure_writable,
+    load_drafter,
+    load_pair,
+    load_prompts,
+    resolve,
+)
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow calibrate`."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit a drafter's window rule to your prompts and this machine",
+        description="Fit what decides how far the drafter drafts: the acceptance it expects from its own distribution "
+        "and from what the text repeats, at T = 0 and T = 1, and what a draft step and a verification cost here. For "
+        "a drafter that was imported, or is to serve other texts or another machine than it was trained on. No "
+        "weight changes, and no token that comes out.",
+    )
+    add_models(parser)
+    parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="where to write the drafter")
+    parser.add_argument(
+        "--prompts",
+        default="stdlib",
+        metavar="FILE[:COLUMN]",
+        help="prompts as for `ppow bench`, that the drafter was not trained on (default: %(default)s)",
+    )
+    parser.add_argument("--num-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
+    parser.add_argument(
+        "--check-prompts", type=int, default=8, help="prompts behind them to compare on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="tokens written behind each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drafts at T = 1 (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fit, compare on the other prompts, write."""
+    for name in ("num_prompts", "check_prompts", "max_new_tokens"):
+        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_prompts(arguments.prompts)
+    folder = ensure_writable(arguments.output_dir, "--output-dir")
+    target, tokenizer, drafter = load_pair(arguments)
+    count = arguments.num_prompts + arguments.check_prompts
+    prompts = load_prompts(arguments.prompts, count, tokenizer, target, arguments.max_new_tokens)
+    if len(prompts) <= arguments.num_prompts:
+        raise ValueError(
+            f"--num-prompts: {arguments.num_prompts} of the {len(prompts)} prompts are to be fitted on, which leaves "
+            "none to compare on. Pass fewer, or more prompts."
+        )
+    from ..evaluation import calibrate
+    from ..window_report import calibration_curve, run, speed
+    from ..window_study import draft_tables
+    from ..windowing import CostModel, make_window_rule
+
+    fitted, checked = prompts[: arguments.num_prompts], prompts[arguments.num_prompts :]
+    before = drafter.config.calibration or {}
+    found = calibrate(
+        target, drafter, [ids[0].tolist() for ids in fitted], arguments.max_new_tokens, seed=arguments.seed
+    )
+    window = drafter.config.max_window
+    tables = draft_tables(target, drafter, checked, arguments.max_new_tokens, window)
+    costs = CostModel(**found["costs"])
+    print(
+        f"{found['greedy']['observations']} draft tokens seen at T = 0, {found['greedy']['acceptance']:.0%} kept; "
+        f"a draft step costs {costs.cost_ratio:.3f} of a target forward, a token to verify "
+        f"{costs.verification_cost:.3f}."
+    )
+    for name, calibration in (("before", before), ("now", found)):
+        traces = run(
+            lambda given, stored=calibration: make_window_rule("kl", window, given, stored), tables, costs, False
+        )
+        speeds = speed(traces, costs)
+        print(
+            f"{name}: {speeds['tokens_per_cost']:.3f} tokens per target forward's time on {len(checked)} other "
+            f"prompts, mean window {speeds['mean_window']:.2f}, {speeds['wasted']:.0%} of the drafts wasted."
+        )
+    error = calibration_curve(found["greedy"], tables)["expected_error"]
+    print(f"Between expected and measured acceptance lie {error:.3f} on average.")
+    source = Path(resolve(arguments.drafter))
+    written = load_drafter(arguments.drafter, "--drafter", "auto", "cpu")  # in the number format that it is kept in
+    written.config.calibration = found
+    if source.is_dir() and source.resolve() == folder.resolve():
+        written.config.save_pretrained(folder)
+    else:
+        written.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"Written to {arguments.output_dir}.")
+    return 0
