@@ -63,7 +63,9 @@ def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
     for trace in traces:
         for one_round in trace.rounds:
             one_round.features = [[*features[:4], 0.0, 0.0, 0.0] for features in one_round.features]
-    return fit_estimator(traces)
+    found = fit_estimator(traces)
+    found["weights"] |= {"margin": 0.0, "foretold": 0.0, "conflict": 0.0}
+    return found
 
 
 def _fitting_traces(tables: Sequence[DraftTable]) -> list[GenerationTrace]:

@@ -130,9 +130,9 @@ class AcceptanceEstimator:
     """
 
     bias: float = 0.0
-    confidence: float = 0.5
-    entropy: float = -0.1
-    divergence: float = -0.2
+    confidence: float = 0.7
+    entropy: float = 0.0
+    divergence: float = -0.15
     position: float = 0.0
     margin: float = 0.4
     foretold: float = 0.7
@@ -188,13 +188,14 @@ class AcceptanceEstimator:
         cls,
         features: Sequence[Sequence[float]],
         accepted: Sequence[bool],
-        ridge: float = 1.0,
+        ridge: float = 30.0,
         counts: Sequence[float] | None = None,
     ) -> "AcceptanceEstimator":
         """Logistic regression by Newton's method on observed (features, accepted) pairs of reached positions.
 
-        `ridge` pulls the weights (not the bias) towards zero; `counts` is how much each pair counts, 1 by default.
-        Fewer than 20 pairs, or pairs of one kind only, give a constant estimate (Laplace's rule).
+        `ridge` pulls the weights towards the default ones, and a thirtieth of it the bias, so that a few hundred pairs
+        do no harm; `counts` is how much each pair counts, 1 by default. Fewer than 20 pairs, or pairs of one kind
+        only, give a constant estimate (Laplace's rule).
         """
         import numpy
 
@@ -205,11 +206,12 @@ class AcceptanceEstimator:
         x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
         y = numpy.asarray(accepted, dtype=float)
         each = numpy.ones(len(y)) if counts is None else numpy.asarray(counts, dtype=float)
-        penalty = numpy.diag([1e-6] + [ridge] * (x.shape[1] - 1))
-        weights = numpy.zeros(x.shape[1])
+        penalty = numpy.diag([ridge / 30] + [ridge] * (x.shape[1] - 1))
+        default = numpy.asarray([cls().bias, *cls().weights])
+        weights = default.copy()
         for _ in range(50):
             p = 1 / (1 + numpy.exp(-numpy.clip(x @ weights, -30, 30)))
-            gradient = x.T @ (each * (p - y)) + penalty @ weights
+            gradient = x.T @ (each * (p - y)) + penalty @ (weights - default)
             hessian = (x * (each * p * (1 - p))[:, None]).T @ x + penalty
             step = numpy.linalg.solve(hessian, gradient)
             step *= min(1.0, 4.0 / max(float(numpy.abs(step).max()), 1e-12))

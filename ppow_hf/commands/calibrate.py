@@ -1,6 +1,7 @@
 """`ppow calibrate`: fit a drafter's window rule to prompts of one's own and to this machine."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--num-prompts: {arguments.num_prompts} of the {len(prompts)} prompts are to be fitted on, which leaves "
             "none to compare on. Pass fewer, or more prompts."
         )
+    from ..compare_data import write_whole
     from ..evaluation import calibrate
     from ..window_report import calibration_curve, run, speed
     from ..window_study import draft_tables
@@ -89,11 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
     error = calibration_curve(found["greedy"], tables)["expected_error"]
     print(f"Between expected and measured acceptance lie {error:.3f} on average.")
     source = Path(resolve(arguments.drafter))
-    written = load_drafter(arguments.drafter, "--drafter", "auto", "cpu")  # in the number format that it is kept in
-    written.config.calibration = found
     if source.is_dir() and source.resolve() == folder.resolve():
-        written.config.save_pretrained(folder)
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"calibration": found}
+        write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     else:
+        written = load_drafter(arguments.drafter, "--drafter", "auto", "cpu")  # in the number format it is kept in
+        written.config.calibration = found
         written.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"Written to {arguments.output_dir}.")

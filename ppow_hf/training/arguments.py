@@ -58,9 +58,9 @@ class PPOWTrainingArguments(TrainingArguments):
             that had only seen 3 kept little behind them, and 10 in its last part raised that like PPOW did [ours].
         unroll_decay (`float`, *optional*, defaults to `0.9`): weight of each further step.
         text_weighting (`str`, *optional*):
-            What counts in the terms along the text of an eagle drafter: `"visited"`, only what decoding the text would
-            draft with the drafter as it is, rounds beginning where others end: as deep as it gets, for less than half
-            the work; or `"decay"`, windows behind every prefix, their steps by `unroll_decay` [ours]. `None`:
+            What counts in the terms along the text of an eagle or medusa drafter: `"visited"`, only what decoding it
+            would draft with the drafter as it is, rounds beginning where others end: as deep as it gets, for less than
+            half the work; or `"decay"`, windows behind every prefix, their steps by `unroll_decay` [ours]. `None`:
             `"visited"`, but `"decay"` for `expected_length`, which weighs windows itself. Not of the terms beside
             windows' ones, which follow the windows' prefixes.
         lk_decay (`float`, *optional*, defaults to `3.0`):
