@@ -204,6 +204,23 @@ def test_a_drafter_is_made_in_stages_and_gone_on_with(tmp_path, monkeypatch, fil
     assert first["eval_kl"] == pytest.approx(last["eval_kl"], rel=0.02)
 
 
+def test_an_eagle_drafter_reads_sampled_texts_too(tmp_path, monkeypatch, files):
+    """Every other text differs from what the target writes at T = 0, in the data and in what is said of it."""
+    monkeypatch.setattr(drafters, "standard_library", lambda: files[::20])
+    target = AutoModelForCausalLM.from_pretrained(target_path("tiny-qwen3"), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target_path("tiny-qwen3"))
+    train = [file for file in files[::20] if not file.held_out]
+    greedy, mixed = (
+        drafters.target_text(target, tokenizer, train, 8, 0, temperature=drafters.text_temperatures(architecture))
+        for architecture in ("standalone", "eagle")
+    )
+    texts = [{tuple(data[i]["input_ids"].tolist()) for i in range(len(data))} for data in (greedy, mixed)]
+    assert [len(these) for these in texts] == [8, 8] and len(texts[0] & texts[1]) == 4
+    small: dict = {"seconds": 2.0, "sequences": 8, "eval_prompts": 1, "eval_new_tokens": 8, "calibrate_at_end": False}
+    make_drafter(tmp_path, "eagle", target, tokenizer, target_name=None, **small)
+    assert json.loads((tmp_path / "provenance.json").read_text())["text_temperatures"] == [0.0, 1.0]
+
+
 def test_an_eagle_drafter_learns_first_tokens_first_and_then_as_deep_as_its_windows():
     new, started = (default_stages(100.0, "eagle", started=started) for started in (False, True))
     assert [(s.objective, s.settings["unroll_steps"]) for s in new] == [("supervised", 3), ("supervised", None)]
