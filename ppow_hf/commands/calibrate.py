@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{costs.verification_cost:.3f}."
     )
     for name, calibration in (("before", before), ("now", found)):
-        traces = run(
-            lambda given, stored=calibration: make_window_rule("kl", window, given, stored), tables, costs, False
-        )
+        make_rule = partial(make_window_rule, "kl", window, calibration=calibration)
+        traces = run(make_rule, tables, costs, as_one=False)
         speeds = speed(traces, costs)
         print(
             f"{name}: {speeds['tokens_per_cost']:.3f} tokens per target forward's time on {len(checked)} other "
