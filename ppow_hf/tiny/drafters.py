@@ -47,7 +47,7 @@ class Stage:
 def text_temperatures(architecture: str) -> list[float]:
     """At which temperatures, in turn, the target writes what a drafter is trained on.
 
-    Eagle: every other text is sampled, which won 7% where drafts are sampled and lost nothing that could be told from
+    Eagle: every other text is sampled, which won 8% where drafts are sampled and lost nothing that could be told from
     noise in greedy chains (`model_cards/results/compare_stdlib_time`). Others: T = 0, since the text verifies the
     windows of their PPOW stage.
     """
