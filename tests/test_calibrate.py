@@ -13,7 +13,7 @@ from ppow_hf.cli import main
 from ppow_hf.tiny import drafter_path
 from ppow_hf.windowing import AcceptanceEstimator
 
-SMALL = ["--num-prompts", "3", "--check-prompts", "2", "--max-new-tokens", "32"]
+SMALL = ["--fit-prompts", "3", "--num-prompts", "2", "--max-new-tokens", "32"]
 
 
 @pytest.fixture
@@ -76,5 +76,5 @@ def test_prompts_that_leave_none_to_compare_on_are_refused(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("import os\nimport sys\n")
     pair = ["--target", "tiny", "--drafter", "tiny-standalone", "--output-dir", str(tmp_path / "out")]
-    assert main(["calibrate", *pair, "--prompts", str(prompts), "--num-prompts", "2"]) == 2
-    assert "--num-prompts: 2 of the 2 prompts" in capsys.readouterr().err
+    assert main(["calibrate", *pair, "--prompts", str(prompts), "--fit-prompts", "2"]) == 2
+    assert "--fit-prompts: 2 of the 2 prompts" in capsys.readouterr().err

@@ -9,13 +9,13 @@ from typing import Any
 from ..loading import (
     add_models,
     check_positive,
-    check_prompts,
     ensure_writable,
     load_drafter,
     load_pair,
-    load_prompts,
+    parse_workload,
     resolve,
 )
+from .windows import workload_prompts
 
 
 def register(commands: Any) -> None:
@@ -36,9 +36,9 @@ def register(commands: Any) -> None:
         metavar="FILE[:COLUMN]",
         help="prompts as for `ppow bench`, that the drafter was not trained on (default: %(default)s)",
     )
-    parser.add_argument("--num-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
+    parser.add_argument("--fit-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
     parser.add_argument(
-        "--check-prompts", type=int, default=8, help="prompts behind them to compare on (default: %(default)s)"
+        "--num-prompts", type=int, default=8, help="prompts behind them to compare on (default: %(default)s)"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, help="tokens written behind each (default: %(default)s)"
@@ -49,25 +49,19 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit, compare on the other prompts, write."""
-    for name in ("num_prompts", "check_prompts", "max_new_tokens"):
+    for name in ("num_prompts", "fit_prompts", "max_new_tokens"):
         check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
-    check_prompts(arguments.prompts)
+    name, source = parse_workload(arguments.prompts)
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     target, tokenizer, drafter = load_pair(arguments)
-    count = arguments.num_prompts + arguments.check_prompts
-    prompts = load_prompts(arguments.prompts, count, tokenizer, target, arguments.max_new_tokens)
-    if len(prompts) <= arguments.num_prompts:
-        raise ValueError(
-            f"--num-prompts: {arguments.num_prompts} of the {len(prompts)} prompts are to be fitted on, which leaves "
-            "none to compare on. Pass fewer, or more prompts."
-        )
+    prompts = workload_prompts(name, arguments, source, tokenizer, target)
     from ..compare_data import write_whole
     from ..evaluation import calibrate
     from ..window_report import calibration_curve, run, speed
     from ..window_study import draft_tables
     from ..windowing import CostModel, make_window_rule
 
-    fitted, checked = prompts[: arguments.num_prompts], prompts[arguments.num_prompts :]
+    fitted, checked = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
     before = drafter.config.calibration or {}
     found = calibrate(
         target, drafter, [ids[0].tolist() for ids in fitted], arguments.max_new_tokens, seed=arguments.seed
@@ -80,18 +74,18 @@ def run(arguments: argparse.Namespace) -> int:
         f"a draft step costs {costs.cost_ratio:.3f} of a target forward, a token to verify "
         f"{costs.verification_cost:.3f}."
     )
-    for name, calibration in (("before", before), ("now", found)):
+    for when, calibration in (("before", before), ("now", found)):
         make_rule = partial(make_window_rule, "kl", window, calibration=calibration)
         traces = run(make_rule, tables, costs, as_one=False)
         speeds = speed(traces, costs)
         print(
-            f"{name}: {speeds['tokens_per_cost']:.3f} tokens per target forward's time on {len(checked)} other "
+            f"{when}: {speeds['tokens_per_cost']:.3f} tokens per target forward's time on {len(checked)} other "
             f"prompts, mean window {speeds['mean_window']:.2f}, {speeds['wasted']:.0%} of the drafts wasted."
         )
     error = calibration_curve(found["greedy"], tables)["expected_error"]
     print(f"Between expected and measured acceptance lie {error:.3f} on average.")
-    source = Path(resolve(arguments.drafter))
-    if source.is_dir() and source.resolve() == folder.resolve():
+    own = Path(resolve(arguments.drafter))
+    if own.is_dir() and own.resolve() == folder.resolve():
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | {"calibration": found}
         write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
