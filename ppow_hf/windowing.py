@@ -189,13 +189,11 @@ class AcceptanceEstimator:
         features: Sequence[Sequence[float]],
         accepted: Sequence[bool],
         ridge: float = 30.0,
-        counts: Sequence[float] | None = None,
     ) -> "AcceptanceEstimator":
         """Logistic regression by Newton's method on observed (features, accepted) pairs of reached positions.
 
         `ridge` pulls the weights towards the default ones, and a thirtieth of it the bias, so that a few hundred pairs
-        do no harm; `counts` is how much each pair counts, 1 by default. Fewer than 20 pairs, or pairs of one kind
-        only, give a constant estimate (Laplace's rule).
+        do no harm. Fewer than 20 pairs, or pairs of one kind only, give a constant estimate (Laplace's rule).
         """
         import numpy
 
@@ -205,14 +203,13 @@ class AcceptanceEstimator:
             return cls(math.log(share / (1 - share)), *[0.0] * 7)
         x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
         y = numpy.asarray(accepted, dtype=float)
-        each = numpy.ones(len(y)) if counts is None else numpy.asarray(counts, dtype=float)
         penalty = numpy.diag([ridge / 30] + [ridge] * (x.shape[1] - 1))
         default = numpy.asarray([cls().bias, *cls().weights])
         weights = default.copy()
         for _ in range(50):
             p = 1 / (1 + numpy.exp(-numpy.clip(x @ weights, -30, 30)))
-            gradient = x.T @ (each * (p - y)) + penalty @ (weights - default)
-            hessian = (x * (each * p * (1 - p))[:, None]).T @ x + penalty
+            gradient = x.T @ (p - y) + penalty @ (weights - default)
+            hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty
             step = numpy.linalg.solve(hessian, gradient)
             step *= min(1.0, 4.0 / max(float(numpy.abs(step).max()), 1e-12))
             weights -= step
