@@ -7,12 +7,19 @@ transformers has no public way for. Knows the stock loop's contract; knows nothi
 import functools
 import inspect
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, LogitsProcessor, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -311,6 +318,21 @@ def _is_ours(assistant: Any) -> bool:
     return isinstance(assistant, PPOWDrafter | DrafterView)
 
 
+def check_processors(logits_processor: Sequence[Any]) -> None:
+    """Raise `ValueError` for a logits processor that counts its calls as tokens of the output."""
+    for processor in logits_processor:
+        for kind, argument, what in (
+            (UnbatchedClassifierFreeGuidanceLogitsProcessor, "guidance_scale", "classifier-free guidance"),
+            (SynthIDTextWatermarkLogitsProcessor, "watermarking_config", "a SynthID watermark"),
+        ):
+            if isinstance(processor, kind):
+                raise ValueError(
+                    f"{argument}: {what} remembers each position that it was asked about, and speculative decoding "
+                    "asks about draft tokens that are thrown away again, so the output would not be the target's own. "
+                    f"Leave out {argument}, or generate without a drafter."
+                )
+
+
 def check_call(target: Any, drafter: PPOWDrafter | DrafterView, generation_config: GenerationConfig) -> None:
     """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed."""
     config = drafter.config
@@ -426,6 +448,7 @@ def _wrap_assisted_decoding(original):
             raise ValueError(
                 "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
             )
+        check_processors(call["logits_processor"])
         view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
         # More than the stock loop can do:
         if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:

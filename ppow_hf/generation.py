@@ -144,9 +144,12 @@ class SpeculativeCall:
         streamer: Any,
         model_kwargs: dict[str, Any],
     ):
-        from .candidate_generator import check_call, common_context_length, target_width
+        from .candidate_generator import check_call, check_processors, common_context_length, target_width
 
         check_call(target, view, generation_config)
+        check_processors(logits_processor)
+        if model_kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError("inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids instead.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"streamer: {len(input_ids)} prompts given, but a streamer shows one. Pass one prompt.")
         for name in ("output_hidden_states", "output_attentions"):

@@ -25,6 +25,8 @@ from transformers import (
     Qwen3Config,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
 )
 from transformers import pipeline as make_pipeline
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
@@ -667,6 +669,40 @@ def test_embeddings_in_place_of_tokens_are_refused(target, architecture):
     embeddings = target.get_input_embeddings()(prompt(0))
     with pytest.raises(ValueError, match="inputs_embeds"):
         target.generate(inputs_embeds=embeddings, max_new_tokens=4, assistant_model=drafter_for(target, architecture))
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        loop = drafter_for(target, architecture).generate_with()
+        target.generate(prompt(0), inputs_embeds=embeddings, max_new_tokens=4, custom_generate=loop)
+
+
+@both_architectures
+@pytest.mark.parametrize("loop", ["assistant_model", "custom_generate"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guidance_scale", 1.5),
+        (
+            "watermarking_config",
+            SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3], context_history_size=8, sampling_table_size=64),
+        ),
+    ],
+)
+def test_processors_that_count_their_calls_are_refused(target, architecture, loop, name, value):
+    drafter = drafter_for(target, architecture)
+    how = {loop: drafter if loop == "assistant_model" else drafter.generate_with()}
+    with pytest.raises(ValueError, match=f"{name}: .*Leave out {name}"):
+        target.generate(prompt(0), max_new_tokens=4, **how, **{name: value})
+
+
+@both_architectures
+def test_a_watermark_of_green_tokens_is_the_targets_own(target, architecture):
+    drafter, ids = drafter_for(target, architecture), prompt(0)
+    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(ids)}
+    plain = target.generate(ids, **options)
+    options["watermarking_config"] = WatermarkingConfig(greenlist_ratio=0.3, bias=1.5)
+    expected = target.generate(ids, **options)
+    assert not torch.equal(expected, plain)  # the watermark tells
+    assert torch.equal(target.generate(ids, assistant_model=drafter, **options), expected)
+    assert torch.equal(target.generate(ids, custom_generate=drafter.generate_with(), **options), expected)
 
 
 def test_an_eagle_drafter_of_another_target_is_refused(make_target, target):
