@@ -13,6 +13,15 @@ from .trace import GenerationTrace
 from .window_study import eos_of
 from .windowing import AcceptanceEstimator
 
+# What training evaluates, and whether more of it is better.
+EVALUATION_METRICS = {
+    "acceptance_length": True,
+    "tokens_per_target_forward": True,
+    "wasted": False,
+    "kl": False,
+    "repeated_8grams": False,
+}
+
 
 @dataclass
 class AcceptanceReport:

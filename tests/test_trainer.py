@@ -522,12 +522,29 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
         ({"text_weighting": "all"}, "text_weighting: 'all'"),
         ({"text_weighting": "visited", "objective": "kl + expected_length"}, "text_weighting: .* expected_length"),
         ({"cost_ratio": math.nan}, "cost_ratio: nan"),
+        ({"metric_for_best_model": "eval_loss"}, r"metric_for_best_model: 'eval_loss' .*acceptance_length"),
         ({"max_length": 10, "max_window": 10}, "max_length: 10 .* max_window=10"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         PPOWTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric", "greater"),
+    [
+        ({"load_best_model_at_end": True}, "eval_acceptance_length", True),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval_acceptance_length", True),
+        ({"save_strategy": "best"}, "eval_acceptance_length", True),
+        ({"metric_for_best_model": "kl"}, "kl", False),
+        ({"metric_for_best_model": "eval_wasted"}, "eval_wasted", False),
+    ],
+)
+def test_the_best_model_accepts_the_most_where_nothing_else_is_asked(tmp_path, settings, metric, greater):
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    args = PPOWTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **steps | settings)
+    assert (args.metric_for_best_model, args.greater_is_better) == (metric, greater)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
+from ..evaluation import EVALUATION_METRICS
 from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, objective_text, parse_objective
 
 GROUP_REWARDS = ("own", "best", "marginal")
@@ -185,12 +187,29 @@ class PPOWTrainingArguments(TrainingArguments):
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded behind each prompt."})
     calibrate_at_end: bool = field(default=True, metadata={"help": "Fit the window rule at the end."})
 
+    def _choose_best_metric(self) -> None:
+        """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""
+        if self.metric_for_best_model is None:
+            on_plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+            if not (self.load_best_model_at_end or on_plateau or self.save_strategy == SaveStrategy.BEST):
+                return
+            self.metric_for_best_model = "eval_acceptance_length"
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if name not in EVALUATION_METRICS:
+            raise ValueError(
+                f"metric_for_best_model: {self.metric_for_best_model!r} given, and evaluation gives "
+                f"{list(EVALUATION_METRICS)}. Pass one of them."
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = EVALUATION_METRICS[name]
+
     def __post_init__(self):
         # What the trainer's own data path needs; a drafter's forward takes none of the data's columns by name.
         self.remove_unused_columns = False
         self.dataloader_drop_last = True
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False
+        self._choose_best_metric()
         super().__post_init__()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..benchmark import measure_costs
 from ..configuration_ppow import vocabulary_fingerprint
 from ..data import SequenceDataset, collate_sequences, prepare_sequences
-from ..evaluation import AcceptanceReport, calibrate, decode, report
+from ..evaluation import EVALUATION_METRICS, AcceptanceReport, calibrate, decode, report
 from ..modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from ..plots import plot_curves
 from ..regeneration import regenerate
@@ -406,10 +406,7 @@ class PPOWTrainer(Trainer):
         if world > 1:
             outputs, traces = gather_object(outputs), gather_object(traces)
         result: AcceptanceReport = report(outputs, traces)
-        metrics = {
-            f"{metric_key_prefix}_{name}": float(getattr(result, name))
-            for name in ("acceptance_length", "tokens_per_target_forward", "wasted", "kl", "repeated_8grams")
-        }
+        metrics = {f"{metric_key_prefix}_{name}": float(getattr(result, name)) for name in EVALUATION_METRICS}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
