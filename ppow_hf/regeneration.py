@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 CACHE_FORMAT_VERSION = 1
 ELEMENTS_PER_PARAMETER = 32  # sampled to recognise a target by its weights
 
+T = TypeVar("T")
+
 
 def regenerate(
     source: Any,
@@ -41,6 +44,7 @@ def regenerate(
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     argument: str = "train_dataset",
+    across_processes: bool = False,
 ) -> SequenceDataset:
     """The target writes a completion of every prompt; the prompts with their completions are the sequences.
 
@@ -48,7 +52,8 @@ def regenerate(
     not top-k, top-p or penalties, so that at T = 0 every completion token is the target's argmax. (In 16-bit precision
     a batch and a single prompt may round a near tie differently.) A completion goes through its first end-of-sequence
     token. The result is kept on disk under a hash of the prompts, the target and the settings, and read from there the
-    next time. The target's mode and `generation_config`, and the global random state, are left as they were.
+    next time; an interrupted call's batches too, so that the next one goes on behind them. The target's mode and
+    `generation_config`, and the global random state, are left as they were.
 
     Args:
         source: what [`extract_prompts`] reads.
@@ -64,6 +69,9 @@ def regenerate(
         cache_dir (`str` or `os.PathLike`, *optional*): folder of the results on disk; by default
             `$HF_HOME/ppow_hf/regenerated`, or `~/.cache/ppow_hf/regenerated` where `HF_HOME` is not set.
         argument (`str`, *optional*, defaults to `"train_dataset"`): name of the argument in errors and warnings.
+        across_processes (`bool`, *optional*, defaults to `False`): whether every process of the default group makes
+            this call, so that each one's target can write a share of the prompts; all return the whole. Targets that
+            are split over processes (tensor parallel, FSDP, ZeRO-3) write it all together.
 
     Returns a [`SequenceDataset`] in the order of the prompts, with loss on the completions, marked as written by the
     target where T = 0.
@@ -100,6 +108,7 @@ def regenerate(
         pad_token_id = eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
     cache_folder = Path(cache_dir) if cache_dir is not None else _default_cache_folder()
     cache_folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after
+    processes = _Processes(across_processes and not _is_split(target))
     parts = []
     for number, each in enumerate(temperatures):
         own_prompts = prompts[number :: len(temperatures)]
@@ -113,13 +122,16 @@ def regenerate(
             settings |= {"seed": seed, "batch_size": batch_size}
         tensors_path = cache_folder / f"{_cache_key(own_prompts, target, settings)}.safetensors"
         dataset = _load_cached(tensors_path, own_prompts, each)
-        if dataset is None:
+        if dataset is None or not all(processes.gather(dataset is not None)):
+            parts_on_disk = _PartsOnDisk(tensors_path)
             completions = _generate_completions(
-                own_prompts, target, length_limit, max_new_tokens, each, batch_size, seed, eos_token_ids, pad_token_id
-            )
+                own_prompts, target, length_limit, max_new_tokens, each, batch_size, seed, eos_token_ids, pad_token_id,
+                parts_on_disk, processes,
+            )  # fmt: skip
             sequences = [prompt + completion for prompt, completion in zip(own_prompts, completions, strict=True)]
             dataset = _regenerated_dataset(sequences, own_prompts, each)
-            _save_cached(tensors_path, dataset, target, settings)
+            if processes.keeps_files and _save_cached(tensors_path, dataset, target, settings):
+                parts_on_disk.remove()
         parts.append(dataset)
     return parts[0] if len(parts) == 1 else _in_turn(parts)
 
@@ -146,6 +158,8 @@ def _generate_completions(
     seed: int,
     eos_token_ids: list[int],
     pad_token_id: int,
+    on_disk: "_PartsOnDisk",
+    processes: "_Processes",
 ) -> list[list[int]]:
     def room(number: int) -> int:
         return min(max_new_tokens, length_limit - len(prompts[number]))
@@ -156,15 +170,21 @@ def _generate_completions(
     groups = [list(group) for _, group in groupby(order, key=room)]
     batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
-    completions: list[list[int]] = [[] for _ in prompts]
+    completions: dict[int, list[int]] = {}
+    for kept in processes.gather(on_disk.read(len(prompts))):
+        completions |= kept
+    left = [(n, batch) for n, batch in enumerate(batches) if any(number not in completions for number in batch)]
+    own: dict[int, list[int]] = {}
     modes = [(module, module.training) for module in target.modules()]
     own_generation_config = target.generation_config
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     try:
         target.eval()
         target.generation_config = GenerationConfig()  # else generate fills in the target's own penalties and the like
-        with tqdm(total=len(prompts), desc="Target writes completions", unit="prompt") as progress:
-            for batch_number, batch in enumerate(batches):
+        already = len(prompts) - sum(len(batch) for _, batch in left)
+        bar = {"desc": "Target writes completions", "unit": "prompt", "disable": processes.rank > 0}
+        with tqdm(total=len(prompts), initial=already, **bar) as progress:
+            for batch_number, batch in left[processes.rank :: processes.count]:
                 width = max(len(prompts[number]) for number in batch)
                 input_ids = torch.full((len(batch), width), pad_token_id)  # [B, S], padded on the left
                 attention_mask = torch.zeros_like(input_ids)
@@ -188,13 +208,48 @@ def _generate_completions(
                     )
                 for number, ids in zip(batch, written[:, width:].tolist(), strict=True):
                     ends = [position for position, token in enumerate(ids, start=1) if token in eos_token_ids]
-                    completions[number] = ids[: ends[0]] if ends else ids
-                progress.update(len(batch))
+                    own[number] = ids[: ends[0]] if ends else ids
+                on_disk.add({number: own[number] for number in batch})
+                progress.update(min(len(batch) * processes.count, len(prompts) - progress.n))
     finally:
+        on_disk.close()
         target.generation_config = own_generation_config
         for module, training in modes:
             module.training = training
-    return completions
+    for each in processes.gather(own):
+        completions |= each
+    return [completions[number] for number in range(len(prompts))]
+
+
+class _Processes:
+    """This process's place among those that share the work, itself alone where it is not `shared`."""
+
+    def __init__(self, shared: bool):
+        shared = shared and torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank: int = torch.distributed.get_rank() if shared else 0
+        self.count: int = torch.distributed.get_world_size() if shared else 1
+        # A machine's processes have one disk.
+        self.keeps_files = not shared or int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's `value`, at every process."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def _is_split(target: PreTrainedModel) -> bool:
+    """Whether a forward of the target needs every process: tensor parallel, FSDP or ZeRO-3."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(module, FullyShardedDataParallel) for module in target.modules()) or any(
+        isinstance(parameter.data, DTensor) or hasattr(parameter, "ds_id") for parameter in target.parameters()
+    )
 
 
 def _batch_seed(seed: int, batch_number: int) -> int:
@@ -265,9 +320,57 @@ def _load_cached(tensors_path: Path, prompts: list[list[int]], temperature: floa
     return dataset
 
 
+class _PartsOnDisk:
+    """What a call has written so far: JSON Lines of a prompt's number and its completion, a file for each writer."""
+
+    def __init__(self, tensors_path: Path):
+        self._folder, self._key = tensors_path.parent, tensors_path.stem
+        self._file: Any = None
+        self._writes = True
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._key}.*.part.jsonl"))
+
+    def read(self, prompts: int) -> dict[int, list[int]]:
+        """Completions of earlier calls; a line that was cut off is left out."""
+        completions: dict[int, list[int]] = {}
+        for path in self._paths():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    number, completion = json.loads(line)
+                except ValueError:
+                    continue
+                if 0 <= number < prompts:
+                    completions[number] = completion
+        return completions
+
+    def add(self, completions: dict[int, list[int]]) -> None:
+        if not self._writes:
+            return
+        try:
+            if self._file is None:
+                path = self._folder / f"{self._key}.{uuid.uuid4().hex}.part.jsonl"
+                self._file = path.open("w", encoding="utf-8")
+            self._file.write("".join(json.dumps(item) + "\n" for item in completions.items()))
+            self._file.flush()
+        except OSError as error:
+            self._writes = False
+            logger.warning("What the target writes could not be kept in %s (%s).", self._folder, error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        for path in self._paths():
+            path.unlink(missing_ok=True)
+
+
 def _save_cached(
     tensors_path: Path, dataset: SequenceDataset, target: PreTrainedModel, settings: dict[str, Any]
-) -> None:
+) -> bool:
+    """Whether it could be kept."""
     metadata = {
         "format_version": CACHE_FORMAT_VERSION,
         "fingerprint": dataset.fingerprint,
@@ -283,6 +386,8 @@ def _save_cached(
         _write_whole(tensors_path.with_suffix(".json"), json.dumps(metadata, indent=2).encode())
     except OSError as error:  # a full disk is no reason to lose what the target wrote
         logger.warning("The regenerated sequences could not be kept at %s (%s).", tensors_path, error)
+        return False
+    return True
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -449,6 +449,35 @@ def test_a_second_call_reads_the_same_sequences_without_the_target(target, token
     assert metadata["fingerprint"] == first.fingerprint
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_interrupted_call_is_gone_on_from(target, tokenizer, tmp_path, forward_calls, monkeypatch, temperature):
+    options = {"max_length": 96, "max_new_tokens": 8, "batch_size": 2, "temperature": temperature}
+    rows = PROMPTS[:7]
+    expected = regenerate(rows, target, tokenizer, cache_dir=tmp_path / "whole", **options)
+    all_calls = len(forward_calls)
+    generate, written = type(target).generate, []
+
+    def interrupted(*args, **kwargs):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(1)
+        return generate(*args, **kwargs)
+
+    folder = tmp_path / "parts"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(target), "generate", interrupted)
+        regenerate(rows, target, tokenizer, cache_dir=folder, **options)
+    (part,) = folder.iterdir()
+    assert len(part.read_text().splitlines()) == 4
+    part.write_text(part.read_text()[:-3])  # killed while the last line was written
+
+    forward_calls.clear()
+    found = regenerate(rows, target, tokenizer, cache_dir=folder, **options)
+    assert found.fingerprint == expected.fingerprint
+    assert 0 < len(forward_calls) < all_calls
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
+
+
 def test_other_prompts_settings_or_weights_are_not_read_from_the_cache(target, tokenizer, tmp_path):
     options = {"max_length": 96, "max_new_tokens": 8, "cache_dir": tmp_path}
     regenerate(PROMPTS, target, tokenizer, **options)

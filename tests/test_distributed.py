@@ -1,4 +1,4 @@
-"""Two processes (gloo on the CPU) train as one process with the same global batch does."""
+"""Two processes (gloo on the CPU) train as one with the same global batch does, and share the target's work."""
 
 import json
 import socket
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from test_data import build_tokenizer
 from test_resume import COMMON, SCRIPT, environment, step_logs
 
 RUNS = {
@@ -80,3 +81,50 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, o
     assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[2]["best"]).is_dir()
     weights = [load_file(folder / "final/model.safetensors") for folder in (one, two)]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])
+
+
+WRITE = """
+import json, os, sys
+sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
+import torch
+from test_data import LINES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from ppow_hf.regeneration import regenerate
+
+torch.set_num_threads(1)
+folder, shared = sys.argv[1], len(sys.argv) == 3
+if shared:
+    torch.distributed.init_process_group("gloo")
+target, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+calls, generate = [], target.generate
+target.generate = lambda *args, **kwargs: (calls.append(1), generate(*args, **kwargs))[1]
+dataset = regenerate(
+    [{"prompt": line[:length]} for line in LINES for length in (3, 9, 14, 20)], target, tokenizer,
+    max_length=96, max_new_tokens=8, batch_size=2,
+    temperature=[0.0, 1.0], cache_dir=os.path.join(folder, "shared" if shared else "alone"), across_processes=shared,
+)
+found = {"calls": len(calls), "fingerprint": dataset.fingerprint}
+name = f"{torch.distributed.get_rank()}.json" if shared else "alone.json"
+with open(os.path.join(folder, name), "w") as file:
+    json.dump(found, file)
+if shared:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_what_the_target_writes(make_target, tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    make_target("llama", initializer_range=0.3, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    script = tmp_path / "write.py"
+    script.write_text(WRITE)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    for command in ([str(script), str(tmp_path)], [*launcher, str(script), str(tmp_path), "shared"]):
+        done = subprocess.run(
+            [sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
+    assert first["fingerprint"] == second["fingerprint"] == alone["fingerprint"]
+    assert first["calls"] == second["calls"] == alone["calls"] / 2
+    assert sorted(path.suffix for path in (tmp_path / "shared").iterdir()) == [".json", ".json"] + 2 * [".safetensors"]

@@ -128,6 +128,10 @@ class PPOWTrainingArguments(TrainingArguments):
         eval_prompt_length (`int`, *optional*, defaults to `96`): tokens of a prompt taken from a `text` row.
         eval_new_tokens (`int`, *optional*, defaults to `64`): tokens decoded behind each.
         calibrate_at_end (`bool`, *optional*, defaults to `True`): whether training ends by fitting the window rule.
+        metric_for_best_model (`str`, *optional*): the metric that says which checkpoint is best;
+            `"eval_acceptance_length"` where one is needed and none is given.
+        greater_is_better (`bool`, *optional*): whether more of that metric is better; by default not for
+            `"eval_kl"`, `"eval_wasted"` and `"eval_repeated_8grams"`.
     """
 
     objective: str = field(
@@ -186,6 +190,11 @@ class PPOWTrainingArguments(TrainingArguments):
     eval_prompt_length: int = field(default=96, metadata={"help": "Tokens of a prompt taken from a text row."})
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded behind each prompt."})
     calibrate_at_end: bool = field(default=True, metadata={"help": "Fit the window rule at the end."})
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": 'Evaluation metric; "eval_acceptance_length" where one is needed and none is given.'},
+    )
+    greater_is_better: bool | None = field(default=None, metadata={"help": "Follows metric_for_best_model."})
 
     def _choose_best_metric(self) -> None:
         """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""

@@ -148,6 +148,7 @@ class PPOWTrainer(Trainer):
                 batch_size=args.regenerate_batch_size,
                 seed=args.seed,
                 argument=argument,
+                across_processes=args.world_size > 1,
             )
         return prepare_sequences(source, tokenizer, args.max_length, packing=args.packing, argument=argument)
 
