@@ -47,6 +47,11 @@ class AcceptanceReport:
     tokens: int
 
 
+def evaluation_metrics(found: AcceptanceReport, prefix: str) -> dict[str, float]:
+    """What training logs of a report: "eval_acceptance_length" and the like."""
+    return {f"{prefix}_{name}": float(getattr(found, name)) for name in EVALUATION_METRICS}
+
+
 def decode(
     target: Any,
     drafter: Any,

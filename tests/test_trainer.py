@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.data import SequenceDataset
+from ppow_hf.evaluation import EVALUATION_METRICS
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.checkpoints import check_complete, check_writable, last_complete_checkpoint
 from ppow_hf.training.trainer import RepeatedBlocks
@@ -199,6 +200,34 @@ def test_evaluated_acceptance_length_is_that_of_generate(make_trainer, make_targ
     )
     other = trainer.evaluate(random_dataset([9], seed=9), metric_key_prefix="test")
     assert {"test_acceptance_length", "test_kl", "test_tokens_per_target_forward"} <= other.keys()
+    assert trainer.evaluate()["eval_acceptance_length"] == found["eval_acceptance_length"]  # of its own data again
+
+
+def test_several_evaluation_datasets_by_name(make_trainer):
+    """Each one's numbers are those of it alone, and the common ones of all the prompts in one dataset."""
+    few, more = random_dataset([9, 12], seed=3), random_dataset([14, 8, 11], seed=4)
+    items = [data[i] for data in (few, more) for i in range(len(data))]
+    both = SequenceDataset(*([item[name].tolist() for item in items] for name in ("input_ids", "loss_mask")))
+    settings = {
+        "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_more_kl", "eval_prompts": 5,
+    }  # fmt: skip
+    trainer = make_trainer("eagle", "supervised", evaluate={"few": few, "more": more}, **settings)
+    trainer.train()
+    assert trainer.state.best_metric == min(logged(trainer, "eval_more_kl"))
+    assert trainer.model.config.calibration
+    found = trainer.evaluate()
+    for name in EVALUATION_METRICS:
+        assert found[f"eval_few_{name}"] == pytest.approx(trainer.evaluate(few)[f"eval_{name}"])
+        assert found[f"eval_more_{name}"] == pytest.approx(trainer.evaluate(more)[f"eval_{name}"])
+        if name != "repeated_8grams":
+            assert found[f"eval_{name}"] == pytest.approx(trainer.evaluate({"both": both})[f"eval_{name}"], abs=1e-3)
+
+
+@pytest.mark.parametrize("empty", [{}, {"code": None}])
+def test_evaluation_data_without_data_is_refused(make_trainer, empty):
+    with pytest.raises(ValueError, match="eval_dataset: .*pass data under each name"):
+        make_trainer("eagle", "supervised", evaluate=empty)
 
 
 @pytest.mark.parametrize(("architecture", "objective"), [("eagle", "supervised"), ("standalone", "ppow")])

@@ -203,14 +203,15 @@ class PPOWTrainingArguments(TrainingArguments):
             if not (self.load_best_model_at_end or on_plateau or self.save_strategy == SaveStrategy.BEST):
                 return
             self.metric_for_best_model = "eval_acceptance_length"
-        name = self.metric_for_best_model.removeprefix("eval_")
-        if name not in EVALUATION_METRICS:
+        given = f"_{self.metric_for_best_model}"  # "eval_kl", "kl", and of evaluation data with names "code_kl"
+        names = [name for name in EVALUATION_METRICS if given.endswith(f"_{name}")]
+        if not names:
             raise ValueError(
                 f"metric_for_best_model: {self.metric_for_best_model!r} given, and evaluation gives "
                 f"{list(EVALUATION_METRICS)}. Pass one of them."
             )
         if self.greater_is_better is None:
-            self.greater_is_better = EVALUATION_METRICS[name]
+            self.greater_is_better = EVALUATION_METRICS[names[0]]
 
     def __post_init__(self):
         # What the trainer's own data path needs; a drafter's forward takes none of the data's columns by name.

@@ -4,11 +4,13 @@ Reads top to bottom: what is set up, what a step does, what is evaluated, how a 
 whole or not there. The mathematics is in objectives.py, losses.py, rewards.py, rollout.py and window_sampling.py.
 """
 
+import itertools
 import json
 import math
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers.utils import logging
 from ..benchmark import measure_costs
 from ..configuration_ppow import vocabulary_fingerprint
 from ..data import SequenceDataset, collate_sequences, prepare_sequences
-from ..evaluation import EVALUATION_METRICS, AcceptanceReport, calibrate, decode, report
+from ..evaluation import calibrate, decode, evaluation_metrics, report
 from ..modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from ..plots import plot_curves
 from ..regeneration import regenerate
@@ -42,6 +44,11 @@ from .window_sampling import text_windows
 logger = logging.get_logger(__name__)
 
 
+def by_name(data: Any) -> dict[str, SequenceDataset]:
+    """Evaluation data by name; a single dataset has none."""
+    return data if isinstance(data, dict) else {"": data}
+
+
 class PPOWTrainer(Trainer):
     """Trains a [`PPOWDrafter`] for a frozen target.
 
@@ -54,7 +61,7 @@ class PPOWTrainer(Trainer):
         target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`~ppow_hf.data.prepare_sequences`] reads: a `datasets.Dataset`, a path to
-            JSON Lines, or a [`~ppow_hf.data.SequenceDataset`].
+            JSON Lines, or a [`~ppow_hf.data.SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
     """
@@ -95,7 +102,7 @@ class PPOWTrainer(Trainer):
             model.draft_model.embed_tokens.requires_grad_(False)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
         train_sequences = self._prepare(train_dataset, processing_class, args, "train_dataset")
-        eval_sequences = self._prepare(eval_dataset, processing_class, args, "eval_dataset")
+        eval_sequences = self._prepare_evaluation(eval_dataset, processing_class, args)
         if train_sequences is not None:
             check_lengths(train_sequences, args, model.config.context_length)
             batch = args.per_device_train_batch_size * args.world_size
@@ -152,6 +159,19 @@ class PPOWTrainer(Trainer):
             )
         return prepare_sequences(source, tokenizer, args.max_length, packing=args.packing, argument=argument)
 
+    def _prepare_evaluation(self, source, tokenizer, args) -> SequenceDataset | dict[str, SequenceDataset] | None:
+        """`source` may be several datasets by name."""
+        if not isinstance(source, Mapping):
+            return self._prepare(source, tokenizer, args, "eval_dataset")
+        if not source or None in source.values():
+            raise ValueError(f"eval_dataset: {source} given; pass data under each name.")
+        prepared = {}
+        for name, part in source.items():
+            sequences = self._prepare(part, tokenizer, args, f"eval_dataset[{name!r}]")
+            assert sequences is not None
+            prepared[name] = sequences
+        return prepared
+
     # -- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -179,7 +199,7 @@ class PPOWTrainer(Trainer):
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
                 drafter.config.max_window = self.args.max_window
-                prompts = self._eval_prompts()[:8]
+                prompts = self._calibration_prompts(8)
                 drafter.config.calibration = calibrate(
                     self.target_model, drafter, prompts, self.args.eval_new_tokens, seed=self.args.seed
                 )
@@ -366,12 +386,11 @@ class PPOWTrainer(Trainer):
 
     # -- evaluation
 
-    def _eval_prompts(self) -> list[list[int]]:
+    def _eval_prompts(self, data: SequenceDataset) -> list[list[int]]:
         """Held-out prompts: what stands before the first learned token, or the beginning of a text."""
         prompts = []
-        assert self.eval_dataset is not None
-        for index in range(len(self.eval_dataset)):  # type: ignore[arg-type]
-            item = self.eval_dataset[index]
+        for index in range(len(data)):
+            item = data[index]
             learned = item["loss_mask"].nonzero()[:, 0]
             start = int(learned[0]) if len(learned) else len(item["input_ids"])
             if start <= 1:
@@ -381,34 +400,53 @@ class PPOWTrainer(Trainer):
                 break
         return prompts
 
+    def _calibration_prompts(self, count: int) -> list[list[int]]:
+        """The first `count` held-out prompts, of several datasets in turn."""
+        parts = [self._eval_prompts(data) for data in by_name(self.eval_dataset).values()]
+        in_turn = [prompt for row in itertools.zip_longest(*parts) for prompt in row if prompt is not None]
+        return in_turn[:count]
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Acceptance by real decoding of held-out prompts, with the code that `generate` runs; windows of max_window.
 
-        Metrics (with the prefix): `acceptance_length`, `tokens_per_target_forward`, `wasted`, `kl`, `repeated_8grams`.
+        Metrics (with the prefix): `acceptance_length`, `tokens_per_target_forward`, `wasted`, `kl`, `repeated_8grams`;
+        of several datasets those of all their prompts, and each one's own (`eval_NAME_acceptance_length`).
+        `eval_prompts` prompts are taken of each. `eval_dataset` is for this call.
         """
+        given: Any = self.eval_dataset
         if eval_dataset is not None:
-            self.eval_dataset = self._prepare(eval_dataset, self.processing_class, self.args, "eval_dataset")
-        if self.eval_dataset is None:
+            given = self._prepare_evaluation(eval_dataset, self.processing_class, self.args)
+        if given is None:
             raise ValueError("eval_dataset: None given; evaluation decodes prompts taken from it.")
+        return self._evaluate_parts(by_name(given), metric_key_prefix)
+
+    def _evaluate_parts(self, parts: dict[str, SequenceDataset], prefix: str) -> dict[str, float]:
         started = time.perf_counter()
-        drafter = self.accelerator.unwrap_model(self.model)
+        drafter = self.accelerator.unwrap_model(self.model).to(self.args.device)
         rank, world = self.args.process_index, self.args.world_size
-        outputs, traces = decode(
-            self.target_model,
-            drafter.to(self.args.device),
-            self._eval_prompts()[rank::world],
-            self.args.eval_new_tokens,
-            self.args.target_temperature,
-            self.args.seed,
-            batch_size=self.args.per_device_eval_batch_size,
-            window="fixed",
-            max_window=self.args.max_window,
-        )
-        if world > 1:
-            outputs, traces = gather_object(outputs), gather_object(traces)
-        result: AcceptanceReport = report(outputs, traces)
-        metrics = {f"{metric_key_prefix}_{name}": float(getattr(result, name)) for name in EVALUATION_METRICS}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        metrics: dict[str, float] = {}
+        all_outputs: list = []
+        all_traces: list = []
+        for name, data in parts.items():
+            outputs, traces = decode(
+                self.target_model,
+                drafter,
+                self._eval_prompts(data)[rank::world],
+                self.args.eval_new_tokens,
+                self.args.target_temperature,
+                self.args.seed,
+                batch_size=self.args.per_device_eval_batch_size,
+                window="fixed",
+                max_window=self.args.max_window,
+            )
+            if world > 1:
+                outputs, traces = gather_object(outputs), gather_object(traces)
+            if name:
+                metrics |= evaluation_metrics(report(outputs, traces), f"{prefix}_{name}")
+            all_outputs += outputs
+            all_traces += traces
+        metrics |= evaluation_metrics(report(all_outputs, all_traces), prefix)
+        metrics[f"{prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
