@@ -27,8 +27,8 @@ from .loading import (
     load_pair,
     load_target,
     load_tokenizer,
-    split_column,
 )
+from .sources import check_source, split_column
 from .tiny import is_embedded
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class ScriptArguments:
 
     Args:
         target (`str`): the target model: a folder, a name on the Hub, or an embedded model.
-        train_data (`str`): training data, a JSON Lines or text file.
-        eval_data (`str`, *optional*): held-out data of the same kind.
+        train_data (`str`): training data: a JSON Lines or text file, or a dataset as `NAME[/CONFIG][@SPLIT]`.
+        eval_data (`list[str]`, *optional*): held-out data of the same kind; several as `NAME=SOURCE`.
         drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
         architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
         draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
@@ -53,9 +53,14 @@ class ScriptArguments:
 
     target: str = dataclasses.field(metadata={"help": f"The target model: {MODEL_HELP}."})
     train_data: str = dataclasses.field(
-        metadata={"help": "Training data: a .jsonl file with text, prompt, prompt and completion, or messages."}
+        metadata={
+            "help": "Training data with text, prompt, prompt and completion, or messages: a .jsonl file, or a dataset "
+            "as NAME[/CONFIG][@SPLIT]; :COLUMN behind it names a column of prompts."
+        }
     )
-    eval_data: str | None = dataclasses.field(default=None, metadata={"help": "Held-out data of the same kind."})
+    eval_data: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Held-out data of the same kind; several as NAME=SOURCE."}
+    )
     drafter: str | None = dataclasses.field(
         default=None,
         metadata={
@@ -354,10 +359,8 @@ def train(argv: list[str]) -> int:
     )
     script, args = parser.parse_args_into_dataclasses(args=argv)
     ensure_writable(args.output_dir, "--output_dir")
-    for name in ("train_data", "eval_data"):
-        path = getattr(script, name)
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"--{name}: there is no file {path!r}.")
+    check_source(script.train_data, "--train_data")
+    evaluation = evaluation_sources(script.eval_data or [])
     device = str(args.device)
     dtype = None if script.target_dtype == "auto" else script.target_dtype
     target = load_target(script.target, "--target", dtype, device)
@@ -372,7 +375,7 @@ def train(argv: list[str]) -> int:
         target_model=target,
         args=args,
         train_dataset=script.train_data,
-        eval_dataset=script.eval_data,
+        eval_dataset=evaluation,
         processing_class=tokenizer,
     )
     resume: bool | str | None = args.resume_from_checkpoint
@@ -382,6 +385,20 @@ def train(argv: list[str]) -> int:
     trainer.save_model()
     trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
     return 0
+
+
+def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
+    """`--eval_data`: one `SOURCE`, or several `NAME=SOURCE` by name; raises where one cannot be read."""
+    named: dict[str, str] = {}
+    for text in given:
+        name, _, source = text.rpartition("=")
+        check_source(source, "--eval_data")
+        if not name and len(given) == 1:
+            return source
+        if not name or name in named:
+            raise ValueError(f"--eval_data: {text!r} has no name of its own; pass several as NAME=FILE.")
+        named[name] = source
+    return named or None
 
 
 def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDrafter":

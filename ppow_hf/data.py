@@ -1,6 +1,7 @@
 """Prompts, texts and chats become the token sequences that the trainer reads.
 
-Knows tokenizers; knows nothing about models. The `datasets` package is not needed: whatever yields dicts will do.
+Knows tokenizers; knows nothing about models. The `datasets` package is needed for datasets by name alone: whatever
+yields dicts will do.
 """
 
 import gzip
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from .sources import FILES, dataset_rows, parse_source, rows_of_column
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +87,19 @@ def read_rows(source: Any, argument: str) -> list[dict]:
 
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or iterable of `dict`): a path is to a `.jsonl` or `.jsonl.gz`
-            file (one row per line; blank lines are skipped) or a `.txt` file (one `text` row, the whole file).
+            file (one row per line; blank lines are skipped) or a `.txt` file (one `text` row, the whole file). A
+            string may also be `FILE:COLUMN`, the `prompt` being in that column, or name a dataset in a folder or on
+            the Hub: `NAME[/CONFIG][@SPLIT][:COLUMN]`.
         argument (`str`): name of the argument that the user passed `source` as, for the errors.
 
     Raises `FileNotFoundError` for a missing file, and `ValueError` for a damaged line (named by file and line), for
     anything that does not yield dicts, and for a source without rows.
     """
     if isinstance(source, (str, os.PathLike)):
-        rows = _read_file(Path(source), argument)
+        place = parse_source(os.fspath(source))
+        rows = list(dataset_rows(place, argument)) if place.is_dataset else _read_file(Path(place.path), argument)
+        if place.column is not None:
+            rows = rows_of_column(rows, place.column, place.path, argument)
     elif isinstance(source, Mapping):
         raise ValueError(
             f"{argument}: a {type(source).__name__} with the keys {list(source)} was given. Pass one split of it, "
@@ -256,11 +264,9 @@ def all_positions(data: SequenceDataset) -> SequenceDataset:
 
 
 def _read_file(path: Path, argument: str) -> list[Any]:
-    readable = path.name.endswith((".jsonl", ".jsonl.gz", ".txt"))
     if not path.is_file():
-        hint = "" if readable else " For a dataset of the Hub, pass `datasets.load_dataset(...)` with one split."
-        raise FileNotFoundError(f"{argument}: no file at {str(path)!r}. Pass the path of an existing file.{hint}")
-    if not readable:
+        raise FileNotFoundError(f"{argument}: no file at {str(path)!r}. Pass the path of an existing file.")
+    if not path.name.endswith(FILES):
         raise ValueError(
             f"{argument}: {path.name!r} is neither .jsonl, .jsonl.gz nor .txt. Convert it, or load it with "
             "`datasets.load_dataset` and pass the result."

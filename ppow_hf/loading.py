@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .sources import check_source, parse_source
 from .tiny import EMBEDDED_NAMES, embedded_path, is_embedded
 
 if TYPE_CHECKING:
@@ -85,34 +86,22 @@ def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--d
         )
 
 
-def split_column(source: str) -> tuple[str, str | None]:
-    """`FILE[:COLUMN]` -> file, column."""
-    if Path(source).is_file() or ":" not in source:
-        return source, None
-    file, _, column = source.rpartition(":")
-    return file, column
-
-
 def parse_workload(text: str) -> tuple[str, str]:
-    """`[NAME=]FILE[:COLUMN]` -> name, and what [`load_prompts`] reads; raises as [`check_prompts`] does."""
+    """`[NAME=]SOURCE` -> name, and what [`load_prompts`] reads; raises as [`check_prompts`] does."""
     name, _, source = text.rpartition("=")
     check_prompts(source)
-    return name or Path(split_column(source)[0]).name.split(".")[0], source
+    return name or parse_source(source).short_name, source
 
 
 def check_prompts(source: str) -> None:
-    """Raise `FileNotFoundError` where [`load_prompts`] would find no file, before anything is loaded."""
-    file, _ = split_column(source)
-    if source != "stdlib" and not Path(file).is_file():
-        raise FileNotFoundError(
-            f"--prompts: there is no file {file!r}. Pass a .jsonl, .jsonl.gz or .txt file, with :COLUMN behind it "
-            "where the prompt is in another column than messages, prompt or text, or stdlib."
-        )
+    """Raise where [`load_prompts`] would find nothing, before anything is loaded."""
+    if source != "stdlib":
+        check_source(source, "--prompts")
 
 
 def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
-    """Token ids `[1, n]` of the first `count` prompts of `FILE[:COLUMN]`, or of held-out functions of the standard
-    library."""
+    """Token ids `[1, n]` of the first `count` prompts of a file or dataset (see [`~ppow_hf.sources.parse_source`]), or
+    of held-out functions of the standard library (`"stdlib"`)."""
     import torch
 
     from .data import extract_prompts, read_rows
@@ -122,23 +111,20 @@ def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_t
     if room < 1:
         raise ValueError(f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}.")
     check_prompts(source)
-    source, column = split_column(source)
-    rows: Any = source
     if source == "stdlib":
         from .tiny.corpus import function_prompts, standard_library
 
         held_out = [file for file in standard_library() if file.held_out]
         rows = [{"prompt": prompt} for prompt in function_prompts(held_out, count)]
         room = min(room, STDLIB_PROMPT_TOKENS)
-    elif source.endswith(".txt"):
+    elif parse_source(source).path.endswith(".txt"):
         lines = Path(source).read_text(encoding="utf-8").splitlines()
         rows = [{"prompt": line} for line in lines if line.strip()]
-    elif column is not None:
-        rows = read_rows(source, "--prompts")[:count]
-        if any(column not in row for row in rows):
-            raise ValueError(f"--prompts: {Path(source).name} has no column {column!r}; it has {sorted(rows[0])}.")
-        rows = [{"prompt": row[column]} for row in rows]
-    prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
+    else:
+        rows = read_rows(source, "--prompts")
+    prompts = extract_prompts(rows[:count], tokenizer, room, argument="--prompts")
+    if len(prompts) < min(count, len(rows)):  # some rows have none
+        prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
     return [torch.tensor([prompt]) for prompt in prompts]
 
 

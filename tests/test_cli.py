@@ -143,10 +143,6 @@ def test_prompts_are_read_from_a_named_column(tmp_path, tokenizer, make_target):
     assert [tokenizer.decode(ids[0]) for ids in prompts] == ["def add", "return"]
     with pytest.raises(ValueError, match=r"questions.jsonl has no column 'title'; it has \['answer', 'question'\]"):
         loading.load_prompts(f"{file}:title", 5, tokenizer, make_target("llama"), max_new_tokens=4)
-    assert loading.split_column("a.jsonl") == ("a.jsonl", None) and loading.split_column(str(file)) == (
-        str(file),
-        None,
-    )
 
 
 def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, capsys):

@@ -602,7 +602,7 @@ def test_damaged_files_are_named_with_the_line(tmp_path):
 def test_a_missing_file_names_the_argument(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^eval_dataset: .*none\.jsonl"):
         read_rows(tmp_path / "none.jsonl", "eval_dataset")
-    with pytest.raises(FileNotFoundError, match=r"^eval_dataset: .*load_dataset"):
+    with pytest.raises(ValueError, match=r"^eval_dataset: the dataset 'organisation/dataset' could not be loaded"):
         read_rows("organisation/dataset", "eval_dataset")
 
 

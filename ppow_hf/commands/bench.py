@@ -17,6 +17,7 @@ from ..loading import (
     load_prompts,
 )
 from ..serving import engine_bench
+from ..sources import DATA_HELP
 
 if TYPE_CHECKING:
     from ..trace import GenerationTrace
@@ -35,9 +36,9 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--prompts",
         default="stdlib",
-        metavar="FILE[:COLUMN]",
-        help="a .jsonl file with prompt, messages or text; a .txt file with one prompt a line; or stdlib for "
-        f"functions of the standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
+        metavar="DATA",
+        help=f"{DATA_HELP}; a .txt file with one prompt a line; or stdlib for functions of the standard library, cut "
+        f"to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--num-prompts", type=int, default=20, help="prompts taken, from the first on (default: %(default)s)"

@@ -33,7 +33,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--prompts",
         default="stdlib",
-        metavar="FILE[:COLUMN]",
+        metavar="DATA",
         help="prompts as for `ppow bench`, that the drafter was not trained on (default: %(default)s)",
     )
     parser.add_argument("--fit-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")

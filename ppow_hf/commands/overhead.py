@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--prompts",
         default="stdlib",
-        metavar="FILE[:COLUMN]",
+        metavar="DATA",
         help="prompts as for `ppow bench` (default: %(default)s)",
     )
     parser.add_argument("--num-prompts", type=int, default=4, help="prompts taken (default: %(default)s)")

@@ -17,6 +17,7 @@ from ..loading import (
     parse_workload,
     resolve,
 )
+from ..sources import DATA_HELP
 from ..tiny import is_embedded
 
 
@@ -60,9 +61,9 @@ def register(commands: Any) -> None:
     measure.add_argument(
         "--prompts",
         action="append",
-        metavar="[NAME=]FILE[:COLUMN]",
-        help="a workload, may be given several times: a .jsonl or .txt file, or stdlib for functions of the standard "
-        f"library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: stdlib)",
+        metavar="[NAME=]DATA",
+        help=f"a workload, may be given several times: {DATA_HELP}; a .txt file; or stdlib for functions of the "
+        f"standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: stdlib)",
     )
     measure.add_argument("--num-prompts", type=int, default=20, help="prompts of each (default: %(default)s)")
     measure.add_argument("--max-new-tokens", type=int, default=64, help="tokens behind each (default: %(default)s)")

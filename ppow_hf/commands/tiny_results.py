@@ -27,7 +27,7 @@ def register(commands: Any) -> None:
         "--workloads",
         nargs="+",
         default=[],
-        metavar="NAME=FILE[:COLUMN]",
+        metavar="NAME=DATA",
         help="workloads of the window study beside stdlib; without any the study is left as it is",
     )
     parser.add_argument(

@@ -27,9 +27,8 @@ def register(commands: Any) -> None:
         "--prompts",
         nargs="+",
         default=["stdlib"],
-        metavar="[NAME=]FILE[:COLUMN]",
-        help="workloads: .jsonl or .jsonl.gz files, with the column that holds the prompt (default: prompt, messages "
-        "or text), or stdlib for functions of the standard library (default: stdlib)",
+        metavar="[NAME=]DATA",
+        help="workloads, each data as for `ppow bench` (default: stdlib)",
     )
     parser.add_argument(
         "--num-prompts", type=int, default=20, help="prompts of each workload to compare on (default: %(default)s)"
