@@ -255,6 +255,7 @@ def _provenance_rows(provenance: dict[str, Any], runs: Runs) -> list[tuple[str, 
         rows.append(("command", f"`{_cell(provenance['command'])}`"))
     for label, key in (
         ("temperatures of the target's texts, in turn", "text_temperatures"),
+        ("what was minimised, in turn", "objectives"),
         ("data fingerprint", "data_fingerprint"),
         ("target's revision", "target_revision"),
         ("source revision", "git_revision"),

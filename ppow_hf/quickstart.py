@@ -118,7 +118,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
         print(f"\nTraining, {stage.objective}, {stage.seconds:.0f} s:", flush=True)
         offset = log[-1]["step"] if log else 0
         history = train_stage(
-            drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.objective, seed,
+            drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.kind, seed,
             eval_prompts=8, eval_new_tokens=48, disable_tqdm=True,
             calibrate_at_end=stage is stages[-1],
         )  # fmt: skip
@@ -128,7 +128,7 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
             lengths.append(("untrained", evaluations[0]))
         lengths.append((f"after {stage.objective}", evaluations[-1]))
     save_drafter(drafter, tokenizer, folder)
-    draw_curves(log, folder / "training.png", title=f"quickstart: {in_turn(stage.objective for stage in stages)}")
+    draw_curves(log, folder / "training.png", title=f"quickstart: {in_turn(stage.kind for stage in stages)}")
     print("\nAcceptance length on held-out prompts (window 10, greedy, bonus token counted):")
     for name, length in lengths:
         print(f"  {name:<18}{length:.2f}")

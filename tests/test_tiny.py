@@ -223,8 +223,12 @@ def test_an_eagle_drafter_reads_sampled_texts_too(tmp_path, monkeypatch, files):
 
 def test_an_eagle_drafter_learns_first_tokens_first_and_then_as_deep_as_its_windows():
     new, started = (default_stages(100.0, "eagle", started=started) for started in (False, True))
-    assert [(s.objective, s.settings["unroll_steps"]) for s in new] == [("supervised", 3), ("supervised", None)]
-    assert [(s.objective, s.settings["unroll_steps"]) for s in started] == [("supervised", 3), ("supervised", None)]
+    for stages in (new, started):
+        assert [(s.objective, s.settings["unroll_steps"]) for s in stages] == [
+            ("supervised", 3),
+            ("tv + 0.3*kl", None),
+        ]
+        assert [s.kind for s in stages] == ["supervised", "supervised"]
     for stages in (new, started):  # the rate falls over both as over one
         share = stages[0].seconds / 100
         assert stages[1].learning_rate == pytest.approx(stages[0].learning_rate * (1 - share))

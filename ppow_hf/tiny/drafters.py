@@ -43,6 +43,11 @@ class Stage:
     settings: dict[str, Any]
     decay: float = 1.0
 
+    @property
+    def kind(self) -> str:
+        """ "ppow", or "supervised" for losses along the text."""
+        return self.objective if self.objective == "ppow" else "supervised"
+
 
 def text_temperatures(architecture: str) -> list[float]:
     """At which temperatures, in turn, the target writes what a drafter is trained on.
@@ -118,7 +123,7 @@ def train_stage(
         model=drafter,
         target_model=target,
         args=arguments,
-        train_dataset=all_positions(train_data) if stage.objective == "supervised" else train_data,
+        train_dataset=all_positions(train_data) if stage.kind == "supervised" else train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[budget],
@@ -134,10 +139,10 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
     """What came out best for each architecture (see `model_cards/results`).
 
     Eagle: supervised, unrolled for three steps behind every prefix, which learns a window's first tokens fast, and
-    then what decoding visits, as deep as its windows. A new drafter has half of the time for each, one that is
-    `started` 70% for the first; going on with PPOW won nothing over going on so. Others: supervised for 70% of the
-    time, then PPOW with windows verified by the target's text; one that is `started`, which PPOW left as it was, only
-    supervised. Supervised stages train hidden matrices by Muon. `decay` is that of the last supervised stage.
+    then TV + 0.3 KL on what decoding visits, as deep as its windows. A new drafter has half of the time for each, one
+    that is `started` 70% for the first; going on with PPOW won nothing over going on so. Others: supervised for 70% of
+    the time, then PPOW with windows verified by the target's text; one that is `started`, which PPOW left as it was,
+    only supervised. Losses along the text train hidden matrices by Muon. `decay` is that of the last one of them.
     """
     muon = {"muon": 2.0}
     if architecture != "eagle":
@@ -147,7 +152,7 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
     every = {"unroll_steps": 3, "text_weighting": "decay", **muon}
     return [
         Stage("supervised", share * seconds, 2e-3, every, 1 / share),
-        Stage("supervised", (1 - share) * seconds, end, {"unroll_steps": None, **muon}, decay),
+        Stage("tv + 0.3*kl", (1 - share) * seconds, end, {"unroll_steps": None, **muon}, decay),
     ]
 
 
@@ -196,8 +201,9 @@ def make_drafter(
         rows = json.loads(Path(start, "training_log.json").read_text())
         log = [row for row in rows if row["objective"] == "supervised" or not kept]
     steps_before = log[-1]["step"] if log else 0
-    for stage in default_stages(seconds, architecture, decay=0.75, started=start is not None):
-        folder = output_dir / stage.objective
+    stages = default_stages(seconds, architecture, decay=0.75, started=start is not None)
+    for stage in stages:
+        folder = output_dir / stage.kind
         history = train_stage(
             drafter,
             target,
@@ -210,7 +216,7 @@ def make_drafter(
             eval_prompts=eval_prompts,
             **settings,
         )
-        log += [{**row, "step": row["step"] + steps_before, "objective": stage.objective} for row in history]
+        log += [{**row, "step": row["step"] + steps_before, "objective": stage.kind} for row in history]
         steps_before = log[-1]["step"]
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
@@ -224,6 +230,7 @@ def make_drafter(
         seed=seed,
         sequences=sequences,
         text_temperatures=temperatures,
+        objectives=[stage.objective for stage in stages],
         data_fingerprint=train_data.fingerprint,
     )
     (output_dir / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
