@@ -4,6 +4,8 @@ Knows names and what they stand for; knows nothing of tokens.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,11 +85,8 @@ def check_source(text: str, argument: str) -> None:
 def dataset_rows(source: Source, argument: str) -> Any:
     """The rows of a dataset's split, all of its columns; raises `ValueError` where they cannot be loaded."""
     split = _split_of(source, argument)
-    datasets = _library(argument)
-    try:
+    with _library(source, argument) as datasets:
         return datasets.load_dataset(source.path, source.config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
 
 
 def rows_of_column(rows: list[Any], column: str, name: str, argument: str) -> list[dict]:
@@ -99,11 +98,8 @@ def rows_of_column(rows: list[Any], column: str, name: str, argument: str) -> li
 
 
 def _split_of(source: Source, argument: str) -> str:
-    datasets = _library(argument)
-    try:
+    with _library(source, argument) as datasets:
         splits = datasets.get_dataset_split_names(source.path, source.config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
     if source.split is None and len(splits) == 1:
         return splits[0]
     if source.split is None or source.split.partition("[")[0] not in splits:
@@ -116,9 +112,17 @@ def _split_of(source: Source, argument: str) -> str:
     return source.split
 
 
-def _library(argument: str) -> Any:
+@contextmanager
+def _library(source: Source, argument: str) -> Iterator[Any]:
+    """The datasets library; what it raises becomes one error that names the argument and the dataset."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError(f"{argument}: reading a dataset by name takes `pip install datasets`.") from error
-    return datasets
+    try:
+        yield datasets
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{argument}: the dataset {source.path!r} could not be loaded: {error}. If a file was meant, there is "
+            "none of that name."
+        ) from error

@@ -45,7 +45,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """ "ppow", or "supervised" for losses along the text."""
+        """What folders and logs call it: PPOW, or supervised for every loss along the text."""
         return self.objective if self.objective == "ppow" else "supervised"
 
 
