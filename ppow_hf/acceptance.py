@@ -61,6 +61,18 @@ def entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+def likeliest_tokens(log_probs: Tensor) -> Tensor:
+    """What window rules look at: `[..., V]` -> `[..., 4]`.
+
+    The probabilities of the two likeliest tokens, the entropy in nats, and the likeliest's id (exact below 2^24): one
+    tensor, so that an accelerator is waited for once.
+    """
+    probs = log_probs.exp()
+    top = probs.topk(2, dim=-1)
+    doubt = -(probs * log_probs.clamp_min(-1e4)).sum(-1, keepdim=True)
+    return torch.cat([top.values, doubt, top.indices[..., :1].to(probs)], dim=-1)
+
+
 def confidence(log_probs: Tensor, vocab_size: int | None = None) -> Tensor:
     """C(P) = 1 - H(P) / log |V|, in [0, 1]: 1 for a certain distribution, 0 for a uniform one.
 

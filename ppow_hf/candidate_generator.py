@@ -23,6 +23,7 @@ from transformers.generation import (
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
+from .acceptance import likeliest_tokens
 from .configuration_ppow import call_settings, warn_of_other_target
 from .generation import SpeculativeDecoding
 from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
@@ -222,16 +223,14 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         while True:
             scores = self.logits_processor(ids, logits.float().to(ids.device))
             log_probs = scores.log_softmax(-1)
-            top = log_probs.topk(2, dim=-1)
-            entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-            looked = torch.cat([top.values[0].exp(), entropy, top.indices[0, :1].float()])  # ids below 2^24 are exact
-            first, second, entropy_nats, likeliest = looked.tolist()
+            looked = likeliest_tokens(log_probs)
+            first, second, entropy, likeliest = looked[0].tolist()
             if not first > 0:  # NaN: nothing can be drawn from this distribution
                 break
-            features = self.rule.describe(first, second, entropy_nats, int(likeliest), this_round.draft_ids)
+            features = self.rule.describe(first, second, entropy, int(likeliest), this_round.draft_ids)
             if not self.rule.include(drafted, features):
                 break
-            token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else top.indices[:, :1]
+            token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else looked[:, 3:].long()
             extended = torch.cat([ids, token], dim=-1)
             if self._would_stop(extended):
                 self.pending = (ids.shape[1], int(token), log_probs.exp())
@@ -444,7 +443,8 @@ def _wrap_assisted_decoding(original):
         drafter: Any = call.get("assistant_model")
         if not _is_ours(drafter):
             return original(self, *args, **kwargs)
-        if call["input_ids"].shape[1] == 0:
+        embeddings = call.get("model_kwargs", {}).get("inputs_embeds")
+        if call["input_ids"].shape[1] == 0 or embeddings is not None:
             raise ValueError(
                 "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
             )

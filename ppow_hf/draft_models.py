@@ -8,6 +8,7 @@ verification or training. `first_prefix` is the shortest prefix that has a featu
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
@@ -72,6 +72,56 @@ class WindowKeys:
         return seen.flatten(1, 2).transpose(1, 2).flatten(2)
 
 
+class GrowingKeys:
+    """Keys and values of decoding, with room behind them: one more token does not copy all that came before.
+
+    Without gradients only. What was cropped is overwritten by what comes next.
+    """
+
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
+        self.length = 0 if keys is None else keys.shape[2]
+        self._room = (keys, values)  # [B, heads, length and more, d] each
+
+    @property
+    def held(self) -> KeysValues:
+        """`[B, heads, length, d]` each."""
+        keys, values = self._room
+        return keys[:, :, : self.length], values[:, :, : self.length]  # type: ignore[index]
+
+    def extended(self, *more: torch.Tensor) -> KeysValues:
+        """Write `more` keys and values `[B, heads, n, d]` behind those held, and return them all."""
+        before, self.length = self.length, self.length + more[0].shape[2]
+        if self._room[0] is None or self._room[0].shape[2] < self.length:
+            size = self.length + max(self.length // 2, 256)
+            grown = [new.new_empty(*new.shape[:2], size, new.shape[3]) for new in more]
+            for old, new in zip(self._room, grown, strict=True):
+                if old is not None:
+                    new[:, :, :before] = old[:, :, :before]
+            self._room = (grown[0], grown[1])
+        for room, new in zip(self._room, more, strict=True):
+            room[:, :, before : self.length] = new  # type: ignore[index]
+        return self.held
+
+
+EagleCache = KeysValues | WindowKeys | GrowingKeys | None
+
+
+class DraftNorm(LlamaRMSNorm):
+    """The same norm in one operation where types allow: a draft step is short, and takes as long to call as to do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype:  # under autocast
+            return super().forward(x)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Queries or keys `[B, H, L, d]` turned by their positions' cosines and sines `[B, L, 2, d]`, as in Llama."""
+    cosines, sines = angles[:, None].unbind(3)
+    half = heads.shape[-1] // 2
+    return heads * cosines + torch.cat([-heads[..., half:], heads[..., :half]], dim=-1) * sines
+
+
 class EagleAttention(nn.Module):
     """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
 
@@ -87,21 +137,25 @@ class EagleAttention(nn.Module):
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, position_embeddings, mask, past: KeysValues | WindowKeys | None):
+    def forward(self, x, angles, mask, past: EagleCache):
         batch, length = x.shape[:2]
         queries, keys, values = (
             projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        turned = rotated(torch.cat([queries, keys], dim=1), angles)
+        queries, keys = turned.split([queries.shape[1], keys.shape[1]], dim=1)
         if isinstance(past, WindowKeys):
             past = past.extended(keys, values)
             return self.o_proj(past.attend(queries, mask, self.scaling)), past
-        if past is not None:
+        if isinstance(past, GrowingKeys):
+            keys, values = past.extended(keys, values)
+        elif past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
-        return self.o_proj(output.reshape(batch, length, -1)), (keys, values)
+        output = self.o_proj(output.reshape(batch, length, -1))
+        return output, past if isinstance(past, GrowingKeys) else (keys, values)
 
 
 class EagleDecoderLayer(GradientCheckpointingLayer):
@@ -111,13 +165,13 @@ class EagleDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = EagleAttention(config)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, embeddings, states, position_embeddings, mask, past: KeysValues | WindowKeys | None):
+    def forward(self, embeddings, states, angles, mask, past: EagleCache):
         x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
-        attended, keys_values = self.self_attn(x, position_embeddings, mask, past)
+        attended, keys_values = self.self_attn(x, angles, mask, past)
         states = states + attended
         return states + self.mlp(self.post_attention_layernorm(states)), keys_values
 
@@ -139,38 +193,46 @@ class EagleDrafter(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, draft.hidden_size)
         self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
         self.midlayer = EagleDecoderLayer(draft)
-        self.norm = LlamaRMSNorm(draft.hidden_size, eps=draft.rms_norm_eps)
+        self.norm = DraftNorm(draft.hidden_size, eps=draft.rms_norm_eps)
         self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(draft)
 
     def encode(self, tokens, states, cache, positions, allowed):
         """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache."""
-        return self.advance(tokens, self.fc(states.to(self.fc.weight.dtype)), cache, positions, allowed)
+        features = self.fc(states.to(self.fc.weight.dtype))
+        return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
 
-    def advance(self, tokens, features, cache, positions, allowed):
+    def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `[B, L]` as `advance` takes them: cosines and sines `[B, L, 2, d]`."""
+        return torch.stack(self.rotary_emb(self.embed_tokens.weight, positions), dim=2)
+
+    def advance(self, tokens, features, cache, angles, allowed):
         """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
         embeddings = self.embed_tokens(tokens)
         mask = allowed
         if mask is not None and self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
             mask = additive_mask(mask, embeddings.dtype)
-        position_embeddings = self.rotary_emb(embeddings, positions)
-        return self.midlayer(embeddings, features, position_embeddings, mask, cache)
+        return self.midlayer(embeddings, features, angles, mask, cache)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return self.lm_head(self.norm(features))
 
     @staticmethod
-    def cache_length(cache: KeysValues | None) -> int:
-        return 0 if cache is None else cache[0].shape[2]
+    def decoding_cache() -> GrowingKeys:
+        """An empty cache for a generation call."""
+        return GrowingKeys()
 
     @staticmethod
-    def cropped(cache: KeysValues, length: int) -> KeysValues:
+    def cropped(cache: Any, length: int) -> Any:
+        if isinstance(cache, GrowingKeys):
+            cache.length = min(cache.length, length)
+            return cache
         return cache[0][:, :, :length], cache[1][:, :, :length]
 
     @staticmethod
-    def rearranged(cache: KeysValues, change: Callable[[torch.Tensor], torch.Tensor]) -> KeysValues:
+    def rearranged(cache: GrowingKeys, change: Callable[[torch.Tensor], torch.Tensor]) -> GrowingKeys:
         """`change` applied to keys and values `[B, heads, L, d]`."""
-        return change(cache[0]), change(cache[1])
+        return GrowingKeys(*map(change, cache.held))
 
     def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
         """Keep only the output rows of `kept_tokens`."""
@@ -201,6 +263,9 @@ class StandaloneDrafter(nn.Module):
     def encode(self, tokens, states, cache, positions, allowed):
         """Tokens p `[B, L]` -> features `[B, L, h]`, cache; the target's states are not read."""
         return self.advance(tokens, None, cache, positions, allowed)
+
+    def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions  # the model embeds them itself
 
     def advance(self, tokens, features, cache, positions, allowed):
         if allowed is None and self.slides:  # left to itself the model would make sliding masks
@@ -243,6 +308,10 @@ class StandaloneDrafter(nn.Module):
     @staticmethod
     def cache_length(cache: DynamicCache | None) -> int:
         return 0 if cache is None else cache.get_seq_length()
+
+    @staticmethod
+    def decoding_cache() -> DynamicCache:
+        return DynamicCache()
 
     @staticmethod
     def cropped(cache: DynamicCache, length: int) -> DynamicCache:
@@ -293,6 +362,9 @@ class MedusaDrafter(nn.Module):
         states = states.to(self.lm_heads[0].weight.dtype)
         return nn.functional.pad(states, (0, 1)), ()
 
+    def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions  # not read
+
     def advance(self, tokens, features, cache, positions, allowed):
         """The next head's turn, whatever `tokens` were drafted; the last head stays the last."""
         states, head = features[..., :-1], features[..., -1:]
@@ -311,8 +383,8 @@ class MedusaDrafter(nn.Module):
         return logits
 
     @staticmethod
-    def cache_length(cache: tuple) -> int:
-        return 0
+    def decoding_cache() -> tuple:
+        return ()
 
     @staticmethod
     def cropped(cache: tuple, length: int) -> tuple:

@@ -14,6 +14,7 @@ from torch import nn
 from .configuration_ppow import call_settings, check_settings
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+AHEAD = 16  # tokens of a window whose positions are embedded at once
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -97,22 +98,37 @@ class DraftSession:
     def __init__(self, drafter: Any, width: int | None = None):
         self.drafter = drafter
         self.width = width or drafter.config.vocab_size
-        self._cache: Any = None
+        self._cache: Any = drafter.draft_model.decoding_cache()
         self._committed = 0  # columns of committed tokens that the cache holds
         self._visible: torch.Tensor | None = None  # [B, columns] of them; None while every one is some row's token
         self._feature: torch.Tensor | None = None
         self._drafting: torch.Tensor | None = None
         self._position: int | torch.Tensor = 0  # of the token behind everything observed
+        self._places: torch.Tensor | None = None  # [B, AHEAD, ...] of the window's tokens from `_places_from` on
+        self._places_from = 0
+        embeddings = drafter.get_input_embeddings()
+        self._known = self.width if embeddings is None else min(self.width, embeddings.num_embeddings)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been observed yet."""
-        return self._cache is None
+        return self._committed == 0
 
     def _readable(self, tokens: torch.Tensor) -> torch.Tensor:
         """A target padded wider than the drafter may hold tokens that the drafter has no embedding of."""
-        embeddings = self.drafter.get_input_embeddings()
-        return tokens if embeddings is None else tokens.clamp_max(embeddings.num_embeddings - 1)
+        return tokens if self._known == self.width else tokens.clamp_max(self._known - 1)
+
+    def _places_of(self, drafted: int, count: int) -> torch.Tensor:
+        """Places `[B, count, ...]` of `count` tokens that each are the window's `drafted`-th, embedded ahead."""
+        if self._places is None or not 0 <= drafted - self._places_from < AHEAD:
+            draft, feature = self.drafter.draft_model, self._feature
+            assert feature is not None
+            ahead = torch.arange(drafted, drafted + AHEAD, device=feature.device) - draft.first_prefix
+            start = self._position if isinstance(self._position, int) else self._position[:, None]
+            positions = (ahead + start).expand(len(feature), -1)
+            self._places, self._places_from = draft.embed_positions(positions), drafted
+        here = self._places[:, drafted - self._places_from :][:, :1]
+        return here if count == 1 else here.expand(-1, count, *here.shape[2:])
 
     @torch.inference_mode()
     def observe(
@@ -129,8 +145,7 @@ class DraftSession:
         of each row's first own token.
         """
         draft = self.drafter.draft_model
-        if self._cache is not None:
-            self._cache = draft.cropped(self._cache, self._committed)
+        self._cache = draft.cropped(self._cache, self._committed)
         (batch, length), past, device = tokens.shape, self._committed, tokens.device
         if visible is not None and self._visible is None and bool(visible.all()):
             visible = None
@@ -149,7 +164,7 @@ class DraftSession:
         positions = (own + start - draft.first_prefix).clamp_min(0)
         features, self._cache = draft.encode(self._readable(tokens), target_states, self._cache, positions, allowed)
         self._committed += length
-        self._feature = features[:, -1:]
+        self._feature, self._places = features[:, -1:], None
         if isinstance(first_position, int) and visible is None:
             self._position = first_position + length
         else:
@@ -166,14 +181,10 @@ class DraftSession:
         """Logits `[B, V]` behind the drafted `token` `[B, 1]`, the window's `drafted`-th (counted from 0)."""
         draft = self.drafter.draft_model
         allowed = None
-        if isinstance(self._position, int):
-            positions = torch.full((token.shape[0], 1), self._position + drafted, device=token.device)
-        else:
-            positions = self._position[:, None] + drafted
         if self._visible is not None:
             allowed = nn.functional.pad(self._visible, (0, drafted + 1), value=True)[:, None, None]
         self._drafting, self._cache = draft.advance(
-            self._readable(token), self._drafting, self._cache, positions - draft.first_prefix, allowed
+            self._readable(token), self._drafting, self._cache, self._places_of(drafted, 1), allowed
         )
         return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
 
@@ -193,12 +204,8 @@ class DraftSession:
         batch, count = tokens.shape
         committed = seen.new_ones(batch, self._committed) if self._visible is None else self._visible
         allowed = torch.cat([committed[:, None].expand(-1, count, -1), seen], dim=-1)[:, None]
-        if isinstance(self._position, int):
-            positions = torch.full((batch, count), self._position + depth, device=tokens.device)
-        else:
-            positions = (self._position[:, None] + depth).expand(-1, count)
         self._drafting, self._cache = draft.advance(
-            self._readable(tokens), features, self._cache, positions - draft.first_prefix, allowed
+            self._readable(tokens), features, self._cache, self._places_of(depth, count), allowed
         )
         return self.drafter.compute_logits(self._drafting, self.width)
 
@@ -210,6 +217,7 @@ class DraftSession:
         self._feature = self._feature[rows]  # type: ignore[index]
         self._visible = None if self._visible is None else self._visible[rows]
         self._position = self._position if isinstance(self._position, int) else self._position[rows]
+        self._places = None
 
     @torch.inference_mode()
     def compact(self) -> None:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .acceptance import (
     greedy_accepted_counts,
     greedy_accepted_path,
+    likeliest_tokens,
     rejection_sample_chain,
 )
 from .configuration_ppow import call_settings, warn_of_other_target
@@ -375,21 +376,19 @@ class SpeculativeCall:
             position = len(drawn)
             scores = self.process(logits.float().to(device)[:, None], self.rows, lambda i, t: drafts[i])[:, 0]
             log_probs = scores.log_softmax(-1)
-            token = (
-                torch.multinomial(log_probs.exp().nan_to_num(1.0), 1) if self.do_sample else log_probs.argmax(-1, True)
-            )
-            if looks:
-                probs = log_probs.exp()
-                top = probs.topk(2)
-                entropies = (-(probs * log_probs.clamp_min(-1e4)).sum(-1)).tolist()
-                highest, modes, tokens = top.values.tolist(), top.indices[:, 0].tolist(), token[:, 0].tolist()
+            looked = likeliest_tokens(log_probs) if looks else None
+            if self.do_sample:
+                token = torch.multinomial(log_probs.exp().nan_to_num(1.0), 1)
+            else:
+                token = scores.argmax(-1, True) if looked is None else looked[:, 3:].long()
+            seen = [] if looked is None else torch.cat([looked, token.to(looked)], dim=-1).tolist()
             own_here = []
             for i, row in enumerate(self.rows):
                 record = row.trace.rounds[-1]
                 record.draft_steps = max(record.draft_steps, steps) if active[i] else record.draft_steps
                 if active[i] and looks:
-                    first, second = highest[i]
-                    features = row.rule.describe(first, second, entropies[i], modes[i], drafts[i])
+                    first, second, entropy, likeliest = seen[i][:4]
+                    features = row.rule.describe(first, second, entropy, int(likeliest), drafts[i])
                     active[i] = first > 0 and row.rule.include(position, features)  # NaN: nothing to draw from
                     if active[i]:
                         record.features.append(features)
@@ -397,7 +396,7 @@ class SpeculativeCall:
                             record.acceptance_probabilities.append(row.rule.acceptance_probability(features))
                 own_here.append(active[i])
                 if active[i] and looks:
-                    drafts[i].append(tokens[i])
+                    drafts[i].append(int(seen[i][-1]))
                     if drafts[i][-1] in self.endings.eos:
                         active[i] = False
                 if active[i] and (position + 1 >= row.limit or not row.rule.go_on(position + 1)):

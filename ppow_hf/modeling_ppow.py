@@ -236,7 +236,8 @@ class PPOWDrafter(PreTrainedModel):
             if not apart:
                 own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
                 allowed = torch.cat([allowed, own], dim=-1)
-            current, cache = draft.advance(tokens, current, cache, positions + 1 + j, allowed)
+            places = draft.embed_positions(positions + 1 + j)
+            current, cache = draft.advance(tokens, current, cache, places, allowed)
             along.append((windows, current))
         if goes_on is None:
             return torch.stack([features for _, features in along], dim=2)
@@ -283,7 +284,7 @@ class PPOWDrafter(PreTrainedModel):
             torch.cat([input_ids, tail.flatten(1)], dim=1),
             None,
             None,
-            torch.cat([positions, tail_positions.flatten(1)], dim=1),
+            self.draft_model.embed_positions(torch.cat([positions, tail_positions.flatten(1)], dim=1)),
             allowed,
         )
         features = everything[:, :length]

@@ -125,11 +125,13 @@ class BareForwards:
     def draft_step(self) -> float:
         """Seconds of one draft step."""
         session = self.session
-        position = torch.tensor([[session._position]], device=self.drafter.device)
+        position = torch.tensor([[session._position - self.draft.first_prefix]], device=self.drafter.device)
         cache = self.draft.cropped(session._cache, session._committed)
         token = self.tokens[:, :1].to(self.drafter.device)
         started = self._now()
-        features, cache = self.draft.advance(token, session._feature, cache, position, None)
+        features, cache = self.draft.advance(
+            token, session._feature, cache, self.draft.embed_positions(position), None
+        )
         self.drafter.compute_logits(features[:, 0])
         seconds = self._now() - started
         session._cache = self.draft.cropped(cache, session._committed)

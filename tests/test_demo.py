@@ -304,6 +304,8 @@ def test_labels_show_no_path_and_tell_the_stage(tmp_path):
     (folder / "training_log.json").write_text(json.dumps([{"objective": "supervised", "step": 1}]))
     log = settings.training_log(str(folder))
     assert settings.drafter_label(str(folder), "eagle", log) == "my-drafter (eagle, supervised only)"
+    log.append({"objective": "tv + 0.3*kl"})
+    assert settings.drafter_label(str(folder), "eagle", log) == "my-drafter (eagle, tv + 0.3*kl)"
     assert settings.short_name("user/name") == "user/name"
 
 

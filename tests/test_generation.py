@@ -666,12 +666,12 @@ def test_beams_are_refused(target, architecture):
 
 @both_architectures
 def test_embeddings_in_place_of_tokens_are_refused(target, architecture):
-    embeddings = target.get_input_embeddings()(prompt(0))
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        target.generate(inputs_embeds=embeddings, max_new_tokens=4, assistant_model=drafter_for(target, architecture))
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        loop = drafter_for(target, architecture).generate_with()
-        target.generate(prompt(0), inputs_embeds=embeddings, max_new_tokens=4, custom_generate=loop)
+    drafter = drafter_for(target, architecture)
+    options = {"inputs_embeds": target.get_input_embeddings()(prompt(0)), "max_new_tokens": 4}
+    for tokens in ([], [prompt(0)]):
+        for how in ({"assistant_model": drafter}, {"custom_generate": drafter.generate_with()}):
+            with pytest.raises(ValueError, match="inputs_embeds"):
+                target.generate(*tokens, **options, **how)
 
 
 @both_architectures

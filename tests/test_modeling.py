@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig, modeling_ppow
 from ppow_hf.configuration_ppow import default_target_layers, vocabulary_fingerprint
+from ppow_hf.drafting import AHEAD
 from ppow_hf.modeling_ppow import check_width, collect_target_states, match_width, packed_allowed
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
@@ -208,6 +209,25 @@ def test_whole_sequence_logits_equal_those_of_a_session_token_by_token(make_targ
     drafter = make_drafter(target, architecture)
     input_ids = tokens(1, S)
     check_session(drafter, input_ids, states_of(target, drafter, input_ids))
+
+
+def test_a_session_of_long_texts_and_windows_equals_whole_sequence_logits(make_target):
+    """Longer than the room that its cache begins with, and than the positions that are embedded at once."""
+    target = make_target("llama")
+    drafter, input_ids = make_drafter(target, "eagle"), tokens(2, 340)
+    states = states_of(target, drafter, input_ids)
+    drafted = tokens(2, AHEAD + 4, seed=4)
+    session, start = drafter.start_session(), 1
+    with torch.no_grad():
+        for end in (40, 320, 340):
+            session.observe(input_ids[:, start:end], states[:, start - 1 : end - 1], start)
+            prefixes = torch.full((2, 1), end - 1)
+            along = drafter(input_ids[:, :end], states[:, :end], prefixes=prefixes, draft_ids=drafted[:, None])
+            expected = drafter.compute_logits(along.window_features)[:, 0]
+            given = [session.first_logits()]
+            given += [session.next_logits(drafted[:, j : j + 1], j) for j in range(AHEAD + 3)]
+            torch.testing.assert_close(torch.stack(given, dim=1), expected, atol=2e-4, rtol=2e-4)
+            start = end
 
 
 @pytest.mark.lowest

@@ -219,6 +219,8 @@ def test_an_eagle_drafter_reads_sampled_texts_too(tmp_path, monkeypatch, files):
     small: dict = {"seconds": 2.0, "sequences": 8, "eval_prompts": 1, "eval_new_tokens": 8, "calibrate_at_end": False}
     make_drafter(tmp_path, "eagle", target, tokenizer, target_name=None, **small)
     assert json.loads((tmp_path / "provenance.json").read_text())["text_temperatures"] == [0.0, 1.0]
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    assert list(dict.fromkeys(row["objective"] for row in log)) == ["supervised", "tv + 0.3*kl"]
 
 
 def test_an_eagle_drafter_learns_first_tokens_first_and_then_as_deep_as_its_windows():

@@ -158,7 +158,8 @@ def short_name(name: str) -> str:
 def drafter_label(name: str, architecture: str, log: list[dict[str, Any]]) -> str:
     """Its name, architecture, and the last stage that its training log has."""
     stages = [entry["objective"] for entry in log if entry.get("objective")]
-    stage = {"ppow": "PPOW", "supervised": "supervised only"}.get(stages[-1] if stages else "", "")
+    last = stages[-1] if stages else ""
+    stage = {"ppow": "PPOW", "supervised": "supervised only"}.get(last, last)
     return f"{short_name(name)} ({', '.join(part for part in (architecture, stage) if part)})"
 
 

@@ -27,6 +27,7 @@ import numpy
 import torch
 from torch import nn
 
+from ..acceptance import likeliest_tokens
 from ..drafting import DraftSession
 from ..modeling_ppow import PPOWDrafter
 from ..windowing import CostModel, OnlineCosts, WindowRule, make_window_rule
@@ -53,7 +54,7 @@ class GrowingSession(DraftSession):
         self._visible = torch.cat([session._columns_seen(columns) for session in (self, other)])
         self._position = torch.cat([session._positions() for session in (self, other)])
         self._feature = torch.cat([self._feature, other._feature])  # type: ignore[list-item]
-        self._cache, self._committed = ours, columns
+        self._cache, self._committed, self._places = ours, columns, None
 
     @property
     def _rows(self) -> int:
@@ -226,18 +227,18 @@ class BatchDrafter:
         while True:
             log_probs = logits.float().log_softmax(-1)
             self._log_probs.append(log_probs)
-            top = log_probs.topk(2, dim=-1)
-            entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-            likeliest, (sure, second) = top.indices[:, :1], top.values.exp().T.tolist()
-            ids, doubt = likeliest[:, 0].tolist(), entropy.tolist()
+            looked = likeliest_tokens(log_probs)
+            likeliest = looked[:, 3:].long()
+            sure, second, doubt, ids = looked.T.tolist()
             still = []
             for request in active:
                 row, drafted = request.row, len(request.draft_ids)
                 request.draft_steps += 1
-                features = request.rule.describe(sure[row], second[row], doubt[row], ids[row], request.draft_ids)
+                token = int(ids[row])
+                features = request.rule.describe(sure[row], second[row], doubt[row], token, request.draft_ids)
                 if not sure[row] > 0 or not request.rule.include(drafted, features):
                     continue
-                request.draft_ids.append(ids[row])
+                request.draft_ids.append(token)
                 if drafted + 1 < longest[id(request)] and request.rule.go_on(drafted + 1):
                     still.append(request)
             active = still

@@ -45,7 +45,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What folders and logs call it: PPOW, or supervised for every loss along the text."""
+        """What folders call it: PPOW, or supervised for every loss along the text."""
         return self.objective if self.objective == "ppow" else "supervised"
 
 
@@ -199,7 +199,7 @@ def make_drafter(
         kept = Path(start, "supervised").is_dir()
         drafter = PPOWDrafter.from_pretrained(Path(start, "supervised") if kept else start, dtype=torch.float32)
         rows = json.loads(Path(start, "training_log.json").read_text())
-        log = [row for row in rows if row["objective"] == "supervised" or not kept]
+        log = [row for row in rows if row["objective"] != "ppow" or not kept]
     steps_before = log[-1]["step"] if log else 0
     stages = default_stages(seconds, architecture, decay=0.75, started=start is not None)
     for stage in stages:
@@ -216,7 +216,7 @@ def make_drafter(
             eval_prompts=eval_prompts,
             **settings,
         )
-        log += [{**row, "step": row["step"] + steps_before, "objective": stage.kind} for row in history]
+        log += [{**row, "step": row["step"] + steps_before, "objective": stage.objective} for row in history]
         steps_before = log[-1]["step"]
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
