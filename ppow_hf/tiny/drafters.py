@@ -220,7 +220,8 @@ def make_drafter(
         steps_before = log[-1]["step"]
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
-    (output_dir / "training_log.json").write_text(json.dumps(provenance.shortened(log), indent=1) + "\n")
+    rows = ",\n".join(json.dumps(row) for row in provenance.shortened(log))
+    (output_dir / "training_log.json").write_text(f"[\n{rows}\n]\n")
     draw_curves(
         log, output_dir / "training.png", title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}"
     )
