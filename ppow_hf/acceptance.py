@@ -67,6 +67,7 @@ def likeliest_tokens(log_probs: Tensor) -> Tensor:
     The probabilities of the two likeliest tokens, the entropy in nats, and the likeliest's id (exact below 2^24): one
     tensor, so that an accelerator is waited for once.
     """
+    log_probs = _at_least_float32(log_probs)
     probs = log_probs.exp()
     top = probs.topk(2, dim=-1)
     doubt = -(probs * log_probs.clamp_min(-1e4)).sum(-1, keepdim=True)

@@ -23,6 +23,7 @@ from ppow_hf.acceptance import (
     greedy_accepted_path,
     group_parents,
     kl_divergence,
+    likeliest_tokens,
     longest_of_group,
     rejection_accepted_counts,
     rejection_sample_chain,
@@ -57,6 +58,18 @@ def fits(counts: list[int], probs: list[float]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # How close two distributions are
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_window_rules_look_at(dtype):
+    """Ids that bfloat16 could not hold, and tokens that a processor has made impossible."""
+    logits = torch.randn(2, 3, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[..., ::2], logits[..., 4097] = -torch.inf, 9.0
+    found = likeliest_tokens(logits.log_softmax(-1))
+    for row, given in zip(logits.flatten(0, 1), found.flatten(0, 1), strict=True):
+        probs = sorted(row.log_softmax(-1).double().exp().tolist(), reverse=True)
+        doubt = -sum(p * math.log(p) for p in probs if p > 0)
+        assert given.tolist() == pytest.approx([*probs[:2], doubt, 4097.0], rel=2e-5)
 
 
 def test_divergences_equal_plain_loops():
