@@ -70,8 +70,7 @@ def likeliest_tokens(log_probs: Tensor) -> Tensor:
     log_probs = _at_least_float32(log_probs)
     probs = log_probs.exp()
     top = probs.topk(2, dim=-1)
-    doubt = -(probs * log_probs.clamp_min(-1e4)).sum(-1, keepdim=True)
-    return torch.cat([top.values, doubt, top.indices[..., :1].to(probs)], dim=-1)
+    return torch.cat([top.values, entropy(log_probs)[..., None], top.indices[..., :1].to(probs)], dim=-1)
 
 
 def confidence(log_probs: Tensor, vocab_size: int | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration_ppow import PPOWDrafterConfig
@@ -116,10 +117,12 @@ class DraftNorm(LlamaRMSNorm):
 
 
 def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Queries or keys `[B, H, L, d]` turned by their positions' cosines and sines `[B, L, 2, d]`, as in Llama."""
+    """Queries and keys `[B, H, L, d]` turned by their positions' cosines and sines `[B, L, 2, d]`.
+
+    Llama's `apply_rotary_pos_emb` turns queries and keys one by one; here they are side by side.
+    """
     cosines, sines = angles[:, None].unbind(3)
-    half = heads.shape[-1] // 2
-    return heads * cosines + torch.cat([-heads[..., half:], heads[..., :half]], dim=-1) * sines
+    return heads * cosines + rotate_half(heads) * sines
 
 
 class EagleAttention(nn.Module):
