@@ -84,7 +84,7 @@ def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: lis
     )
     feature, logits = features[:, -1:], []
     for j, token in enumerate(window):
-        logits.append(draft.logits(feature[0, 0]))
+        logits.append(draft.logits(feature)[0, 0])
         place = draft.embed_positions(torch.tensor([[prefix + j]]))
         feature, cache = draft.advance(torch.tensor([[token]]), feature, cache, place, None)
     return torch.stack(logits)

@@ -423,6 +423,37 @@ def test_expected_length_equals_drafting_on_the_text(
     assert loss == pytest.approx(expected_loss, rel=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["eagle", "medusa"])
+def test_expected_length_of_visited_windows_is_of_whole_ones(make_trainer, make_target, architecture):
+    """Those behind the prefixes where rounds of decoding begin, in tokens; the TV beside it is of what is visited."""
+    target = make_target("llama", initializer_range=0.3)
+    texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
+    masks = [
+        [True] * 4 + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 11 + [False] * 4)
+    ]
+    settings = {"text_weighting": "visited", "unroll_steps": WINDOW, "dataset": SequenceDataset(texts, masks)}
+    trainer = make_trainer(architecture, "0.7*expected_length + 0.3*tv", **settings)
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.eval()
+    encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
+    prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, WINDOW)
+    begun = [of_row[seen.any(-1)].tolist() for of_row, seen in zip(prefixes, visited, strict=True)]
+    assert 5 < max(map(len, begun)) < 18
+    both, _ = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    trainer = make_trainer(architecture, "0.3*tv", **settings)
+    trainer.model.eval()
+    beside, of_beside = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    trainer = make_trainer(architecture, "0.7*expected_length", **settings)
+    trainer.model.eval()
+    loss, found = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
+    items = inputs["loss_mask"][:, 1:].sum()
+    expected_loss, expected = backward(
+        trainer, lambda: 0.7 * WINDOW * naive_expected_length(trainer, inputs, begun, WINDOW) / items
+    )
+    same_gradients(found, expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-4) and both == pytest.approx(loss + beside, rel=1e-4)
+
+
 def sessions_visited_loss(trainer, inputs, steps: int) -> float:
     """The text decoded round by round by the session that decoding uses, which is given the text's own tokens."""
     args, drafter, model = trainer.args, trainer.model, trainer.target_model
@@ -474,7 +505,7 @@ def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_targe
 
 
 def test_what_decoding_visits_is_what_unrolled_drafters_learn_along_the_text(make_trainer):
-    """By default; expected_length has every window."""
+    """By default; expected_length has the windows behind every prefix."""
     losses = {}
     for architecture in ("eagle", "medusa"):
         for weighting in (None, "visited", "decay"):

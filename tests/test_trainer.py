@@ -549,7 +549,6 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
         ({"regenerate_temperature": -1.0}, r"regenerate_temperature: \[-1.0\]"),
         ({"regenerate_temperature": []}, "regenerate_temperature"),
         ({"text_weighting": "all"}, "text_weighting: 'all'"),
-        ({"text_weighting": "visited", "objective": "kl + expected_length"}, "text_weighting: .* expected_length"),
         ({"cost_ratio": math.nan}, "cost_ratio: nan"),
         ({"metric_for_best_model": "eval_loss"}, r"metric_for_best_model: 'eval_loss' .*acceptance_length"),
         ({"max_length": 10, "max_window": 10}, "max_length: 10 .* max_window=10"),

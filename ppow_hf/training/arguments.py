@@ -62,9 +62,10 @@ class PPOWTrainingArguments(TrainingArguments):
         text_weighting (`str`, *optional*):
             What counts in the terms along the text of an eagle or medusa drafter: `"visited"`, only what decoding it
             would draft with the drafter as it is, rounds beginning where others end: as deep as it gets, for less than
-            half the work; or `"decay"`, windows behind every prefix, their steps by `unroll_decay` [ours]. `None`:
-            `"visited"`, but `"decay"` for `expected_length`, which weighs windows itself. Not of the terms beside
-            windows' ones, which follow the windows' prefixes.
+            half the work; or `"decay"`, windows behind every prefix, their steps by `unroll_decay` [ours].
+            `expected_length`, which weighs steps itself, is of the whole windows that decoding begins, in tokens kept,
+            or of those behind every prefix, in shares of a window. `None`: `"visited"`, but `"decay"` where it is
+            among the terms. Not of the terms beside windows' ones, which follow the windows' prefixes.
         lk_decay (`float`, *optional*, defaults to `3.0`):
             How fast `lk_hybrid` goes from KL to TV as acceptance rises [2602.23881; its value is ours].
 
@@ -268,10 +269,6 @@ class PPOWTrainingArguments(TrainingArguments):
             )
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
-        if self.text_weighting == "visited" and self._uses(("expected_length",)):
-            raise ValueError(
-                'text_weighting: "visited" given with expected_length, which weighs windows itself. Leave one out.'
-            )
         launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
         if self.muon and (self.fsdp or self.deepspeed or "true" in map(str.lower, launched)):
             raise ValueError("muon: it orthogonalises whole matrices, which FSDP and DeepSpeed split. Leave it out.")

@@ -210,15 +210,19 @@ def text_loss(
     visited: torch.Tensor | None = None,
 ) -> Loss:
     """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j decay, or those
-    that are `visited` `[B, M, J]` bool count alike and others nothing."""
+    that are `visited` `[B, M, J]` bool count alike and others nothing.
+
+    `expected_length` is of whole windows: the share of them that is kept, or of those that anything of is visited the
+    kept tokens, so that all terms of visited windows are sums over the text."""
     input_ids = inputs["input_ids"]
     steps = torch.arange(features.shape[2], device=input_ids.device)
     places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
     learned = learned_windows(inputs, prefixes, features.shape[2])
+    names = list(weights)
+    whole = torch.tensor([name == "expected_length" for name in names], device=input_ids.device)
     of_steps = (args.unroll_decay**steps).expand(places.shape) / (args.unroll_decay**steps).sum()
     if visited is not None:
-        learned, of_steps = learned & visited, torch.ones_like(of_steps)
-    names = list(weights)
+        learned, of_steps = learned & (visited.any(-1, keepdim=True) if whole.any() else visited), visited.float()
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
     # Steps of different prefixes that end at one place are learned together: they share the target's distribution.
     numbers = torch.arange(len(input_ids), device=input_ids.device)[:, None, None] * input_ids.shape[1] + places
@@ -227,10 +231,10 @@ def text_loss(
     flat_sources = sources.flatten(0, 1)
     of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
     of_steps, by_length = of_steps[learned][order], None
-    if "expected_length" in names:  # of whole windows: the steps' weights, which are for means over them, are undone
+    if whole.any():
         along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
         by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
-        by_length = by_length / of_steps[:, None]
+        by_length = by_length * (1 if visited is None else features.shape[2])
 
     def chunk(features, numbers, labels, of_steps, is_first, by_length):
         own_places, goal_rows = torch.unique_consecutive(numbers, return_inverse=True)
@@ -238,12 +242,13 @@ def text_loss(
         draft, goal = paired_logits(drafter, target, draft, flat_sources[own_places])
         labels = draft_labels(drafter, labels, draft.shape[-1])
         terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
-        loss = (coefficients[:, None] * terms * of_steps).sum()
+        loss = (coefficients[:, None] * terms * torch.where(whole[:, None], 1, of_steps)).sum()
         with torch.no_grad():
             draft, goal, noted = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
             agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
             kl = noted[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
-            sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *noted.sum(-1)])
+            noted = torch.where(whole, terms.sum(-1), noted.sum(-1))
+            sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *noted])
         return torch.cat([loss[None], sums])
 
     totals = sum_over_chunks(

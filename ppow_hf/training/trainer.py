@@ -277,7 +277,8 @@ class PPOWTrainer(Trainer):
             if self.args.text_weighting == "visited":
                 prefixes, found = visited_windows(drafter, self.target, self.args, inputs, encoding, steps)
                 visited = found
-                call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
+                if "expected_length" not in weights:  # which is of whole windows
+                    call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
             call |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
 
         def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
