@@ -102,7 +102,7 @@ def train_stage(
         adam_beta2=0.95,
         per_device_train_batch_size=8,
         max_steps=100_000,
-        logging_steps=5,
+        logging_steps=5 if stage.seconds < 600 else 25,  # a long training's log is shipped beside its drafter
         save_strategy="no",
         report_to=[],
         seed=seed,
