@@ -25,11 +25,11 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .acceptance import likeliest_tokens
 from .configuration_ppow import call_settings, warn_of_other_target
-from .generation import SpeculativeDecoding
+from .generation import SpeculativeDecoding, divergences
 from .modeling_ppow import DrafterView, PPOWDrafter, check_width, collect_target_states
 from .rows import one_hot_scores
 from .trace import GenerationTrace, RoundTrace
-from .windowing import MAX_KL, CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
+from .windowing import CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
 
 SUPPORTED = "transformers>=5.17,<6"
 
@@ -147,11 +147,8 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         this_round.verify_seconds = time.perf_counter() - self._verify_from
         if self._draft_logits is not None:
             verified = min(this_round.accepted + 1, this_round.window - this_round.looked_up)
-            target = scores[0, :verified].float().log_softmax(-1)
-            draft = self._draft_logits[0, :verified].log_softmax(-1).to(target.device)
-            terms = target.exp() * (target - draft)
-            kl = terms.masked_fill(target == -torch.inf, 0.0).sum(-1)
-            this_round.kl = [min(max(value, 0.0), MAX_KL) if value == value else MAX_KL for value in kl.tolist()]
+            own = self._draft_logits[0, :verified].to(scores.device)
+            this_round.kl = divergences(scores[0, :verified].float(), own).tolist()
         if self._prefilled:  # the prompt's forward is no round: it says nothing about costs and tokens of one
             self.rule.costs.observe_verification(this_round.window, this_round.verify_seconds)
             drafted = this_round.window - this_round.looked_up

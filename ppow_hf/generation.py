@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .acceptance import (
     greedy_accepted_counts,
     greedy_accepted_path,
+    kl_divergence,
     likeliest_tokens,
     rejection_sample_chain,
 )
@@ -539,9 +540,8 @@ def update_window_rule(rule: WindowRule, tree: DraftTree, path: list[int], recor
 
 def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> torch.Tensor:
     """KL(P||Q) in nats of scores `[..., V]` each: `[...]`, brought into [0, MAX_KL]."""
-    target, draft = target_scores.log_softmax(-1), draft_scores.log_softmax(-1)
-    terms = (target.exp() * (target - draft)).masked_fill(target == -torch.inf, 0.0)
-    return terms.sum(-1).nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
+    found = kl_divergence(target_scores.log_softmax(-1), draft_scores.log_softmax(-1))
+    return found.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
 
 
 SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")

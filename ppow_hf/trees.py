@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .acceptance import rejection_sample_distinct_trees
+from .acceptance import entropy, rejection_sample_distinct_trees
 from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
@@ -265,9 +265,8 @@ def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> tuple[li
     log_probs = scores.log_softmax(-1)
     probs = log_probs.exp()
     count = min(branches, probs.shape[-1])
-    entropies = -(probs * log_probs.clamp_min(-1e4)).sum(-1)
     top = probs.topk(max(count, 2))
-    seen = top.values[..., :2].tolist(), top.indices[..., 0].tolist(), entropies.tolist()
+    seen = top.values[..., :2].tolist(), top.indices[..., 0].tolist(), entropy(log_probs).tolist()
     if not sampling:
         return *seen, top.indices[..., :count].tolist(), top.values[..., :count].tolist()
     # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 
+from .acceptance import kl_divergence, likeliest_tokens
 from .modeling_ppow import collect_target_states
 from .trace import GenerationTrace, RoundTrace
 from .windowing import CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
@@ -112,15 +113,11 @@ def draft_table(
             log_probs = drafter.compute_logits(here[0], width).float().log_softmax(-1)
             places = (prefixes[0] + j).clamp_max(length - 1)
             there = target_log_probs[places.to(target_log_probs.device)].to(here.device)
-            terms = (there.exp() * (there - log_probs)).masked_fill(there == -torch.inf, 0.0)
-            top = log_probs.topk(2, dim=-1)
-            likeliest = top.indices[:, 0]
-            drawn["ids"].append(likeliest)
-            drawn["max_probability"].append(top.values[:, 0].exp())
-            drawn["second"].append(top.values[:, 1].exp())
-            drawn["entropy"].append(-(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1))
-            drawn["kl"].append(terms.sum(-1))
-            return likeliest[None]
+            first, second, entropies, likeliest = likeliest_tokens(log_probs).unbind(-1)
+            seen = likeliest.long(), first, second, entropies, kl_divergence(there, log_probs)
+            for name, column in zip(names, seen, strict=True):
+                drawn[name].append(column)
+            return likeliest.long()[None]
 
         drafter.unroll(features, cache, prefixes, look, depth)
         cache = drafter.draft_model.cropped(cache, committed)

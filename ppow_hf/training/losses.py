@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..acceptance import entropy
 from ..modeling_ppow import PPOWDrafter
 from .arguments import PPOWTrainingArguments
 from .objectives import (
@@ -357,8 +358,7 @@ def window_loss(
             loss = expected_acceptance_loss(verifier, log_probs, tokens, kept, kept_after)
             sums.append((loss * reached).sum())
         with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
-            noted = torch.stack([kl, clipped.float(), entropy]) * reached
+            noted = torch.stack([kl, clipped.float(), entropy(log_probs)]) * reached
         return torch.cat([(coefficients * torch.stack(sums)).sum()[None], noted.sum(-1)])
 
     totals = sum_over_chunks(
@@ -379,8 +379,7 @@ def window_loss(
         rollout.old_log_probs = torch.zeros(reached.shape, device=reached.device)
         rollout.old_log_probs[rows] = torch.cat(kept_log_probs)[: int(rows.sum())]
     count = max(int(reached.sum()), 1)
-    kl, clipped, entropy = (value / count for value in totals[1:].tolist())
-    metrics = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
+    metrics = dict(zip(("kl", "clip_fraction", "entropy"), (totals[1:] / count).tolist(), strict=True))
     return totals[0] / (windows * window), metrics
 
 
