@@ -33,6 +33,7 @@ from .windowing import (
     KLAdaptiveWindow,
     OnlineCosts,
     WindowRule,
+    make_adaptive_rule,
     make_window_rule,
 )
 
@@ -220,7 +221,12 @@ class SpeculativeCall:
             rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=settings["window"])))
             if self.trees:
                 nodes, branches = settings["tree_nodes"], settings["tree_branches"]
-                self.tree_rules[place] = TreeRule(rule, self.costs, nodes, branches, self.do_sample)
+                estimates = (
+                    rule
+                    if isinstance(rule, KLAdaptiveWindow)
+                    else make_adaptive_rule(rule.max_window, self.costs, self.config.calibration, self.do_sample)
+                )
+                self.tree_rules[place] = TreeRule(rule, estimates, self.costs, nodes, branches, self.do_sample)
         return rows
 
     # -- the loop
@@ -484,7 +490,8 @@ class SpeculativeCall:
             record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             rule.update(record.draft_steps, record.window, record.accepted)
-            update_window_rule(row.rule, tree, path, record)
+            for window_rule in {id(one): one for one in (row.rule, rule.estimates)}.values():
+                update_window_rule(window_rule, tree, path, record)
         self.costs.observe_verification(tokens.shape[1] - 1, verified - drafted)
 
         # As chains: the accepted path stands for its row, in the caches too.

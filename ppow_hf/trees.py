@@ -2,11 +2,14 @@
 
 Knows the drafter's session, distributions and costs; knows nothing about the target and its cache.
 
-At T = 0 a tree grows as in EAGLE-2 (Li et al. 2406.16858): level by level the most probable nodes are expanded, and
-the most probable of all nodes are verified. At T > 0 a node's children are drawn from the drafter's distribution
-without replacement, and how many there are is settled before they are drawn: from the distributions, never from the
-tokens. What a node is worth is the estimated probability that it is reached and kept (`reach`); it is drafted and
-verified while that is worth its cost [ours].
+What a node is worth is the estimated probability that it is reached and kept (`reach`). At T = 0 a tree grows as in
+EAGLE-2 (Li et al. 2406.16858): level by level the nodes of most reach are expanded, and those of most reach of all are
+verified. EAGLE-2's reach is the product of the drafter's probabilities. A drafter that learned the target's
+distribution at T = 1 gives its likeliest token less than the probability that it is the target's likeliest too, and
+such trees are too wide; the estimated acceptance takes its place [ours]. At T > 0 a node's children are drawn from the
+drafter's distribution without replacement, and how many there are is settled before they are drawn: from the
+distributions, never from the tokens. With an adaptive window rule a node is drafted and verified while that is worth
+its cost [ours].
 """
 
 import functools
@@ -95,17 +98,28 @@ class TreeRule:
 
     Renewal-reward as for windows: with lambda the tokens per unit of cost reached so far, a node is verified while its
     reach is at least lambda * slope of the verification cost, and a level is drafted while what its nodes are worth
-    beyond that is at least lambda * gamma. One branch makes it a chain.
+    beyond that is at least lambda * gamma. One branch makes it a chain. `estimates` says how likely a child is kept:
+    the window's `rule` itself where that is adaptive.
     """
 
-    def __init__(self, rule: WindowRule, costs: OnlineCosts, nodes: int, branches: int, sampling: bool):
-        self.rule, self.costs, self.nodes, self.branches, self.sampling = rule, costs, nodes, branches, sampling
-        self.adaptive = isinstance(rule, KLAdaptiveWindow)
+    def __init__(
+        self,
+        rule: WindowRule,
+        estimates: KLAdaptiveWindow,
+        costs: OnlineCosts,
+        nodes: int,
+        branches: int,
+        sampling: bool,
+    ):
+        self.rule, self.estimates, self.costs, self.nodes, self.branches = rule, estimates, costs, nodes, branches
+        self.sampling, self.adaptive = sampling, rule is estimates
         self._acceptance, self._evidence = 0.7, 4.0  # running share of reached levels at which a child was kept
         self._tokens, self._cost = 0.0, 0.0
 
     def start(self, limit: int) -> None:
         """Before a tree of at most `limit` levels grows."""
+        if not self.adaptive:
+            self.estimates.start(limit)
         self._model = self.costs.model
         speed = (self._tokens + 4 * self._model.speedup(0.7, 4)) / (self._cost + 4)
         self._level_worth = speed * self._model.cost_ratio if self.adaptive else 0.0
@@ -120,13 +134,10 @@ class TreeRule:
 
         `probabilities` are the drafter's of them; at T > 0 only how many they are is looked at.
         """
-        alpha = self._acceptance
-        if isinstance(self.rule, KLAdaptiveWindow):
-            alpha = self.rule.acceptance_probability(features)
+        alpha = self.estimates.acceptance_probability(features)
         if self.sampling:
+            alpha = alpha if self.adaptive else self._acceptance
             return [alpha * (1 - alpha) ** j for j in range(len(probabilities))]
-        if not self.adaptive:
-            return list(probabilities)
         others = (1 - alpha) / max(1 - probabilities[0], 1e-6)
         return [alpha, *(min(p * others, alpha) for p in probabilities[1:])]
 

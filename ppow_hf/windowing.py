@@ -543,6 +543,13 @@ def make_window_rule(
         return HeuristicWindow(max_window, costs)
     if window != "kl":
         raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
+    return make_adaptive_rule(max_window, costs, calibration, sampling, lookup)
+
+
+def make_adaptive_rule(
+    max_window: int, costs: OnlineCosts, calibration: dict | None = None, sampling: bool = False, lookup: bool = False
+) -> KLAdaptiveWindow:
+    """`window="kl"`, its estimator as calibrated."""
     stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
     weights = stored.get("weights", {})
     if not set(weights) <= {one.name for one in fields(AcceptanceEstimator)}:  # fitted to other features, once

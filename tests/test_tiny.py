@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
+from ppow_hf.evaluation import decode
 from ppow_hf.tiny import drafter_path, drafters, target_path
 from ppow_hf.tiny.corpus import SourceFile, excerpts, function_prompts, is_held_out, standard_library
 from ppow_hf.tiny.drafters import default_stages, make_drafter
@@ -24,6 +25,7 @@ from ppow_hf.tiny.recipe import (
     recipe_of,
     token_stream,
 )
+from ppow_hf.trees import TreeRule
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,25 @@ def test_embedded_drafters_change_no_token_and_save_forwards(name, pair, files):
 def test_embedded_drafters_say_that_they_are_stored_in_bfloat16(name):
     assert PPOWDrafter.from_pretrained(drafter_path(name), dtype="auto").dtype == torch.bfloat16
     assert PPOWDrafter.from_pretrained(drafter_path(name), dtype="float32").dtype == torch.float32
+
+
+def test_trees_of_a_fixed_budget_grow_by_estimated_acceptance(pair, files, monkeypatch):
+    """EAGLE-2's product of probabilities, which a drafter of the target's distribution at T = 1 has too small."""
+    target, tokenizer = pair
+    drafter = PPOWDrafter.from_pretrained(drafter_path("tiny-eagle"), dtype=torch.float32).eval()
+    rows = excerpts([file for file in files if file.held_out], tokenizer, 8, 64, seed=1)
+    prompts = [tokenizer(row["text"])["input_ids"] for row in rows]
+
+    def rounds(**settings) -> int:
+        _, traces = decode(target, drafter, prompts, 64, window="fixed", max_window=10, **settings)
+        return sum(len(trace.rounds) - 1 for trace in traces)
+
+    chain, tree = rounds(), rounds(tree_nodes=32)
+    drafter.config.calibration = None  # what the text itself shows is enough
+    uncalibrated = rounds(tree_nodes=32)
+    monkeypatch.setattr(TreeRule, "child_worth", lambda self, probabilities, features: list(probabilities))
+    by_probability = rounds(tree_nodes=32)
+    assert tree < 0.95 * by_probability and uncalibrated < by_probability and tree < chain
 
 
 @pytest.mark.slow
