@@ -490,8 +490,9 @@ class SpeculativeCall:
             record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             rule.update(record.draft_steps, record.window, record.accepted)
-            for window_rule in {id(one): one for one in (row.rule, rule.estimates)}.values():
-                update_window_rule(window_rule, tree, path, record)
+            update_window_rule(row.rule, tree, path, record)
+            if rule.estimates is not row.rule:
+                update_window_rule(rule.estimates, tree, path, record)
         self.costs.observe_verification(tokens.shape[1] - 1, verified - drafted)
 
         # As chains: the accepted path stands for its row, in the caches too.

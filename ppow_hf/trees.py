@@ -134,9 +134,9 @@ class TreeRule:
 
         `probabilities` are the drafter's of them; at T > 0 only how many they are is looked at.
         """
-        alpha = self.estimates.acceptance_probability(features)
+        by_budget = self.sampling and not self.adaptive  # its size was settled by the running acceptance
+        alpha = self._acceptance if by_budget else self.estimates.acceptance_probability(features)
         if self.sampling:
-            alpha = alpha if self.adaptive else self._acceptance
             return [alpha * (1 - alpha) ** j for j in range(len(probabilities))]
         others = (1 - alpha) / max(1 - probabilities[0], 1e-6)
         return [alpha, *(min(p * others, alpha) for p in probabilities[1:])]

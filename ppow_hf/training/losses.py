@@ -214,16 +214,18 @@ def text_loss(
     that are `visited` `[B, M, J]` bool count alike and others nothing.
 
     `expected_length` is of whole windows: the share of them that is kept, or of those that anything of is visited the
-    kept tokens, so that all terms of visited windows are sums over the text."""
+    kept tokens, so that all terms of visited windows are sums over the text.
+    """
     input_ids = inputs["input_ids"]
     steps = torch.arange(features.shape[2], device=input_ids.device)
     places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
     learned = learned_windows(inputs, prefixes, features.shape[2])
     names = list(weights)
+    of_windows = "expected_length" in names
     whole = torch.tensor([name == "expected_length" for name in names], device=input_ids.device)
     of_steps = (args.unroll_decay**steps).expand(places.shape) / (args.unroll_decay**steps).sum()
     if visited is not None:
-        learned, of_steps = learned & (visited.any(-1, keepdim=True) if whole.any() else visited), visited.float()
+        learned, of_steps = learned & (visited.any(-1, keepdim=True) if of_windows else visited), visited.float()
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
     # Steps of different prefixes that end at one place are learned together: they share the target's distribution.
     numbers = torch.arange(len(input_ids), device=input_ids.device)[:, None, None] * input_ids.shape[1] + places
@@ -232,7 +234,7 @@ def text_loss(
     flat_sources = sources.flatten(0, 1)
     of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
     of_steps, by_length = of_steps[learned][order], None
-    if whole.any():
+    if of_windows:
         along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
         by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
         by_length = by_length * (1 if visited is None else features.shape[2])
