@@ -22,13 +22,13 @@ from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, tar
 from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name, shortened
-from .tiny.recipe import bfloat16_pays
+from .tiny.recipe import TargetRecipe, bfloat16_pays, recipe_of
 from .training import PPOWTrainingArguments
 from .training.budget import Budget, BudgetTrainer
 from .training.objectives import parse_objective
 from .training.optimizers import make_optimizer
 
-DEFAULT_CONFIG = Path(__file__).with_name("compare_default.yaml")
+CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("default", "100m")}
 RESULTS = "results.jsonl"
 START = "start.json"  # what is known of the start, for the report
 
@@ -38,7 +38,10 @@ class CompareConfig:
     """What is compared, read from a YAML file ([`load_config`]).
 
     Args:
-        target (`str`): the target: a folder, a name on the Hub, or an embedded model.
+        target (`str` or `dict`): the target: a folder, a name on the Hub, or an embedded model; or, as a dict, what is
+            trained first, in a folder within the comparison's: fields of [`~ppow_hf.tiny.recipe.TargetRecipe`]
+            (`hidden_size`, by which heads and feed-forward layers grow, `num_layers`, `max_steps`, ...), and `texts`,
+            a file of rows with `FILE:COLUMN,COLUMN`, in place of the source of the standard library.
         architecture (`str`): of the drafter that is trained.
         drafter (`str`, *optional*): a supervised drafter to start from, in place of training one.
         drafter_config (`dict`): fields of the drafter that is trained, as [`PPOWDrafter.from_target`] takes them; a
@@ -65,7 +68,7 @@ class CompareConfig:
         dtype (`str`): number format of the target.
     """
 
-    target: str
+    target: str | dict[str, Any]
     architecture: str
     recipes: dict[str, dict[str, Any]]
     data: dict[str, int]
@@ -90,6 +93,27 @@ class CompareConfig:
     keep_gib: float = 2.0
     dtype: str = "float32"
 
+    @property
+    def target_name(self) -> str | None:
+        """How the target is named in results: no path of this machine, and of what is trained here its shape."""
+        if isinstance(self.target, dict):
+            recipe = target_recipe(self.target)
+            return f"{recipe.family}-{recipe.hidden_size}x{recipe.num_layers}"
+        return public_name(self.target)
+
+
+def target_recipe(settings: Mapping[str, Any]) -> TargetRecipe:
+    """The recipe that a configuration's `target` stands for. Raises `ValueError` for what is unknown or impossible."""
+    given = {name: value for name, value in settings.items() if name != "texts"}
+    unknown = sorted(set(given) - {f.name for f in fields(TargetRecipe)})
+    if unknown:
+        raise ValueError(f"target: {unknown} are not known; accepted are texts and the fields of TargetRecipe.")
+    family = given.pop("family", "llama")
+    for name, value in given.items():
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"target: {name} is {value!r}; give a number above 0.")
+    return recipe_of(family, **given)
+
 
 SMOKE: dict[str, Any] = {
     "data": {"train_sequences": 16, "validation_prompts": 3, "test_prompts": 4, "completion_tokens": 24},
@@ -104,16 +128,23 @@ SMOKE: dict[str, Any] = {
 }
 
 
+SMOKE_TARGET = {"hidden_size": 128, "num_layers": 2, "max_steps": 2}
+
+
 def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str] | None = None) -> CompareConfig:
-    """The configuration in a YAML file, by default the shipped one; `smoke` makes everything small.
+    """The configuration in a YAML file or of a name in `CONFIGS`, by default `"default"`; `smoke` makes it all small.
 
     Raises `ValueError` naming what is unknown, missing or out of range, `FileNotFoundError` without the file.
     """
     import yaml  # type: ignore[import-untyped]
 
-    path = Path(path or DEFAULT_CONFIG)
+    path = Path(path or "default")
     if not path.is_file():
-        raise FileNotFoundError(f"--config: there is no file {str(path)!r}.")
+        if str(path) not in CONFIGS:
+            raise FileNotFoundError(
+                f"--config: there is no file {str(path)!r}; without a file there are {', '.join(CONFIGS)}."
+            )
+        path = CONFIGS[str(path)]
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -126,6 +157,8 @@ def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str]
         for name, value in SMOKE.items():
             given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) and name != "budgets" else value
         given["seeds"] = given.get("seeds", [0])[:1]
+        if isinstance(given.get("target"), dict):
+            given["target"] |= SMOKE_TARGET
     try:
         config = CompareConfig(**given)
     except TypeError as error:
@@ -147,6 +180,11 @@ def _check(config: CompareConfig, source: str) -> None:
         refuse("recipes, seeds and learning_rates must each have something in them.")
     if not config.budgets or set(config.budgets) - {"tokens", "seconds"} or min(config.budgets.values()) <= 0:
         refuse(f"budgets: {config.budgets} given; give tokens, seconds or both, above 0.")
+    if isinstance(config.target, dict):
+        try:
+            target_recipe(config.target)
+        except ValueError as error:
+            refuse(str(error))
     counts = ("train_sequences", "prompt_tokens", "completion_tokens", "validation_prompts", "test_prompts")
     for name in counts:
         if not isinstance(config.data.get(name), int) or config.data[name] < 1:
@@ -245,6 +283,38 @@ class _Switch(TrainerCallback):
 # -- the comparison
 
 
+def claim_folder(config: CompareConfig, folder: Path) -> None:
+    """Write the configuration into `folder`, which belongs to one; recipes may be added, baselines, budgets and seeds.
+
+    Raises `ValueError` naming what differs if the folder holds a comparison with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    mine = json.loads(json.dumps(vars(config)))
+    # Where something lies on this machine is nobody else's.
+    mine["drafter"] = public_name(mine["drafter"])
+    if not isinstance(mine["target"], dict):
+        mine["target"] = public_name(mine["target"])
+    elif "texts" in mine["target"]:
+        mine["target"]["texts"] = Path(mine["target"]["texts"]).name
+    mine["workload"] = {
+        name: value if name == "name" else Path(value).name for name, value in mine["workload"].items()
+    }
+    if path.is_file():
+        before = json.loads(path.read_text())
+        open_ended = ("recipes", "baselines", "budgets", "seeds")
+        changed = [name for name in mine if name not in open_ended and before.get(name) != mine[name]]
+        changed += [f"recipes.{name}" for name, recipe in mine["recipes"].items()
+                    if before["recipes"].get(name, recipe) != recipe]  # fmt: skip
+        if changed:
+            raise ValueError(
+                f"--output-dir: {folder.name!r} holds a comparison with other settings "
+                f"({', '.join(changed)}). Pass another folder, or the configuration it was begun with."
+            )
+        mine["recipes"] = {**before["recipes"], **mine["recipes"]}
+    path.write_text(json.dumps(mine, indent=1) + "\n")
+
+
 class Comparison:
     """One comparison in one folder: data, the start, the runs, and the lines of what came out.
 
@@ -262,35 +332,11 @@ class Comparison:
     ):  # fmt: skip
         self.config, self.folder, self.target, self.tokenizer = config, Path(folder), target, tokenizer
         self.given_start, self.command = start, command
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_same()
+        claim_folder(config, self.folder)
         self.max_length = longest_sequence(config)
         self.lines = read_results(self.folder / RESULTS)
         self.data: SequenceDataset
         self.texts: dict[str, EvaluationTexts] = {}
-
-    def _check_same(self) -> None:
-        """A folder belongs to one configuration; recipes may be added to it, baselines, budgets and seeds."""
-        path = self.folder / "config.json"
-        mine = json.loads(json.dumps(vars(self.config)))
-        for name in ("target", "drafter"):  # where something lies on this machine is nobody else's
-            mine[name] = public_name(mine[name])
-        mine["workload"] = {
-            name: value if name == "name" else Path(value).name for name, value in mine["workload"].items()
-        }
-        if path.is_file():
-            before = json.loads(path.read_text())
-            open_ended = ("recipes", "baselines", "budgets", "seeds")
-            changed = [name for name in mine if name not in open_ended and before.get(name) != mine[name]]
-            changed += [f"recipes.{name}" for name, recipe in mine["recipes"].items()
-                        if before["recipes"].get(name, recipe) != recipe]  # fmt: skip
-            if changed:
-                raise ValueError(
-                    f"--output-dir: {self.folder.name!r} holds a comparison with other settings "
-                    f"({', '.join(changed)}). Pass another folder, or the configuration it was begun with."
-                )
-            mine["recipes"] = {**before["recipes"], **mine["recipes"]}
-        path.write_text(json.dumps(mine, indent=1) + "\n")
 
     def run(self) -> None:
         """Everything that is not done yet, then the report's files."""
@@ -330,7 +376,7 @@ class Comparison:
             drafter = self.given_start.float()
         else:
             set_seed(0)
-            name = public_name(self.config.target)
+            name = self.config.target_name
             drafter = PPOWDrafter.from_target(
                 self.target, self.config.architecture, target_name_or_path=name, **self.config.drafter_config
             ).float()
@@ -432,7 +478,7 @@ class Comparison:
         )  # fmt: skip
         line = shortened({
             **facts,
-            "target": public_name(self.config.target),
+            "target": self.config.target_name,
             "architecture": self.config.architecture,
             "workload": self.config.workload["name"],
             "split": split,

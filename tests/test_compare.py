@@ -7,11 +7,11 @@ import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.acceptance import greedy_accepted_group
-from ppow_hf.compare import Comparison, load_config, plateau_gain, train
+from ppow_hf.compare import Comparison, load_config, plateau_gain, target_recipe, train
 from ppow_hf.compare_evaluation import (
     EvaluationTexts,
     SampledText,
@@ -27,6 +27,7 @@ from ppow_hf.compare_report import Report, paired_gain, value, values_of
 from ppow_hf.data import SequenceDataset
 from ppow_hf.evaluation import decode
 from ppow_hf.provenance import shortened
+from ppow_hf.tiny.recipe import build_target
 from ppow_hf.training.budget import Budget
 from ppow_hf.training.target import FrozenTarget
 from ppow_hf.window_study import draft_table
@@ -404,6 +405,45 @@ def test_the_shipped_configuration_is_whole(tmp_path):
     assert small.data["prompt_tokens"] == config.data["prompt_tokens"]
 
 
+def test_the_shipped_comparison_at_a_gpus_scale_trains_a_target_of_100_million(tmp_path):
+    config = load_config("100m")
+    assert config.reference in config.recipes and set(config.baselines) <= set(config.recipes)
+    with torch.device("meta"):
+        target = build_target(target_recipe(config.target), 0, 1)
+    assert target.num_parameters() >= 100e6 and config.target_name == "llama-768x14"
+    assert load_config("100m", smoke=True).target_name == "llama-128x2"
+
+
+def test_a_comparison_trains_its_target_first_and_once(cell, tmp_path, capsys):
+    rows = [{"question": f"How much is {i} and {i}?", "answer": f"{i}+{i}={2 * i}\n" * 4} for i in range(400)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"hidden_size": 128, "num_layers": 2, "max_steps": 2}
+    config = json.loads((cell / "compare.yaml").read_text()) | {
+        "target": {"texts": f"{tmp_path}/sums.jsonl:question,answer", **shape},
+        "start": {"seconds": 0.1, "learning_rate": 1e-3},
+        "budgets": {"tokens": 100},
+        "seeds": [0],
+        "recipes": {"cst": {"objective": "supervised", "learning_rates": [1e-3]}},
+        "baselines": ["cst"],
+    }  # fmt: skip
+    (tmp_path / "compare.yaml").write_text(json.dumps(config))
+    folder = tmp_path / "out"
+    argv = ["compare", "--config", str(tmp_path / "compare.yaml"), "--output-dir", str(folder), "--device", "cpu"]
+    assert cli.main(argv) == 0
+    weights = folder / "llama-128x2" / "model.safetensors"
+    assert AutoModelForCausalLM.from_pretrained(weights.parent).config.num_hidden_layers == 2
+    assert {line["target"] for line in read(folder)} == {"llama-128x2"}
+    assert json.loads((folder / "config.json").read_text())["target"]["texts"] == "sums.jsonl:question,answer"
+    written, lines = weights.stat().st_mtime_ns, read(folder)
+    assert cli.main(argv) == 0
+    assert weights.stat().st_mtime_ns == written and read(folder) == lines
+    config["target"]["num_layers"] = 3  # refused before it is trained
+    (tmp_path / "compare.yaml").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert cli.main(argv) == 2 and "with other settings (target)" in capsys.readouterr().err
+    assert not (folder / "llama-128x3").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -422,6 +462,10 @@ def test_the_shipped_configuration_is_whole(tmp_path):
         ({"start": {"seconds": 3}}, "start: give seconds and learning_rate"),
         ({"drafter": "tiny-eagle"}, "drafter_config: .* leave it out"),
         ({"target": None, "recipes": None}, "must each have something"),
+        ({"target": {"layers": 3}}, r"target: \['layers'\] are not known"),
+        ({"target": {"hidden_size": 100}}, "hidden_size: 100 given"),
+        ({"target": {"family": "gpt2"}}, "family: 'gpt2'"),
+        ({"target": {"max_steps": "many"}}, "max_steps is 'many'"),
     ],
 )
 def test_a_configuration_that_cannot_be_run_is_refused(cell, tmp_path, change, message):

@@ -181,8 +181,7 @@ def test_a_target_is_made_and_resumed_from_its_last_checkpoint(tmp_path, pair, m
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.use_cache
 
 
-def test_a_target_of_other_texts_is_made_by_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ppow_hf.tiny.recipe.shutil.which", lambda name: None)  # a compiler's minute for two steps
+def test_a_target_of_other_texts_is_made_by_the_command(tmp_path, capsys):
     rows = [
         {"question": f"How much is {i} and {i + 1}?", "answer": f"{i}+{i + 1}={2 * i + 1}\n" * 4} for i in range(400)
     ]

@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..loading import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..compare import CompareConfig
 
 
 def register(commands) -> None:
@@ -16,7 +20,10 @@ def register(commands) -> None:
         "where it was interrupted.",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file (default: the shipped one for the embedded pair)"
+        "--config",
+        metavar="FILE_OR_NAME",
+        help="a YAML file, or one that is here: default (the embedded pair; hours of a core) or 100m (a target of 100 "
+        "million parameters, trained first, and the recipes that matter most; minutes of a GPU)",
     )
     parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="folder for everything it makes")
     parser.add_argument("--recipes", metavar="NAMES", help="only these of the configuration's, with commas between")
@@ -54,8 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipes = [name.strip() for name in arguments.recipes.split(",")] if arguments.recipes else None
     config = load_config(arguments.config, arguments.smoke, recipes)
-    target = load_target(config.target, "target", config.dtype, arguments.device)
-    tokenizer = load_tokenizer(config.target, "target")
+    source = config.target
+    if isinstance(source, dict):
+        source = _train_target(config, source, folder, arguments.device)
+    target = load_target(source, "target", config.dtype, arguments.device)
+    tokenizer = load_tokenizer(source, "target")
     start = None
     if config.drafter is not None:
         start = load_drafter(config.drafter, "drafter", "float32", arguments.device)
@@ -63,6 +73,25 @@ def run(arguments: argparse.Namespace) -> int:
     Comparison(config, folder, target, tokenizer, start, arguments.command).run()
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0
+
+
+def _train_target(config: "CompareConfig", settings: dict[str, Any], folder: Path, device: str | None) -> str:
+    """Train what a configuration's `target` describes, or go on with it; the folder that holds it then."""
+    from ..compare import claim_folder, target_recipe
+    from ..data import read_rows
+    from ..sources import split_column
+    from ..tiny.corpus import texts_of_rows
+    from ..tiny.recipe import make_target
+
+    texts = None
+    if "texts" in settings:
+        file, columns = split_column(settings["texts"])
+        texts = texts_of_rows(read_rows(file, "target: texts"), (columns or "text").split(","), "target: texts")
+    claim_folder(config, folder)  # refuses other settings before anything is trained
+    target_folder = folder / str(config.target_name)
+    if not (target_folder / "recipe.json").is_file():  # written when the weights are
+        make_target(target_folder, target_recipe(settings), device=device, texts=texts)
+    return str(target_folder)
 
 
 def _check_compared(folder: Path, argument: str) -> None:
