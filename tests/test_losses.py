@@ -371,6 +371,9 @@ def naive_expected_length(trainer, inputs, prefixes, length: int) -> torch.Tenso
     args, drafter, total = trainer.args, trainer.model, torch.zeros(())
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         mask = inputs["loss_mask"][row].tolist()
+        draft_temperature, target_temperature = args.rollout_temperature, args.target_temperature
+        if args.verify_text_as_written and not inputs["target_written"][row].any():
+            draft_temperature, target_temperature = 1.0, 1.0
         for prefix in prefixes[row]:
             window = ids[prefix + 1 : prefix + 1 + length]
             along = target_logits_along(trainer.target_model, ids, prefix, window)
@@ -381,20 +384,20 @@ def naive_expected_length(trainer, inputs, prefixes, length: int) -> torch.Tenso
             for j, token in enumerate(window):
                 if not mask[prefix + 1 + j]:
                     break
-                q = (drafts[j] / args.rollout_temperature).softmax(-1)
-                if args.target_temperature == 0:
+                q = (drafts[j] / draft_temperature).softmax(-1)
+                if target_temperature == 0:
                     choice = int(along[j].argmax())
                     total = total + reached * q[choice]
                     reached = reached * q[token] * (choice == token)
                 else:
-                    p = (along[j] / args.target_temperature).softmax(-1)
+                    p = (along[j] / target_temperature).softmax(-1)
                     total = total + reached * torch.minimum(p, q).sum()
                     reached = reached * (q[token] / p[token]).clamp_max(1)
     return -total / length
 
 
 @pytest.mark.parametrize(("architecture", "draft_vocab_size"), [("eagle", None), ("eagle", 48), ("standalone", None)])
-@pytest.mark.parametrize(("target_temperature", "chunk_size"), [(0.0, 7), (1.0, 1024)])
+@pytest.mark.parametrize(("target_temperature", "chunk_size"), [(0.0, 7), (1.0, 1024), ("as written", 7)])
 def test_expected_length_equals_drafting_on_the_text(
     make_trainer, make_target, architecture, draft_vocab_size, target_temperature, chunk_size
 ):
@@ -405,9 +408,12 @@ def test_expected_length_equals_drafting_on_the_text(
     texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
     begin = [not draft_vocab_size] * 4  # of the prompts: there a choice may be outside of the draft vocabulary
     masks = [begin + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 11 + [False] * 4)]
+    own = target_temperature == "as written"
+    written = [[own and number != 1] * len(text) for number, text in enumerate(texts)]
     trainer = make_trainer(
-        architecture, "0.7*expected_length", dataset=SequenceDataset(texts, masks), chunk_size=chunk_size,
-        draft_vocab_size=draft_vocab_size, target_temperature=target_temperature, unroll_steps=3, unroll_decay=0.7,
+        architecture, "0.7*expected_length", dataset=SequenceDataset(texts, masks, written), chunk_size=chunk_size,
+        draft_vocab_size=draft_vocab_size, target_temperature=0.0 if own else target_temperature, unroll_steps=3,
+        unroll_decay=0.7, verify_text_as_written=own,
     )  # fmt: skip
     inputs = batch_of(trainer.train_dataset)
     trainer.model.eval()
@@ -520,10 +526,12 @@ def test_what_decoding_visits_is_what_unrolled_drafters_learn_along_the_text(mak
     assert make_trainer("eagle", "kl + expected_length").args.text_weighting == "decay"
 
 
-def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make_trainer):
+@pytest.mark.parametrize(
+    "settings", [{"target_temperature": 1.0, "rollout_temperature": 1.0}, {"verify_text_as_written": True}]
+)
+def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make_trainer, settings):
     """min(1, Q/P) of the text's token, by the first round of one sequence over many seeds."""
-    trainer = make_trainer("eagle", "kl", text_weighting="visited", unroll_steps=3, target_temperature=1.0,
-                           rollout_temperature=1.0)  # fmt: skip
+    trainer = make_trainer("eagle", "kl", text_weighting="visited", unroll_steps=3, **settings)
     inputs = batch_of(trainer.train_dataset)
     trainer.model.eval()
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
@@ -540,6 +548,27 @@ def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make
     assert counts[0] == 400 and 0.05 < chances[0] < 0.98
     for count, chance in ((counts[1], chances[0]), (counts[2], chances[0] * chances[1])):
         assert abs(count / 400 - chance) < 4 * math.sqrt(chance * (1 - chance) / 400)
+
+
+def test_windows_visited_as_written_are_those_of_t0_where_the_target_wrote_at_t0(make_trainer):
+    ids = random_dataset(LENGTHS[:1])[0]["input_ids"].tolist()
+    found = []
+    for seed, own in enumerate((False, True, True)):
+        written = [[True] * len(ids), [own] * len(ids), [False] * len(ids)]
+        dataset = SequenceDataset([ids] * 3, [[True] * len(ids)] * 3, written)
+        settings = {"unroll_steps": 3, "dataset": dataset, "verify_text_as_written": own}
+        trainer = make_trainer("eagle", "kl", text_weighting="visited", **settings)
+        inputs = batch_of(dataset)
+        trainer.model.eval()
+        encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
+        torch.manual_seed(seed)
+        prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, 3)
+        rows = zip(prefixes.tolist(), visited.tolist(), strict=True)
+        found.append([[(p, v) for p, v in zip(*row, strict=True) if any(v)] for row in rows])
+    at_zero = found[0][0]
+    assert found[0] == [at_zero] * 3
+    for own in found[1:]:
+        assert own[0] == own[1] == at_zero != own[2]
 
 
 def test_a_drafter_is_unrolled_as_deep_as_its_windows(make_trainer):

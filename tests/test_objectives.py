@@ -242,6 +242,14 @@ def test_expected_length_over_the_targets_texts_is_the_expected_count_of_drafts_
     assert found == pytest.approx(exact, rel=1e-5) and 0.5 < exact < 2.5
 
 
+def test_keep_probabilities_at_each_texts_own_temperature():
+    goal, draft = torch.randn(6, 9), torch.randn(6, 9)
+    labels, greedy = goal.argmax(-1).where(torch.arange(6) < 4, 3), torch.tensor([1, 0, 1, 0, 1, 0]).bool()
+    for number, found in enumerate(keep_probabilities(goal, draft, labels, 0.4, 0.0, greedy)):
+        at_zero, at_one = (keep_probabilities(goal, draft, labels, *t)[number] for t in ((0.4, 0.0), (1.0, 1.0)))
+        assert torch.equal(found[greedy], at_zero[greedy]) and torch.equal(found[~greedy], at_one[~greedy])
+
+
 def test_keep_probabilities_at_t0_are_of_the_targets_choice():
     goal = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 4.0]])
     draft = torch.tensor([[0.2, 0.4, 0.1], [0.0, 1.0, 0.0], [1.0, 2.0, 0.0]])

@@ -546,6 +546,7 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
         ({"lk_decay": 0.0}, "lk_decay: 0.0"),
         ({"rollout_temperature": 0.0}, "rollout_temperature: 0.0"),
         ({"target_temperature": -1.0}, "target_temperature: -1.0"),
+        ({"target_temperature": 1.0, "verify_text_as_written": True}, "verify_text_as_written: True and"),
         ({"regenerate_temperature": -1.0}, r"regenerate_temperature: \[-1.0\]"),
         ({"regenerate_temperature": []}, "regenerate_temperature"),
         ({"text_weighting": "all"}, "text_weighting: 'all'"),

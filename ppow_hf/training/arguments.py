@@ -79,6 +79,11 @@ class PPOWTrainingArguments(TrainingArguments):
             lowered greedy acceptance in our study [ours].
         target_temperature (`float`, *optional*, defaults to `0.0`):
             0: a draft token is kept if it is the target's choice; above 0: by rejection sampling.
+        verify_text_as_written (`bool`, *optional*, defaults to `False`):
+            Whether the windows that decoding a text visits, and `expected_length`, are at the text's own temperature:
+            text that the target wrote at T = 0 is kept where it is the drafter's choice, other text as rejection
+            sampling at T = 1 keeps drafts that are drawn at 1 [ours]. `False`: all of it is verified at
+            `target_temperature`, which must be 0 where this is `True`.
         verify_with (`str`, *optional*, defaults to `"auto"`):
             `"auto"`: on text that the target wrote at T = 0, drafts are verified by that text, with no further forward
             of the target, where nothing beyond a window's first rejected token is asked for (`target_temperature=0`
@@ -166,6 +171,9 @@ class PPOWTrainingArguments(TrainingArguments):
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})
     rollout_temperature: float = field(default=0.3, metadata={"help": "Temperature of drafting; literal: 1.0."})
     target_temperature: float = field(default=0.0, metadata={"help": "0: greedy verification, else sampling."})
+    verify_text_as_written: bool = field(
+        default=False, metadata={"help": "Verify text at the temperature it was written at, along the text."}
+    )
     verify_with: str = field(default="auto", metadata={"help": "'auto': by the target's own text where it can be."})
     speedup_weight: float = field(default=1.0, metadata={"help": "Weight of k/(k*gamma+1) [paper]."})
     throughput_weight: float = field(default=0.0, metadata={"help": "Weight of (k+1)/(K*gamma+1) [ours]."})
@@ -263,6 +271,11 @@ class PPOWTrainingArguments(TrainingArguments):
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must not be negative.")
+        if self.verify_text_as_written and self.target_temperature > 0:
+            raise ValueError(
+                f"verify_text_as_written: True and target_temperature={self.target_temperature} given; leave out one: "
+                "all text is verified at one temperature, or each at its own."
+            )
         if not self.regenerate_temperature or min(self.regenerate_temperature) < 0:
             raise ValueError(
                 f"regenerate_temperature: {self.regenerate_temperature} given; pass numbers that are not negative."

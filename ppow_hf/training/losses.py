@@ -60,12 +60,13 @@ def text_terms(
     labels: torch.Tensor,
     args: PPOWTrainingArguments,
     by_length: torch.Tensor | None = None,
+    greedy: torch.Tensor | None = None,
     goal_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
 
     With `goal_rows` `[R]` a row's target logits are `goal[goal_rows]`: rows may share them. `by_length` `[R, 2]`
-    weighs what `expected_length` is made of, see [`length_weights`].
+    weighs what `expected_length` is made of, see [`length_weights`], and `greedy` is as in [`greedy_text`].
     """
 
     @functools.cache
@@ -74,7 +75,8 @@ def text_terms(
 
     def lengthening() -> torch.Tensor:
         assert by_length is not None
-        kept, followed = keep_probabilities(goals(), draft, labels, args.rollout_temperature, args.target_temperature)
+        temperatures = args.rollout_temperature, args.target_temperature
+        kept, followed = keep_probabilities(goals(), draft, labels, *temperatures, greedy)
         # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
         return -(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach()))
 
@@ -98,6 +100,7 @@ def length_weights(
     features: torch.Tensor,
     sources: torch.Tensor,
     labels: torch.Tensor,
+    greedy: torch.Tensor | None,
     places: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -119,7 +122,8 @@ def length_weights(
             draft, goal = paired_logits(drafter, target, draft, sources[own_places])
             goal = goal[goal_rows]
         own = draft_labels(drafter, labels[part], draft.shape[-1])
-        both = keep_probabilities(goal, draft, own, args.rollout_temperature, args.target_temperature)
+        temperatures = args.rollout_temperature, args.target_temperature
+        both = keep_probabilities(goal, draft, own, *temperatures, None if greedy is None else greedy[part])
         rows.append(torch.stack(both, -1))
     order = torch.arange(len(features), device=features.device) if order is None else order
     windows = torch.zeros(*learned.shape, 2, device=features.device)
@@ -158,15 +162,20 @@ def visited_windows(
     """The windows of `steps` tokens that decoding the text would draft: their prefixes `[B, M]`, and which of their
     tokens it would come to, `[B, M, steps]`. Rows with fewer windows have ones that nothing comes to [ours].
 
-    Rounds begin at the first prefix and behind each other. At `target_temperature` 0 a token is kept if it is the
-    drafter's choice; above 0 as rejection sampling keeps the text's token, by lot. Where nothing is learned, nothing
-    is kept.
+    Rounds begin at the first prefix and behind each other. At `target_temperature` 0, or of [`greedy_text`], a token
+    is kept if it is the drafter's choice; else as rejection sampling keeps the text's token, by lot. Where nothing is
+    learned, nothing is kept.
     """
     input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
     prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
     texts = text_windows(input_ids, prefixes, steps + 1)
     learned = learned_windows(inputs, prefixes, steps)
     kept = torch.zeros(learned.shape, device=input_ids.device)
+    greedy, temperatures = greedy_text(inputs, args), (args.rollout_temperature, args.target_temperature)
+    if greedy is None:
+        greedy = torch.full_like(inputs["loss_mask"], args.target_temperature == 0)
+    else:
+        temperatures = 1.0, 1.0
 
     def keeps(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         verdicts = torch.zeros_like(windows, dtype=torch.bool)
@@ -176,16 +185,15 @@ def visited_windows(
         for part in torch.arange(len(row), device=row.device).split(args.chunk_size):
             here = row[part], own[part]
             draft = drafter.draft_logits(features[row[part], place[part]]).float()
-            goal = None
-            if args.target_temperature > 0:
-                draft, goal = paired_logits(drafter, target, draft, encoding.sources[row[part], prefixes[here] + j])
+            ends = prefixes[here] + j
             labels = draft_labels(drafter, texts[:, :, j][here], draft.shape[-1])
-            if goal is None:
-                verdicts[row[part], place[part]] = draft.argmax(-1) == labels
-            else:
-                temperatures = args.rollout_temperature, args.target_temperature
+            found = draft.argmax(-1) == labels
+            drawn = ~greedy[row[part], ends + 1]
+            if drawn.any():
+                draft, goal = paired_logits(drafter, target, draft, encoding.sources[row[part], ends])
                 chances = keep_probabilities(goal, draft, labels, *temperatures)[1]
-                verdicts[row[part], place[part]] = torch.rand_like(chances) < chances
+                found = torch.where(drawn, torch.rand_like(chances) < chances, found)
+            verdicts[row[part], place[part]] = found
         kept[:, :, j].scatter_(1, windows, verdicts.to(kept))
         return verdicts
 
@@ -197,6 +205,11 @@ def visited_windows(
     begins = visited.any(-1)
     chosen = (~begins).long().argsort(dim=1, stable=True)[:, : int(begins.sum(1).max())]
     return prefixes.gather(1, chosen), visited.gather(1, chosen[..., None].expand(-1, -1, steps))
+
+
+def greedy_text(inputs: Mapping[str, torch.Tensor], args: PPOWTrainingArguments) -> torch.Tensor | None:
+    """Which tokens `[B, S]` are verified at T = 0, where texts are verified as they were written; else `None`."""
+    return inputs["target_written"] if args.verify_text_as_written else None
 
 
 def text_loss(
@@ -233,18 +246,20 @@ def text_loss(
     order = numbered.argsort()
     flat_sources = sources.flatten(0, 1)
     of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
+    greedy = greedy_text(inputs, args)
+    greedy = None if greedy is None else greedy.flatten()[numbered[order] + 1]
     of_steps, by_length = of_steps[learned][order], None
     if of_windows:
         along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
-        by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, here, order)
+        by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, greedy, here, order)
         by_length = by_length * (1 if visited is None else features.shape[2])
 
-    def chunk(features, numbers, labels, of_steps, is_first, by_length):
+    def chunk(features, numbers, labels, of_steps, is_first, by_length, greedy):
         own_places, goal_rows = torch.unique_consecutive(numbers, return_inverse=True)
         draft = drafter.draft_logits(features).float()
         draft, goal = paired_logits(drafter, target, draft, flat_sources[own_places])
         labels = draft_labels(drafter, labels, draft.shape[-1])
-        terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
+        terms = text_terms(names, draft, goal, labels, args, by_length, greedy, goal_rows)
         loss = (coefficients[:, None] * terms * torch.where(whole[:, None], 1, of_steps)).sum()
         with torch.no_grad():
             draft, goal, noted = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
@@ -262,6 +277,7 @@ def text_loss(
         of_steps,
         (learned.nonzero()[:, 2] == 0)[order],
         by_length,
+        greedy,
     )
     kl, agreed, count, *values = totals[1:].detach().tolist()
     metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, values, strict=True))
@@ -290,17 +306,19 @@ def window_text_loss(
     names = list(weights)
     coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
     of_rows = features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
-    by_length = None
+    greedy, by_length = greedy_text(inputs, args), None
+    greedy = None if greedy is None else greedy[rows, next_places[real]]
     if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
-        by_length = length_weights(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:]) * features.shape[2]
+        by_length = length_weights(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:], greedy)
+        by_length = by_length * features.shape[2]
 
-    def chunk(features, sources, labels, by_length):
+    def chunk(features, sources, labels, by_length, greedy):
         draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
         labels = draft_labels(drafter, labels, draft.shape[-1])
-        sums = text_terms(names, draft, goal, labels, args, by_length).sum(-1)
+        sums = text_terms(names, draft, goal, labels, args, by_length, greedy).sum(-1)
         return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
 
-    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *of_rows, by_length)
+    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *of_rows, by_length, greedy)
     count = max(int(real.sum()), 1)
     metrics = {f"text_{name}": value / count for name, value in zip(names, totals[1:].tolist(), strict=True)}
     return totals[0] / (chosen.shape[1] * features.shape[2]), metrics

@@ -223,6 +223,7 @@ def keep_probabilities(
     labels: torch.Tensor,
     draft_temperature: float,
     target_temperature: float,
+    greedy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities `[R]` each that a token drafted behind the text is kept, and that it is the text's own and kept.
 
@@ -230,8 +231,13 @@ def keep_probabilities(
     choice: Q(choice), and the same where the choice is the text's token, else 0. Above 0 it is kept by rejection
     sampling: sum_x min(P, Q)(x), and min(1, Q/P) of the text's token, which makes a mean over text that the target
     drew one over accepted drafts. Behind a negative label, a token that the drafter cannot propose, nothing is
-    followed, and at T = 0 nothing is kept.
+    followed, and at T = 0 nothing is kept. With `greedy` `[R]` bool a row's temperatures are those of its text:
+    `draft_temperature` and 0 where it is true, 1 and 1 elsewhere.
     """
+    if greedy is not None:
+        both = (keep_probabilities(target_logits, draft_logits, labels, *t) for t in ((draft_temperature, 0), (1, 1)))
+        kept, followed = (torch.where(greedy, at_zero, at_one) for at_zero, at_one in zip(*both, strict=True))
+        return kept, followed
     draft = (draft_logits.float() / draft_temperature).softmax(-1)
     known, labels = labels >= 0, labels.clamp_min(0)[:, None]
     own = draft.gather(-1, labels)[:, 0]
