@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from .compare_data import SPLITS, longest_sequence, prepare, training_text, write_whole
-from .compare_evaluation import EvaluationTexts, evaluate_drafter, quotient, target_entropy
+from .compare_evaluation import EvaluationTexts, evaluate_drafter, target_entropy
 from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name, shortened
@@ -502,7 +502,7 @@ class Comparison:
         start = self._line({"recipe": "start"}, SPLITS[0])
         assert start is not None
         names = self.config.select_by
-        return sum(quotient(line["per_prompt"][n]) / quotient(start["per_prompt"][n]) for n in names) / len(names)
+        return sum(line["metrics"][name] / start["metrics"][name] for name in names) / len(names)
 
     def _run_folder(self, facts: dict[str, Any]) -> Path:
         return self.folder / "runs" / _label(facts)
