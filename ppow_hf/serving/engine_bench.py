@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prompts: Sequence["torch.Tensor"]) -> int:
     """`ppow bench --engine vllm` with everything loaded: print the table, and write it with `--json`."""
     from ..loading import resolve
+    from ..provenance import describe
 
     vllm_python(arguments.engine_python)  # before anything is run
     rows, version = compare(
@@ -91,7 +92,14 @@ def run(arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prom
     )
     if arguments.json:
         described = [asdict(row) | {"acceptance_length": row.acceptance_length} for row in rows]
-        content = {"engine": "vllm", "version": version, "rows": described}
+        content = {
+            "engine": "vllm",
+            "version": version,
+            "prompts": len(prompts),
+            "max_new_tokens": arguments.max_new_tokens,
+            "rows": described,
+            "provenance": describe(target.device, arguments.command),
+        }
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
