@@ -101,16 +101,31 @@ class Report:
         return json.loads(places[0].read_text())
 
     def runs(self, budget: str) -> dict[str, list[Line]]:
-        """The chosen runs of each recipe under one budget, a line each seed; on validation those of the best rate."""
-        found: dict[str, list[Line]] = {}
+        """The chosen runs of each recipe under one budget, a line each seed.
+
+        They are those of the rate that the first seed chooses on validation, also where the test split was read for
+        another one before more rates were tried.
+        """
+        start = next(x for x in self.lines if x["recipe"] == "start" and x["split"] == "validation")
+
+        def gain(line: Line) -> float:
+            return sum(line["metrics"][name] / start["metrics"][name] for name in self.config["select_by"])
+
+        of_recipe: dict[str, list[Line]] = {}
         for line in self.lines:
-            if line["split"] == self.split and line["budget"] is not None and line["budget"]["kind"] == budget:
-                found.setdefault(line["recipe"], []).append(line)
-        if self.split == "validation":
-            names = self.config["select_by"]
-            for recipe, lines in found.items():
-                best = max(lines, key=lambda line: sum(line["metrics"][name] for name in names))
-                found[recipe] = [line for line in lines if line["learning_rate"] == best["learning_rate"]]
+            if line["budget"] is not None and line["budget"]["kind"] == budget:
+                of_recipe.setdefault(line["recipe"], []).append(line)
+        found = {}
+        for recipe, lines in of_recipe.items():
+            ours = [line for line in lines if line["split"] == self.split]
+            rates = {line["learning_rate"] for line in ours}
+            first = [x for x in lines if x["split"] == "validation" and x["seed"] == self.config["seeds"][0]]
+            tried = [line for line in first if line["learning_rate"] in rates]
+            if len(rates) > 1 and tried:
+                chosen = max(tried, key=gain)["learning_rate"]
+                ours = [line for line in ours if line["learning_rate"] == chosen]
+            if ours:
+                found[recipe] = ours
         return found
 
     def best_baseline(self, budget: str, metric: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy
 import pytest
@@ -364,6 +365,16 @@ def test_the_report_says_what_the_lines_say(compared):
         assert str(compared.parent) not in (compared / name).read_text()
     for name in ("start.png", "curves-tokens.png", "curves-seconds.png", "rewards-tokens.png"):
         assert (compared / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_are_of_the_rate_that_validation_chose_where_another_was_tested_too(compared, tmp_path):
+    folder = shutil.copytree(compared, tmp_path / "extended")
+    report = Report(folder)
+    table, chosen = report.table("tokens", report.headline()), report.runs("tokens")["cst"]
+    other = ({1e-3, 1e-2} - {chosen[0]["learning_rate"]}).pop()
+    with open(folder / "results.jsonl", "a") as file:
+        file.writelines(json.dumps(line | {"learning_rate": other}) + "\n" for line in chosen)
+    assert Report(folder).table("tokens", report.headline()) == table
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(compared, cell, capsys):
