@@ -199,7 +199,7 @@ def _check(config: CompareConfig, source: str) -> None:
             refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
         if not 0 < later["from"] < 1:
             refuse(f"recipes: later of {name} begins from {later['from']}; give a share between 0 and 1.")
-        parse_objective(recipe.get("objective", "ppow"), 0.1, 1.0)
+        parse_objective(recipe.get("objective", PPOWTrainingArguments.objective), 0.1, 1.0)
     counted = {f"group_t0_c{count}" for count in config.groups} | {f"speed_t0_{c:g}" for c in config.cost_ratios}
     counted |= {f"tree_t{t}_n{count}" for count in config.tree_nodes for t in (0, 1)}
     for name in config.select_by:

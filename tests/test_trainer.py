@@ -557,7 +557,7 @@ def test_saving_ratios_and_epochs_are_accepted_and_a_save_between_iterations_is_
 )
 def test_arguments_out_of_range_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        PPOWTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)
+        PPOWTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **{"objective": "ppow"} | settings)
 
 
 @pytest.mark.parametrize(
