@@ -172,6 +172,7 @@ def visited_windows(
     learned = learned_windows(inputs, prefixes, steps)
     kept = torch.zeros(learned.shape, device=input_ids.device)
     greedy, temperatures = greedy_text(inputs, args), (args.rollout_temperature, args.target_temperature)
+    by_lot = args.target_temperature > 0 or greedy is not None
     if greedy is None:
         greedy = torch.full_like(inputs["loss_mask"], args.target_temperature == 0)
     else:
@@ -188,8 +189,8 @@ def visited_windows(
             ends = prefixes[here] + j
             labels = draft_labels(drafter, texts[:, :, j][here], draft.shape[-1])
             found = draft.argmax(-1) == labels
-            drawn = ~greedy[row[part], ends + 1]
-            if drawn.any():
+            if by_lot:
+                drawn = ~greedy[row[part], ends + 1]
                 draft, goal = paired_logits(drafter, target, draft, encoding.sources[row[part], ends])
                 chances = keep_probabilities(goal, draft, labels, *temperatures)[1]
                 found = torch.where(drawn, torch.rand_like(chances) < chances, found)
