@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from .compare_data import SPLITS, longest_sequence, prepare, training_text, write_whole
-from .compare_evaluation import EvaluationTexts, evaluate_drafter, target_entropy
+from .compare_evaluation import EvaluationTexts, evaluate_drafter, mean_gain, target_entropy
 from .data import SequenceDataset
 from .modeling_ppow import PPOWDrafter
 from .provenance import describe, public_name, shortened
@@ -498,11 +498,9 @@ class Comparison:
         return next((x for x in self.lines if all(x.get(name) == value for name, value in wanted.items())), None)
 
     def _gain(self, line: dict[str, Any]) -> float:
-        """Mean over the choosing metrics of a run's gain over the start, on the validation split."""
         start = self._line({"recipe": "start"}, SPLITS[0])
         assert start is not None
-        names = self.config.select_by
-        return sum(line["metrics"][name] / start["metrics"][name] for name in names) / len(names)
+        return mean_gain(line, start, self.config.select_by)
 
     def _run_folder(self, facts: dict[str, Any]) -> Path:
         return self.folder / "runs" / _label(facts)

@@ -12,7 +12,7 @@ tokens and cost). Rounds without room for a whole window are left out: how a tex
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,11 @@ def quotient(pairs: Sequence[Sequence[float]]) -> float:
     """Sum of the first numbers over that of the second ones; 1 where nothing was counted (plain decoding)."""
     below = sum(pair[1] for pair in pairs)
     return sum(pair[0] for pair in pairs) / below if below else 1.0
+
+
+def mean_gain(line: Mapping[str, Any], start: Mapping[str, Any], names: Sequence[str]) -> float:
+    """Mean over the metrics `names` of a line's value over the start's: by this a learning rate is chosen."""
+    return sum(line["metrics"][name] / start["metrics"][name] for name in names) / len(names)
 
 
 def _kept(trace: GenerationTrace, window: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 
 from .compare import RESULTS, START, read_results
+from .compare_evaluation import mean_gain
 from .plots import plot_curves
 
 LOOPING = 0.2  # share of repeated 8-grams from which on a text counts as looping
@@ -106,11 +107,6 @@ class Report:
         They are those of the rate that the first seed chooses on validation, also where the test split was read for
         another one before more rates were tried.
         """
-        start = next(x for x in self.lines if x["recipe"] == "start" and x["split"] == "validation")
-
-        def gain(line: Line) -> float:
-            return sum(line["metrics"][name] / start["metrics"][name] for name in self.config["select_by"])
-
         of_recipe: dict[str, list[Line]] = {}
         for line in self.lines:
             if line["budget"] is not None and line["budget"]["kind"] == budget:
@@ -122,11 +118,15 @@ class Report:
             first = [x for x in lines if x["split"] == "validation" and x["seed"] == self.config["seeds"][0]]
             tried = [line for line in first if line["learning_rate"] in rates]
             if len(rates) > 1 and tried:
-                chosen = max(tried, key=gain)["learning_rate"]
+                chosen = max(tried, key=self._gain)["learning_rate"]
                 ours = [line for line in ours if line["learning_rate"] == chosen]
             if ours:
                 found[recipe] = ours
         return found
+
+    def _gain(self, line: Line) -> float:
+        start = next(x for x in self.lines if x["recipe"] == "start" and x["split"] == "validation")
+        return mean_gain(line, start, self.config["select_by"])
 
     def best_baseline(self, budget: str, metric: str) -> str | None:
         """The baseline that was best on validation; the test split has no part in the choice."""
@@ -210,20 +210,15 @@ class Report:
         others = [recipe for recipe in runs if recipe not in (*self.config["baselines"], self.config["reference"])]
         if not others:
             return []
-        names = self.config["select_by"]
         validation = [
             line for line in self.lines
             if line["split"] == "validation" and line["budget"] is not None and line["budget"]["kind"] == budget
         ]  # fmt: skip
 
-        start = next(x for x in self.lines if x["recipe"] == "start" and x["split"] == "validation")
-
         def score(recipe: str) -> float:
             rate = runs[recipe][0]["learning_rate"]
             own = [line for line in validation if line["recipe"] == recipe and line["learning_rate"] == rate]
-            return float(
-                numpy.mean([line["metrics"][name] / start["metrics"][name] for line in own for name in names])
-            )
+            return float(numpy.mean([self._gain(line) for line in own]))
 
         winner = max(others, key=score)
         said = [f"Best on validation among the recipes that are no baselines: `{winner}`."]

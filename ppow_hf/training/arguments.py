@@ -21,9 +21,9 @@ class PPOWTrainingArguments(TrainingArguments):
         > Parameters that control what is trained
 
         objective (`str`, *optional*, defaults to `"supervised; 0.7: tv + 0.3*kl"`):
-            What is minimised; the default came out best in our comparisons. A name, a weighted sum
-            (`"0.3*kl + tv"`; in Python also `{"kl": 0.3, "tv": 1.0}`), or a
-            schedule of them (`"kl; 0.5: 0.3*kl + tv"`: the second one from half of the training on).
+            What is minimised; the default came out best in our comparisons. A name, a weighted sum (`"0.3*kl + tv"`;
+            in Python also `{"kl": 0.3, "tv": 1.0}`), or a schedule of them (`"kl; 0.5: 0.3*kl + tv"`: the second one
+            from half of the training on).
             Along the text, for every token: `"ce"` -log Q(text); `"kl"` KL(P||Q); `"tv"` TV(P, Q); `"lk"` -log alpha
             [2602.23881]; `"lk_hybrid"` KL and TV mixed by alpha [2602.23881; mixed position by position: ours];
             `"expected_length"` minus the share of a window that is kept, in expectation over what the drafter draws at
