@@ -1,39 +1,50 @@
 """PPOW: train drafters for speculative decoding by window-level reinforcement learning, and generate with them.
 
 Importing this package registers `PPOWDrafter` with transformers' Auto classes and lets
-`target.generate(**inputs, assistant_model=drafter)` take one. It needs torch, transformers and numpy only.
+`target.generate(**inputs, assistant_model=drafter)` take one. It needs torch, transformers and numpy only; what needs
+more is imported when it is used.
 """
 
-from .candidate_generator import KLAdaptiveCandidateGenerator, install_hook, remove_hook
-from .configuration_ppow import PPOWDrafterConfig
-from .modeling_ppow import DrafterView, PPOWDrafter, PPOWDrafterOutput
-from .trace import GenerationTrace, RoundTrace
+from importlib import import_module
 
-__version__ = "0.1.0"
-
-_LAZY = {"PPOWTrainer": ".training", "PPOWTrainingArguments": ".training"}
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+from .hook import KLAdaptiveCandidateGenerator, install_hook
+from .runtime.configuration_ppow import PPOWDrafterConfig
+from .runtime.modeling_ppow import PPOWDrafter
+from .runtime.trace import GenerationTrace
+from .version import __version__
 
 __all__ = [
-    "DrafterView",
     "GenerationTrace",
     "KLAdaptiveCandidateGenerator",
     "PPOWDrafter",
     "PPOWDrafterConfig",
-    "PPOWDrafterOutput",
     "PPOWTrainer",
     "PPOWTrainingArguments",
-    "RoundTrace",
-    "install_hook",
-    "remove_hook",
+    "__version__",
+    "export_drafter",
+    "import_eagle3",
 ]
 
+_MODULES = {
+    "PPOWTrainer": "training",
+    "PPOWTrainingArguments": "training",
+    "export_drafter": "export",
+    "import_eagle3": "export",
+}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _push_to_hub(drafter: PPOWDrafter, repo_id: str, **options):
+    """Push to the Hub in one commit, with the code to run it and a card: see [`push_drafter`]."""
+    from .publish.hub import push_drafter
+
+    return push_drafter(drafter, repo_id, **options)
+
+
+PPOWDrafter.push_to_hub = _push_to_hub  # a drafter that brought its own code keeps transformers' method
 install_hook()

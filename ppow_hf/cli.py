@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands import COMMANDS
-from .loading import (
+from .data.models import (
     MODEL_HELP,
     add_models,
     check_fits,
@@ -28,12 +28,12 @@ from .loading import (
     load_target,
     load_tokenizer,
 )
-from .sources import check_source, split_column
+from .data.sources import check_source, split_column
 from .tiny import is_embedded
 
 if TYPE_CHECKING:
-    from .modeling_ppow import PPOWDrafter
-    from .trace import GenerationTrace
+    from .runtime.modeling_ppow import PPOWDrafter
+    from .runtime.trace import GenerationTrace
 
 
 @dataclasses.dataclass
@@ -242,7 +242,7 @@ def quickstart(arguments: argparse.Namespace) -> int:
         check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     check_positive("--minutes", arguments.minutes)
     ensure_writable(arguments.output_dir, "--output-dir")
-    from . import quickstart as module
+    from .commands import quickstart as module
 
     module.run(
         output_dir=arguments.output_dir,
@@ -264,7 +264,7 @@ def tiny_target(arguments: argparse.Namespace) -> int:
             check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
     ensure_writable(arguments.output_dir, "--output-dir")
     tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
-    from .data import read_rows
+    from .data.sequences import read_rows
     from .tiny.corpus import texts_of_rows
     from .tiny.recipe import make_target, recipe_of
 
@@ -347,7 +347,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """`ppow train`: the arguments are [`ScriptArguments`] and [`~ppow_hf.training.PPOWTrainingArguments`]."""
+    """`ppow train`: the arguments are [`ScriptArguments`] and [`PPOWTrainingArguments`]."""
     from transformers import HfArgumentParser
 
     from .training import PPOWTrainer, PPOWTrainingArguments
@@ -405,12 +405,12 @@ def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDr
     """An untrained float32 drafter for `target`, as the arguments describe it."""
     import torch
 
-    from .configuration_ppow import vocabulary_fingerprint
-    from .modeling_ppow import PPOWDrafter
+    from .runtime.configuration_ppow import vocabulary_fingerprint
+    from .runtime.modeling_ppow import PPOWDrafter
 
     token_counts = None
     if script.draft_vocab_size is not None:
-        from .data import extract_prompts, prepare_sequences, read_rows
+        from .data.sequences import extract_prompts, prepare_sequences, read_rows
 
         if "prompt" in read_rows(script.train_data, "--train_data")[0]:
             # The target will write the completions; until then the prompts are all the text there is.

@@ -3,7 +3,7 @@
 import torch
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.data import SequenceDataset, collate_sequences
+from ppow_hf.data.sequences import SequenceDataset, collate_sequences
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.rollout import collect_rollout
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppow_hf.acceptance import (
+from ppow_hf.runtime.acceptance import (
     acceptance_probability,
     chain_parents,
     confidence,

@@ -8,8 +8,9 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, MistralConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ppow_hf import PPOWDrafter, verifying
-from ppow_hf import generation as loop
+from ppow_hf import PPOWDrafter
+from ppow_hf.runtime import generation as loop
+from ppow_hf.runtime import target_session as verifying
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]
@@ -317,7 +318,7 @@ def test_rows_are_sampled_from_the_targets_distribution(small_vocab_target, arch
 
 def test_a_broken_acceptance_is_noticed(small_vocab_target, monkeypatch):
     """The same test must fail when every drafted token is kept."""
-    from ppow_hf import acceptance
+    from ppow_hf.runtime import acceptance
 
     def keeps_everything(draft_ids, draft_probs, target_probs, uniforms, next_uniforms, valid=None):
         return acceptance.rejection_sample_chain(

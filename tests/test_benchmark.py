@@ -9,21 +9,27 @@ import pytest
 import torch
 
 import ppow_hf
-from ppow_hf.benchmark import (
-    describe_machine,
-    format_table,
-    measure_costs,
-    plot_speeds,
-    plot_windows,
+from ppow_hf.measure.benchmark import (
     ratio_interval,
     run_benchmark,
     run_grid,
     trace_from_forwards,
+)
+from ppow_hf.measure.benchmark_report import (
+    format_table,
+    plot_speeds,
+    plot_windows,
     verdict,
-    without_paths,
     write_benchmark,
 )
-from ppow_hf.trace import GenerationTrace, RoundTrace
+from ppow_hf.measure.costs import (
+    measure_costs,
+)
+from ppow_hf.measure.provenance import (
+    describe_machine,
+    without_paths,
+)
+from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
 
 NEW_TOKENS = 12
 ROW_KEYS = {
@@ -340,7 +346,7 @@ def test_costs_follow_the_clock(target, standalone, monkeypatch):
         lambda module, args, kwargs: clock.__setitem__(0, clock[0] + 0.9 + 0.1 * args[0].shape[1]), with_kwargs=True
     )
     step = standalone.draft_model.register_forward_pre_hook(lambda *args: None)
-    monkeypatch.setattr("ppow_hf.benchmark_costs.now", lambda device: clock[0])
+    monkeypatch.setattr("ppow_hf.measure.costs.now", lambda device: clock[0])
     advance_draft = standalone.draft_model.advance
     monkeypatch.setattr(
         standalone.draft_model,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppow_hf.benchmark_shape import run_shape
+from ppow_hf.measure.shape import run_shape
 
 SMALL = {
     "hidden_size": 32,

@@ -10,8 +10,8 @@ import torch
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
+from ppow_hf.runtime.windowing import AcceptanceEstimator
 from ppow_hf.tiny import drafter_path
-from ppow_hf.windowing import AcceptanceEstimator
 
 SMALL = ["--fit-prompts", "3", "--num-prompts", "2", "--max-new-tokens", "32"]
 

@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ppow_hf import PPOWDrafter, cli, loading, tiny
-from ppow_hf.configuration_ppow import vocabulary_fingerprint
+from ppow_hf import PPOWDrafter, cli, tiny
+from ppow_hf.data import models as loading
+from ppow_hf.runtime.configuration_ppow import vocabulary_fingerprint
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
 

@@ -11,9 +11,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from ppow_hf import PPOWDrafter, cli
-from ppow_hf.acceptance import greedy_accepted_group
-from ppow_hf.compare import Comparison, load_config, plateau_gain, target_recipe, train
-from ppow_hf.compare_evaluation import (
+from ppow_hf.data.sequences import SequenceDataset
+from ppow_hf.measure.evaluation import decode
+from ppow_hf.measure.provenance import shortened
+from ppow_hf.measure.window_study import draft_table
+from ppow_hf.runtime.acceptance import greedy_accepted_group
+from ppow_hf.studies.compare import (
+    Comparison,
+    plateau_gain,
+    train,
+)
+from ppow_hf.studies.configuration import (
+    load_config,
+    target_recipe,
+)
+from ppow_hf.studies.evaluation import (
     EvaluationTexts,
     SampledText,
     _group_uniforms,
@@ -24,14 +36,10 @@ from ppow_hf.compare_evaluation import (
     target_entropy,
     write_texts,
 )
-from ppow_hf.compare_report import Report, paired_gain, value, values_of
-from ppow_hf.data import SequenceDataset
-from ppow_hf.evaluation import decode
-from ppow_hf.provenance import shortened
+from ppow_hf.studies.report import Report, paired_gain, value, values_of
 from ppow_hf.tiny.recipe import build_target
 from ppow_hf.training.budget import Budget
 from ppow_hf.training.target import FrozenTarget
-from ppow_hf.window_study import draft_table
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
 PROMPTS = [[5, 9, 2, 33], [1, 2, 3, 4, 5, 6], [40, 41], [60, 7, 7]]

@@ -1,4 +1,4 @@
-"""Behaviour of `ppow_hf.data`: a real byte-level tokenizer, a real (random, tiny) Llama target, real files."""
+"""Behaviour of `ppow_hf.data.sequences`: a real byte-level tokenizer, a real (random, tiny) Llama target, real files."""
 
 import copy
 import gzip
@@ -10,14 +10,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppow_hf.data import (
+from ppow_hf.data.regeneration import regenerate
+from ppow_hf.data.sequences import (
     SequenceDataset,
     collate_sequences,
     extract_prompts,
     prepare_sequences,
     read_rows,
 )
-from ppow_hf.regeneration import regenerate
 
 BOS, EOS, PAD, TURN = "<|begin|>", "<|end|>", "<|pad|>", "<|turn|>"
 LINES = [
@@ -170,7 +170,7 @@ def test_loss_is_on_the_completion_and_one_eos(tokenizer):
 
 def test_rows_without_a_learned_token_are_dropped_with_one_warning(tokenizer, caplog):
     rows = [{"prompt": "x" * 50, "completion": " Yes."}] * 3 + [{"prompt": "a", "completion": " Yes." * 50}]
-    with caplog.at_level(logging.WARNING, logger="ppow_hf.data"):
+    with caplog.at_level(logging.WARNING, logger="ppow_hf.data.sequences"):
         dataset = prepare_sequences(rows, tokenizer, 24)
     assert [len(ids) for ids in token_lists(dataset)] == [24]
     assert len(caplog.records) == 1 and "3 of 4" in caplog.records[0].getMessage()
@@ -304,7 +304,7 @@ def test_prompts_of_chats_end_where_the_assistant_would_begin(tokenizer):
 
 def test_long_prompts_keep_their_end_and_texts_their_beginning(tokenizer, caplog):
     ids = tokenizer(LINES[0])["input_ids"]
-    with caplog.at_level(logging.WARNING, logger="ppow_hf.data"):
+    with caplog.at_level(logging.WARNING, logger="ppow_hf.data.sequences"):
         assert extract_prompts([{"text": LINES[0]}, {"text": ""}], tokenizer, 10) == [ids[:10]]
         assert not caplog.records
         assert extract_prompts([{"prompt": LINES[0]}, {"prompt": "a"}], tokenizer, 10) == [
@@ -520,7 +520,7 @@ def test_a_damaged_cache_is_deleted_and_written_anew(
     first = regenerate(PROMPTS[:3], target, tokenizer, **options)
     damage(next(tmp_path.glob(f"*{suffix}")))
     forward_calls.clear()
-    with caplog.at_level(logging.WARNING, logger="ppow_hf.regeneration"):
+    with caplog.at_level(logging.WARNING, logger="ppow_hf.data.regeneration"):
         second = regenerate(PROMPTS[:3], target, tokenizer, **options)
     assert forward_calls and "damaged" in caplog.text
     assert second.fingerprint == first.fingerprint

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ppow_hf import PPOWDrafter, RoundTrace
+from ppow_hf import PPOWDrafter
 from ppow_hf.demo import drawing, frames, running, settings
 from ppow_hf.demo.running import FixedShadow, Run, RunResult, RunRound, RunSettings, ShadowRound
-from ppow_hf.modeling_ppow import collect_target_states
+from ppow_hf.runtime.modeling_ppow import collect_target_states
+from ppow_hf.runtime.trace import RoundTrace
 
 
 def make_drafter(target, architecture):

@@ -89,7 +89,7 @@ sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
 import torch
 from test_data import LINES
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from ppow_hf.regeneration import regenerate
+from ppow_hf.data.regeneration import regenerate
 
 torch.set_num_threads(1)
 folder, shared = sys.argv[1], len(sys.argv) == 3

@@ -7,9 +7,9 @@ import torch
 from test_batches import noisy_copy
 from transformers import DynamicCache
 
-from ppow_hf import divergence, evaluation
-from ppow_hf.divergence import measure_divergence
-from ppow_hf.drafting import cache_argument
+from ppow_hf.measure import divergence, evaluation
+from ppow_hf.measure.divergence import measure_divergence
+from ppow_hf.runtime.draft_session import cache_argument
 
 PROMPTS = [[1 + (7 * seed + 3 * i * i) % 60 for i in range(3 + seed % 5)] for seed in range(12)]
 NEW_TOKENS = 32

@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.evaluation import calibrate, decode, evaluate_acceptance, fit_estimator, repeated_ngrams, report
-from ppow_hf.trace import GenerationTrace, RoundTrace
-from ppow_hf.windowing import AcceptanceEstimator
+from ppow_hf.measure.calibration import (
+    calibrate,
+    fit_estimator,
+)
+from ppow_hf.measure.evaluation import (
+    decode,
+    evaluate_acceptance,
+    repeated_ngrams,
+    report,
+)
+from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
+from ppow_hf.runtime.windowing import AcceptanceEstimator
 
 PROMPTS = [[5, 9, 2], [1, 2, 3, 4, 5, 6], [40, 41]]
 COSTS = {"cost_ratio": 0.1, "verification_cost": 0.02}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ppow_hf import PPOWDrafter, cli, tiny
-from ppow_hf.evaluation import decode
 from ppow_hf.export import export_drafter, import_eagle3
+from ppow_hf.measure.evaluation import decode
 
 PROMPTS = [[5, 9, 2], [1, 2, 3, 4, 5, 6], [40, 41, 7]]
 
@@ -238,7 +238,7 @@ def test_round_trip_is_tensor_identical(tmp_path, target, format, reduced):
     drafter = drafter.to(torch.bfloat16)
     first, second = tmp_path / "first", tmp_path / "second"
     export_drafter(drafter, first, format, target=target, target_name="someone/target")
-    found = PPOWDrafter.from_eagle3(first)
+    found = import_eagle3(first)
     theirs, ours = found.state_dict(), drafter.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert all(theirs[name].dtype == ours[name].dtype for name in ours)
@@ -254,7 +254,7 @@ def test_round_trip_is_tensor_identical(tmp_path, target, format, reduced):
 
 def test_imported_drafter_drafts_as_the_one_exported(tmp_path, target, drafter):
     export_drafter(drafter, tmp_path, target=target)
-    found = PPOWDrafter.from_eagle3(tmp_path, target)
+    found = import_eagle3(tmp_path, target)
     outputs, traces = decode(target, drafter, PROMPTS, 24, window="fixed", max_window=4)
     again, other_traces = decode(target, found, PROMPTS, 24, window="fixed", max_window=4)
     assert again == outputs
@@ -276,10 +276,10 @@ def test_published_layout_without_embeddings_layers_or_t2d(tmp_path, make_target
     config = {name: value for name, value in config.items() if name not in (*left_out, "rope_parameters")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="target: .*does not say which of the target's layers"):
-        PPOWDrafter.from_eagle3(tmp_path)
+        import_eagle3(tmp_path)
     with pytest.raises(ValueError, match="no embed_tokens.weight"):
-        PPOWDrafter.from_eagle3(tmp_path, target_layer_ids=[2, 4, 5])
-    found = PPOWDrafter.from_eagle3(tmp_path, target, max_window=6)
+        import_eagle3(tmp_path, target_layer_ids=[2, 4, 5])
+    found = import_eagle3(tmp_path, target, max_window=6)
     assert found.config.target_layer_ids == [2, 4, 5] and found.config.max_window == 6
     ours, theirs = drafter.state_dict(), found.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
@@ -288,7 +288,7 @@ def test_published_layout_without_embeddings_layers_or_t2d(tmp_path, make_target
 def test_layers_counted_as_sglang_does(tmp_path, target, drafter):
     export_drafter(drafter, tmp_path)
     rewritten(tmp_path, eagle_aux_hidden_state_layer_ids=None)
-    assert PPOWDrafter.from_eagle3(tmp_path).config.target_layer_ids == [1, 2, 3]
+    assert import_eagle3(tmp_path).config.target_layer_ids == [1, 2, 3]
 
 
 def without(*names):

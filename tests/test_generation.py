@@ -33,7 +33,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.modeling_ppow import collect_target_states
+from ppow_hf.runtime.modeling_ppow import collect_target_states
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]

@@ -9,7 +9,8 @@ from transformers import GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 import ppow_hf
-from ppow_hf import PPOWDrafter, install_hook, remove_hook
+from ppow_hf import PPOWDrafter
+from ppow_hf.hook import install_hook, remove_hook
 
 METHODS = ("_get_candidate_generator", "_assisted_decoding", "_validate_generation_mode")
 

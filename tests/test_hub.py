@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
-from ppow_hf.configuration_ppow import vocabulary_fingerprint
-from ppow_hf.hub import GENERATE, repository_files, runtime_modules, write_repository
+from ppow_hf.publish.hub import GENERATE, repository_files, runtime_modules, write_repository
+from ppow_hf.runtime.configuration_ppow import vocabulary_fingerprint
 from ppow_hf.training import PPOWTrainingArguments
 from ppow_hf.training.records import check_hub_strategy
 
@@ -54,7 +54,7 @@ results["metric"] = {"oid": hub.push_metric("ada/acceptance_length").oid}
 
 sys.path.insert(0, os.environ["TESTS"])
 from conftest import build_target
-from ppow_hf.data import SequenceDataset
+from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 import torch
 args = PPOWTrainingArguments(
@@ -342,7 +342,7 @@ def test_a_push_is_one_commit_that_holds_everything(pushed, server):
     assert {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "training.png",
         "training_log.json", "modeling_ppow.py", "configuration_ppow.py", "drafting.py", "generation.py", "trace.py",
-        "acceptance.py", "windowing.py", "candidate_generator.py", GENERATE,
+        "acceptance.py", "windowing.py", "compatibility.py", GENERATE,
     } <= names  # fmt: skip
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".txt")) or "checkpoint" in name]
     assert commits[0].files["model.safetensors"].lfs

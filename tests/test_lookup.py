@@ -11,12 +11,29 @@ from test_batches import alone, assert_rows, make_drafter, noisy_copy, ragged, t
 from test_sampling import chi_square_p_value
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from ppow_hf import PPOWDrafter, PPOWDrafterConfig, acceptance, candidate_generator, rows
-from ppow_hf import generation as loop
-from ppow_hf.drafting import DraftSession
-from ppow_hf.lookup import DIFFERENT, LONGEST_MATCH, LOOKBACK, NEW, REPEATED, Foretold, ForetoldAcceptance, TextMemory
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig
+from ppow_hf import hook as candidate_generator
+from ppow_hf.runtime import acceptance, rows
+from ppow_hf.runtime import generation as loop
+from ppow_hf.runtime.draft_session import DraftSession
+from ppow_hf.runtime.lookup import (
+    DIFFERENT,
+    LONGEST_MATCH,
+    LOOKBACK,
+    NEW,
+    REPEATED,
+    Foretold,
+    ForetoldAcceptance,
+    TextMemory,
+)
+from ppow_hf.runtime.windowing import (
+    AcceptanceEstimator,
+    KLAdaptiveWindow,
+    LookupWindow,
+    OnlineCosts,
+    make_window_rule,
+)
 from ppow_hf.tiny import drafter_path, target_path
-from ppow_hf.windowing import AcceptanceEstimator, KLAdaptiveWindow, LookupWindow, OnlineCosts, make_window_rule
 
 COSTS = {"cost_ratio": 0.1, "verification_cost": 0.02}  # given, so that nothing here depends on the clock
 UNSURE = AcceptanceEstimator.features(0.3, 2.0, 1.0, 0)

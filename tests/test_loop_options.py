@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ppow_hf import PPOWDrafter
-from ppow_hf import generation as loop
+from ppow_hf.runtime import generation as loop
 
 WAYS = [{}, {"tree_nodes": 10, "tree_branches": 3}]  # chains, trees
 ways = pytest.mark.parametrize("way", WAYS, ids=["chains", "trees"])

@@ -20,7 +20,7 @@ from slow_training import (
     target_logits_along,
 )
 
-from ppow_hf.data import SequenceDataset
+from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.training.losses import visited_windows
 from ppow_hf.training.rollout import keyed_uniforms, written_prefixes
 

@@ -5,7 +5,7 @@ import torch
 from slow_training import batch_of, random_dataset
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
-from ppow_hf.evaluation import decode
+from ppow_hf.measure.evaluation import decode
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 
 HEADS = 4

@@ -10,7 +10,7 @@ import torch
 from transformers.dynamic_module_utils import get_imports
 
 from ppow_hf import PPOWDrafter, metrics
-from ppow_hf.trace import GenerationTrace, RoundTrace
+from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.cli import main
-from ppow_hf.model_card import drafter_card, write_drafter_card
+from ppow_hf.publish.model_card import drafter_card, write_drafter_card
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"processor": "A Chip", "cores": 4, "threads": 2, "memory_gib": 8.0, "device": "cpu", "gpu": None}

@@ -10,10 +10,20 @@ import torch
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 
-from ppow_hf import PPOWDrafter, PPOWDrafterConfig, modeling_ppow
-from ppow_hf.configuration_ppow import default_target_layers, vocabulary_fingerprint
-from ppow_hf.drafting import AHEAD
-from ppow_hf.modeling_ppow import check_width, collect_target_states, match_width, packed_allowed
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig
+from ppow_hf.runtime import modeling_ppow
+from ppow_hf.runtime.compatibility import (
+    check_width,
+)
+from ppow_hf.runtime.configuration_ppow import default_target_layers, vocabulary_fingerprint
+from ppow_hf.runtime.draft_session import (
+    AHEAD,
+    packed_allowed,
+)
+from ppow_hf.runtime.modeling_ppow import (
+    collect_target_states,
+    match_width,
+)
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]

@@ -8,7 +8,7 @@ import torch
 from test_batches import noisy_copy
 
 from ppow_hf import cli
-from ppow_hf.overhead import measure_overhead
+from ppow_hf.measure.overhead import measure_overhead
 
 
 def test_with_slow_models_the_loop_costs_next_to_nothing(make_target):

@@ -20,7 +20,7 @@ from slow_training import (
 )
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
-from ppow_hf.data import SequenceDataset
+from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.training.rollout import keyed_uniforms
 from ppow_hf.training.target import FrozenTarget
 

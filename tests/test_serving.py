@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ppow_hf import PPOWDrafter
+from ppow_hf.runtime.windowing import FixedWindow, OnlineCosts
 from ppow_hf.serving.engine_bench import EngineRow, format_rows
 from ppow_hf.serving.vllm_proposer import BatchDrafter, make_batch_drafter
 from ppow_hf.serving.vllm_runner import run_vllm, vllm_python
-from ppow_hf.windowing import FixedWindow, OnlineCosts
 
 PROMPTS = [[5, 9, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9], [40, 41], [5, 9, 2], [33], [60, 1, 60, 1, 60]]
 

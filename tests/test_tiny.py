@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
-from ppow_hf.evaluation import decode
+from ppow_hf.measure.evaluation import decode
+from ppow_hf.runtime.trees import TreeRule
 from ppow_hf.tiny import drafter_path, drafters, target_path
 from ppow_hf.tiny.corpus import SourceFile, excerpts, function_prompts, is_held_out, standard_library
 from ppow_hf.tiny.drafters import default_stages, make_drafter
@@ -25,7 +26,6 @@ from ppow_hf.tiny.recipe import (
     recipe_of,
     token_stream,
 )
-from ppow_hf.trees import TreeRule
 
 
 @pytest.fixture(scope="module")

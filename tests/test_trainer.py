@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.data import SequenceDataset
-from ppow_hf.evaluation import EVALUATION_METRICS
+from ppow_hf.data.sequences import SequenceDataset
+from ppow_hf.measure.evaluation import EVALUATION_METRICS
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.checkpoints import check_complete, check_writable, last_complete_checkpoint
 from ppow_hf.training.trainer import RepeatedBlocks

@@ -19,16 +19,18 @@ from test_batches import (
 )
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
-from ppow_hf import PPOWDrafter, trees, verifying
-from ppow_hf import generation as loop
-from ppow_hf.acceptance import (
+from ppow_hf import PPOWDrafter
+from ppow_hf.runtime import generation as loop
+from ppow_hf.runtime import target_session as verifying
+from ppow_hf.runtime import trees
+from ppow_hf.runtime.acceptance import (
     rejection_sample_chain,
     rejection_sample_distinct_trees,
     rejection_sample_tree,
     residual_distribution,
     sample_from_uniform,
 )
-from ppow_hf.trees import CONTEXT, DraftTree, lay_out, least_reach
+from ppow_hf.runtime.trees import CONTEXT, DraftTree, lay_out, least_reach
 
 TREE = {"tree_nodes": 12, "tree_branches": 3, "max_window": 5, **COSTS}
 SAMPLED_TREE = {"tree_nodes": 8, "tree_branches": 3, "max_window": 3, "cost_ratio": 0.02, "verification_cost": 0.01}

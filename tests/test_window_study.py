@@ -11,23 +11,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow_hf import PPOWDrafter, tiny
-from ppow_hf.benchmark import ForwardRecorder
 from ppow_hf.cli import main
-from ppow_hf.evaluation import decode
-from ppow_hf.loading import parse_workload
-from ppow_hf.modeling_ppow import collect_target_states
-from ppow_hf.window_report import (
+from ppow_hf.data.models import parse_workload
+from ppow_hf.measure.benchmark import ForwardRecorder
+from ppow_hf.measure.calibration import (
+    fit_on_tables,
+)
+from ppow_hf.measure.evaluation import decode
+from ppow_hf.measure.window_report import (
     MIXED,
     OURS,
     WITH_LOOKUP,
     calibration_curve,
-    fit_on_tables,
     format_study,
     live_check,
     speed,
     study,
 )
-from ppow_hf.window_study import (
+from ppow_hf.measure.window_study import (
     ConfidenceStop,
     DraftTable,
     EntropyStop,
@@ -38,7 +39,14 @@ from ppow_hf.window_study import (
     mixed_stream,
     replay,
 )
-from ppow_hf.windowing import AcceptanceEstimator, CostModel, FixedWindow, HeuristicWindow, OnlineCosts
+from ppow_hf.runtime.modeling_ppow import collect_target_states
+from ppow_hf.runtime.windowing import (
+    AcceptanceEstimator,
+    CostModel,
+    FixedWindow,
+    HeuristicWindow,
+    OnlineCosts,
+)
 
 GIVEN = OnlineCosts(0.12, 0.04)
 
@@ -137,7 +145,7 @@ def test_every_row_is_what_drafting_token_by_token_gives(target, drafter):
 def test_long_texts_are_tabulated_in_parts(target, drafter, monkeypatch):
     prompt = torch.tensor([[5, 9, 2, 33]])
     (whole,) = draft_tables(target, drafter, [prompt], max_new_tokens=12, depth=4)
-    monkeypatch.setattr("ppow_hf.window_study.PREFIXES_AT_ONCE", 3)
+    monkeypatch.setattr("ppow_hf.measure.window_study.PREFIXES_AT_ONCE", 3)
     (parts,) = draft_tables(target, drafter, [prompt], max_new_tokens=12, depth=4)
     assert numpy.array_equal(whole.draft_ids, parts.draft_ids) and numpy.array_equal(whole.accepted, parts.accepted)
     assert numpy.allclose(whole.entropy, parts.entropy, atol=1e-4)

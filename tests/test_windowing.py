@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from ppow_hf.lookup import NEW, ForetoldAcceptance, TextMemory
-from ppow_hf.windowing import (
+from ppow_hf.runtime.lookup import NEW, ForetoldAcceptance, TextMemory
+from ppow_hf.runtime.windowing import (
     MAX_KL,
     AcceptanceEstimator,
     CostModel,

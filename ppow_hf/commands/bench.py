@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import (
+from ..data.models import (
     MODEL_HELP,
     STDLIB_PROMPT_TOKENS,
     add_models,
@@ -16,11 +16,11 @@ from ..loading import (
     load_pair,
     load_prompts,
 )
+from ..data.sources import DATA_HELP
 from ..serving import engine_bench
-from ..sources import DATA_HELP
 
 if TYPE_CHECKING:
-    from ..trace import GenerationTrace
+    from ..runtime.trace import GenerationTrace
 
 
 def register(commands: Any) -> None:
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engine:
         return engine_bench.run(arguments, target, drafter, prompts)
 
-    from .. import benchmark
+    from ..measure import benchmark
 
     several = len(arguments.batch_size) * len(arguments.temperature) > 1
     for batch_size in arguments.batch_size:

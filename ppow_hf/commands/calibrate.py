@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..loading import (
+from ..data.models import (
     add_models,
     check_positive,
     ensure_writable,
@@ -55,11 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     target, tokenizer, drafter = load_pair(arguments)
     prompts = workload_prompts(name, arguments, source, tokenizer, target)
-    from ..compare_data import write_whole
-    from ..evaluation import calibrate
-    from ..window_report import calibration_curve, run, speed
-    from ..window_study import draft_tables
-    from ..windowing import CostModel, make_window_rule
+    from ..measure.calibration import (
+        calibrate,
+    )
+    from ..measure.window_report import calibration_curve, run, speed
+    from ..measure.window_study import draft_tables
+    from ..runtime.windowing import CostModel, make_window_rule
+    from ..studies.data import write_whole
 
     fitted, checked = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
     before = drafter.config.calibration or {}

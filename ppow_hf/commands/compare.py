@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
+from ..data.models import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
 
 if TYPE_CHECKING:
-    from ..compare import CompareConfig
+    from ..studies.configuration import (
+        CompareConfig,
+    )
 
 
 def register(commands) -> None:
@@ -41,8 +43,8 @@ def register(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     if arguments.mean_of:
-        from ..compare_data import write_whole
-        from ..compare_mean import mean_report
+        from ..studies.data import write_whole
+        from ..studies.mean import mean_report
 
         folders = [Path(name.strip()) for name in arguments.mean_of.split(",")]
         for name in folders:
@@ -52,12 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
         print(text)
         return 0
     if arguments.report_only:
-        from ..compare_report import write_report
+        from ..studies.report import write_report
 
         _check_compared(folder, "--output-dir")
         print(write_report(folder).read_text(encoding="utf-8"))
         return 0
-    from ..compare import Comparison, load_config
+    from ..studies.compare import (
+        Comparison,
+    )
+    from ..studies.configuration import (
+        load_config,
+    )
 
     recipes = [name.strip() for name in arguments.recipes.split(",")] if arguments.recipes else None
     config = load_config(arguments.config, arguments.smoke, recipes)
@@ -77,9 +84,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train_target(config: "CompareConfig", settings: dict[str, Any], folder: Path, device: str | None) -> str:
     """Train what a configuration's `target` describes, or go on with it; the folder that holds it then."""
-    from ..compare import claim_folder, target_recipe
-    from ..data import read_rows
-    from ..sources import split_column
+    from ..data.sequences import read_rows
+    from ..data.sources import split_column
+    from ..studies.compare import (
+        claim_folder,
+    )
+    from ..studies.configuration import (
+        target_recipe,
+    )
     from ..tiny.corpus import texts_of_rows
     from ..tiny.recipe import make_target
 
@@ -95,7 +107,9 @@ def _train_target(config: "CompareConfig", settings: dict[str, Any], folder: Pat
 
 
 def _check_compared(folder: Path, argument: str) -> None:
-    from ..compare import RESULTS
+    from ..studies.configuration import (
+        RESULTS,
+    )
 
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{argument}: {folder.name!r} holds no comparison; run it first.")

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from ..loading import MODEL_HELP
+from ..data.models import MODEL_HELP
 
 
 def register(commands: Any) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..loading import MODEL_HELP, ensure_writable, load_drafter, load_target, load_tokenizer, resolve
+from ..data.models import MODEL_HELP, ensure_writable, load_drafter, load_target, load_tokenizer, resolve
 
 
 def register(commands: Any) -> None:

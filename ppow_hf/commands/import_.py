@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..loading import MODEL_HELP, ensure_writable, load_tokenizer, resolve
+from ..data.models import MODEL_HELP, ensure_writable, load_tokenizer, resolve
 
 
 def register(commands: Any) -> None:
@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--target-layer-ids: {arguments.target_layer_ids!r} given; write whole numbers with commas: 2,16,29."
             ) from None
-    from ..configuration_ppow import vocabulary_fingerprint
     from ..export import import_eagle3
+    from ..runtime.configuration_ppow import vocabulary_fingerprint
 
     settings = {}
     tokenizer = None

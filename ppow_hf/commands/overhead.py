@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..loading import (
+from ..data.models import (
     add_models,
     check_fits,
     check_positive,
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
     for prompt in prompts:
         check_fits("--prompts", prompt.shape[1], arguments.max_new_tokens, target)
-    from ..overhead import measure_overhead
+    from ..measure.overhead import measure_overhead
 
     measured = measure_overhead(
         target, drafter, prompts, arguments.window, arguments.max_new_tokens, record=arguments.record

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from ..loading import (
+from ..data.models import (
     STDLIB_PROMPT_TOKENS,
     add_models,
     check_positive,
@@ -17,7 +17,7 @@ from ..loading import (
     parse_workload,
     resolve,
 )
-from ..sources import DATA_HELP
+from ..data.sources import DATA_HELP
 from ..tiny import is_embedded
 
 
@@ -100,7 +100,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_push(arguments: argparse.Namespace) -> int:
-    from .. import hub
+    from ..publish import hub
 
     if (arguments.repo_id is None) == (arguments.write is None):
         raise ValueError("USER/NAME: give either a repository to push to, or --write FOLDER.")
@@ -132,7 +132,7 @@ def run_push(arguments: argparse.Namespace) -> int:
 
 
 def run_card(arguments: argparse.Namespace) -> int:
-    from ..model_card import drafter_card
+    from ..publish.model_card import drafter_card
 
     repository = arguments.repository or (arguments.folder if is_embedded(arguments.folder) else None)
     if arguments.output:
@@ -157,7 +157,9 @@ def run_measure(arguments: argparse.Namespace) -> int:
     for name, source in sources.items():
         prompts = load_prompts(source, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
         workloads[name] = [ids[0].tolist() for ids in prompts]
-    from ..benchmark import write_benchmark
+    from ..measure.benchmark_report import (
+        write_benchmark,
+    )
     from ..metrics import measure_acceptance
 
     result = measure_acceptance(
@@ -188,7 +190,7 @@ def _half_precision(
     arguments: argparse.Namespace, target: Any, drafter: Any, prompts: list[list[int]]
 ) -> dict[str, Any] | None:
     """What [`measure_divergence`] found, with the pair loaded again where it has another number format."""
-    from ..divergence import HALF_PRECISION, measure_divergence
+    from ..measure.divergence import HALF_PRECISION, measure_divergence
 
     if arguments.half_precision is None and target.dtype not in HALF_PRECISION:
         return None

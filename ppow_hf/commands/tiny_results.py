@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..loading import check_positive, ensure_writable
+from ..data.models import check_positive, ensure_writable
 from ..tiny import EMBEDDED_DRAFTERS, drafter_path
 
 

@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..loading import add_models, check_positive, ensure_writable, load_pair, load_prompts, parse_workload
+from ..data.models import (
+    add_models,
+    check_positive,
+    ensure_writable,
+    load_pair,
+    load_prompts,
+    parse_workload,
+)
 
 PLOTTED_COST = "0.12"
 MACHINE = "this machine"
@@ -74,10 +81,17 @@ def windows(arguments: argparse.Namespace) -> int:
         name: workload_prompts(name, arguments, source, tokenizer, target) for name, source in workloads.items()
     }
 
-    from .. import provenance
-    from ..benchmark import measure_costs, write_benchmark
-    from ..evaluation import repeated_ngrams
-    from ..window_report import (
+    from ..measure import (
+        provenance,
+    )
+    from ..measure.benchmark_report import (
+        write_benchmark,
+    )
+    from ..measure.costs import (
+        measure_costs,
+    )
+    from ..measure.evaluation import repeated_ngrams
+    from ..measure.window_report import (
         OURS,
         calibration_curve,
         calibration_panels,
@@ -86,8 +100,8 @@ def windows(arguments: argparse.Namespace) -> int:
         speed_panels,
         study,
     )
-    from ..window_study import DEPTH, draft_tables
-    from ..windowing import CostModel
+    from ..measure.window_study import DEPTH, draft_tables
+    from ..runtime.windowing import CostModel
 
     any_prompt = next(iter(prompts.values()))[0]
     measured = measure_costs(target, drafter, any_prompt, max_window=16)
@@ -135,7 +149,7 @@ def windows(arguments: argparse.Namespace) -> int:
             f"{check['replayed_tokens_per_cost']:.3f}"
         )
     if arguments.output_dir:
-        from ..plots import plot_curves
+        from ..measure.plots import plot_curves
 
         folder = Path(arguments.output_dir)
         write_benchmark(found, folder / "windows.json")

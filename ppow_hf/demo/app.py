@@ -17,14 +17,7 @@ import gradio as gr
 from . import drawing
 from .frames import EXPLAINER_COST_RATIO, FrameMaker, Totals, outcome
 from .running import Run, RunResult, RunSettings
-from .settings import (
-    MAX_NEW_TOKENS,
-    MAX_PROMPT_CHARACTERS,
-    DemoSettings,
-    Models,
-    ShownDrafter,
-    load_models,
-)
+from .settings import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, DemoSettings, Models, ShownDrafter, load_models
 
 HERE = Path(__file__).parent
 TITLE = "How far ahead should the drafter guess?"

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ..acceptance import greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
-from ..candidate_generator import common_context_length, target_width
-from ..drafting import cache_argument
-from ..modeling_ppow import collect_target_states
-from ..trace import GenerationTrace, RoundTrace
+from ..runtime.acceptance import greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
+from ..runtime.compatibility import (
+    common_context_length,
+    target_width,
+)
+from ..runtime.draft_session import cache_argument
+from ..runtime.modeling_ppow import collect_target_states
+from ..runtime.trace import GenerationTrace, RoundTrace
 
 FIXED_WINDOW = 8
 

@@ -1,6 +1,6 @@
 """What the demo shows: the models, limits and stored results that its owner names. A visitor chooses none of these.
 
-Knows names, files and environment variables; loads models through `ppow_hf.loading`.
+Knows names, files and environment variables; loads models through `ppow_hf.data.models`.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..loading import check_tokenizer, load_drafter, load_target, load_tokenizer, resolve
+from ..data.models import check_tokenizer, load_drafter, load_target, load_tokenizer, resolve
 from ..tiny import is_embedded
 
 MAX_NEW_TOKENS = 512

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
-from ..configuration_ppow import PPOWDrafterConfig
-from ..modeling_ppow import PPOWDrafter
+from ..runtime.configuration_ppow import PPOWDrafterConfig
+from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import embedded_path, is_embedded
 from .checkpoint import Eagle3Checkpoint, read_eagle3
 from .formats import drafter_state

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_ppow import PPOWDrafter
+from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import is_embedded, target_path
 from .checkpoint import read_eagle3
 from .engine_readme import engine_readme

@@ -44,8 +44,8 @@ def measure_acceptance(
     """
     import evaluate
 
-    from ..evaluation import decode, repeated_ngrams
-    from ..provenance import describe, public_name
+    from ..measure.evaluation import decode, repeated_ngrams
+    from ..measure.provenance import describe, public_name
 
     metric = evaluate.load(path("acceptance_length"))
     longest = max_window or drafter.config.max_window

@@ -17,7 +17,7 @@ from .vllm_runner import PYTHON_VARIABLE, EngineRun, run_vllm, vllm_python
 if TYPE_CHECKING:
     import torch
 
-    from ..modeling_ppow import PPOWDrafter
+    from ..runtime.modeling_ppow import PPOWDrafter
 
 METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa"}
 
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prompts: Sequence["torch.Tensor"]) -> int:
     """`ppow bench --engine vllm` with everything loaded: print the table, and write it with `--json`."""
-    from ..loading import resolve
-    from ..provenance import describe
+    from ..data.models import resolve
+    from ..measure.provenance import describe
 
     vllm_python(arguments.engine_python)  # before anything is run
     rows, version = compare(
@@ -122,7 +122,7 @@ def compare(
         prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
         max_new_tokens (`int`, *optional*, defaults to `64`): of each prompt.
         window (`int`, *optional*, defaults to `5`): draft tokens a round; a medusa drafter's heads instead.
-        python (`str`, *optional*): see [`~ppow_hf.serving.vllm_runner.vllm_python`].
+        python (`str`, *optional*): see [`vllm_python`].
         engine: further arguments of `vllm.LLM`.
 
     Returns:

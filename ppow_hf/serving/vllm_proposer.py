@@ -27,10 +27,10 @@ import numpy
 import torch
 from torch import nn
 
-from ..acceptance import likeliest_tokens
-from ..drafting import DraftSession
-from ..modeling_ppow import PPOWDrafter
-from ..windowing import CostModel, OnlineCosts, WindowRule, make_window_rule
+from ..runtime.acceptance import likeliest_tokens
+from ..runtime.draft_session import DraftSession
+from ..runtime.modeling_ppow import PPOWDrafter
+from ..runtime.windowing import CostModel, OnlineCosts, WindowRule, make_window_rule
 
 COMPACT_AT = 0.25  # share of the cache's columns that no request needs any more
 
@@ -272,7 +272,7 @@ class KLAdaptiveProposer:
         name = settings.pop("drafter", None)
         if name is None:
             raise ValueError('additional_config: pass {"ppow": {"drafter": DRAFTER}}, the drafter to draft with.')
-        from ..loading import resolve
+        from ..data.models import resolve
 
         dtype = vllm_config.model_config.dtype
         drafter = PPOWDrafter.from_pretrained(resolve(name), dtype=dtype).to(vllm_config.device_config.device).eval()

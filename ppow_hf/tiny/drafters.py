@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from .. import provenance
-from ..data import SequenceDataset, all_positions
-from ..model_card import write_drafter_card
-from ..modeling_ppow import PPOWDrafter
-from ..regeneration import regenerate
+from ..data.regeneration import regenerate
+from ..data.sequences import SequenceDataset, all_positions
+from ..measure import (
+    provenance,
+)
+from ..publish.model_card import write_drafter_card
+from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.optimizers import make_optimizer

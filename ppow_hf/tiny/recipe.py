@@ -267,7 +267,7 @@ def make_target(
     Checkpoints lie under `output_dir/checkpoints`; a second call with the same folder resumes from the last one.
     Writes bfloat16 safetensors, tokenizer, `recipe.json`, `training_log.json` and `loss.png`.
     """
-    from ..plots import plot_curves
+    from ..measure.plots import plot_curves
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from ..evaluation import EVALUATION_METRICS
+from ..measure.evaluation import EVALUATION_METRICS
 from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, objective_text, parse_objective
 
 GROUP_REWARDS = ("own", "best", "marginal")

@@ -4,9 +4,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..configuration_ppow import vocabulary_fingerprint
-from ..data import SequenceDataset
-from ..modeling_ppow import PPOWDrafter, check_width
+from ..data.sequences import SequenceDataset
+from ..runtime.compatibility import (
+    check_width,
+)
+from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.modeling_ppow import (
+    PPOWDrafter,
+)
 from .arguments import PPOWTrainingArguments
 
 

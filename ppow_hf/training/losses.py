@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..acceptance import entropy
-from ..modeling_ppow import PPOWDrafter
+from ..runtime.acceptance import entropy
+from ..runtime.modeling_ppow import PPOWDrafter
 from .arguments import PPOWTrainingArguments
 from .objectives import (
     clipped_policy_loss,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..provenance import public_name, write_provenance
+from ..measure.provenance import public_name, write_provenance
 
 PICKLED_ARGUMENTS = "training_args.bin"
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..acceptance import (
+from ..runtime.acceptance import (
     divergence_priority,
     first_rejection_mask,
     greedy_accepted_counts,
     rejection_accepted_counts,
     sample_from_uniform,
 )
-from ..modeling_ppow import PPOWDrafter
+from ..runtime.modeling_ppow import PPOWDrafter
 from .rewards import (
     candidate_rewards,
     count_probabilities,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..drafting import additive_mask, cache_argument
-from ..modeling_ppow import collect_target_states
+from ..runtime.draft_session import additive_mask, cache_argument
+from ..runtime.modeling_ppow import collect_target_states
 
 
 @dataclass

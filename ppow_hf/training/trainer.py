@@ -22,13 +22,22 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from ..benchmark import measure_costs
-from ..configuration_ppow import vocabulary_fingerprint
-from ..data import SequenceDataset, collate_sequences, prepare_sequences
-from ..evaluation import calibrate, decode, evaluation_metrics, report
-from ..modeling_ppow import PPOWDrafter, PPOWDrafterOutput
-from ..plots import plot_curves
-from ..regeneration import regenerate
+from ..data.regeneration import regenerate
+from ..data.sequences import SequenceDataset, collate_sequences, prepare_sequences
+from ..measure.calibration import (
+    calibrate,
+)
+from ..measure.costs import (
+    measure_costs,
+)
+from ..measure.evaluation import (
+    decode,
+    evaluation_metrics,
+    report,
+)
+from ..measure.plots import plot_curves
+from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
 from .checks import check_lengths, check_pair
@@ -60,8 +69,8 @@ class PPOWTrainer(Trainer):
         model ([`PPOWDrafter`]): the drafter.
         target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
-        train_dataset, eval_dataset: what [`~ppow_hf.data.prepare_sequences`] reads: a `datasets.Dataset`, a path to
-            JSON Lines, or a [`~ppow_hf.data.SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer.
+        train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to
+            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
     """
@@ -481,7 +490,7 @@ class PPOWTrainer(Trainer):
         private: bool | None = None,
         **options,
     ):
-        """Save, and push `output_dir` as [`~ppow_hf.hub.push_folder`] does; `options` are its own."""
+        """Save, and push `output_dir` as [`push_folder`] does; `options` are its own."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -513,7 +522,7 @@ class PPOWTrainer(Trainer):
     def _push(self, folder: str, blocking: bool, failing: bool = True, **options):
         from huggingface_hub import HfApi
 
-        from ..hub import PushError, push_folder
+        from ..publish.hub import PushError, push_folder
 
         name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:

@@ -9,9 +9,9 @@ import torch
 from engine_helpers import NEW_TOKENS, PROMPTS, WINDOW, OurRun, run_ours
 
 from ppow_hf import PPOWDrafter, tiny
-from ppow_hf.evaluation import decode
+from ppow_hf.data.models import load_prompts, load_target, load_tokenizer
 from ppow_hf.export import export_drafter
-from ppow_hf.loading import load_prompts, load_target, load_tokenizer
+from ppow_hf.measure.evaluation import decode
 from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE, run_vllm
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ppow_hf.evaluation import decode
+from ppow_hf.measure.evaluation import decode
 
 PROMPTS = int(os.environ.get("PPOW_ENGINE_PROMPTS", "50"))
 NEW_TOKENS = 64

@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 
 from ppow_hf import tiny
-from ppow_hf.loading import load_tokenizer
+from ppow_hf.data.models import load_tokenizer
 from ppow_hf.serving.vllm_runner import CPU_ENVIRONMENT
 
 pytestmark = pytest.mark.engines

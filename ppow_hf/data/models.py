@@ -1,0 +1,202 @@
+"""What the command line is given as text, turned into models, tokenizers, prompts and folders, or into a clear error.
+
+Knows names, files and the embedded models; heavy libraries are imported inside the functions, so that help is quick.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..tiny import EMBEDDED_NAMES, embedded_path, is_embedded
+from .sources import check_source, parse_source
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.modeling_ppow import PPOWDrafter
+
+STDLIB_PROMPT_TOKENS = 128
+MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a target and a drafter."""
+    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {MODEL_HELP}")
+    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the drafter: {MODEL_HELP}")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="number format of the models (default: float32 on a CPU, the model's own on a GPU)",
+    )
+    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
+
+
+def resolve(name: str) -> str:
+    """The folder of an embedded model's name; any other name or path as it is."""
+    return str(embedded_path(name)) if is_embedded(name) else os.path.expanduser(name)
+
+
+def load_target(name: str, argument: str = "--target", dtype: str | None = None, device: str | None = None) -> Any:
+    """The causal language model that `name` stands for, in eval mode; float32 on a CPU by default."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, argument, dtype, device)
+
+
+def load_drafter(
+    name: str, argument: str = "--drafter", dtype: str | None = None, device: str | None = None
+) -> "PPOWDrafter":
+    """The [`PPOWDrafter`] that `name` stands for; `ValueError` if it is another kind of model."""
+    from transformers import AutoModel
+
+    from ..runtime.modeling_ppow import PPOWDrafter
+
+    model = _load(AutoModel, name, argument, dtype, device)
+    if not isinstance(model, PPOWDrafter):
+        raise ValueError(
+            f"{argument}: {name!r} is a {type(model).__name__}, not a PPOWDrafter. Make one with `ppow train`, or use "
+            "an embedded one (tiny-eagle, tiny-standalone)."
+        )
+    return model
+
+
+def load_tokenizer(name: str, argument: str = "--target") -> Any:
+    """The tokenizer that lies with the model `name`."""
+    from transformers import AutoTokenizer
+
+    path = _existing(name, argument)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
+    """Raise `ValueError` if the drafter was trained for a tokenizer with another vocabulary."""
+    from ..runtime.configuration_ppow import vocabulary_fingerprint
+
+    expected, given = drafter.config.target_vocabulary_fingerprint, vocabulary_fingerprint(tokenizer)
+    if expected is not None and expected != given:
+        of = f" ({drafter.config.target_name_or_path})" if drafter.config.target_name_or_path else ""
+        raise ValueError(
+            f"{argument}: it was trained for a target with another vocabulary{of}: fingerprint {expected}, and the "
+            f"target's tokenizer has {given}. Use a drafter that was trained for this target."
+        )
+
+
+def parse_workload(text: str) -> tuple[str, str]:
+    """`[NAME=]SOURCE` -> name, and what [`load_prompts`] reads; raises as [`check_prompts`] does."""
+    name, _, source = text.rpartition("=")
+    check_prompts(source)
+    return name or parse_source(source).short_name, source
+
+
+def check_prompts(source: str) -> None:
+    """Raise where [`load_prompts`] would find nothing, before anything is loaded."""
+    if source != "stdlib":
+        check_source(source, "--prompts")
+
+
+def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
+    """Token ids `[1, n]` of the first `count` prompts of a file or dataset (see [`parse_source`]), or
+    of held-out functions of the standard library (`"stdlib"`)."""
+    import torch
+
+    from .sequences import extract_prompts, read_rows
+
+    context = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    room = context - max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}.")
+    check_prompts(source)
+    if source == "stdlib":
+        from ..tiny.corpus import function_prompts, standard_library
+
+        held_out = [file for file in standard_library() if file.held_out]
+        rows = [{"prompt": prompt} for prompt in function_prompts(held_out, count)]
+        room = min(room, STDLIB_PROMPT_TOKENS)
+    elif parse_source(source).path.endswith(".txt"):
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        rows = [{"prompt": line} for line in lines if line.strip()]
+    else:
+        rows = read_rows(source, "--prompts")
+    prompts = extract_prompts(rows[:count], tokenizer, room, argument="--prompts")
+    if len(prompts) < min(count, len(rows)):  # some rows have none
+        prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
+    return [torch.tensor([prompt]) for prompt in prompts]
+
+
+def ensure_writable(folder: str | Path, argument: str) -> Path:
+    """Make `folder` if need be and try to write in it, before any work is done.
+
+    Raises `ValueError` naming `argument` if that is not possible.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: cannot write to {str(folder)!r} ({error.strerror or error}). Pass a folder that can be "
+            "written to."
+        ) from error
+    return folder
+
+
+def ensure_file_writable(path: str, argument: str) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
+    ensure_writable(Path(path).parent, argument)
+
+
+def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
+    target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
+    tokenizer = load_tokenizer(arguments.target, "--target")
+    drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
+    check_tokenizer(drafter, tokenizer)
+    return target, tokenizer, drafter
+
+
+def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
+    import torch
+
+    path = _existing(name, argument)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = "float32" if device == "cpu" else "auto"
+    try:
+        model = auto_class.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
+
+
+def _existing(name: str, argument: str) -> str:
+    """`name` resolved; a path that is not there is said to be missing before the Hub is asked for it."""
+    path = resolve(name)
+    looks_like_path = path.startswith((".", os.sep)) or path.count("/") > 1
+    if looks_like_path and not Path(path).is_dir():
+        raise FileNotFoundError(f"{argument}: there is no folder {name!r}.")
+    return path
+
+
+def check_positive(argument: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
+
+
+def check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:
+    if prompt_length < 1:
+        raise ValueError(f"{argument}: it is empty; at least one token is needed to continue.")
+    context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt_length + max_new_tokens > context:
+        raise ValueError(
+            f"{argument}: {prompt_length} tokens and --max-new-tokens {max_new_tokens} are more than the target's "
+            f"context of {context}. Shorten the prompt, or generate fewer tokens."
+        )

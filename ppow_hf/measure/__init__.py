@@ -1,0 +1,1 @@
+"""What a drafter gains: evaluation, calibration, costs, benchmarks, window studies, plots."""

@@ -1,0 +1,153 @@
+"""What drafting and verifying cost on this machine, and the clock and checks that measurements share.
+
+Knows generation's parts and clocks; knows nothing about whole calls or how results are shown.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..runtime.compatibility import target_width
+from ..runtime.draft_session import cache_argument
+from ..runtime.generation import DrafterView
+from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What drafting and verifying cost on this machine.
+
+    Args:
+        draft_step_seconds (`float`): median time of one draft step, the choice of its token included.
+        target_forward_seconds (`float`): median time of a one-token target forward behind a cached context.
+        cost_ratio (`float`): gamma, the first over the second.
+        verification_cost (`float`): slope of v(W) = 1 + verification_cost * W, the (W+1)-token target forward over the
+            one-token one; at least 0.
+    """
+
+    draft_step_seconds: float
+    target_forward_seconds: float
+    cost_ratio: float
+    verification_cost: float
+
+
+@torch.inference_mode()
+def measure_costs(
+    target: PreTrainedModel,
+    drafter: PPOWDrafter | DrafterView,
+    input_ids: torch.Tensor,
+    max_window: int = 10,
+    repeats: int = 20,
+) -> Costs:
+    """Measure the costs of the cost model behind a cached context; every number is a median.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        drafter ([`PPOWDrafter`] or [`DrafterView`]): the drafter.
+        input_ids (`torch.LongTensor` of shape `(1, n)`): the context; cut at the left where the target's own context
+            would not take `max_window` tokens more.
+        max_window (`int`, *optional*, defaults to `10`): longest window timed; 2 and 5 are timed too.
+        repeats (`int`, *optional*, defaults to `20`): timings of each kind, taken in turns.
+
+    Raises:
+        `ValueError`: if `input_ids` is not one sequence, or `max_window` or `repeats` is below 1.
+    """
+    check_count("max_window", max_window)
+    check_count("repeats", repeats)
+    check_prompt("input_ids", input_ids)
+    model = drafter.drafter if isinstance(drafter, DrafterView) else drafter
+    context_length = context_length_of(target)
+    if context_length is not None:
+        input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]
+    if input_ids.shape[1] < 2:
+        input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say behind a single token
+    input_ids = input_ids.to(target.device)
+    length = input_ids.shape[1]
+
+    cache = DynamicCache(config=target.config.get_text_config())
+    outputs = target(input_ids, use_cache=True, output_hidden_states=True, **{cache_argument(target): cache})
+    cache.activate_past_recording()  # without it a sliding-window cache cannot be cropped
+    states = collect_target_states(outputs.hidden_states, model.config.target_layer_ids)
+
+    def forward_seconds(tokens: torch.Tensor) -> float:
+        started = now(target.device)
+        target(tokens, use_cache=True, **{cache_argument(target): cache})
+        seconds = now(target.device) - started
+        cache.crop(-tokens.shape[1])
+        return seconds
+
+    def step_seconds() -> list[float]:
+        first = model.draft_model.first_prefix
+        session = model.start_session(target_width(target))
+        read = None if states is None else states[:, : length - first].to(model.device)
+        session.observe(input_ids[:, first:].to(model.device), read, first)
+        token = session.first_logits().argmax(-1, keepdim=True)
+        seconds = []
+        for drafted in range(max(max_window - 1, 1)):
+            started = now(model.device)
+            token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
+            seconds.append(now(model.device) - started)
+        return seconds
+
+    windows = sorted({0, max_window} | {window for window in (2, 5) if window < max_window})
+    tokens = input_ids.repeat(1, max_window // length + 1)
+    timings: dict[int, list[float]] = {window: [] for window in windows}
+    steps: list[float] = []
+    for repeat in range(repeats + 2):  # the first two are warm-up
+        new_timings = {window: forward_seconds(tokens[:, : window + 1]) for window in windows}
+        new_steps = step_seconds()
+        if repeat >= 2:
+            steps.extend(new_steps)
+            for window, seconds in new_timings.items():
+                timings[window].append(seconds)
+    one_token = statistics.median(timings[0])
+    growth = {window: statistics.median(timings[window]) / one_token - 1 for window in windows}
+    slope = sum(window * growth[window] for window in windows) / sum(window * window for window in windows)
+    draft_step = statistics.median(steps)
+    return Costs(draft_step, one_token, draft_step / one_token, max(slope, 0.0))
+
+
+# -- checks and clocks
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def with_progress(prompts: Sequence[torch.Tensor], description: str) -> Iterable[torch.Tensor]:
+    from tqdm import tqdm
+
+    return tqdm(prompts, desc=description, unit="prompt", disable=None, leave=False)
+
+
+def context_length_of(target: PreTrainedModel) -> int | None:
+    return getattr(target.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: {value} given, at least 1 is needed.")
+
+
+def check_prompt(name: str, prompt: torch.Tensor) -> None:
+    if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] < 1:
+        raise ValueError(f"{name}: token ids of shape [1, n] with n >= 1 are needed, given was {list(prompt.shape)}.")
+
+
+def check_prompts(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_new_tokens: int) -> None:
+    if not prompts:
+        raise ValueError("prompts: none given; at least one prompt is needed.")
+    context_length = context_length_of(target)
+    for number, prompt in enumerate(prompts):
+        check_prompt(f"prompts[{number}]", prompt)
+        if context_length is not None and prompt.shape[1] + max_new_tokens > context_length:
+            raise ValueError(
+                f"prompts[{number}]: {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} are more than the "
+                f"target's context of {context_length}. Shorten the prompt, or generate fewer tokens."
+            )

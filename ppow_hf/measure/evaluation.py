@@ -1,0 +1,146 @@
+"""Acceptance measured by real decoding, with the very code that `generate(assistant_model=)` runs.
+
+Knows how to decode prompts and add up their traces, and to calibrate the window rule from them; trains nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..runtime.trace import GenerationTrace
+from .window_study import eos_of
+
+# What training evaluates, and whether more of it is better.
+EVALUATION_METRICS = {
+    "acceptance_length": True,
+    "tokens_per_target_forward": True,
+    "wasted": False,
+    "kl": False,
+    "repeated_8grams": False,
+}
+
+
+@dataclass
+class AcceptanceReport:
+    """Sums over the rounds of many calls.
+
+    Args:
+        acceptance_length (`float`): tau, mean of k + 1 over rounds that drafted (bonus or correction token counted).
+        tokens_per_target_forward (`float`): committed tokens over target forwards, the prompt's not counted.
+        wasted (`float`): (drafted - accepted) / drafted.
+        kl (`float`): mean KL(P||Q) in nats at verified positions.
+        repeated_8grams (`float`): share of 8-grams of the generated text that occurred before in it (looping).
+        drafted, accepted, rounds, tokens (`int`): counts.
+    """
+
+    acceptance_length: float
+    tokens_per_target_forward: float
+    wasted: float
+    kl: float
+    repeated_8grams: float
+    drafted: int
+    accepted: int
+    rounds: int
+    tokens: int
+
+
+def evaluation_metrics(found: AcceptanceReport, prefix: str) -> dict[str, float]:
+    """What training logs of a report: "eval_acceptance_length" and the like."""
+    return {f"{prefix}_{name}": float(getattr(found, name)) for name in EVALUATION_METRICS}
+
+
+def decode(
+    target: Any,
+    drafter: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 1,
+    **settings: Any,
+) -> tuple[list[list[int]], list[GenerationTrace]]:
+    """Generate a continuation of each prompt with the drafter; new tokens and trace of each.
+
+    Sampling is seeded for each batch by (seed, its first prompt's place), and the global random state is left as it
+    was. Batches of several prompts take less time and have other random numbers; `settings` are those of
+    [`PPOWDrafter.with_settings`].
+    """
+    outputs: list[list[int]] = []
+    traces: list[GenerationTrace] = []
+    was_training = drafter.training
+    drafter.eval()
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    ends = eos_of(target)
+    with torch.random.fork_rng(), torch.no_grad():
+        for place in range(0, len(prompts), batch_size):
+            torch.manual_seed((seed * 1_000_003 + place) % 2**63)
+            ids, mask = left_padded(
+                [torch.tensor([list(prompt)]) for prompt in prompts[place : place + batch_size]], 0
+            )
+            view = drafter.with_settings(**settings)
+            generated = target.generate(
+                input_ids=ids.to(target.device),
+                attention_mask=mask.to(target.device),
+                max_new_tokens=max_new_tokens,
+                assistant_model=view,
+                pad_token_id=0,
+                **(sampling or {"do_sample": False}),
+            )
+            outputs += [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
+            traces += view.last_traces if len(ids) > 1 or not view.last_trace else [view.last_trace]
+    drafter.train(was_training)
+    return outputs, traces
+
+
+def report(outputs: Sequence[Sequence[int]], traces: Sequence[GenerationTrace]) -> AcceptanceReport:
+    """Add up traces; the first round of each is the target's forward over the prompt and drafts nothing."""
+    rounds = [r for trace in traces for r in trace.rounds[1:]]
+    drafting = [r for r in rounds if r.window > 0]
+    drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
+    kls = [value for r in rounds for value in r.kl]
+    return AcceptanceReport(
+        acceptance_length=sum(r.accepted + 1 for r in drafting) / len(drafting) if drafting else 1.0,
+        tokens_per_target_forward=(accepted + len(rounds)) / len(rounds) if rounds else 1.0,
+        wasted=(drafted - accepted) / drafted if drafted else 0.0,
+        kl=sum(kls) / len(kls) if kls else 0.0,
+        repeated_8grams=repeated_ngrams(outputs, 8),
+        drafted=drafted,
+        accepted=accepted,
+        rounds=len(rounds),
+        tokens=sum(map(len, outputs)),
+    )
+
+
+def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int) -> float:
+    """Share of n-grams that occurred earlier in the same output; a target that loops flatters acceptance."""
+    total = repeated = 0
+    for output in outputs:
+        seen = set()
+        for start in range(len(output) - n + 1):
+            gram = tuple(output[start : start + n])
+            total += 1
+            repeated += gram in seen
+            seen.add(gram)
+    return repeated / total if total else 0.0
+
+
+def evaluate_acceptance(target, drafter, prompts, max_new_tokens=64, temperature=0.0, seed=0, **settings):
+    """[`decode`] and [`report`] in one: the acceptance length and its companions as a dict of numbers."""
+    return asdict(report(*decode(target, drafter, prompts, max_new_tokens, temperature, seed, **settings)))
+
+
+def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts `[1, n]` as one batch `[B, longest]`, and its attention mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    pad = torch.nn.functional.pad
+    ids = [pad(prompt.cpu(), (longest - prompt.shape[1], 0), value=pad_token_id) for prompt in prompts]
+    mask = [pad(torch.ones_like(prompt.cpu()), (longest - prompt.shape[1], 0)) for prompt in prompts]
+    return torch.cat(ids), torch.cat(mask)
+
+
+def until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    """`tokens` up to and with the first that ends a text: what is behind it in a batch is padding."""
+    ends = [place for place, token in enumerate(tokens) if token in eos]
+    return tokens[: ends[0] + 1] if ends else tokens

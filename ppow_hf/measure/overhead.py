@@ -1,0 +1,152 @@
+"""What our loop costs beyond the two models: round time over bare draft steps and a bare target forward.
+
+Measures on this machine, both sides in turns in the same run; changes no model. Used by `ppow overhead` and the tests.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ..runtime.draft_session import cache_argument
+
+
+@dataclass
+class Overhead:
+    """Medians over rounds, in seconds.
+
+    Args:
+        window (`int`): W.
+        rounds (`int`): rounds measured.
+        round_seconds (`float`): a round of the loop that drafts and verifies W tokens.
+        draft_step_seconds (`float`): the drafter's forward of one token behind a cache of a round's length, logits
+            included.
+        target_seconds (`float`): the target's forward of W + 1 tokens behind a cache of that length.
+        new_tokens (`int`), acceptance_length (`float`): of the texts that were written meanwhile.
+    """
+
+    window: int
+    rounds: int
+    round_seconds: float
+    draft_step_seconds: float
+    target_seconds: float
+    new_tokens: int
+    acceptance_length: float
+
+    @property
+    def ratio(self) -> float:
+        """Round time over W bare draft steps and one bare target forward; 1 would be a loop that costs nothing."""
+        return self.round_seconds / (self.window * self.draft_step_seconds + self.target_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ratio": self.ratio}
+
+
+def measure_overhead(
+    target: Any,
+    drafter: Any,
+    prompts: Sequence[torch.Tensor],
+    window: int = 5,
+    max_new_tokens: int = 64,
+    repeats: int = 3,
+    record: bool = False,
+) -> Overhead:
+    """Measure the loop's overhead on `prompts` (each `[1, n]`), at T = 0 with windows of `window` tokens.
+
+    Args:
+        repeats (`int`): how often the bare forwards are measured before and after each prompt's text.
+        record (`bool`): whether the loop records divergences and features, see [`SpeculativeDecoding`].
+    """
+    rounds: list[float] = []
+    steps: list[float] = []
+    forwards: list[float] = []
+    accepted, new_tokens = [], 0
+    for prompt in prompts:
+        prompt = prompt.to(target.device)
+        middle = torch.cat([prompt, prompt.new_zeros(1, max_new_tokens // 2)], dim=1)
+        bare = BareForwards(target, drafter, middle, window)
+        for part in range(2):
+            for _ in range(repeats):
+                steps.append(bare.draft_step())
+                forwards.append(bare.target_forward())
+            if part:
+                continue
+            decoding = drafter.generate_with(window="fixed", max_window=window, record=record)
+            output = target.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens,
+                custom_generate=decoding,
+            )  # fmt: skip
+            new_tokens += output.shape[1] - prompt.shape[1]
+            full = [r for r in decoding.last_trace.rounds[2:] if r.window == window]  # two rounds read the prompt
+            rounds += [r.seconds for r in full]
+            accepted += [r.accepted + 1 for r in full]
+    if not rounds:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} leave no room for rounds of {window} tokens behind the first. Give "
+            "more."
+        )
+    return Overhead(
+        window,
+        len(rounds),
+        statistics.median(rounds),
+        statistics.median(steps),
+        statistics.median(forwards),
+        new_tokens,
+        statistics.mean(accepted),
+    )
+
+
+class BareForwards:
+    """The two models behind caches of a given text, with nothing around them."""
+
+    def __init__(self, target: Any, drafter: Any, ids: torch.Tensor, window: int):
+        self.target, self.drafter = target, drafter
+        self.tokens = ids[:, : window + 1].repeat(1, window + 1)[:, : window + 1]
+        self.draft = drafter.draft_model
+        with torch.inference_mode():
+            self.target_cache = DynamicCache()
+            states = self._forward(ids, output_hidden_states=True).hidden_states
+            layers = drafter.config.target_layer_ids
+            states = None if layers is None else torch.cat([states[layer] for layer in layers], dim=-1)
+            self.session = drafter.start_session()
+            self.session.observe(ids.to(drafter.device), states, self.draft.first_prefix)
+            self.session.first_logits()
+
+    def _forward(self, tokens: torch.Tensor, **options: Any) -> Any:
+        return self.target(
+            input_ids=tokens, use_cache=True, **{cache_argument(self.target): self.target_cache}, **options
+        )
+
+    @torch.inference_mode()
+    def draft_step(self) -> float:
+        """Seconds of one draft step."""
+        session = self.session
+        position = torch.tensor([[session._position - self.draft.first_prefix]], device=self.drafter.device)
+        cache = self.draft.cropped(session._cache, session._committed)
+        token = self.tokens[:, :1].to(self.drafter.device)
+        started = self._now()
+        features, cache = self.draft.advance(
+            token, session._feature, cache, self.draft.embed_positions(position), None
+        )
+        self.drafter.compute_logits(features[:, 0])
+        seconds = self._now() - started
+        session._cache = self.draft.cropped(cache, session._committed)
+        return seconds
+
+    @torch.inference_mode()
+    def target_forward(self) -> float:
+        """Seconds of one target forward of W + 1 tokens."""
+        started = self._now()
+        self._forward(self.tokens)
+        seconds = self._now() - started
+        self.target_cache.crop(-self.tokens.shape[1])
+        return seconds
+
+    def _now(self) -> float:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()

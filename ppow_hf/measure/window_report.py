@@ -1,0 +1,374 @@
+"""The window study: every rule at every cost on every workload, with the fixed windows and the clairvoyant around it.
+
+Knows tables and rules ([`window_study`]) and what the numbers are for; reads no files and loads no models.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from ..runtime.trace import GenerationTrace
+from ..runtime.windowing import (
+    AcceptanceEstimator,
+    CostModel,
+    FixedWindow,
+    HeuristicWindow,
+    KLAdaptiveWindow,
+    OnlineCosts,
+    WindowRule,
+    make_window_rule,
+)
+from .calibration import fit_on_tables, without_look_up
+from .evaluation import decode
+from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, clairvoyant, mixed_stream, replay
+
+MIXED = "mixed stream"
+OURS, CONFIDENCE_ONLY, WITH_LOOKUP = "ppow kl", "ppow kl, confidence alone", "ppow kl with look-up"
+ENTROPY_THRESHOLDS = (0.3, 0.5, 0.7)
+THRIFT = (
+    1.25,
+    1.5,
+    2.0,
+    2.5,
+    3.0,
+    4.0,
+    5.0,
+    6.0,
+    8.0,
+    12.0,
+)  # times the true costs, told to the rule to make it draft less
+COMPARED_FIXED = 8
+
+MakeRule = Callable[[OnlineCosts], WindowRule]
+Tables = Mapping[str, Sequence[DraftTable]]
+
+
+def speed(traces: Sequence[GenerationTrace], costs: CostModel) -> dict[str, float]:
+    """Tokens per one-token target forward, and what was drafted for them; the prompts' forwards are not counted."""
+    rounds = [one_round for trace in traces for one_round in trace.rounds[1:]]
+    drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
+    cost = sum(costs.round_cost(r.window, r.draft_steps) for r in rounds)
+    return {
+        "tokens_per_cost": (accepted + len(rounds)) / cost,
+        "wasted": (drafted - accepted) / drafted if drafted else 0.0,
+        "mean_window": drafted / len(rounds),
+        "rounds": len(rounds),
+        "drafted": drafted,
+        "draft_steps": sum(r.draft_steps for r in rounds),
+        "accepted": accepted,
+    }
+
+
+def run(make_rule: MakeRule, tables: Sequence[DraftTable], costs: CostModel, as_one: bool) -> list[GenerationTrace]:
+    """Replay on each table, with a new rule for each as in a call of its own, or `as_one` text with one rule."""
+    given = OnlineCosts(costs.cost_ratio, costs.verification_cost)
+    if as_one:
+        rule = make_rule(given)
+        return [replay(rule, table) for table in tables]
+    return [replay(make_rule(given), table) for table in tables]
+
+
+UNPRICED: dict[str, MakeRule] = {  # rules that do not ask what drafting costs
+    **{f"fixed {window}": partial(FixedWindow, window) for window in range(DEPTH + 1)},
+    **{
+        f"entropy stop from {threshold}": partial(EntropyStop, DEPTH, threshold=threshold)
+        for threshold in ENTROPY_THRESHOLDS
+    },
+    "transformers heuristic": partial(HeuristicWindow, DEPTH),
+    "transformers confidence 0.4": partial(ConfidenceStop, DEPTH),
+    "transformers dynamic confidence": partial(ConfidenceStop, DEPTH, dynamic=True),
+}
+
+
+def study(
+    fitting: Tables, tables: Tables, costs: Mapping[str, CostModel], segment_tokens: int = 256
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Replay every rule on every workload and on a stream that changes workload every `segment_tokens` tokens.
+
+    Args:
+        fitting (`dict`): workload -> tables of the texts that the estimate and thresholds are fitted on.
+        tables (`dict`): workload -> tables of other texts, which the numbers are from.
+        costs (`dict`): name -> the costs of a machine.
+        segment_tokens (`int`, *optional*, defaults to `256`): least length of the mixed stream's segments.
+
+    Returns:
+        `dict`: results, one entry for each workload and cost, with a `summary`; and the calibrations that were fitted.
+    """
+    fit_tables = [table for workload in fitting.values() for table in workload]
+    calibrations = {OURS: fit_on_tables(fit_tables), CONFIDENCE_ONLY: without_look_up(fit_tables)}
+    entropy_fits = {
+        threshold: run(UNPRICED[f"entropy stop from {threshold}"], fit_tables, CostModel(), False)
+        for threshold in ENTROPY_THRESHOLDS
+    }
+    results = []
+    for workload, these in {**tables, MIXED: mixed_stream(tables, segment_tokens)}.items():
+        as_one = workload == MIXED
+        unpriced = {name: run(maker, these, CostModel(), as_one) for name, maker in UNPRICED.items()}
+        for cost_name, cost in costs.items():
+
+            def adaptive(name: str, told: CostModel, these=these, cost=cost, as_one=as_one) -> dict[str, float]:
+                lookup = name == WITH_LOOKUP  # beyond the clairvoyant's reach: it has the drafter's tokens alone
+                calibration = {"greedy": calibrations[OURS if lookup else name]}
+
+                def make(given: OnlineCosts) -> WindowRule:
+                    return make_window_rule("kl", DEPTH, given, calibration, lookup=lookup)
+
+                return speed(run(make, these, told, as_one), cost)
+
+            speeds = {name: speed(traces, cost) for name, traces in unpriced.items()}
+            fitted = {value: speed(traces, cost)["tokens_per_cost"] for value, traces in entropy_fits.items()}
+            threshold = max(fitted, key=fitted.__getitem__)
+            rules = {name: speeds[name] for name in UNPRICED if name.startswith("transformers")}
+            rules["entropy stop (AdaEDL)"] = speeds[f"entropy stop from {threshold}"]
+            rules |= {name: adaptive(name, cost) for name in (CONFIDENCE_ONLY, OURS, WITH_LOOKUP)}
+            fixed = [speeds[f"fixed {window}"] for window in range(DEPTH + 1)]
+            thrifty = rules[OURS] | {"told_costs_times": 1.0}
+            for factor in THRIFT:
+                told = CostModel(cost.cost_ratio * factor, cost.verification_cost * factor)
+                slower = adaptive(OURS, told)
+                if slower["tokens_per_cost"] < fixed[COMPARED_FIXED]["tokens_per_cost"]:
+                    break
+                if slower["wasted"] < thrifty["wasted"]:
+                    thrifty = slower | {"told_costs_times": factor}
+            limit = speed([clairvoyant(table, cost) for table in these], cost)
+            results.append(
+                describe_result(workload, cost_name, cost, fixed, rules, limit)
+                | {"thrifty": thrifty, "entropy_stop_threshold": threshold}
+            )
+    calibration = {"greedy": calibrations[OURS], "confidence_alone": calibrations[CONFIDENCE_ONLY]}
+    found = {"results": results, "summary": summarise(results), "waste_at_speed_of_fixed_8": waste_at_speed(results)}
+    return found, calibration
+
+
+def describe_result(
+    workload: str,
+    cost_name: str,
+    cost: CostModel,
+    fixed: list[dict[str, float]],
+    rules: dict[str, dict[str, float]],
+    limit: dict[str, float],
+) -> dict[str, Any]:
+    """One workload at one cost: every rule beside the best fixed window and the clairvoyant."""
+    speeds = [one["tokens_per_cost"] for one in fixed]
+    best = max(speeds)
+    described = {}
+    for name, found in rules.items():
+        gain = found["tokens_per_cost"] - best
+        way = gain / (limit["tokens_per_cost"] - best) if limit["tokens_per_cost"] > best else 0.0
+        described[name] = found | {"over_best_fixed": gain / best, "way_to_clairvoyant": way}
+    return {
+        "workload": workload,
+        "cost": cost_name,
+        **asdict(cost),
+        "fixed": fixed,
+        "best_fixed_window": speeds.index(best),
+        "best_fixed_tokens_per_cost": best,
+        "rules": described,
+        "clairvoyant": limit,
+    }
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers that say whether adaptivity pays: of each rule its worst, mean and mixed-stream gains."""
+    summary: dict[str, Any] = {}
+    for name in results[0]["rules"]:
+        ours = [result["rules"][name] for result in results]
+        mixed = [result["rules"][name]["over_best_fixed"] for result in results if result["workload"] == MIXED]
+        worst = min(range(len(results)), key=lambda place: ours[place]["over_best_fixed"])
+        summary[name] = {
+            "worst_over_best_fixed": ours[worst]["over_best_fixed"],
+            "worst_at": f"{results[worst]['workload']}, {results[worst]['cost']}",
+            "mean_over_best_fixed": sum(one["over_best_fixed"] for one in ours) / len(ours),
+            "mixed_over_best_single_fixed": mixed,
+            "mean_way_to_clairvoyant": sum(one["way_to_clairvoyant"] for one in ours) / len(ours),
+            "least_way_to_clairvoyant": min(one["way_to_clairvoyant"] for one in ours),
+        }
+    return summary
+
+
+def waste_at_speed(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Our wasted drafts over those of fixed windows of 8, told the costs at which we waste least and are no slower."""
+    ratios = [
+        result["thrifty"]["wasted"] / result["fixed"][COMPARED_FIXED]["wasted"]
+        for result in results
+        if result["fixed"][COMPARED_FIXED]["wasted"] > 0
+    ]
+    return {"mean": sum(ratios) / max(len(ratios), 1), "worst": max(ratios, default=0.0)}
+
+
+# -- is the estimate right, and is the replay
+
+
+class _WatchedWindow(KLAdaptiveWindow):
+    """Estimates and learns as the adaptive rule does, but always drafts all there is room for."""
+
+    def start(self, limit: int) -> int:
+        super().start(limit)
+        return min(self.max_window, limit)
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        self._estimates.append(self.acceptance_probability(features))
+        return True
+
+    def go_on(self, position: int) -> bool:
+        return True
+
+
+def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable], bins: int = 10) -> dict[str, Any]:
+    """Predicted against measured acceptance of reached draft tokens, by position and by predicted probability.
+
+    The estimates are those that the rule would have had in decoding, its shift included, in windows of full depth.
+    """
+    estimator = AcceptanceEstimator(**calibration["weights"])
+    pairs = []
+    for table in tables:
+        rule = _WatchedWindow(DEPTH, OnlineCosts(0.0, 0.0), estimator, calibration["acceptance"])
+        for one_round in replay(rule, table).rounds:
+            for position in range(min(one_round.accepted + 1, one_round.window)):
+                estimate = one_round.acceptance_probabilities[position]
+                pairs.append((position, estimate, position < one_round.accepted))
+
+    def means(chosen: list[tuple[int, float, bool]]) -> dict[str, float]:
+        count = len(chosen)
+        return {
+            "predicted": sum(pair[1] for pair in chosen) / count,
+            "measured": sum(pair[2] for pair in chosen) / count,
+            "count": count,
+        }
+
+    by_position = [[pair for pair in pairs if pair[0] == position] for position in range(DEPTH)]
+    by_estimate = [[pair for pair in pairs if int(min(pair[1], 0.999999) * bins) == place] for place in range(bins)]
+    return {
+        "by_position": [{"position": place, **means(group)} for place, group in enumerate(by_position) if group],
+        "by_estimate": [means(group) for group in by_estimate if group],
+        "expected_error": sum(
+            len(group) * abs(means(group)["predicted"] - means(group)["measured"]) for group in by_estimate if group
+        )
+        / max(len(pairs), 1),
+    }
+
+
+def live_check(
+    target: Any,
+    drafter: Any,
+    tables: Sequence[DraftTable],
+    calibration: dict[str, Any],
+    costs: CostModel,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Decode the tables' prompts in earnest, with given costs, and compare text and rounds with the replay's.
+
+    `settings` names the rules to check: `window`, `max_window` and `lookup`; by default ours without and with look-up,
+    a fixed one and the heuristic.
+    """
+    depth = tables[0].draft_ids.shape[1]
+    settings = settings or {
+        OURS: {"window": "kl", "max_window": depth},
+        WITH_LOOKUP: {"window": "kl", "max_window": depth, "lookup": True},
+        "fixed 5": {"window": "fixed", "max_window": min(5, depth)},
+        "transformers heuristic": {"window": "heuristic", "max_window": depth},
+    }
+    stored = drafter.config.calibration
+    drafter.config.calibration = {"greedy": calibration}
+    given = asdict(costs)
+    found: dict[str, Any] = {}
+    try:
+        for name, chosen in settings.items():
+            same_text = same_rounds = 0
+            all_replayed, all_live = [], []
+            for table in tables:
+                outputs, traces = decode(
+                    target, drafter, [table.prompt.tolist()], table.max_new_tokens, **chosen, **given
+                )
+                rule = make_window_rule(
+                    chosen["window"],
+                    chosen["max_window"],
+                    OnlineCosts(costs.cost_ratio, costs.verification_cost),
+                    drafter.config.calibration,
+                    lookup=chosen.get("lookup", False),
+                )
+                replayed = replay(rule, table)
+                same_text += outputs[0] == table.text.tolist()
+                same_rounds += _rounds(traces[0]) == _rounds(replayed)
+                all_replayed.append(replayed)
+                all_live.append(traces[0])
+            found[name] = {
+                "texts": len(tables),
+                "same_text": same_text,
+                "same_rounds": same_rounds,
+                "replayed_tokens_per_cost": speed(all_replayed, costs)["tokens_per_cost"],
+                "live_tokens_per_cost": speed(all_live, costs)["tokens_per_cost"],
+            }
+    finally:
+        drafter.config.calibration = stored
+    return found
+
+
+def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
+    return [(r.window, r.draft_steps, r.accepted, r.draft_ids) for r in trace.rounds[1:]]
+
+
+# -- how it is shown
+
+
+def format_study(found: dict[str, Any]) -> str:
+    """A line for each workload and cost, and what they come to."""
+    lines = [
+        f"{'workload':<14} {'costs':<12} {'best fixed':>11} {'fixed 8':>8} {'ours':>6} {'gain':>7} {'clairv.':>8} "
+        f"{'of the way':>10} {'waste':>6} {'fixed 8':>8}"
+    ]
+    for result in found["results"]:
+        ours, eight = result["rules"][OURS], result["fixed"][COMPARED_FIXED]
+        best = f"{result['best_fixed_tokens_per_cost']:.2f} ({result['best_fixed_window']})"
+        lines.append(
+            f"{result['workload'][:14]:<14} {result['cost'][:12]:<12} {best:>11} {eight['tokens_per_cost']:>8.2f} "
+            f"{ours['tokens_per_cost']:>6.2f} {ours['over_best_fixed']:>+7.1%} "
+            f"{result['clairvoyant']['tokens_per_cost']:>8.2f} {ours['way_to_clairvoyant']:>10.0%} "
+            f"{ours['wasted']:>6.0%} {eight['wasted']:>8.0%}"
+        )
+    lines.append("")
+    lines.append(f"{'rule':<34} {'worst':>8} {'mean':>7} {'mixed, each cost':>28} {'of the way':>11}")
+    for name, total in found["summary"].items():
+        mixed = " ".join(f"{gain:+.1%}" for gain in total["mixed_over_best_single_fixed"])
+        lines.append(
+            f"{name:<34} {total['worst_over_best_fixed']:>+8.1%} {total['mean_over_best_fixed']:>+7.1%} {mixed:>28} "
+            f"{total['mean_way_to_clairvoyant']:>11.0%}"
+        )
+    if WITH_LOOKUP in found["summary"]:
+        lines.append(
+            "With look-up the text's own tokens are drafted too, which fixed windows and the clairvoyant do without: "
+            "they cost no draft step, and nothing at all where verification is free."
+        )
+    waste = found["waste_at_speed_of_fixed_8"]
+    lines.append(
+        f"wasted drafts over those of fixed 8, at no less than its speed: {waste['mean']:.2f} in the mean, "
+        f"{waste['worst']:.2f} at worst"
+    )
+    return "\n".join(lines)
+
+
+def speed_panels(found: dict[str, Any], cost_name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For [`plot_curves`]: tokens per cost over the fixed window, with the rules as level lines."""
+    panels = {}
+    for result in found["results"]:
+        if result["cost"] != cost_name:
+            continue
+        ends = (0.0, float(DEPTH))
+        panel = {"fixed": [(float(w), one["tokens_per_cost"]) for w, one in enumerate(result["fixed"])]}
+        for name in ("transformers dynamic confidence", OURS):
+            panel[name] = [(x, result["rules"][name]["tokens_per_cost"]) for x in ends]
+        panel["clairvoyant"] = [(x, result["clairvoyant"]["tokens_per_cost"]) for x in ends]
+        panels[result["workload"]] = panel
+    return panels
+
+
+def calibration_panels(curves: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For [`plot_curves`]: predicted and measured acceptance over the position, for each workload."""
+    return {
+        workload: {
+            kind: [(one["position"] + 1.0, one[kind]) for one in curve["by_position"]]
+            for kind in ("predicted", "measured")
+        }
+        for workload, curve in curves.items()
+    }

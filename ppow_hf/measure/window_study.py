@@ -1,0 +1,363 @@
+"""A table of drafts from every prefix of the target's text, and any window rule replayed on it.
+
+Knows tables, rules and costs; times nothing. At T = 0 a round that starts behind a given prefix has the same drafts
+and the same verdict whatever came before, so that one table answers for every rule.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from ..runtime.acceptance import kl_divergence, likeliest_tokens
+from ..runtime.modeling_ppow import collect_target_states
+from ..runtime.trace import GenerationTrace, RoundTrace
+from ..runtime.windowing import CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
+
+DEPTH = 16
+PREFIXES_AT_ONCE = 256
+# How far, in nats, a token that generate wrote may be behind another in a forward over the whole text.
+NEAR_TIE, NEAR_TIE_IN_HALF_PRECISION = 1e-3, 0.3
+
+
+@dataclass
+class DraftTable:
+    """Greedy drafts from every prefix of one text that the target wrote greedily.
+
+    Row c - 1 of the arrays stands for the state with c tokens of the text committed, the target's first token being
+    committed by its forward over the prompt; N is the text's length, K the depth.
+
+    Args:
+        prompt (`numpy.ndarray` of shape `(n,)`), text (`(N,)`): a prompt and the target's continuation of it.
+        draft_ids (`numpy.ndarray` of shape `(N - 1, K)`): the drafter's most likely tokens, each behind the last.
+        max_probability, second_probability, entropy (`numpy.ndarray` of shape `(N - 1, K)`):
+            Of the distributions they come from; nats.
+        kl (`numpy.ndarray` of shape `(N - 1, K)`):
+            KL(P||Q) in nats against the target's distribution there; NaN behind the first token that is rejected.
+        accepted (`numpy.ndarray` of shape `(N - 1,)`): how many of a row's draft tokens the target keeps.
+        max_new_tokens (`int`): where the call that the text stands for would have ended.
+        eos_token_ids (`frozenset[int]`): tokens that end a text; a draft ends before one.
+    """
+
+    prompt: numpy.ndarray
+    text: numpy.ndarray
+    draft_ids: numpy.ndarray
+    max_probability: numpy.ndarray
+    second_probability: numpy.ndarray
+    entropy: numpy.ndarray
+    kl: numpy.ndarray
+    accepted: numpy.ndarray
+    max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def looked_at(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """What a rule is told of each distribution, in the order of [`WindowRule.describe`]."""
+        return self.max_probability, self.second_probability, self.entropy
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that rounds commit: all but the first, which comes with the prompt."""
+        return len(self.text) - 1
+
+    def room(self, committed: int) -> int:
+        """Longest window with `committed` tokens of the text there: its round commits one token more."""
+        return max(self.max_new_tokens - committed - 1, 0)
+
+    def useful(self, committed: int) -> int:
+        """Draft tokens that a window can keep there: accepted ones before the end of the text and of the room."""
+        return min(int(self.accepted[committed - 1]), self.room(committed))
+
+
+# -- the table
+
+
+@torch.inference_mode()
+def draft_table(
+    target: Any, drafter: Any, prompt: torch.Tensor, text: Sequence[int], max_new_tokens: int, depth: int = DEPTH
+) -> DraftTable:
+    """The table of one text `[N]` behind `prompt` `[1, n]`: one target forward, then `depth` batched draft steps.
+
+    Raises `ValueError` where the target would not have written `text`, by its forward over the whole.
+    """
+    if len(text) < 1:
+        raise ValueError("text: it is empty; at least the target's first token is needed.")
+    ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(target.device)
+    before, length = prompt.shape[1], ids.shape[1]
+    layers = drafter.config.target_layer_ids
+    outputs = target(ids, output_hidden_states=bool(layers))
+    target_log_probs = outputs.logits[0].float().log_softmax(-1)
+    written = target_log_probs[before - 1 : -1].gather(-1, ids[0, before:, None])[:, 0]
+    behind = target_log_probs[before - 1 : -1].amax(-1) - written
+    tolerance = NEAR_TIE if target.dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
+    if bool((behind > tolerance).any()):
+        place = int((behind > tolerance).nonzero()[0])
+        raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
+    states = collect_target_states(outputs.hidden_states, layers)
+    states = None if states is None else states.to(drafter.device)
+    first, width = drafter.draft_model.first_prefix, target_log_probs.shape[-1]
+    features, cache = drafter.prefix_features(ids.to(drafter.device), states)
+    committed = length - first
+
+    names = ("ids", "max_probability", "second", "entropy", "kl")
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for start in range(before, length - 1, PREFIXES_AT_ONCE):
+        prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
+        drawn: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
+
+        def look(j: int, here: torch.Tensor, _, prefixes=prefixes, drawn=drawn) -> torch.Tensor:
+            log_probs = drafter.compute_logits(here[0], width).float().log_softmax(-1)
+            places = (prefixes[0] + j).clamp_max(length - 1)
+            there = target_log_probs[places.to(target_log_probs.device)].to(here.device)
+            first, second, entropies, likeliest = likeliest_tokens(log_probs).unbind(-1)
+            seen = likeliest.long(), first, second, entropies, kl_divergence(there, log_probs)
+            for name, column in zip(names, seen, strict=True):
+                drawn[name].append(column)
+            return likeliest.long()[None]
+
+        drafter.unroll(features, cache, prefixes, look, depth)
+        cache = drafter.draft_model.cropped(cache, committed)
+        for name, values in drawn.items():
+            columns[name].append(torch.stack(values, dim=1).cpu())
+    found = {
+        name: torch.cat(values).numpy() if values else numpy.zeros((0, depth)) for name, values in columns.items()
+    }
+    continuation = numpy.asarray(text)
+    padded = numpy.concatenate([continuation, numpy.full(depth, -1)])
+    windows = numpy.lib.stride_tricks.sliding_window_view(padded[1:], depth)[: len(text) - 1]
+    kept = numpy.cumprod(found["ids"] == windows, axis=1)
+    accepted = kept.sum(axis=1)
+    known = numpy.arange(depth) <= accepted[:, None]
+    return DraftTable(
+        prompt[0].cpu().numpy(),
+        continuation,
+        found["ids"],
+        found["max_probability"],
+        found["second"],
+        found["entropy"],
+        numpy.where(known, found["kl"], math.nan),
+        accepted,
+        max_new_tokens,
+        eos_of(target),
+    )
+
+
+def eos_of(target: Any) -> frozenset[int]:
+    """The tokens that end a text of this target's `generate`."""
+    eos = target.generation_config.eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def draft_tables(
+    target: Any,
+    drafter: Any,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    depth: int = DEPTH,
+    batch_size: int = 16,
+) -> list[DraftTable]:
+    """Let the target write greedily behind each prompt `[1, n]`, without a drafter, and tabulate the drafts.
+
+    Prompts are continued in batches, padded on the left; a text in which padding tipped a near-tie is written again,
+    alone.
+    """
+    tables = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        for prompt, text in zip(batch, _continue(target, batch, max_new_tokens), strict=True):
+            try:
+                tables.append(draft_table(target, drafter, prompt, text, max_new_tokens, depth))
+            except ValueError:
+                text = _continue(target, [prompt], max_new_tokens)[0]
+                tables.append(draft_table(target, drafter, prompt, text, max_new_tokens, depth))
+    return tables
+
+
+def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int) -> list[list[int]]:
+    """The target's greedy continuation of each prompt, up to and with the token that ends it."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([torch.nn.functional.pad(prompt.cpu(), (longest - prompt.shape[1], 0)) for prompt in prompts])
+    lengths = torch.tensor([prompt.shape[1] for prompt in prompts])
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    output = target.generate(
+        ids.to(target.device),
+        attention_mask=mask.to(target.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    eos, texts = eos_of(target), []
+    for row in output[:, longest:].tolist():
+        ends = [place for place, token in enumerate(row) if token in eos]
+        texts.append(row[: ends[0] + 1] if ends else row)
+    return texts
+
+
+# -- rules on the table
+
+
+def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> GenerationTrace:
+    """The rounds that decoding with `rule` would take, driven through the rule's own interface; none has a time.
+
+    With `record` a fixed window, which needs no look at the distributions, leaves features and divergences too.
+    """
+    looks = record or type(rule) is not FixedWindow
+    looks_up = record or isinstance(rule, KLAdaptiveWindow)
+    trace = GenerationTrace(rounds=[RoundTrace(0, 0, [])])  # the target's forward over the prompt
+    committed, read = 1, 0
+    whole = [*table.prompt.tolist(), *table.text.tolist()]
+    while committed < len(table.text):
+        row, one_round, ended = committed - 1, RoundTrace(0, 0, []), False
+        drafts = table.draft_ids[row].tolist()
+        if looks_up:
+            there = len(table.prompt) + committed
+            rule.read(whole[read:there])
+            read = there
+        longest = min(rule.start(table.room(committed)), len(drafts))
+        while len(one_round.draft_ids) < longest:
+            position = len(one_round.draft_ids)
+            one_round.draft_steps += 1
+            if looks:
+                first, second, entropy = (column[row, position].item() for column in table.looked_at)
+                features = rule.describe(first, second, entropy, drafts[position], drafts[:position])
+                if not rule.include(position, features):
+                    break
+            if ended := drafts[position] in table.eos_token_ids:
+                break
+            one_round.draft_ids.append(drafts[position])
+            if looks:
+                one_round.features.append(features)
+            if isinstance(rule, KLAdaptiveWindow):
+                one_round.acceptance_probabilities.append(rule.acceptance_probability(features))
+            if position + 1 == longest or not rule.go_on(position + 1) or rule.prefers_text(one_round.draft_ids):
+                break
+        own = len(one_round.draft_ids)
+        own_accepted = min(int(table.accepted[row]), own)
+        if looks:
+            one_round.kl = table.kl[row, : min(own_accepted + 1, own)].tolist()
+        tokens = [] if ended else rule.look_up(one_round.draft_ids, table.room(committed))
+        tokens = list(itertools.takewhile(lambda token: token not in table.eos_token_ids, tokens))
+        one_round.draft_ids += tokens
+        one_round.window, one_round.looked_up = own + len(tokens), len(tokens)
+        behind = table.text[committed + own :].tolist() if own_accepted == own else []
+        kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, behind, strict=False)))
+        one_round.accepted = own_accepted + kept
+        rule.update(own, one_round.draft_steps, own_accepted, one_round.kl)
+        rule.update_looked_up(len(tokens), kept)
+        trace.rounds.append(one_round)
+        committed += one_round.accepted + 1
+    return trace
+
+
+def clairvoyant(table: DraftTable, costs: CostModel) -> GenerationTrace:
+    """The rounds that commit the text at the least cost, had every verdict been known before [ours].
+
+    Exact, by dynamic programming over the committed tokens: V(c) = min over W of cost(W) + V(c + W + 1), W up to what
+    the target keeps there. A window beyond that costs more and commits nothing more.
+    """
+    end = len(table.text)
+    value, best = [0.0] * (end + 1), [0] * (end + 1)
+    for committed in range(end - 1, 0, -1):
+        choices = [
+            (costs.round_cost(window) + value[min(committed + window + 1, end)], window)
+            for window in range(table.useful(committed) + 1)
+        ]
+        value[committed], best[committed] = min(choices)
+    trace, committed = GenerationTrace(rounds=[RoundTrace(0, 0, [])]), 1
+    while committed < end:
+        window = best[committed]
+        trace.rounds.append(RoundTrace(window, window, table.draft_ids[committed - 1, :window].tolist(), window))
+        committed += window + 1
+    return trace
+
+
+class ConfidenceStop(FixedWindow):
+    """transformers' `assistant_confidence_threshold`: a draft ends with the first token drawn below the threshold.
+
+    With `dynamic` the threshold follows the text as transformers' does: after each round the one of least
+    (false positive rate + 3 x false negative rate) over all reached tokens so far, from their sixth on.
+    """
+
+    def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4, dynamic: bool = False):
+        super().__init__(max_window, costs)
+        self.threshold, self.dynamic = threshold, dynamic
+        self._seen: list[float] = []  # probabilities of this round's draft tokens
+        self._probabilities: list[float] = []
+        self._matches: list[int] = []
+
+    def start(self, limit: int) -> int:
+        self._seen = []
+        return super().start(limit)
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        self._seen.append(1 / (1 + math.exp(-features[0])))
+        return True
+
+    def go_on(self, position: int) -> bool:
+        return self._seen[-1] >= self.threshold
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        super().update(window, draft_steps, accepted, kl)
+        reached = min(accepted + 1, window)
+        self._probabilities += self._seen[:reached]
+        self._matches += [1] * accepted + [0] * (reached - accepted)
+        if self.dynamic and len(self._probabilities) > 5 and {0, 1} <= set(self._matches):
+            self.threshold = least_cost_threshold(self._matches, self._probabilities)
+
+
+def least_cost_threshold(matches: Sequence[int], probabilities: Sequence[float]) -> float:
+    """The seen probability that, as a threshold, has the least false positive rate + 3 x false negative rate."""
+    order = numpy.argsort(-numpy.asarray(probabilities), kind="stable")
+    scores, kept = numpy.asarray(probabilities)[order], numpy.asarray(matches)[order]
+    last = numpy.append(scores[1:] != scores[:-1], True)  # of each run of equal probabilities
+    true_positive = numpy.cumsum(kept)[last] / kept.sum()
+    false_positive = numpy.cumsum(1 - kept)[last] / (len(kept) - kept.sum())
+    return float(scores[last][numpy.argmin(false_positive + 3 * (1 - true_positive))])
+
+
+class EntropyStop(FixedWindow):
+    """AdaEDL (arXiv 2410.18351): a draft ends with the first token drawn where 1 - sqrt(0.2 H) is below a threshold.
+
+    The threshold follows the running acceptance: up by 0.001 a round while that is under 0.9, down otherwise.
+    """
+
+    def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4):
+        super().__init__(max_window, costs)
+        self.threshold = threshold
+        self._acceptance = 0.9
+        self._bound = 1.0
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        self._bound = 1 - math.sqrt(0.2 * features[1])
+        return True
+
+    def go_on(self, position: int) -> bool:
+        return self._bound >= self.threshold
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        super().update(window, draft_steps, accepted, kl)
+        if window > 0:
+            self._acceptance = 0.5 * self._acceptance + 0.5 * accepted / window
+            moved = self.threshold + (0.01 if self._acceptance < 0.9 else -0.01)
+            self.threshold = 0.9 * self.threshold + 0.1 * moved
+
+
+def mixed_stream(workloads: Mapping[str, Sequence[DraftTable]], segment_tokens: int) -> list[DraftTable]:
+    """Texts of all workloads in turns, each turn going on until `segment_tokens` tokens were committed.
+
+    Ends when a workload has no text left, so that all have a like share.
+    """
+    remaining = {name: list(tables) for name, tables in workloads.items()}
+    stream: list[DraftTable] = []
+    while True:
+        for tables in remaining.values():
+            tokens = 0
+            while tokens < segment_tokens:
+                if not tables:
+                    return stream
+                stream.append(tables.pop(0))
+                tokens += stream[-1].tokens

@@ -1,0 +1,1 @@
+"""A drafter's repository, its card, and how it gets to the Hub."""

@@ -1,0 +1,240 @@
+"""The drafter's configuration: what it is, which target it belongs to, and how its windows are chosen.
+
+Knows no tensors. Travels to the Hub with the drafter's code, so it imports transformers only.
+"""
+
+import functools
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+ARCHITECTURES = ("eagle", "standalone", "medusa")
+WINDOWS = ("kl", "fixed", "heuristic")
+
+
+def vocabulary_fingerprint(tokenizer) -> str:
+    """Sixteen hexadecimal digits that stand for a tokenizer's vocabulary (tokens and their ids)."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+_fingerprint_of = functools.lru_cache(maxsize=4)(vocabulary_fingerprint)
+
+
+def warn_of_other_target(config: Any, target_name: str | None = None, tokenizer: Any = None) -> None:
+    """Warn if a drafter of this `config` is used with a target of another name, or with another vocabulary.
+
+    It works all the same and changes no token; it drafts worse. Names are compared without the folders they lie in.
+    """
+    trained = config.target_name_or_path
+    if trained and target_name:
+        places = [part.lower() for part in Path(target_name).parts]  # of a snapshot: models--user--name/snapshots/...
+        last = trained.rstrip("/").split("/")[-1].lower()
+        if last not in places and not any(place.endswith(f"--{last}") for place in places if "--" in place):
+            warnings.warn(
+                f"This drafter was trained for {trained!r} and is used with {target_name!r}. The output is the "
+                "target's own all the same, but fewer drafts will be accepted: use a drafter of this target.",
+                stacklevel=2,
+            )
+    expected = config.target_vocabulary_fingerprint
+    if expected and tokenizer is not None and (given := _fingerprint_of(tokenizer)) != expected:
+        warnings.warn(
+            f"This drafter was trained for a vocabulary with the fingerprint {expected}, and the tokenizer's is "
+            f"{given}: use the tokenizer of {trained or 'its target'}, or a drafter of this target.",
+            stacklevel=2,
+        )
+
+
+def default_target_layers(num_layers: int) -> list[int]:
+    """The three target layers an eagle drafter reads: k means the output of k decoder layers, `hidden_states[k]`.
+
+    (2, N//2, N-3) as in EAGLE-3 for eight layers and more; spread evenly below the last layer on smaller targets. The
+    last id N is avoided: it is after the final norm in transformers and before it in vLLM.
+    """
+    if num_layers >= 8:
+        return [2, num_layers // 2, num_layers - 3]
+    top = max(num_layers - 1, 0)
+    return [top // 3, (2 * top) // 3, top]
+
+
+class PPOWDrafterConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`PPOWDrafter`].
+
+    Args:
+        architecture (`str`, *optional*, defaults to `"eagle"`):
+            `"eagle"`: the EAGLE-3 computation over the target's hidden states; `"standalone"`: a causal language model
+            of its own; `"medusa"`: heads on the target's last state, one for each token of a window.
+        draft_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the drafter's own transformer. For `"eagle"` a Llama configuration whose one layer's shape
+            is used; for `"standalone"` the configuration of any causal language model; not used by `"medusa"`.
+        vocab_size (`int`, *optional*, defaults to `32000`):
+            Width of the target's logits.
+        draft_vocab_size (`int`, *optional*):
+            Width of the drafter's own logits. `eagle` may have fewer tokens than the target (`d2t` maps them).
+        target_hidden_size (`int`, *optional*): width of the target's hidden states (eagle, medusa).
+        target_layer_ids (`list[int]`, *optional*):
+            Target states that the drafter reads; id k is transformers' `hidden_states[k]`. Three for eagle; for medusa
+            the last one, after the final norm.
+        medusa_heads (`int`, *optional*):
+            Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
+        medusa_layers (`int`, *optional*, defaults to `1`): residual layers of each head.
+        target_name_or_path, target_revision, target_model_type (`str`, *optional*): the target it was trained for.
+        target_vocabulary_fingerprint (`str`, *optional*): see [`vocabulary_fingerprint`].
+        context_length (`int`, *optional*): longest sequence that drafter and target take together.
+
+        > Settings of the window; each can be overridden for a call with [`PPOWDrafter.with_settings`].
+
+        window (`str`, *optional*, defaults to `"kl"`):
+            `"kl"`: adaptive, by calibrated acceptance probabilities and cost [ours]; `"fixed"`: always `max_window`;
+            `"heuristic"`: transformers' rule, two more after a fully accepted window and one fewer otherwise.
+        max_window (`int`, *optional*, defaults to `10`): longest window K [paper].
+        cost_ratio (`float`, *optional*):
+            gamma, seconds of a draft step over seconds of a one-token target forward. `None`: measured while decoding.
+        verification_cost (`float`, *optional*):
+            How much each further token adds to a target forward, in one-token forwards: v(W) = 1 + verification_cost *
+            W. `None`: measured while decoding.
+        lookup (`bool`, *optional*, defaults to `False`):
+            Draft from the text as well: what followed its last few tokens where they came before (`window="kl"` and
+            chains only; a call with another window, or with trees, goes without).
+        calibration (`dict`, *optional*):
+            Weights of the acceptance estimate for `"greedy"` and `"sampling"`, fitted at the end of training, see
+            [`AcceptanceEstimator`].
+    """
+
+    model_type = "ppow_drafter"
+    sub_configs = {"draft_config": AutoConfig}
+
+    def __init__(
+        self,
+        architecture: str = "eagle",
+        draft_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vocab_size: int = 32000,
+        draft_vocab_size: int | None = None,
+        target_hidden_size: int | None = None,
+        target_layer_ids: list[int] | None = None,
+        medusa_heads: int | None = None,
+        medusa_layers: int = 1,
+        target_name_or_path: str | None = None,
+        target_revision: str | None = None,
+        target_model_type: str | None = None,
+        target_vocabulary_fingerprint: str | None = None,
+        context_length: int | None = None,
+        window: str = "kl",
+        max_window: int = 10,
+        cost_ratio: float | None = None,
+        verification_cost: float | None = None,
+        lookup: bool = False,
+        calibration: dict[str, Any] | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs,
+    ):
+        if isinstance(draft_config, dict):
+            draft_config = AutoConfig.for_model(**draft_config)
+        elif draft_config is None:
+            draft_config = AutoConfig.for_model("llama", num_hidden_layers=1, vocab_size=vocab_size)
+        self.architecture = architecture
+        self.draft_config: Any = draft_config
+        self.vocab_size = vocab_size
+        self.draft_vocab_size = draft_vocab_size
+        self.target_hidden_size = target_hidden_size
+        self.target_layer_ids = target_layer_ids
+        self.medusa_heads = medusa_heads
+        self.medusa_layers = medusa_layers
+        self.target_name_or_path = target_name_or_path
+        self.target_revision = target_revision
+        self.target_model_type = target_model_type
+        self.target_vocabulary_fingerprint = target_vocabulary_fingerprint
+        self.context_length = context_length
+        self.window = window
+        self.max_window = max_window
+        self.cost_ratio = cost_ratio
+        self.verification_cost = verification_cost
+        self.lookup = lookup
+        self.calibration = calibration
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        kwargs.setdefault("tie_word_embeddings", bool(getattr(draft_config, "tie_word_embeddings", False)))
+        super().__init__(**kwargs)
+        check_settings(architecture=architecture)
+        check_settings(
+            window=window,
+            max_window=max_window,
+            cost_ratio=cost_ratio,
+            verification_cost=verification_cost,
+            lookup=lookup,
+        )
+        call_settings(self, {"lookup": lookup})
+        for name, value in (("medusa_heads", medusa_heads), ("medusa_layers", medusa_layers)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
+        self.check_window(max_window)
+
+    @property
+    def longest_window(self) -> int | None:
+        """The longest window that the drafter can draft at all: a medusa drafter's heads; `None`: no limit."""
+        return (self.medusa_heads or self.max_window) if self.architecture == "medusa" else None
+
+    def check_window(self, max_window: int) -> None:
+        """Raise `ValueError` when a drafter of this configuration cannot draft windows of `max_window` tokens."""
+        longest = self.longest_window
+        if longest is not None and max_window > longest:
+            raise ValueError(
+                f"max_window: {max_window} given, but this medusa drafter has {longest} heads, one for each token of "
+                "a window. Give at most that many, or make a drafter with more medusa_heads."
+            )
+
+
+def check_settings(**settings: Any) -> None:
+    """Raise `ValueError` for a setting that is unknown or out of range, naming it and what is accepted."""
+    for name, value in settings.items():
+        if name == "architecture":
+            if value not in ARCHITECTURES:
+                raise ValueError(f"architecture: {value!r} is not one of {list(ARCHITECTURES)}.")
+        elif name == "window":
+            if value not in WINDOWS:
+                raise ValueError(f"window: {value!r} is not one of {list(WINDOWS)}.")
+        elif name == "max_window":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"max_window: {value!r} is not a whole number of at least 1 draft token.")
+        elif name in ("cost_ratio", "verification_cost"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value < float("inf")):
+                raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
+        elif name == "lookup":
+            if not isinstance(value, bool):
+                raise ValueError(f"lookup: {value!r} is not True or False.")
+        elif name == "tree_nodes":
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"tree_nodes: {value!r} is not a whole number of at least 1 node (or None: chains).")
+        elif name == "tree_branches":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"tree_branches: {value!r} is not a whole number of at least 1 branch.")
+        else:
+            raise ValueError(
+                f"{name}: not a setting of a call; accepted are window, max_window, cost_ratio, verification_cost, "
+                "lookup, tree_nodes, tree_branches."
+            )
+
+
+def call_settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The window settings of a call: the `given` ones, and the configuration's where a call gives none.
+
+    Raises `ValueError` where look-up is asked for together with another window than `"kl"` or with trees.
+    """
+    names = ("window", "max_window", "cost_ratio", "verification_cost")
+    settings = {name: given.get(name, getattr(config, name)) for name in names}
+    adaptive_chains = settings["window"] == "kl" and given.get("tree_nodes") is None
+    lookup = given.get("lookup", config.lookup and adaptive_chains)
+    if lookup and not adaptive_chains:
+        other = f"window={settings['window']!r}" if settings["window"] != "kl" else f"tree_nodes={given['tree_nodes']}"
+        raise ValueError(
+            f"lookup: it goes with window='kl' and chains only, and {other} was given. Leave out one of the two."
+        )
+    return settings | {"lookup": lookup}

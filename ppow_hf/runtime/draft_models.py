@@ -1,0 +1,398 @@
+"""The computations that a PPOWDrafter can have inside: eagle, standalone and medusa behind one interface.
+
+Each turns known tokens (and the target's states) into features (`encode`), features and one more token into the next
+features (`advance`), and features into logits on its own vocabulary (`logits`). Knows nothing about windows,
+verification or training. `first_prefix` is the shortest prefix that has a feature.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_ppow import PPOWDrafterConfig
+from .draft_session import KeysValues, additive_mask, cache_argument, causal_allowed, rearrange_cache
+
+
+@dataclass
+class WindowKeys:
+    """Keys and values behind M windows that share a text and see nothing of each other.
+
+    Args:
+        text (`[B, heads, S, d]` each): the text's.
+        own (`[B, heads, M, j, d]` each, *optional*): of the j tokens that each window has.
+    """
+
+    text: KeysValues
+    own: KeysValues | None = None
+
+    def extended(self, keys: torch.Tensor, values: torch.Tensor) -> "WindowKeys":
+        """With one more token of each window, `[B, heads, M, d]` each."""
+        own = keys[:, :, :, None], values[:, :, :, None]
+        if self.own is not None:
+            own = torch.cat([self.own[0], own[0]], dim=3), torch.cat([self.own[1], own[1]], dim=3)
+        return WindowKeys(self.text, own)
+
+    def of_windows(self, order: torch.Tensor) -> "WindowKeys":
+        """Those of the windows `order` `[B, A]` alone."""
+        if self.own is None:
+            return self
+        index = order[:, None, :, None, None].expand(-1, self.own[0].shape[1], -1, *self.own[0].shape[3:])
+        return WindowKeys(self.text, (self.own[0].gather(2, index), self.own[1].gather(2, index)))
+
+    def attend(self, queries: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What queries `[B, q_heads, M, d]` see: of the text what `allowed` `[B, 1, M, S]` says, and their own window.
+
+        A window's own tokens are few: one product each, where a mask over all windows' tokens would be M times as
+        wide. Returns `[B, M, q_heads * d]`.
+        """
+        assert self.own is not None
+        (keys, values), (own_keys, own_values) = self.text, self.own
+        batch, heads, count, width = own_keys.shape[0], own_keys.shape[1], queries.shape[2], queries.shape[3]
+        grouped = queries.view(batch, heads, -1, count, width)
+        to_text = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
+        to_text = to_text.masked_fill(~allowed[:, :, None], -torch.inf)
+        to_own = (grouped[:, :, :, :, None] * own_keys[:, :, None]).sum(-1)
+        weights = (torch.cat([to_text.float(), to_own.float()], dim=-1) * scaling).softmax(-1).to(values.dtype)
+        of_text, of_own = weights.split([keys.shape[2], own_keys.shape[3]], dim=-1)
+        seen = (of_text.flatten(2, 3) @ values).view(grouped.shape)
+        seen = seen + (of_own[..., None] * own_values[:, :, None]).sum(-2)
+        return seen.flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+class GrowingKeys:
+    """Keys and values of decoding, with room behind them: one more token does not copy all that came before.
+
+    Without gradients only. What was cropped is overwritten by what comes next.
+    """
+
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
+        self.length = 0 if keys is None else keys.shape[2]
+        self._room = (keys, values)  # [B, heads, length and more, d] each
+
+    @property
+    def held(self) -> KeysValues:
+        """`[B, heads, length, d]` each."""
+        keys, values = self._room
+        return keys[:, :, : self.length], values[:, :, : self.length]  # type: ignore[index]
+
+    def extended(self, *more: torch.Tensor) -> KeysValues:
+        """Write `more` keys and values `[B, heads, n, d]` behind those held, and return them all."""
+        before, self.length = self.length, self.length + more[0].shape[2]
+        if self._room[0] is None or self._room[0].shape[2] < self.length:
+            size = self.length + max(self.length // 2, 256)
+            grown = [new.new_empty(*new.shape[:2], size, new.shape[3]) for new in more]
+            for old, new in zip(self._room, grown, strict=True):
+                if old is not None:
+                    new[:, :, :before] = old[:, :, :before]
+            self._room = (grown[0], grown[1])
+        for room, new in zip(self._room, more, strict=True):
+            room[:, :, before : self.length] = new  # type: ignore[index]
+        return self.held
+
+
+EagleCache = KeysValues | WindowKeys | GrowingKeys | None
+
+
+class DraftNorm(LlamaRMSNorm):
+    """The same norm in one operation where types allow: a draft step is short, and takes as long to call as to do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype:  # under autocast
+            return super().forward(x)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Queries and keys `[B, H, L, d]` turned by their positions' cosines and sines `[B, L, 2, d]`.
+
+    Llama's `apply_rotary_pos_emb` turns queries and keys one by one; here they are side by side.
+    """
+    cosines, sines = angles[:, None].unbind(3)
+    return heads * cosines + rotate_half(heads) * sines
+
+
+class EagleAttention(nn.Module):
+    """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # masks are always explicit
+        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, angles, mask, past: EagleCache):
+        batch, length = x.shape[:2]
+        queries, keys, values = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        turned = rotated(torch.cat([queries, keys], dim=1), angles)
+        queries, keys = turned.split([queries.shape[1], keys.shape[1]], dim=1)
+        if isinstance(past, WindowKeys):
+            past = past.extended(keys, values)
+            return self.o_proj(past.attend(queries, mask, self.scaling)), past
+        if isinstance(past, GrowingKeys):
+            keys, values = past.extended(keys, values)
+        elif past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
+        output = self.o_proj(output.reshape(batch, length, -1))
+        return output, past if isinstance(past, GrowingKeys) else (keys, values)
+
+
+class EagleDecoderLayer(GradientCheckpointingLayer):
+    """EAGLE-3's one layer: attention over [norm(embedding), norm(state)]; the residual is the state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = EagleAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, embeddings, states, angles, mask, past: EagleCache):
+        x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+        attended, keys_values = self.self_attn(x, angles, mask, past)
+        states = states + attended
+        return states + self.mlp(self.post_attention_layernorm(states)), keys_values
+
+
+class EagleDrafter(nn.Module):
+    """The EAGLE-3 computation; parameter names are those of the published checkpoints.
+
+    A feature is the layer's output before the final norm: it is what later draft steps are fed.
+    """
+
+    first_prefix = 1
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        draft = config.draft_config
+        self.config = draft
+        width = config.draft_vocab_size or config.vocab_size
+        fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, draft.hidden_size)
+        self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
+        self.midlayer = EagleDecoderLayer(draft)
+        self.norm = DraftNorm(draft.hidden_size, eps=draft.rms_norm_eps)
+        self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(draft)
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache."""
+        features = self.fc(states.to(self.fc.weight.dtype))
+        return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
+
+    def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `[B, L]` as `advance` takes them: cosines and sines `[B, L, 2, d]`."""
+        return torch.stack(self.rotary_emb(self.embed_tokens.weight, positions), dim=2)
+
+    def advance(self, tokens, features, cache, angles, allowed):
+        """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
+        embeddings = self.embed_tokens(tokens)
+        mask = allowed
+        if mask is not None and self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
+            mask = additive_mask(mask, embeddings.dtype)
+        return self.midlayer(embeddings, features, angles, mask, cache)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.norm(features))
+
+    @staticmethod
+    def decoding_cache() -> GrowingKeys:
+        """An empty cache for a generation call."""
+        return GrowingKeys()
+
+    @staticmethod
+    def cropped(cache: Any, length: int) -> Any:
+        if isinstance(cache, GrowingKeys):
+            cache.length = min(cache.length, length)
+            return cache
+        return cache[0][:, :, :length], cache[1][:, :, :length]
+
+    @staticmethod
+    def rearranged(cache: GrowingKeys, change: Callable[[torch.Tensor], torch.Tensor]) -> GrowingKeys:
+        """`change` applied to keys and values `[B, heads, L, d]`."""
+        return GrowingKeys(*map(change, cache.held))
+
+    def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
+        """Keep only the output rows of `kept_tokens`."""
+        self.lm_head.weight.data = self.lm_head.weight.data[kept_tokens].clone()
+        self.lm_head.out_features = len(kept_tokens)
+
+
+class StandaloneDrafter(nn.Module):
+    """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm).
+
+    Sliding windows are not honoured: in training the masks of packed windows cannot express them, and in decoding a
+    cache that forgets cannot be rolled back. Every layer sees the whole prefix in both. Families with linear biases
+    (ALiBi) place tokens by the mask of tokens seen or by their columns, so that they read chains only.
+    """
+
+    first_prefix = 0
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        self.config = config.draft_config
+        if self.config._attn_implementation == "sdpa":  # the default: left open, a family without it takes eager
+            self.config._attn_implementation = None
+        self.model = AutoModelForCausalLM.from_config(config.draft_config)
+        self.takes_positions = "position_ids" in inspect.signature(self.model.base_model.forward).parameters
+        self.reads_chains_only = not self.takes_positions or getattr(config.draft_config, "alibi", False)
+        self.slides = getattr(config.draft_config, "sliding_window", None) is not None
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """Tokens p `[B, L]` -> features `[B, L, h]`, cache; the target's states are not read."""
+        return self.advance(tokens, None, cache, positions, allowed)
+
+    def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions  # the model embeds them itself
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        if allowed is None and self.slides:  # left to itself the model would make sliding masks
+            allowed = causal_allowed(tokens.shape[1], self.cache_length(cache), tokens.device)
+        mask = None
+        if allowed is not None:
+            if self.reads_chains_only:
+                mask = self._chain_mask(allowed).expand(len(tokens), -1)
+            else:
+                mask = additive_mask(allowed, self.model.dtype)
+        if cache is None and not torch.is_grad_enabled():
+            cache = DynamicCache()
+        outputs = self.model.base_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            use_cache=cache is not None,
+            **({"position_ids": positions} if self.takes_positions else {}),
+            **{cache_argument(self.model.base_model): cache},
+        )
+        return outputs.last_hidden_state, cache
+
+    def _chain_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        """The tokens seen `[B, keys]` (B may be 1), where `allowed` `[B, 1, L, keys]` is the causal mask of them."""
+        length, keys = allowed.shape[-2:]
+        seen = allowed[:, 0, -1]
+        itself = torch.eye(length, keys, dtype=torch.bool, device=allowed.device).roll(keys - length, dims=1)
+        chain = (causal_allowed(length, keys - length, allowed.device) & seen[:, None, None]) | itself
+        if not torch.equal(chain, allowed):
+            raise ValueError(
+                f"draft_config: a standalone drafter of the class {type(self.model).__name__} places tokens by what "
+                "they see (ALiBi), so it reads neither trees of drafted tokens nor the packed windows of training. "
+                'Leave out tree_nodes; to train one, use architecture="eagle" or a draft_config of a family that '
+                "takes position_ids, such as llama."
+            )
+        return seen.long()
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.get_output_embeddings()(features)
+
+    @staticmethod
+    def cache_length(cache: DynamicCache | None) -> int:
+        return 0 if cache is None else cache.get_seq_length()
+
+    @staticmethod
+    def decoding_cache() -> DynamicCache:
+        return DynamicCache()
+
+    @staticmethod
+    def cropped(cache: DynamicCache, length: int) -> DynamicCache:
+        surplus = cache.get_seq_length() - length
+        if surplus > 0:
+            cache.crop(-surplus)
+        return cache
+
+    @staticmethod
+    def rearranged(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+        return rearrange_cache(cache, change)
+
+
+class MedusaBlock(GradientCheckpointingLayer):
+    """Residual layers of one head: x + silu(W x + b), `num_layers` times."""
+
+    def __init__(self, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(hidden_size, hidden_size) for _ in range(num_layers)])
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            states = states + nn.functional.silu(layer(states))
+        return states
+
+
+class MedusaDrafter(nn.Module):
+    """Medusa (2401.10774): head i reads the target's state of token p, after its final norm, and predicts token p+2+i.
+
+    Parameter names are those of vLLM's MedusaModel. No head reads another's token: a whole window hangs on the one
+    state that the target's last forward left, and drafting needs no cache. A feature is that state with the number of
+    the next head in a last channel, so that `logits` knows which head to ask; heads are computed when they are asked
+    for, so that a window which stops early pays for its own tokens only.
+    """
+
+    first_prefix = 1
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__()
+        self.config = config.draft_config
+        hidden = config.target_hidden_size or config.draft_config.hidden_size
+        heads = config.medusa_heads or config.max_window
+        self.blocks = nn.ModuleList([MedusaBlock(hidden, config.medusa_layers) for _ in range(heads)])
+        self.lm_heads = nn.ModuleList([nn.Linear(hidden, config.vocab_size, bias=False) for _ in range(heads)])
+
+    def encode(self, tokens, states, cache, positions, allowed):
+        """The target's states of tokens p - 1 `[B, L, h]` -> features of prefixes p `[B, L, h + 1]`, no cache."""
+        states = states.to(self.lm_heads[0].weight.dtype)
+        return nn.functional.pad(states, (0, 1)), ()
+
+    def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions  # not read
+
+    def advance(self, tokens, features, cache, positions, allowed):
+        """The next head's turn, whatever `tokens` were drafted; the last head stays the last."""
+        states, head = features[..., :-1], features[..., -1:]
+        return torch.cat([states, (head + 1).clamp_max(len(self.blocks) - 1)], dim=-1), cache
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        states, head = features[..., :-1], features[..., -1].long()
+        # With gradients every head takes part, if only with no rows: DDP waits for each parameter's gradient.
+        used = range(len(self.blocks)) if torch.is_grad_enabled() else head.unique().tolist()
+        if len(used) == 1:
+            return self.lm_heads[used[0]](self.blocks[used[0]](states))
+        logits = states.new_zeros(*head.shape, self.lm_heads[0].out_features)
+        for number in used:
+            rows = head == number
+            logits = logits.index_put((rows,), self.lm_heads[number](self.blocks[number](states[rows])).to(logits))
+        return logits
+
+    @staticmethod
+    def decoding_cache() -> tuple:
+        return ()
+
+    @staticmethod
+    def cropped(cache: tuple, length: int) -> tuple:
+        return cache
+
+    @staticmethod
+    def rearranged(cache: tuple, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
+        return cache

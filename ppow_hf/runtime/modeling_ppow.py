@@ -1,0 +1,541 @@
+"""PPOWDrafter: every architecture of drafter behind one interface, as a transformers model.
+
+Knows how to turn known tokens (and, for eagle, the target's states) into features, features into next-token logits,
+and how to draft on from there. Knows nothing about verification, windows or training objectives.
+
+Words: a *prefix* p of a sequence is its tokens 0..p; the drafter's *feature* of prefix p gives its distribution of
+token p + 1. A standalone drafter has a feature for every prefix, an eagle drafter from prefix 1 on, since it reads the
+target's state of token p - 1 together with the embedding of token p.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils import ModelOutput
+
+from .compatibility import check_width
+from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
+from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
+from .draft_session import DraftSession, causal_allowed, packed_allowed
+from .generation import DrafterView
+
+
+@dataclass
+class PPOWDrafterOutput(ModelOutput):
+    """What a drafter's forward returns.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): what `loss_function` returned.
+        logits (`torch.Tensor` of shape `(B, S, V)`, *optional*):
+            Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes
+            before `first_prefix`. Not computed when `loss_function` is given.
+        features (`torch.Tensor` of shape `(B, S, h)`): features of all prefixes.
+        window_features (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
+            Features along the windows of `draft_ids`: entry j gives the distribution of the window's token j.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    window_features: torch.Tensor | None = None
+
+
+# Attention scores of one unrolled step (batch * heads * windows * prefixes) up to which eagle attends to text and
+# windows apart, which is faster than masking every window's tokens from the others; each score takes about 14 bytes
+# a step, where a fused kernel keeps none.
+APART_SCORES = 2**24
+
+DRAFT_MODELS: dict[str, Any] = {"eagle": EagleDrafter, "standalone": StandaloneDrafter, "medusa": MedusaDrafter}
+
+
+class PPOWDrafter(PreTrainedModel):
+    """A drafter for speculative decoding, trained with PPOW (arXiv 2605.14978) or supervised.
+
+    Make one with [`PPOWDrafter.from_target`], load one with `from_pretrained`, give it to
+    `target.generate(assistant_model=drafter)`.
+    """
+
+    config: PPOWDrafterConfig
+    config_class = PPOWDrafterConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["EagleDecoderLayer", "MedusaBlock"]
+
+    def __init__(self, config: PPOWDrafterConfig):
+        super().__init__(config)
+        config.draft_config._attn_implementation = config._attn_implementation
+        self.draft_model: Any = DRAFT_MODELS[config.architecture](config)
+        width = config.draft_vocab_size
+        if width is not None and config.architecture == "eagle":
+            # Named and meant as in published EAGLE-3 checkpoints: target id = draft id + d2t[draft id].
+            self.register_buffer("d2t", torch.zeros(width, dtype=torch.long))
+            kept = torch.zeros(config.vocab_size, dtype=torch.bool)
+            kept[:width] = True
+            self.register_buffer("t2d", kept)
+        else:
+            self.d2t: Any = None
+            self.t2d: Any = None
+        self.last_trace: Any = None
+        self.last_traces: list[Any] = []
+        inner = getattr(self.draft_model, "model", None)
+        if inner is not None:
+            tied = inner.all_tied_weights_keys.items()
+            self._tied_weights_keys = {f"draft_model.model.{name}": f"draft_model.model.{to}" for name, to in tied}
+        self.post_init()
+
+    def _init_weights(self, module):
+        std = getattr(self.config.draft_config, "initializer_range", 0.02)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, LlamaRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, PPOWDrafter) and module.d2t is not None:
+            module.set_draft_vocabulary(torch.arange(len(module.d2t)))
+        else:
+            super()._init_weights(module)
+
+    # -- the vocabulary
+
+    def set_draft_vocabulary(self, kept_tokens: torch.Tensor) -> None:
+        """Set `d2t` and `t2d` from the target's token ids that the drafter can propose, ascending `[DV]`."""
+        kept_tokens = kept_tokens.sort().values.to(self.d2t.device)
+        self.d2t.copy_(kept_tokens - torch.arange(len(kept_tokens), device=kept_tokens.device))
+        self.t2d.zero_()
+        self.t2d[kept_tokens] = True
+
+    @property
+    def kept_tokens(self) -> torch.Tensor | None:
+        """The target's ids of the draft vocabulary `[DV]`, or `None` where both vocabularies are the same."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def draft_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `[..., h]` -> logits on the drafter's own vocabulary `[..., DV]`."""
+        return self.draft_model.logits(features)
+
+    def to_target_width(self, draft_logits: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Logits `[..., DV]` -> `[..., width]` on the target's vocabulary; what the drafter cannot propose is -inf."""
+        width = width or self.config.vocab_size
+        if self.d2t is not None:
+            full = draft_logits.new_full((*draft_logits.shape[:-1], self.config.vocab_size), -torch.inf)
+            full[..., self.kept_tokens] = draft_logits
+            draft_logits = full
+        return match_width(draft_logits, width)
+
+    def compute_logits(self, features: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Features `[..., h]` -> logits on the target's vocabulary `[..., V]`."""
+        return self.to_target_width(self.draft_logits(features), width)
+
+    def get_input_embeddings(self):
+        """The drafter's own token embeddings; `None` for medusa, which reads states only."""
+        draft = self.draft_model
+        if isinstance(draft, MedusaDrafter):
+            return None
+        return draft.embed_tokens if isinstance(draft, EagleDrafter) else draft.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        if isinstance(self.draft_model, EagleDrafter):
+            self.draft_model.embed_tokens = value
+        elif isinstance(self.draft_model, StandaloneDrafter):
+            self.draft_model.model.set_input_embeddings(value)
+        else:
+            raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
+
+    # -- whole sequences (training, evaluation)
+
+    def prefix_features(
+        self,
+        input_ids: torch.Tensor,
+        target_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """Features of all prefixes `[B, S, h]` and the cache behind them. Rows are padded on the right.
+
+        `target_states` `[B, S, 3*h_target]` is needed by eagle; entry i is the target's state of token i.
+        """
+        batch, length = input_ids.shape
+        first = self.draft_model.first_prefix
+        positions = torch.arange(first, length, device=input_ids.device).expand(batch, -1) - first
+        allowed = causal_allowed(length - first, 0, input_ids.device).expand(batch, 1, -1, -1)
+        if attention_mask is not None and not bool(attention_mask.all()):
+            visible = attention_mask[:, None, None, first:].bool()
+            diagonal = torch.eye(length - first, dtype=torch.bool, device=input_ids.device)
+            allowed = (allowed & visible) | diagonal  # padding sees itself: a row without any key would be NaN
+        states = None
+        if first:
+            if target_states is None:
+                raise ValueError(
+                    f"target_states: this {self.config.architecture} drafter reads the target's hidden states "
+                    f"{self.config.target_layer_ids}; pass them (see collect_target_states)."
+                )
+            states = target_states[:, :-1]
+        features, cache = self.draft_model.encode(input_ids[:, first:], states, None, positions, allowed)
+        return nn.functional.pad(features, (0, 0, first, 0)), cache
+
+    def unroll(
+        self,
+        features: torch.Tensor,
+        cache: Any,
+        prefixes: torch.Tensor,
+        choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+        window: int,
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Draft `window` tokens from M prefixes of each sequence at once, over the shared cache.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, S, h)`), cache: what [`prefix_features`] returned.
+            prefixes (`torch.LongTensor` of shape `(B, M)`): the prefix each window starts from; may repeat.
+            choose (`Callable`): `choose(j, features [B, A, h], windows [B, A]) -> LongTensor [B, A]` gives token j of
+                the windows that have come to it, the last token too; `windows` are their places among the M.
+            window (`int`): number of distributions wanted, K.
+            goes_on (`Callable`, *optional*): `goes_on(j, features, windows) -> BoolTensor [B, A]`, asked when token j
+                is chosen, the last excepted: which windows are drafted further; others cost nothing from there on. A
+                row in which fewer go on than in another is filled up with windows that do not.
+
+        Returns:
+            `torch.Tensor` of shape `(B, M, K, h)`: entry j gives the distribution of the window's token j; 0 where a
+            window did not come to it.
+        """
+        draft = self.draft_model
+        first, (batch, count) = draft.first_prefix, prefixes.shape
+        current = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
+        windows = torch.arange(count, device=prefixes.device).expand(batch, -1)  # [B, A]: those that are drafted
+        alive = torch.ones_like(windows, dtype=torch.bool)
+        positions, along = prefixes - first, [(windows, current)]
+        key_prefixes = torch.arange(first, features.shape[1], device=prefixes.device)
+        allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S - first]
+        apart = isinstance(draft, EagleDrafter) and allowed.numel() * draft.config.num_attention_heads <= APART_SCORES
+        if apart:
+            cache = WindowKeys(cache)
+        for j in range(window):
+            tokens = choose(j, current, windows)
+            if j == window - 1:
+                break
+            if goes_on is not None:
+                alive = alive & goes_on(j, current, windows)
+                most = int(alive.sum(1).max())
+                if most == 0:
+                    break
+                order = (~alive).long().argsort(dim=1, stable=True)[:, :most]
+                windows, alive, positions, tokens = (x.gather(1, order) for x in (windows, alive, positions, tokens))
+                current = current.gather(1, order[..., None].expand(-1, -1, current.shape[-1]))
+                allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
+                cache = cache.of_windows(order) if apart else cache
+            if not apart:
+                own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
+                allowed = torch.cat([allowed, own], dim=-1)
+            places = draft.embed_positions(positions + 1 + j)
+            current, cache = draft.advance(tokens, current, cache, places, allowed)
+            along.append((windows, current))
+        if goes_on is None:
+            return torch.stack([features for _, features in along], dim=2)
+        spread = []
+        for windows, current in along:
+            nothing = current.new_zeros(batch, count, current.shape[-1])
+            spread.append(nothing.scatter(1, windows[..., None].expand(-1, -1, current.shape[-1]), current))
+        return torch.stack(spread + [torch.zeros_like(spread[0])] * (window - len(spread)), dim=2)
+
+    def window_features(
+        self,
+        input_ids: torch.Tensor,
+        target_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        prefixes: torch.Tensor,
+        draft_ids: torch.Tensor,
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of all prefixes `[B, S, h]` and along given windows `[B, M, K, h]`, with gradients.
+
+        `goes_on` as of [`unroll`]; a standalone drafter reads windows whole.
+        """
+        window = draft_ids.shape[-1]
+        if isinstance(self.draft_model, StandaloneDrafter):
+            return self._packed_features(input_ids, attention_mask, prefixes, draft_ids)
+        features, cache = self.prefix_features(input_ids, target_states, attention_mask)
+
+        def given(j: int, _, windows: torch.Tensor) -> torch.Tensor:
+            return draft_ids[:, :, j].gather(1, windows)
+
+        return features, self.unroll(features, cache, prefixes, given, window, goes_on)
+
+    def _packed_features(self, input_ids, attention_mask, prefixes, draft_ids):
+        """The same for a standalone drafter: one forward over the sequence and all windows behind it."""
+        (batch, length), (count, window) = input_ids.shape, draft_ids.shape[1:]
+        tail = draft_ids[:, :, : window - 1]
+        allowed = packed_allowed(length, prefixes, window - 1)
+        if attention_mask is not None:
+            keys = nn.functional.pad(attention_mask.bool(), (0, tail[0].numel()), value=True)
+            allowed = (allowed & keys[:, None, None]) | torch.eye(allowed.shape[-1], dtype=torch.bool).to(keys.device)
+        positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
+        tail_positions = prefixes[..., None] + 1 + torch.arange(window - 1, device=input_ids.device)
+        everything, _ = self.draft_model.advance(
+            torch.cat([input_ids, tail.flatten(1)], dim=1),
+            None,
+            None,
+            self.draft_model.embed_positions(torch.cat([positions, tail_positions.flatten(1)], dim=1)),
+            allowed,
+        )
+        features = everything[:, :length]
+        starts = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
+        along = (
+            everything[:, length:].unflatten(1, (count, window - 1)) if window > 1 else starts[:, :, None][:, :, :0]
+        )
+        return features, torch.cat([starts[:, :, None], along], dim=2)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        target_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prefixes: torch.LongTensor | None = None,
+        draft_ids: torch.LongTensor | None = None,
+        loss_function: Callable[["PPOWDrafter", PPOWDrafterOutput], torch.Tensor] | None = None,
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        **kwargs,
+    ) -> PPOWDrafterOutput:
+        """Features of all prefixes, and along given windows.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): right-padded sequences.
+            target_states (`torch.Tensor` of shape `(B, S, 3*h_target)`, *optional*): the target's states (eagle).
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding.
+            prefixes (`torch.LongTensor` of shape `(B, M)`, *optional*), draft_ids (`(B, M, K)`, *optional*):
+                windows to follow; both or neither.
+            loss_function (`Callable`, *optional*):
+                `loss_function(drafter, output)` is evaluated here, inside forward, so that DDP and FSDP see every use
+                of a parameter.
+            goes_on (`Callable`, *optional*): which windows are followed further, see [`unroll`].
+        """
+        if prefixes is not None and draft_ids is not None:
+            features, along = self.window_features(
+                input_ids, target_states, attention_mask, prefixes, draft_ids, goes_on
+            )
+        else:
+            features, along = self.prefix_features(input_ids, target_states, attention_mask)[0], None
+        output = PPOWDrafterOutput(features=features, window_features=along)
+        if loss_function is None:
+            output.logits = self.compute_logits(features)
+        else:
+            output.loss = loss_function(self, output)
+        return output
+
+    # -- one sequence, token by token (decoding)
+
+    def start_session(self, width: int | None = None) -> DraftSession:
+        """A [`DraftSession`]: the drafter's side of one generation call; `width` is that of the target's logits."""
+        return DraftSession(self, width)
+
+    def with_settings(self, **settings) -> DrafterView:
+        """This drafter with other window settings, for one call: `assistant_model=drafter.with_settings(window=...)`.
+
+        Accepts `window`, `max_window`, `cost_ratio`, `verification_cost`, `lookup` (`bool`: draft from the text itself
+        too, see [`PPOWDrafterConfig`]), and for trees of drafted tokens in place of
+        chains `tree_nodes` (`int`: most nodes of a round's tree, at most `max_window` deep) and `tree_branches`
+        (`int`, defaults to `4`: most children of a node, and nodes expanded in a level). The view's `last_trace` is
+        its own.
+        """
+        return DrafterView(self, settings)
+
+    def generate_with(self, **options):
+        """`target.generate(**inputs, custom_generate=drafter.generate_with())`: our own loop, for batches too.
+
+        See [`SpeculativeDecoding`] for the options (`streamer`, `tokenizer`, `stop_strings`) and
+        [`with_settings`] for the window settings, which may be given here as well.
+        """
+        return self.with_settings().generate_with(**options)
+
+    # -- making one
+
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        architecture: str = "eagle",
+        draft_vocab_size: int | None = None,
+        token_counts: torch.Tensor | None = None,
+        **overrides,
+    ) -> "PPOWDrafter":
+        """An untrained drafter for `target`, started from the target's own embeddings, head and final norm.
+
+        Args:
+            target (`PreTrainedModel`): the causal language model to be drafted for.
+            architecture (`str`, *optional*, defaults to `"eagle"`): `"eagle"`, `"standalone"` or `"medusa"`.
+            draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary (eagle only).
+            token_counts (`torch.Tensor` of shape `(V,)`, *optional*):
+                How often each token occurs in the training data; needed with `draft_vocab_size`, whose tokens are the
+                most frequent ones.
+            overrides: fields of [`PPOWDrafterConfig`] (`max_window`, `target_layer_ids`, ...) or of the drafter's own
+                transformer (`num_hidden_layers`, `intermediate_size`, ...).
+        """
+        check_settings(architecture=architecture)
+        text = target.config.get_text_config()
+        vocab_size = target.get_output_embeddings().weight.shape[0]
+        own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
+        settings = {name: overrides.pop(name) for name in list(overrides) if name in own_fields}
+        if architecture != "eagle" and draft_vocab_size is not None:
+            raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
+        if architecture == "standalone":
+            given = overrides.pop("draft_config", None)
+            draft_config = copy.deepcopy(given if given is not None else text)
+            draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
+            if given is None:
+                overrides.setdefault("num_hidden_layers", 1)
+                draft_config.vocab_size = vocab_size
+            check_width(draft_config.vocab_size, vocab_size)
+        else:
+            if overrides.get("tie_word_embeddings"):
+                raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
+            draft_config = eagle_layer_config(text, vocab_size)
+        for name, value in overrides.items():
+            if not hasattr(draft_config, name):
+                raise ValueError(
+                    f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the "
+                    "drafter's own transformer."
+                )
+            setattr(draft_config, name, value)
+        if getattr(draft_config, "layer_types", None):
+            draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
+        layers = settings.pop("target_layer_ids", None)
+        if architecture == "medusa":
+            settings.setdefault("medusa_heads", settings.get("max_window", PPOWDrafterConfig().max_window))
+            settings.setdefault("max_window", settings["medusa_heads"])
+            if layers not in (None, [text.num_hidden_layers]):
+                raise ValueError(
+                    f"target_layer_ids: {layers} given, but medusa heads read the target's last state, "
+                    f"[{text.num_hidden_layers}]. Leave it out."
+                )
+            layers = [text.num_hidden_layers]
+        layers = layers or default_target_layers(text.num_hidden_layers)
+        if architecture == "eagle" and (
+            len(layers) != 3 or not 0 <= min(layers) <= max(layers) < text.num_hidden_layers
+        ):
+            raise ValueError(
+                f"target_layer_ids: {layers} must be three ids from 0 to {text.num_hidden_layers - 1}, the states "
+                "behind so many of the target's layers."
+            )
+        config = PPOWDrafterConfig(
+            architecture=architecture,
+            draft_config=draft_config,
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            target_hidden_size=text.hidden_size,
+            target_layer_ids=list(layers) if architecture != "standalone" else None,
+            **{
+                "target_name_or_path": target.config._name_or_path or None,
+                "target_revision": getattr(target.config, "_commit_hash", None),
+                "target_model_type": text.model_type,
+                "context_length": min(
+                    (
+                        length
+                        for c in (text, draft_config)
+                        if (length := getattr(c, "max_position_embeddings", None)) is not None
+                    ),
+                    default=None,
+                ),
+                **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+                **settings,
+            },
+        )
+        drafter = cls(config)
+        drafter._start_from(target, token_counts)
+        if target.dtype.is_floating_point:
+            for parameter in drafter.parameters():  # not the rotary frequencies, which stay in float32 as on loading
+                parameter.data = parameter.data.to(target.dtype)
+        return drafter
+
+    @torch.no_grad()
+    def _start_from(self, target: PreTrainedModel, token_counts: torch.Tensor | None) -> None:
+        draft = self.draft_model
+        if isinstance(draft, MedusaDrafter):  # each head begins as the target's own, for the token that it knows
+            for parameter in draft.blocks.parameters():
+                parameter.zero_()
+            for own_head in draft.lm_heads:
+                own_head.weight.copy_(target.get_output_embeddings().weight.to(own_head.weight))
+            return
+        source = target.get_input_embeddings().weight
+        embeddings = self.get_input_embeddings().weight
+        if source.shape[1] == embeddings.shape[1] and source.is_floating_point():
+            rows = min(len(source), len(embeddings))
+            embeddings[:rows] = source[:rows].to(embeddings)
+        head = target.get_output_embeddings().weight
+        if isinstance(draft, StandaloneDrafter):
+            own = draft.model.get_output_embeddings().weight
+            if own is not embeddings and own.shape == head.shape:
+                own.copy_(head.to(own))
+            return
+        kept = torch.arange(self.config.vocab_size)
+        if self.d2t is not None:
+            if token_counts is None or len(token_counts) > self.config.vocab_size:
+                raise ValueError(
+                    "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each "
+                    f"of the target's {self.config.vocab_size} tokens occurs in the training data; given was "
+                    f"{None if token_counts is None else tuple(token_counts.shape)}."
+                )
+            kept = token_counts.topk(len(self.d2t)).indices.sort().values
+            self.set_draft_vocabulary(kept)
+        if head.shape[1] == draft.lm_head.weight.shape[1]:
+            draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
+        hidden, target_hidden = draft.fc.out_features, self.config.target_hidden_size
+        if hidden == target_hidden:
+            # The highest of the three states passes through at the start: what the target's own head reads is near.
+            draft.fc.weight.mul_(0.1)
+            draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+
+
+def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:
+    """Logits `[..., V]` cut, or padded with -inf, to `width`: both are padded vocabularies of one tokenizer."""
+    surplus = logits.shape[-1] - width
+    if surplus > 0:
+        return logits[..., :width]
+    return nn.functional.pad(logits, (0, -surplus), value=-torch.inf) if surplus else logits
+
+
+def eagle_layer_config(text_config, vocab_size: int):
+    """The Llama configuration of an eagle drafter's one layer: the target's shape where it has one."""
+    hidden = text_config.hidden_size
+    heads = text_config.num_attention_heads
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", 10000.0) if isinstance(parameters, dict) else 10000.0
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=getattr(text_config, "max_position_embeddings", 2048),
+        rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-6),
+        rope_parameters={"rope_type": "default", "rope_theta": theta or 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=getattr(text_config, "bos_token_id", None),
+        eos_token_id=getattr(text_config, "eos_token_id", None),
+        pad_token_id=getattr(text_config, "pad_token_id", None),
+    )
+
+
+def collect_target_states(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int] | None) -> torch.Tensor | None:
+    """The states an eagle drafter reads, side by side: `[B, S, 3*h]` from transformers' `hidden_states` tuple."""
+    if layer_ids is None:
+        return None
+    return torch.cat([hidden_states[layer] for layer in layer_ids], dim=-1)
+
+
+AutoConfig.register("ppow_drafter", PPOWDrafterConfig, exist_ok=True)
+AutoModel.register(PPOWDrafterConfig, PPOWDrafter, exist_ok=True)
+
+__all__ = ["ARCHITECTURES", "DraftSession", "DrafterView", "PPOWDrafter", "PPOWDrafterConfig", "PPOWDrafterOutput"]

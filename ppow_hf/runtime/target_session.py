@@ -1,0 +1,246 @@
+"""The target's side of a generation call: its cache, which columns of it are whose, and its forwards.
+
+Knows the target's inputs and attention masks; knows nothing about drafters, distributions or window rules.
+
+Rows of a batch share one cache. Draft tokens that were rejected stay in it unseen (attention_mask 0, explicit
+position_ids) until they are too many, when the cache is compacted.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .draft_session import additive_mask, cache_argument, compacting_columns, gather_columns, rearrange_cache
+
+COMPACT_AT = 0.25  # share of a cache's columns that no row can see
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}  # those whose masks we can make
+
+
+class TargetSession:
+    """The target, its cache and its rows' columns, for one generation call.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        state_layers (`list[int]`, *optional*): the hidden states that the drafter reads.
+        input_ids (`[B, n]`), visible (`[B, n]` bool): the prompts, padded on the left where `visible` is False.
+        cache (`DynamicCache`, *optional*): the one that `generate` made, or a filled one to go on from (one prompt).
+        extra_inputs (`dict`): inputs of the prompt's forward (images and the like).
+        trees (`bool`): whether trees will be verified, which takes masks of our own and a cache that forgets nothing.
+    """
+
+    def __init__(self, target, state_layers, input_ids, visible, cache, extra_inputs, trees: bool):
+        self.target, self.state_layers, self.device = target, state_layers, input_ids.device
+        self.visible = visible  # [B, columns of the cache and, before the prompt is read, of the prompt]
+        self.positions = visible.sum(1)  # [B]: position of the token behind everything in the cache
+        self.ragged = len(input_ids) > 1 or not bool(visible.all())
+        text = target.config.get_text_config()
+        kinds = getattr(text, "layer_types", None)
+        self.layer_kinds = set(kinds) if kinds is not None else None
+        self.window = self._sliding_window(text)
+        # Layers that drop what slid out of their window count columns, holes too: keep all, and mask by position.
+        self.by_position = self.window is not None and (self.ragged or trees)
+        self._check_layers(trees)
+        past = cache.get_seq_length() if cache is not None else 0
+        self._check_cache(cache, past, trees)
+        self.past = past if 0 < past < input_ids.shape[1] else 0
+        self.cache: Any = cache if cache is not None and not self.by_position else DynamicCache()
+        self._alone = not (self.ragged or self.by_position)  # the target can make its own masks and positions
+        self.cache.activate_past_recording()
+        self.extra_inputs = extra_inputs
+        takes = inspect.signature(target.forward).parameters
+        self.takes = {name: name in takes for name in ("position_ids", "logits_to_keep", "attention_mask")}
+        # ALiBi counts the mask's tokens (Bloom, Falcon) or the cache's columns (MPT): holes must not stay among them.
+        self.by_columns = not self.takes["position_ids"] or getattr(text, "alibi", False)
+        if trees and (self.by_columns or not self.takes["attention_mask"]):
+            raise ValueError(
+                f"tree_nodes: {type(target).__name__} places tokens without position_ids, so branches of a tree "
+                "cannot be told where they stand. Leave out tree_nodes."
+            )
+        self.cache_name = cache_argument(target)
+
+    def _sliding_window(self, text: Any) -> int | None:
+        if getattr(text, "use_sliding_window", True) is False:
+            return None
+        if self.layer_kinds is not None and not any("sliding" in kind for kind in self.layer_kinds):
+            return None
+        return getattr(text, "sliding_window", None)
+
+    def _check_layers(self, trees: bool) -> None:
+        name, kinds = type(self.target).__name__, self.layer_kinds or set()
+        if any("linear" in kind or kind in ("mamba", "recurrent", "conv", "hybrid") for kind in kinds) or getattr(
+            self.target, "_is_stateful", False
+        ):
+            raise ValueError(
+                f"{name} keeps a recurrent state, which cannot take back rejected draft tokens. Generate without a "
+                "drafter."
+            )
+        if (trees or self.ragged) and not kinds <= ATTENTION_KINDS:
+            raise ValueError(
+                f"{name} has layers of the kinds {sorted(kinds - ATTENTION_KINDS)}, whose masks only the model itself "
+                "can make. Generate for one prompt at a time, without padding and without tree_nodes."
+            )
+        attention = self.target.config._attn_implementation
+        if (trees or self.by_position) and attention not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation: {attention!r} takes no masks of our own, which trees and batches with sliding "
+                'windows need. Load the target with attn_implementation="sdpa".'
+            )
+
+    def _check_cache(self, cache: Any, past: int, trees: bool) -> None:
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"cache_implementation: a {type(cache).__name__} was given, but rejected draft tokens are taken back "
+                "from a dynamic cache. Leave out cache_implementation and past_key_values."
+            )
+        if past and len(self.visible) > 1:
+            raise ValueError("past_key_values: a filled cache can be gone on from with one prompt only, not a batch.")
+        if past and self.by_position:
+            raise ValueError(
+                f"past_key_values: {type(self.target).__name__} has layers with a sliding window, whose filled cache "
+                "cannot verify trees. Leave out tree_nodes, or past_key_values."
+            )
+
+    # -- forwards
+
+    def read_prompt(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `[B, 1, V]` behind the prompts and the states of the tokens that were not in the cache."""
+        unread = input_ids[:, self.past :]
+        if self._alone:
+            read = self._forward(unread, None, None, only_last=True)
+            self._forget()
+            return read
+        positions = (self.visible.long().cumsum(1) - 1).clamp_min(0)[:, self.past :]
+        return self._forward(unread, positions, self._chain_mask(self.visible, positions), only_last=True)
+
+    def read_window(self, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `[B, W + 1, V]` and states behind the last committed token and a window, `tokens` `[B, W + 1]`.
+
+        `valid` `[B, W]` tells which draft tokens are a row's own.
+        """
+        if self._alone:
+            return self._forward(tokens, None, None)
+        seen = torch.cat([self.visible, self.visible.new_ones(len(tokens), 1), valid], dim=1)
+        positions = self.positions[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        return self._forward(tokens, positions, self._chain_mask(seen, positions))
+
+    def read_tree(
+        self, tokens: torch.Tensor, depths: torch.Tensor, seen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `[B, N + 1, V]` and states behind the last committed token and each node of a tree.
+
+        `tokens`, `depths` `[B, N + 1]` begin with the last committed token, of depth 0; `seen` `[B, N + 1, N + 1]`
+        tells which of them each attends to.
+        """
+        positions = self.positions[:, None] + depths
+        allowed = torch.cat([self.visible[:, None].expand(-1, tokens.shape[1], -1), seen], dim=2)
+        cached = self.visible.long().cumsum(1) - 1
+        return self._forward(tokens, positions, self._masks(allowed, positions, torch.cat([cached, positions], dim=1)))
+
+    def _forward(self, tokens, positions, mask, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `[B, T, V]` in float32 and the drafter's states of new tokens behind the cache."""
+        inputs = dict(self.extra_inputs) if only_last else {}
+        if mask is not None and self.takes["attention_mask"]:
+            inputs["attention_mask"] = mask
+        if positions is not None and self.takes["position_ids"]:
+            inputs["position_ids"] = positions
+        if only_last and self.takes["logits_to_keep"]:
+            inputs["logits_to_keep"] = 1
+        outputs = self.target(
+            input_ids=tokens,
+            use_cache=True,
+            return_dict=True,
+            output_hidden_states=bool(self.state_layers),
+            **{self.cache_name: self.cache},
+            **inputs,
+        )
+        logits = outputs.logits[:, -1:] if only_last else outputs.logits
+        states = None
+        if self.state_layers:
+            states = torch.cat([outputs.hidden_states[layer] for layer in self.state_layers], dim=-1)
+        return logits.to(device=self.device, dtype=torch.float32), states
+
+    def _chain_mask(self, seen: torch.Tensor, positions: torch.Tensor) -> Any:
+        """The mask of rows that are chains: columns seen; by position where the model's own would count holes."""
+        if not self.by_position:
+            return seen.long()
+        length, columns = positions.shape[1], seen.shape[1]
+        own = torch.arange(columns - length, columns, device=self.device)
+        behind = torch.arange(columns, device=self.device) <= own[:, None]
+        return self._masks(behind[None] & seen[:, None], positions, seen.long().cumsum(1) - 1)
+
+    def _masks(self, allowed: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor) -> Any:
+        """Additive masks of the columns `[B, T, columns]` that new tokens may see, for each kind of layer."""
+        length, columns = allowed.shape[1:]
+        itself = torch.eye(length, columns, dtype=torch.bool, device=self.device).roll(columns - length, dims=1)
+
+        def additive(columns_seen: torch.Tensor) -> torch.Tensor:
+            return additive_mask((columns_seen | itself)[:, None], self.target.dtype)
+
+        if self.window is None:
+            return additive(allowed)
+        near = additive(allowed & (positions[..., None] - key_positions[:, None] < self.window))
+        if self.layer_kinds is None or self.layer_kinds == {"sliding_attention"}:
+            return near
+        return {"full_attention": additive(allowed), "sliding_attention": near}
+
+    # -- what stays in the cache
+
+    def _forget(self) -> None:
+        """Let layers with a sliding window drop what slid out of it, kept until now for a crop."""
+        self.cache.crop(0)
+
+    def keep(self, width: int, counts: torch.Tensor, most: int) -> None:
+        """After a forward of `width` tokens: the first `counts` `[B]` (at most `most`) behind the first are kept.
+
+        What others kept and a row did not stays in the cache, unseen by that row.
+        """
+        if most + 1 < width:
+            self.cache.crop(-(width - most - 1))
+        else:
+            self._forget()
+        if self.ragged:
+            arrived = torch.arange(most + 1, device=counts.device) <= counts[:, None]
+        else:
+            arrived = self.visible.new_ones(1, most + 1)
+        self.visible = torch.cat([self.visible, arrived], dim=1)
+        self.positions = self.positions + counts + 1
+
+    def gather_paths(self, nodes: int, paths: torch.Tensor) -> None:
+        """Bring the accepted path of each row's tree, `paths` `[B, most]`, to the front of its `nodes` columns."""
+        most = paths.shape[1]
+        if most == 0 or bool((paths == torch.arange(most, device=paths.device)).all()):
+            return
+        for layer in self.cache.layers:
+            if layer.keys is None or not layer.keys.numel():
+                continue
+            first = layer.keys.shape[2] - nodes
+            change = gather_columns(first + paths)
+            layer.keys[:, :, first : first + most] = change(layer.keys)
+            layer.values[:, :, first : first + most] = change(layer.values)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Go on with these rows `[B']` alone."""
+        rearrange_cache(self.cache, lambda tensor: tensor[rows.to(tensor.device)])
+        self.visible, self.positions = self.visible[rows], self.positions[rows]
+
+    def compact(self) -> None:
+        """Forget the columns that no row can see, when they are many; all of a row's holes, where columns count."""
+        if not self.ragged:
+            return
+        waste = 1 - int(self.visible.sum(1).max()) / self.visible.shape[1]
+        has_holes = self.by_columns and bool((self.visible[:, 1:] < self.visible[:, :-1]).any())
+        if has_holes or waste > COMPACT_AT:
+            columns = compacting_columns(self.visible)
+            rearrange_cache(self.cache, gather_columns(columns))
+            self.visible = self.visible.gather(1, columns)
+
+    def finished_cache(self, length: int) -> Any:
+        """The cache as plain `generate` returns it, without the last of `length` tokens; `None` for padded rows."""
+        if self.ragged:
+            return None
+        surplus = self.cache.get_seq_length() - (length - 1)
+        if surplus > 0:
+            self.cache.crop(-surplus)
+        return self.cache

@@ -1,0 +1,559 @@
+"""Window rules and the cost model behind them: how many tokens to draft before the target is asked.
+
+Pure numbers and small state: knows no models, tokens or caches. A rule may change how fast text comes, never which.
+Words: gamma = draft step / one-token target forward; v(W) = (W+1)-token / one-token target forward; alpha =
+probability that the next draft token is kept.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .lookup import TextMemory
+
+MAX_KL = 20.0  # nats; a saturated softmax or a token outside the draft vocabulary gives infinity
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a round costs, in one-token target forwards.
+
+    Args:
+        cost_ratio (`float`, *optional*, defaults to `0.12`): gamma [paper: 0.12].
+        verification_cost (`float`, *optional*, defaults to `0.0`): slope of v(W) = 1 + slope * W.
+    """
+
+    cost_ratio: float = 0.12
+    verification_cost: float = 0.0
+
+    def round_cost(self, window: float, draft_steps: float | None = None) -> float:
+        """Cost of drafting `window` tokens in `draft_steps` steps (default: as many) and verifying them."""
+        steps = window if draft_steps is None else draft_steps
+        return steps * self.cost_ratio + 1 + self.verification_cost * window
+
+    def cost_per_accepted(self, window: float, accepted: float) -> float:
+        """Target forwards per accepted draft token; infinite when none is accepted."""
+        return self.round_cost(window) / accepted if accepted > 0 else math.inf
+
+    def expected_tokens(self, acceptance: float, window: int) -> float:
+        """E[tokens of a round] = (1 - alpha^(W+1)) / (1 - alpha), the bonus token counted (Leviathan et al. 2023)."""
+        if acceptance >= 1:
+            return window + 1.0
+        return (1 - acceptance ** (window + 1)) / (1 - acceptance)
+
+    def speedup(self, acceptance: float, window: int) -> float:
+        """Expected tokens per one-token target forward."""
+        return self.expected_tokens(acceptance, window) / self.round_cost(window)
+
+    def best_window(self, acceptance: float, max_window: int) -> int:
+        """The window of 0 to `max_window` with the highest expected speed; the shorter one on a tie."""
+        return max(range(max_window + 1), key=lambda window: (self.speedup(acceptance, window), -window))
+
+
+@dataclass
+class OnlineCosts:
+    """Costs measured while decoding: running means of the draft step, and a fitted line of the verification.
+
+    Prior values stand until enough rounds have been seen, so that one slow round (a page fault, another process)
+    does not decide. Given values are never replaced.
+    """
+
+    given_cost_ratio: float | None = None
+    given_verification_cost: float | None = None
+    prior: CostModel = field(default_factory=lambda: CostModel(0.12, 0.04))
+    decay: float = 0.95
+    _step: tuple[float, float] = (0.0, 0.0)  # weight, weighted seconds
+    _moments: list[float] = field(default_factory=lambda: [0.0] * 5)  # weight, W, W^2, seconds, W*seconds
+
+    def observe_drafting(self, steps: int, seconds: float) -> None:
+        """Record that `steps` draft steps took `seconds`."""
+        if steps > 0 and seconds > 0:
+            weight, total = self._step
+            self._step = (weight * self.decay + steps, total * self.decay + seconds)
+
+    def observe_verification(self, window: int, seconds: float) -> None:
+        """Record that a target forward of `window` + 1 tokens took `seconds`."""
+        if seconds > 0:
+            update = (1.0, window, window * window, seconds, window * seconds)
+            self._moments = [old * self.decay + new for old, new in zip(self._moments, update, strict=True)]
+
+    @property
+    def model(self) -> CostModel:
+        """The cost model of now."""
+        base, slope = self._verification_line()
+        weight, total = self._step
+        gamma, per_token = self.prior.cost_ratio, self.prior.verification_cost
+        if base is not None and slope is not None:
+            per_token = min(max(slope / base, 0.0), 1.0)
+            if weight >= 3:
+                gamma = min(total / weight / base, 10.0)
+        if self.given_cost_ratio is not None:
+            gamma = self.given_cost_ratio
+        if self.given_verification_cost is not None:
+            per_token = self.given_verification_cost
+        return CostModel(gamma, per_token)
+
+    def _verification_line(self) -> tuple[float | None, float | None]:
+        weight, window, square, seconds, product = self._moments
+        if weight < 3:
+            return None, None
+        prior = self.prior.verification_cost
+        spread = square / weight - (window / weight) ** 2
+        mean_window, mean_seconds = window / weight, seconds / weight
+        if spread < 0.25:  # all windows alike: the slope cannot be told, keep the prior's proportion
+            base = mean_seconds / (1 + prior * mean_window)
+            return base, base * prior
+        slope = max((product / weight - mean_window * mean_seconds) / spread, 0.0)
+        return max(mean_seconds - slope * mean_window, 0.2 * mean_seconds), slope
+
+
+@dataclass(frozen=True)
+class AcceptanceEstimator:
+    """Probability that a draft token is kept, from what is known before it is drawn [ours].
+
+    Logistic in the [`features`]. Fitted by [`fit`] at the end of training; the default weights are for a drafter that
+    nobody fitted them to.
+
+    Args:
+        bias (`float`): log-odds where every feature is 0.
+        confidence (`float`): weight of the logit of the drafter's highest probability.
+        entropy (`float`): of its distribution's entropy, nats.
+        divergence (`float`): of the logarithm of the lagged KL(P||Q).
+        position (`float`): of the number of draft tokens before it in the window.
+        margin (`float`): of the logarithm of the highest probability over the second.
+        foretold (`float`):
+            Of the log-odds that the text's own repetitions give to what they foretell
+            ([`TextMemory`]), where that is the likeliest token; taken negative where it is another.
+        conflict (`float`): of whether it is another.
+    """
+
+    bias: float = 0.0
+    confidence: float = 0.7
+    entropy: float = 0.0
+    divergence: float = -0.15
+    position: float = 0.0
+    margin: float = 0.4
+    foretold: float = 0.7
+    conflict: float = -0.5
+
+    @staticmethod
+    def features(
+        max_probability: float,
+        entropy: float,
+        lagged_kl: float,
+        position: int,
+        second_probability: float | None = None,
+        foretold: float | None = None,
+        is_foretold: bool = True,
+    ) -> list[float]:
+        """The seven features, each finite whatever the inputs (NaN counts as the most doubtful value).
+
+        `second_probability` left out leaves the margin at 0. `foretold` is the probability of what the text foretells,
+        `None` where it foretells nothing; `is_foretold` whether that is the likeliest token.
+        """
+        probability = min(max(_finite(max_probability, 0.0), 1e-4), 1 - 1e-4)
+        second = probability if second_probability is None else _finite(second_probability, 1.0)
+        return [
+            math.log(probability / (1 - probability)),
+            min(max(_finite(entropy, 10.0), 0.0), 15.0),
+            math.log(0.01 + min(max(_finite(lagged_kl, MAX_KL), 0.0), MAX_KL)),
+            float(position),
+            math.log(probability / min(max(second, 1e-4), probability)),
+            0.0 if foretold is None else _log_odds(foretold) * (1.0 if is_foretold else -1.0),
+            float(foretold is not None and not is_foretold),
+        ]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights in the order of the features."""
+        return (
+            self.confidence,
+            self.entropy,
+            self.divergence,
+            self.position,
+            self.margin,
+            self.foretold,
+            self.conflict,
+        )
+
+    def probability(self, features: Sequence[float], shift: float = 0.0) -> float:
+        """alpha in (0, 1) from the features; `shift` is added to its log-odds."""
+        score = self.bias + shift + sum(map(operator.mul, self.weights, features))
+        return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
+
+    @classmethod
+    def fit(
+        cls,
+        features: Sequence[Sequence[float]],
+        accepted: Sequence[bool],
+        ridge: float = 30.0,
+    ) -> "AcceptanceEstimator":
+        """Logistic regression by Newton's method on observed (features, accepted) pairs of reached positions.
+
+        `ridge` pulls the weights towards the default ones, and a thirtieth of it the bias, so that a few hundred pairs
+        do no harm. Fewer than 20 pairs, or pairs of one kind only, give a constant estimate (Laplace's rule).
+        """
+        import numpy
+
+        kept = sum(map(bool, accepted))
+        if len(accepted) < 20 or kept in (0, len(accepted)):
+            share = (kept + 1) / (len(accepted) + 2)
+            return cls(math.log(share / (1 - share)), *[0.0] * 7)
+        x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
+        y = numpy.asarray(accepted, dtype=float)
+        penalty = numpy.diag([ridge / 30] + [ridge] * (x.shape[1] - 1))
+        default = numpy.asarray([cls().bias, *cls().weights])
+        weights = default.copy()
+        for _ in range(50):
+            p = 1 / (1 + numpy.exp(-numpy.clip(x @ weights, -30, 30)))
+            gradient = x.T @ (p - y) + penalty @ (weights - default)
+            hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty
+            step = numpy.linalg.solve(hessian, gradient)
+            step *= min(1.0, 4.0 / max(float(numpy.abs(step).max()), 1e-12))
+            weights -= step
+            if numpy.abs(step).max() < 1e-8:
+                break
+        return cls(*(round(float(weight), 5) for weight in weights))
+
+
+def _log_odds(probability: float) -> float:
+    bounded = min(max(probability, 1e-3), 1 - 1e-3)
+    return math.log(bounded / (1 - bounded))
+
+
+def _finite(value: float, otherwise: float) -> float:
+    return otherwise if math.isnan(value) else min(max(value, -1e30), 1e30)
+
+
+class WindowRule:
+    """How long the next window is. One object per generation call; the loop drives it in this order each round:
+
+    `read(...)` of the tokens that are new in the text; `start(limit)` -> longest window to consider (0: do not draft);
+    then, for position j = 0, 1, ...: the drafter's distribution is computed and described by `describe(...)`,
+    `include(...)` says whether a token is drawn and verified there, and `go_on(...)` whether another distribution is
+    worth a draft step, where `prefers_text(...)` does not; `look_up(...)` gives tokens from the text to be verified
+    behind those; after the target's answer, `update(...)` and, where there were any, `update_looked_up(...)`.
+    """
+
+    max_window: int
+    costs: OnlineCosts
+    memory: TextMemory
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Take in the text's new tokens: first the prompt, then what each round committed."""
+        self.memory.read(tokens)
+
+    def describe(
+        self, max_probability: float, second_probability: float, entropy: float, likeliest: int, drafted: Sequence[int]
+    ) -> list[float]:
+        """Features of the distribution behind `drafted`, this round's draft tokens so far; `likeliest` is its mode.
+
+        Looks at nothing that is drawn there, so that sampling stays unbiased.
+        """
+        foretold = self.memory.foretell(drafted)
+        probability = None if foretold is None else self.memory.acceptance.probability(foretold)
+        is_foretold = foretold is not None and foretold.token == likeliest
+        return AcceptanceEstimator.features(
+            max_probability, entropy, self.lagged_kl, len(drafted), second_probability, probability, is_foretold
+        )
+
+    def start(self, limit: int) -> int:
+        raise NotImplementedError
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        """Whether to draw a token at `position`; `features` describe the distribution it would be drawn from."""
+        return True
+
+    def go_on(self, position: int) -> bool:
+        """Whether the draft step for `position` is worth its cost, all earlier positions having been drawn."""
+        return True
+
+    def prefers_text(self, drafted: Sequence[int]) -> bool:
+        """Whether the text is a better source than the drafter for what comes behind this round's `drafted` tokens."""
+        return False
+
+    def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
+        """Tokens from the text to be verified behind the `drafted` ones, so many that there are at most `limit`.
+
+        They depend on nothing that is not in the text or in `drafted`, so that sampling stays unbiased.
+        """
+        return []
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        """Learn from a round: tokens drafted by the drafter, draft steps taken, how many of the tokens were accepted,
+        KL(P||Q) at each position of theirs that was verified."""
+
+    def update_looked_up(self, looked_up: int, accepted: int) -> None:
+        """Learn from a round's tokens from the text, `accepted` of which were kept, after its [`update`]."""
+
+    @property
+    def lagged_kl(self) -> float:
+        """Mean KL(P||Q) of recent verified positions, in nats."""
+        return 1.0
+
+    @property
+    def pays(self) -> bool:
+        """Whether, by this rule's own account, drafting is faster than not drafting."""
+        return True
+
+
+class FixedWindow(WindowRule):
+    """Always `max_window` tokens, or as many as there is room for."""
+
+    def __init__(self, max_window: int, costs: OnlineCosts):
+        self.max_window, self.costs, self.memory = max_window, costs, TextMemory()
+        self._kl = 1.0
+
+    def start(self, limit: int) -> int:
+        return min(self.max_window, limit)
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        self._kl = decayed_kl(self._kl, kl)
+
+    @property
+    def lagged_kl(self) -> float:
+        return self._kl
+
+
+class HeuristicWindow(FixedWindow):
+    """transformers' `num_assistant_tokens_schedule="heuristic"`: +2 after a fully accepted window, -1 otherwise.
+
+    It starts at 5, as transformers 4 did; transformers 5 starts at 20, which costs more until it has come down.
+    """
+
+    def __init__(self, max_window: int, costs: OnlineCosts):
+        super().__init__(max_window, costs)
+        self._current = min(5, max_window)
+
+    def start(self, limit: int) -> int:
+        return min(self._current, limit)
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        super().update(window, draft_steps, accepted, kl)
+        if window > 0:
+            change = 2 if accepted == window else -1
+            self._current = min(max(self._current + change, 1), self.max_window)
+
+
+class KLAdaptiveWindow(FixedWindow):
+    """Draft position j while the probability that it is reached and kept is worth its cost [ours].
+
+    The stopping rule of renewal-reward: with S_j the product of the estimated acceptances up to j and lambda the
+    tokens per unit of cost reached so far, a draft step for position j is taken while S_(j-1) * E[alpha_j] >= lambda *
+    (gamma + slope), and a token whose distribution is known is verified while S_j >= lambda * slope. Before a round,
+    a window is only begun when drafting has paid lately; otherwise rounds go without (window 0), with a probe after 1,
+    2, 4, ... up to `probe_every` rounds, so that a poor drafter costs next to nothing and one that gets better is
+    noticed.
+
+    E[alpha_j], before its distribution is known, is half way between alpha_(j-1) and the running acceptance. (A second
+    logistic regression for it, from the features of position j - 1, did no better: the running acceptance follows the
+    text, and it does not.)
+
+    The estimator was fitted elsewhere, if at all. Its log-odds are shifted by what this text shows: an intercept with
+    a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter that
+    is sure and wrong is found out within a few rounds.
+    """
+
+    def __init__(
+        self,
+        max_window: int,
+        costs: OnlineCosts,
+        estimator: AcceptanceEstimator | None = None,
+        prior_acceptance: float = 0.7,
+        probe_every: int = 64,
+    ):
+        super().__init__(max_window, costs)
+        self.estimator = estimator or AcceptanceEstimator()
+        self.probe_every = probe_every
+        self._first_acceptance = prior_acceptance  # running share of first draft tokens that were kept
+        self._acceptance = prior_acceptance  # running share of reached draft tokens that were kept
+        self._evidence = 4.0
+        self._drafting_rounds = 0
+        self._shift, self._shift_variance = 0.0, 1.0  # of the estimator's log-odds
+        self._tokens, self._cost = 0.0, 0.0
+        self._cost_model = costs.model
+        self._reached = 1.0
+        self._estimates: list[float] = []  # alpha at this round's positions
+        self._next_estimate = prior_acceptance
+        self._rest, self._wait = 0, 1
+        self._worth = True
+
+    def acceptance_probability(self, features: Sequence[float]) -> float:
+        return self.estimator.probability(features, self._shift)
+
+    def start(self, limit: int) -> int:
+        self._cost_model = self.costs.model
+        self._reached, self._next_estimate, self._estimates = 1.0, self._acceptance, []
+        if limit < 1:
+            return 0
+        first_step = self._cost_model.cost_ratio + self._cost_model.verification_cost
+        self._worth = self._first_acceptance >= first_step * max(self._speed, 1.0)
+        if self._worth:
+            self._rest, self._wait = 0, 1
+            return min(self.max_window, limit)
+        if self._rest < self._wait:
+            self._rest += 1
+            return 0
+        self._rest, self._wait = 0, min(self._wait * 2, self.probe_every)
+        return 1
+
+    def include(self, position: int, features: Sequence[float]) -> bool:
+        alpha = self.acceptance_probability(features)
+        reached = self._reached * alpha
+        if position > 0 and reached < self._cost_model.verification_cost * self._speed:
+            return False
+        self._estimates.append(alpha)
+        self._reached = reached
+        self._next_estimate = 0.5 * (alpha + self._acceptance)
+        return True
+
+    def go_on(self, position: int) -> bool:
+        marginal = self._cost_model.cost_ratio + self._cost_model.verification_cost
+        return self._reached * self._next_estimate >= marginal * self._speed
+
+    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
+        super().update(window, draft_steps, accepted, kl)
+        decay = 0.97
+        self._tokens = decay * self._tokens + accepted + 1
+        self._cost = decay * self._cost + self._cost_model.round_cost(window, draft_steps)
+        if window > 0:
+            reached = accepted + (accepted < window)
+            self._evidence = min(self._evidence + reached, 40.0)
+            self._acceptance += (accepted / reached - self._acceptance) * reached / self._evidence
+            self._shift_estimates(accepted, self._estimates[:reached])
+            # The prior counts as two rounds. A probe after a rest says more about now than what was seen before it.
+            self._drafting_rounds += 1
+            rate = 0.3 if not self._worth else max(1 / (2 + self._drafting_rounds), 0.1)
+            self._first_acceptance += rate * (float(accepted > 0) - self._first_acceptance)
+
+    def _shift_estimates(self, accepted: int, estimates: Sequence[float]) -> None:
+        """One step of the filter over the reached positions, the first `accepted` of which were kept."""
+        information = sum(alpha * (1 - alpha) for alpha in estimates)
+        self._shift_variance = 1 / (1 / (self._shift_variance + 0.01) + information)
+        shift = self._shift + self._shift_variance * (accepted - sum(estimates))
+        self._shift = min(max(shift, -6.0), 6.0)
+
+    @property
+    def _speed(self) -> float:
+        """lambda: tokens per one-token target forward of recent rounds; the cost model's own guess at the start."""
+        prior = self._cost_model.speedup(self._acceptance, 4)
+        return (self._tokens + 4 * prior) / (self._cost + 4)
+
+    @property
+    def pays(self) -> bool:
+        return self._worth
+
+
+class LookupWindow(KLAdaptiveWindow):
+    """[`KLAdaptiveWindow`] that drafts from the text as well, in the drafter's place or behind its tokens [ours].
+
+    A token from the text costs no draft step, only its share of the verification: a chain of them goes on while S_j >=
+    lambda * slope, S_j the product of the acceptances that [`ForetoldAcceptance`] estimates. What a
+    chain gains over a round without is the sum of S_j - lambda * (cost of position j). Before each draft step the
+    text's chain, as far as it is worth its cost, is weighed against the best window of further draft steps, whose
+    acceptances are the running ones; the better one goes on.
+
+    The drafter's statistics come from its own tokens alone. It drafts at the latest after `passed_over` rounds in
+    which the text was preferred, so that one that gets better is noticed.
+    """
+
+    passed_over = 16
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._limit = 0
+        self._text_rounds = 0  # in a row
+
+    def start(self, limit: int) -> int:
+        longest = super().start(limit)
+        self._limit = min(self.max_window, limit)
+        if longest and self._worth and self._text_rounds < self.passed_over and self.prefers_text([]):
+            self._text_rounds += 1
+            return 0
+        if longest:
+            self._text_rounds = 0
+        return longest
+
+    def prefers_text(self, drafted: Sequence[int]) -> bool:
+        _, text_gain = self._chain(drafted, self._limit)
+        alpha = self._next_estimate if drafted else self._first_acceptance
+        price = self._price(self._cost_model.cost_ratio + self._cost_model.verification_cost)
+        reached, gain = self._reached * alpha, 0.0
+        for _ in range(self._limit - len(drafted)):
+            if reached < price:
+                break
+            gain += reached - price
+            reached *= self._acceptance
+        return text_gain > gain
+
+    def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
+        return self._chain(drafted, min(self.max_window, limit))[0]
+
+    def _price(self, cost: float) -> float:
+        """Tokens that could be had for `cost` otherwise; rounds without a draft always can."""
+        return max(self._speed, 1.0) * cost
+
+    def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], float]:
+        """Tokens from the text behind `drafted` that are worth their verification, and what they gain."""
+        chain: list[int] = []
+        price = self._price(self._cost_model.verification_cost)
+        reached, gain = self._reached, 0.0
+        while len(drafted) + len(chain) < limit:
+            foretold = self.memory.foretell([*drafted, *chain])
+            if foretold is None:
+                break
+            reached *= self.memory.acceptance.probability(foretold)
+            if reached < price:
+                break
+            chain.append(foretold.token)
+            gain += reached - price
+        return chain, gain
+
+    def update_looked_up(self, looked_up: int, accepted: int) -> None:
+        self._tokens += accepted
+        self._cost += self._cost_model.verification_cost * looked_up
+
+    @property
+    def pays(self) -> bool:
+        return self._worth or self._tokens > self._cost
+
+
+def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
+    """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""
+    for value in kl:
+        bounded = min(max(_finite(value, MAX_KL), 0.0), MAX_KL)
+        running = decay * running + (1 - decay) * bounded
+    return running
+
+
+def make_window_rule(
+    window: str,
+    max_window: int,
+    costs: OnlineCosts,
+    calibration: dict | None = None,
+    sampling: bool = False,
+    lookup: bool = False,
+) -> WindowRule:
+    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`; `lookup` is for the first."""
+    if window == "fixed":
+        return FixedWindow(max_window, costs)
+    if window == "heuristic":
+        return HeuristicWindow(max_window, costs)
+    if window != "kl":
+        raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
+    return make_adaptive_rule(max_window, costs, calibration, sampling, lookup)
+
+
+def make_adaptive_rule(
+    max_window: int, costs: OnlineCosts, calibration: dict | None = None, sampling: bool = False, lookup: bool = False
+) -> KLAdaptiveWindow:
+    """`window="kl"`, its estimator as calibrated."""
+    stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
+    weights = stored.get("weights", {})
+    if not set(weights) <= {one.name for one in fields(AcceptanceEstimator)}:  # fitted to other features, once
+        weights = {}
+    estimator = AcceptanceEstimator(**weights)
+    rule = LookupWindow if lookup else KLAdaptiveWindow
+    return rule(max_window, costs, estimator, prior_acceptance=stored.get("acceptance", 0.7))

@@ -1,0 +1,1 @@
+"""Recipes of training against each other."""

@@ -1,0 +1,340 @@
+"""`ppow compare`: recipes of training against each other, from one supervised checkpoint, on equal terms.
+
+Every recipe gets the same budget (target-forward tokens, or seconds), the same learning rates to choose from on the
+validation split, the same seeds; the test split is read once, when everything is chosen. One run is one line of
+`results.jsonl`, written when it is done: a comparison that was interrupted goes on where it stopped. Knows what to run
+and in which order; the texts are prepared in texts.py, what a drafter is worth is measured in
+evaluation.py, what came out is said in report.py.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from ..data.sequences import SequenceDataset
+from ..measure.provenance import describe, public_name, shortened
+from ..runtime.modeling_ppow import PPOWDrafter
+from ..tiny.recipe import bfloat16_pays
+from ..training import PPOWTrainingArguments
+from ..training.budget import Budget, BudgetTrainer
+from ..training.optimizers import make_optimizer
+from .configuration import RESULTS, START, CompareConfig, read_results, write_whole
+from .evaluation import EvaluationTexts, evaluate_drafter, mean_gain, target_entropy
+from .report import write_report
+from .texts import SPLITS, longest_sequence, prepare, training_text
+
+# -- one run
+
+
+def train(
+    drafter: PPOWDrafter,
+    target: Any,
+    data: SequenceDataset,
+    settings: Mapping[str, Any],
+    budget: Budget,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+    max_length: int,
+    keep_bytes: int,
+) -> BudgetTrainer:
+    """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up.
+
+    `settings` are training arguments, with `later` as in [`CompareConfig`].
+    """
+    later = dict(settings.get("later", {}))
+    share = later.pop("from", 1.0)
+    own = {
+        "output_dir": str(folder),
+        "max_length": max_length,
+        "cost_ratio": 0.12,
+        "per_device_train_batch_size": 8,
+        "adam_beta2": 0.95,
+        "logging_steps": 5,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": target.device.type == "cpu",
+        "bf16": bfloat16_pays(target.device.type),
+        **{name: value for name, value in settings.items() if name != "later"},
+        "max_steps": 10_000_000,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    args = PPOWTrainingArguments(**own)
+    second = PPOWTrainingArguments(**{**own, **later})  # refused before any work, if it must be
+    switch = _Switch(budget, share, {name: getattr(second, name) for name in later})
+    set_seed(seed)
+    if drafter.config.architecture == "eagle" and not args.train_embeddings:
+        drafter.draft_model.embed_tokens.requires_grad_(False)
+    optimizer = make_optimizer(drafter, args, args.muon)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
+    )
+    trainer = BudgetTrainer(
+        budget, model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget, switch],
+        optimizers=(optimizer, schedule),
+    )  # fmt: skip
+    trainer.target.keep_encodings(keep_bytes)
+    trainer.train()
+    return trainer
+
+
+class _Switch(TrainerCallback):
+    """Gives training arguments other values once a share of the budget is spent."""
+
+    def __init__(self, budget: Budget, share: float, values: dict[str, Any]):
+        self.budget, self.share, self.values = budget, share, values
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.budget.fraction >= self.share:
+            for name, value in self.values.items():
+                setattr(args, name, value)
+
+
+# -- the comparison
+
+
+def claim_folder(config: CompareConfig, folder: Path) -> None:
+    """Write the configuration into `folder`, which belongs to one; recipes may be added, baselines, budgets and seeds.
+
+    Raises `ValueError` naming what differs if the folder holds a comparison with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    mine = json.loads(json.dumps(vars(config)))
+    # Where something lies on this machine is nobody else's.
+    mine["drafter"] = public_name(mine["drafter"])
+    if not isinstance(mine["target"], dict):
+        mine["target"] = public_name(mine["target"])
+    elif "texts" in mine["target"]:
+        mine["target"]["texts"] = Path(mine["target"]["texts"]).name
+    mine["workload"] = {
+        name: value if name == "name" else Path(value).name for name, value in mine["workload"].items()
+    }
+    if path.is_file():
+        before = json.loads(path.read_text())
+        open_ended = ("recipes", "baselines", "budgets", "seeds")
+        changed = [name for name in mine if name not in open_ended and before.get(name) != mine[name]]
+        changed += [f"recipes.{name}" for name, recipe in mine["recipes"].items()
+                    if before["recipes"].get(name, recipe) != recipe]  # fmt: skip
+        if changed:
+            raise ValueError(
+                f"--output-dir: {folder.name!r} holds a comparison with other settings "
+                f"({', '.join(changed)}). Pass another folder, or the configuration it was begun with."
+            )
+        mine["recipes"] = {**before["recipes"], **mine["recipes"]}
+    path.write_text(json.dumps(mine, indent=1) + "\n")
+
+
+class Comparison:
+    """One comparison in one folder: data, the start, the runs, and the lines of what came out.
+
+    Args:
+        config ([`CompareConfig`]): what to compare.
+        folder (`Path`): gets everything; the same folder again goes on.
+        target, tokenizer: the loaded target and its tokenizer.
+        start (`PPOWDrafter`, *optional*): the supervised drafter that the configuration names.
+        command (`str`, *optional*): recorded in the provenance.
+    """
+
+    def __init__(
+        self, config: CompareConfig, folder: Path, target: Any, tokenizer: Any, start: PPOWDrafter | None = None,
+        command: str | None = None,
+    ):  # fmt: skip
+        self.config, self.folder, self.target, self.tokenizer = config, Path(folder), target, tokenizer
+        self.given_start, self.command = start, command
+        claim_folder(config, self.folder)
+        self.max_length = longest_sequence(config)
+        self.lines = read_results(self.folder / RESULTS)
+        self.data: SequenceDataset
+        self.texts: dict[str, EvaluationTexts] = {}
+
+    def run(self) -> None:
+        """Everything that is not done yet, then the report's files."""
+        self.data, self.texts = prepare(self.config, self.folder, self.target, self.tokenizer)
+        start = self._start()
+        self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[0])
+        chosen: list[dict[str, Any]] = []
+        for kind, amount in self.config.budgets.items():
+            budget = {"kind": kind, "amount": amount}
+            for recipe, settings in self.config.recipes.items():
+                rates = settings.get("learning_rates", self.config.learning_rates)
+                first = self.config.seeds[0]
+                tried = [self._train_once(start, recipe, first, budget, float(rate)) for rate in rates]
+                best = max(tried, key=self._gain)
+                chosen.append(best)
+                chosen += [
+                    self._train_once(start, recipe, seed, budget, best["learning_rate"])
+                    for seed in self.config.seeds[1:]
+                ]
+                self._forget([line for line in tried if line is not best])
+        # The test split is read here for the first time, when nothing is left to choose.
+        self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[1])
+        for line in chosen:
+            self._test(line)
+        write_report(self.folder)
+
+    # -- the start
+
+    def _start(self) -> PPOWDrafter:
+        folder = self.folder / "start"
+        if (folder / "config.json").is_file():
+            return PPOWDrafter.from_pretrained(folder, dtype=torch.float32).to(self.target.device)
+        curve: list[list[float]] = []
+        if self.given_start is not None:
+            drafter = self.given_start.float()
+        else:
+            set_seed(0)
+            name = self.config.target_name
+            drafter = PPOWDrafter.from_target(
+                self.target, self.config.architecture, target_name_or_path=name, **self.config.drafter_config
+            ).float()
+            drafter = drafter.to(self.target.device)
+            settings = dict(self.config.start)
+            seconds, rate = settings.pop("seconds"), float(settings.pop("learning_rate"))
+            common = {name: value for name, value in self.config.training.items() if name != "objective"}
+            # Twice as many points: whether it reached its plateau is read off them.
+            budget = Budget(
+                "seconds", seconds, 2 * self.config.curve_points, lambda: self._point(drafter, budget, curve)
+            )
+            self._point(drafter, budget, curve)
+            train(
+                drafter, self.target, self.data, {"objective": "supervised", **common, **settings}, budget, rate,
+                seed=0, folder=folder / "training", max_length=self.max_length, keep_bytes=self._keep_bytes,
+            )  # fmt: skip
+        summary = {
+            "curve": curve,
+            "plateau_gain": plateau_gain(curve),
+            "drafter": public_name(self.config.drafter),
+            "target_entropy": target_entropy(self.target, self.texts[SPLITS[0]]),
+        }
+        write_whole(self.folder / START, json.dumps(summary, indent=1) + "\n")
+        drafter.save_pretrained(self.folder / "start.part")
+        shutil.rmtree(folder, ignore_errors=True)
+        (self.folder / "start.part").rename(folder)
+        return drafter
+
+    @property
+    def _keep_bytes(self) -> int:
+        return int(self.config.keep_gib * 2**30)
+
+    def _point(self, drafter: PPOWDrafter, budget: Budget, curve: list[list[float]]) -> None:
+        """One point of a run's curve: target-forward tokens, seconds, acceptance length of the greedy chain."""
+        found = evaluate_drafter(
+            self.target, drafter, self.texts[SPLITS[0]].first(self.config.curve_prompts), groups=(), cost_ratios=()
+        )
+        longest = max((name for name in found["metrics"] if name.startswith("chain_t0")), key=lambda n: int(n[10:]))
+        curve.append([budget.tokens, round(budget.seconds, 2), round(found["metrics"][longest], 4)])
+
+    # -- runs
+
+    def _train_once(
+        self, start: PPOWDrafter, recipe: str, seed: int, budget: dict[str, Any], rate: float
+    ) -> dict[str, Any]:
+        """The validation line of a run: read from the results, or trained for and evaluated."""
+        facts = {"recipe": recipe, "seed": seed, "budget": budget, "learning_rate": rate}
+        done = self._line(facts, SPLITS[0])
+        if done is not None:
+            return done
+        folder = self._run_folder(facts)
+        drafter = PPOWDrafter.from_pretrained(self.folder / "start", dtype=torch.float32).to(self.target.device)
+        settings = {k: v for k, v in self.config.recipes[recipe].items() if k != "learning_rates"}
+        data = self.data
+        if "regenerate_temperature" in settings:
+            temperature = settings["regenerate_temperature"]
+            data = training_text(self.config, self.folder, self.target, self.tokenizer, temperature=temperature)
+        curve: list[list[float]] = []
+        counter = Budget(
+            budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter, counter, curve)
+        )
+        trainer = train(
+            drafter, self.target, data, {**self.config.training, **settings}, counter, rate, seed, folder,
+            self.max_length, self._keep_bytes,
+        )  # fmt: skip
+        names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")
+        log = [{n: row[n] for n in names if n in row} for row in trainer.state.log_history if "loss" in row]
+        training = {
+            "target_forward_tokens": counter.tokens, "seconds": round(counter.seconds, 2),
+            "steps": trainer.state.global_step, "curve": curve, "log": log, "settings": settings,
+        }  # fmt: skip
+        drafter.save_pretrained(folder)
+        return self._evaluate_once(drafter, facts, SPLITS[0], training=training)
+
+    def _test(self, line: dict[str, Any]) -> None:
+        facts = {name: line[name] for name in ("recipe", "seed", "budget", "learning_rate")}
+        if self._line(facts, SPLITS[1]) is None:
+            drafter = PPOWDrafter.from_pretrained(self._run_folder(facts), dtype=torch.float32)
+            self._evaluate_once(drafter.to(self.target.device), facts, SPLITS[1], fit=line["fit"])
+
+    def _evaluate_once(
+        self, drafter: PPOWDrafter, facts: dict[str, Any], split: str, training: dict | None = None, fit: Any = None
+    ) -> dict[str, Any]:
+        done = self._line(facts, split)
+        if done is not None:
+            return done
+        if fit is None and split == SPLITS[1]:
+            validation = self._line(facts, SPLITS[0])
+            fit = None if validation is None else validation["fit"]
+        groups, ratios, trees = self.config.groups, self.config.cost_ratios, self.config.tree_nodes
+        if split == SPLITS[0]:  # what chooses, and the group that stands in the first table
+            names, middle = self.config.select_by, groups[len(groups) // 2 : len(groups) // 2 + 1]
+            groups = [count for count in groups if f"group_t0_c{count}" in names or count in middle]
+            ratios = [ratio for ratio in ratios if f"speed_t0_{ratio:g}" in names]
+            trees = [count for count in trees if {f"tree_t0_n{count}", f"tree_t1_n{count}"} & set(names)]
+        found = evaluate_drafter(
+            self.target, drafter, self.texts[split], groups, ratios, trees, self.config.slow_prompts,
+            self.config.verification_cost, calibration=fit,
+        )  # fmt: skip
+        line = shortened({
+            **facts,
+            "target": self.config.target_name,
+            "architecture": self.config.architecture,
+            "workload": self.config.workload["name"],
+            "split": split,
+            **found,
+            **({} if training is None else {"training": training}),
+            "provenance": describe(self.target.device, self.command),
+        })  # fmt: skip
+        self.lines.append(line)
+        with open(self.folder / RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        shown = ", ".join(f"{name} {found['metrics'][name]:.3f}" for name in self.config.select_by)
+        print(f"{_label(facts)} [{split}]: {shown}", flush=True)
+        return line
+
+    def _line(self, facts: dict[str, Any], split: str) -> dict[str, Any] | None:
+        wanted = {**facts, "split": split}
+        return next((x for x in self.lines if all(x.get(name) == value for name, value in wanted.items())), None)
+
+    def _gain(self, line: dict[str, Any]) -> float:
+        start = self._line({"recipe": "start"}, SPLITS[0])
+        assert start is not None
+        return mean_gain(line, start, self.config.select_by)
+
+    def _run_folder(self, facts: dict[str, Any]) -> Path:
+        return self.folder / "runs" / _label(facts)
+
+    def _forget(self, lines: list[dict[str, Any]]) -> None:
+        """Drop the weights of runs that were not chosen; their lines stay."""
+        for line in lines:
+            shutil.rmtree(self._run_folder(line), ignore_errors=True)
+
+
+def _label(facts: Mapping[str, Any]) -> str:
+    if facts["budget"] is None:
+        return str(facts["recipe"])
+    budget = facts["budget"]
+    return f"{facts['recipe']}-{budget['kind']}{budget['amount']:g}-lr{facts['learning_rate']:g}-seed{facts['seed']}"
+
+
+def plateau_gain(curve: list[list[float]]) -> float | None:
+    """Relative gain over the last quarter of a curve's points; `None` without at least five of them."""
+    if len(curve) < 5:
+        return None
+    return curve[-1][2] / curve[-1 - max(len(curve) // 4, 1)][2] - 1

@@ -1,0 +1,98 @@
+"""The texts of a comparison: what is trained on, and the two evaluation splits, which share nothing with it.
+
+Knows workloads and files; knows no recipe and trains nothing.
+"""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from ..data.regeneration import regenerate
+from ..data.sequences import SequenceDataset, all_positions, extract_prompts, read_rows
+from ..runtime.modeling_ppow import PPOWDrafter
+from ..tiny.corpus import excerpts, standard_library
+from .configuration import CompareConfig, write_whole
+from .evaluation import EvaluationTexts, SampledText, write_texts
+
+SPLITS = ("validation", "test")
+
+
+def longest_sequence(config: CompareConfig) -> int:
+    """Tokens of a prompt and its completion together, at most."""
+    return config.data["prompt_tokens"] + config.data["completion_tokens"]
+
+
+def prepare(
+    config: CompareConfig, folder: Path, target: Any, tokenizer: Any
+) -> tuple[SequenceDataset, dict[str, EvaluationTexts]]:
+    """The sequences that the target wrote to train on, and the texts of both splits; kept in `folder`."""
+    data, path = config.data, folder / "texts.json"
+    train_rows, evaluation_rows = workload_rows(config, tokenizer)
+    sequences = training_text(config, folder, target, tokenizer, train_rows)
+    if not path.is_file():
+        scratch = PPOWDrafter.from_target(target, "standalone").to(target.device)
+        found = {}
+        for split, rows in evaluation_rows.items():
+            prompts = extract_prompts(rows, tokenizer, data["prompt_tokens"], argument="workload")
+            texts = write_texts(target, scratch, prompts, data["completion_tokens"], seed=0)
+            found[split] = {
+                "prompts": texts.prompts,
+                "greedy": texts.greedy,
+                "sampled": [vars(text) for text in texts.sampled],
+            }
+        write_whole(path, json.dumps(found))
+    splits = {}
+    for split, parts in json.loads(path.read_text()).items():
+        sampled = [SampledText(**text) for text in parts["sampled"]]
+        splits[split] = EvaluationTexts(parts["prompts"], parts["greedy"], sampled, data["completion_tokens"])
+    return sequences, splits
+
+
+def training_text(
+    config: CompareConfig, folder: Path, target: Any, tokenizer: Any, rows: list[dict] | None = None,
+    temperature: float | list[float] = 0.0,
+) -> SequenceDataset:  # fmt: skip
+    """What the target writes behind the workload's training prompts (`rows`, where they are at hand)."""
+    sequences = regenerate(
+        workload_rows(config, tokenizer)[0] if rows is None else rows, target, tokenizer,
+        max_length=longest_sequence(config), max_new_tokens=config.data["completion_tokens"], batch_size=32,
+        temperature=temperature, cache_dir=folder / "data",
+    )  # fmt: skip
+    return all_positions(sequences)
+
+
+def workload_rows(config: CompareConfig, tokenizer: Any) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Prompts to train on, and those of both evaluation splits, which share no source with them or each other."""
+    data, workload = config.data, config.workload
+    wanted = {split: data[f"{split}_prompts"] for split in SPLITS}
+    if workload.get("name") == "stdlib" and "train" not in workload:
+        files = standard_library()
+        held_out = [file for file in files if file.held_out]
+        sides = {split: [f for f in held_out if _side(f.name) == split] for split in SPLITS}
+        train = excerpts(
+            [file for file in files if not file.held_out], tokenizer, data["train_sequences"],
+            data["prompt_tokens"], seed=0,
+        )  # fmt: skip
+        return train, {
+            split: excerpts(sides[split], tokenizer, wanted[split], data["prompt_tokens"], seed=1) for split in SPLITS
+        }
+    if not {"train", "evaluation"} <= set(workload):
+        raise ValueError("--config: workload needs train and evaluation, files of prompts, or the name stdlib.")
+    train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
+    rows = read_rows(workload["evaluation"], "workload.evaluation")
+    if len(rows) < sum(wanted.values()):
+        raise ValueError(
+            f"--config: workload.evaluation has {len(rows)} prompts, fewer than validation_prompts + test_prompts "
+            f"= {sum(wanted.values())}. Give more of them, or lower those numbers."
+        )
+    random.Random(0).shuffle(rows)
+    first = wanted[SPLITS[0]]
+    return train, {SPLITS[0]: rows[:first], SPLITS[1]: rows[first : first + wanted[SPLITS[1]]]}
+
+
+def _side(name: str) -> str:
+    """The evaluation split of a held-out module: its tests are on the same side."""
+    key = name.rsplit(".", maxsplit=1)[-1].removeprefix("test_").strip("_")
+    return SPLITS[hashlib.sha256(f"split {key}".encode()).digest()[0] % 2]
