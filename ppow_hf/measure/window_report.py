@@ -20,7 +20,7 @@ from ..runtime.windowing import (
     make_window_rule,
 )
 from .calibration import fit_on_tables, without_look_up
-from .evaluation import decode
+from .evaluation import decode, repeated_ngrams
 from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, clairvoyant, mixed_stream, replay
 
 MIXED = "mixed stream"
@@ -139,6 +139,17 @@ def study(
     calibration = {"greedy": calibrations[OURS], "confidence_alone": calibrations[CONFIDENCE_ONLY]}
     found = {"results": results, "summary": summarise(results), "waste_at_speed_of_fixed_8": waste_at_speed(results)}
     return found, calibration
+
+
+def describe_workload(tables: Sequence[DraftTable]) -> dict[str, Any]:
+    """What the texts of a workload are like: their size, how well they are drafted, how much they repeat."""
+    tokens = sum(table.tokens for table in tables)
+    return {
+        "prompts": len(tables),
+        "tokens": tokens,
+        "mean_accepted_of_16": sum(int(table.accepted.sum()) for table in tables) / max(tokens, 1),
+        "repeated_8grams": repeated_ngrams([table.text.tolist() for table in tables], 8),
+    }
 
 
 def describe_result(
