@@ -95,13 +95,8 @@ def run_benchmark(
         raise ValueError(f"temperature: {temperature} given; 0 (greedy) or a positive number is needed.")
     check_prompts(target, prompts, max_new_tokens)
     standalone = _ready(target, drafter, standalone)
-    ways, left_out = _ways_to_generate(target, drafter, standalone, thorough)
-    if batch_size > 1:
-        one_at_a_time = [name for name in ways if name.startswith(("prompt_lookup", "transformers"))]
-        left_out |= dict.fromkeys(one_at_a_time, "transformers takes one prompt at a time here")
-        ways = {name: way for name, way in ways.items() if name not in one_at_a_time}
+    ways, left_out = _ways_to_generate(target, drafter, standalone, thorough, batch_size)
     ways = _chosen(ways, rows, left_out)
-
     costs = measure_costs(target, drafter, sorted(prompts, key=lambda prompt: prompt.shape[1])[len(prompts) // 2])
     decoding = Decoding(max_new_tokens, temperature, batch_size, _padding_token(tokenizer, target))
     calls = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
@@ -114,12 +109,7 @@ def run_benchmark(
     ratios = [row["ratio_to_plain"] for row in described if row["name"].startswith("ppow_")]
     result = {
         "machine": describe_machine(target.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "ppow_hf": __version__,
-        },
+        "versions": _versions(),
         "command": without_paths(command or ""),
         "cost_ratio": costs.cost_ratio,
         "draft_step_seconds": costs.draft_step_seconds,
@@ -137,6 +127,15 @@ def run_benchmark(
     if left_out:
         result["left_out"] = left_out
     return result
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ppow_hf": __version__,
+    }
 
 
 def _ready(target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None) -> PPOWDrafter | None:
@@ -260,7 +259,11 @@ def _generate(
 
 
 def _ways_to_generate(
-    target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None, thorough: bool = False
+    target: PreTrainedModel,
+    drafter: PPOWDrafter,
+    standalone: PPOWDrafter | None,
+    thorough: bool,
+    batch_size: int,
 ) -> tuple[Ways, dict[str, str]]:
     """The rows there can be, and those left out, with the reason."""
 
@@ -270,35 +273,10 @@ def _ways_to_generate(
     ways: Ways = {"plain": dict}
     for tokens in (5, PROMPT_LOOKUP_TOKENS) if thorough else (PROMPT_LOOKUP_TOKENS,):
         ways[f"prompt_lookup_{tokens}"] = partial(dict, prompt_lookup_num_tokens=tokens)
-    left_out = {}
+    left_out: dict[str, str] = {}
     if standalone is not None:
-        assistant = standalone.draft_model.model
-        untouched = copy.deepcopy(assistant.generation_config)
-
-        def assisted(**changes: Any) -> dict[str, Any]:
-            # Some schedules carry the number of draft tokens over to the next call; each prompt starts afresh here.
-            assistant.generation_config = copy.deepcopy(untouched)
-            assistant.generation_config.update(**changes)
-            return {"assistant_model": assistant}
-
-        default = _default_schedule(assistant)
-        theirs: dict[str, dict[str, Any]] = {f"transformers_assisted_{default}": {}}
-        if thorough:
-            for schedule in ("constant", "heuristic", "heuristic_transient"):
-                theirs.setdefault(f"transformers_assisted_{schedule}", {"num_assistant_tokens_schedule": schedule})
-            for tokens in (3, 5, 8):
-                theirs[f"transformers_assisted_{tokens}"] = {
-                    "num_assistant_tokens_schedule": "constant",
-                    "num_assistant_tokens": tokens,
-                }
-        for name, changes in theirs.items():
-            if target_width(assistant) == target_width(target):
-                ways[name] = partial(assisted, **changes)
-            else:
-                left_out[name] = (
-                    f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of "
-                    f"{target_width(target)}"
-                )
+        assisted, left_out = _assisted_generation(target, standalone.draft_model.model, thorough)
+        ways |= assisted
     ways[f"ppow_fixed_{FIXED_WINDOW}"] = ours(drafter, window="fixed", max_window=FIXED_WINDOW)
     ways["ppow_kl"] = ours(drafter, window="kl", lookup=False)
     ways["ppow_kl_lookup"] = ours(drafter, window="kl", lookup=True)
@@ -310,7 +288,40 @@ def _ways_to_generate(
         ways[f"ppow_standalone_fixed_{FIXED_WINDOW}"] = ours(standalone, window="fixed", max_window=FIXED_WINDOW)
         ways["ppow_standalone_kl"] = ours(standalone, window="kl", lookup=False)
         ways["ppow_standalone_kl_lookup"] = ours(standalone, window="kl", lookup=True)
+    if batch_size > 1:
+        one_at_a_time = [name for name in ways if name.startswith(("prompt_lookup", "transformers"))]
+        left_out |= dict.fromkeys(one_at_a_time, "transformers takes one prompt at a time here")
+        ways = {name: way for name, way in ways.items() if name not in one_at_a_time}
     return ways, left_out
+
+
+def _assisted_generation(
+    target: PreTrainedModel, assistant: PreTrainedModel, thorough: bool
+) -> tuple[Ways, dict[str, str]]:
+    """transformers' own assisted generation: the rows there can be, and those left out, with the reason."""
+    untouched = copy.deepcopy(assistant.generation_config)
+
+    def assisted(**changes: Any) -> dict[str, Any]:
+        # Some schedules carry the number of draft tokens over to the next call; each prompt starts afresh here.
+        assistant.generation_config = copy.deepcopy(untouched)
+        assistant.generation_config.update(**changes)
+        return {"assistant_model": assistant}
+
+    schedules: dict[str, dict[str, Any]] = {f"transformers_assisted_{_default_schedule(assistant)}": {}}
+    if thorough:
+        for schedule in ("constant", "heuristic", "heuristic_transient"):
+            schedules.setdefault(f"transformers_assisted_{schedule}", {"num_assistant_tokens_schedule": schedule})
+        for tokens in (3, 5, 8):
+            schedules[f"transformers_assisted_{tokens}"] = {
+                "num_assistant_tokens_schedule": "constant",
+                "num_assistant_tokens": tokens,
+            }
+    if target_width(assistant) == target_width(target):
+        return {name: partial(assisted, **changes) for name, changes in schedules.items()}, {}
+    reason = (
+        f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of {target_width(target)}"
+    )
+    return {}, dict.fromkeys(schedules, reason)
 
 
 def _default_schedule(assistant: PreTrainedModel) -> str:
