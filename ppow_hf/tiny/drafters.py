@@ -189,8 +189,9 @@ def make_drafter(
     temperatures = text_temperatures(architecture)
     train_data = target_text(target, tokenizer, held_in, sequences, seed, cache_dir, temperatures)
     eval_data = target_text(target, tokenizer, held_out, eval_prompts, 0, cache_dir)
+    log: list[dict] = []
     if start is None:
-        drafter, log = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name), []
+        drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
     else:
         drafter, log = load_start(start)
     stages = default_stages(seconds, architecture, decay=0.75, started=start is not None)
