@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..measure.window_report import calibration_curve, run, speed
     from ..measure.window_study import draft_tables
     from ..runtime.windowing import CostModel, make_window_rule
-    from ..studies.data import write_whole
+    from ..studies.configuration import write_whole
 
     fitted, checked = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
     before = drafter.config.calibration or {}

@@ -43,7 +43,7 @@ def register(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     if arguments.mean_of:
-        from ..studies.data import write_whole
+        from ..studies.configuration import write_whole
         from ..studies.mean import mean_report
 
         folders = [Path(name.strip()) for name in arguments.mean_of.split(",")]
