@@ -257,7 +257,7 @@ def test_train_names_missing_data(saved, tmp_path, capsys):
 
 def test_embedded_names_resolve_to_folders_that_are_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "_ROOT", tmp_path)
-    assert all(map(tiny.is_embedded, ("tiny", "tiny-qwen3", "tiny-eagle", "tiny-standalone")))
+    assert all(map(tiny.is_embedded, ("tiny", "tiny-llama", "tiny-eagle", "tiny-standalone")))
     assert not tiny.is_embedded("eagle") and not tiny.is_embedded("org/tiny")
     for name, remake in (
         ("tiny", "ppow tiny-target --family llama"),
@@ -265,13 +265,13 @@ def test_embedded_names_resolve_to_folders_that_are_complete(tmp_path, monkeypat
     ):
         with pytest.raises(FileNotFoundError, match=rf"{name}: .*config.json is missing.*{remake}"):
             loading.resolve(name)
-    for folder in ("llama", "qwen3", "eagle", "standalone"):
+    for folder in ("llama", "eagle", "standalone"):
         (tmp_path / folder).mkdir()
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             (tmp_path / folder / file).write_text("")
     assert tiny.target_path() == tiny.target_path("tiny") == tmp_path / "llama"
     assert tiny.drafter_path("eagle") == tiny.drafter_path("tiny-eagle") == tmp_path / "eagle"
-    assert loading.resolve("tiny-qwen3") == str(tmp_path / "qwen3")
+    assert loading.resolve("tiny-llama") == str(tmp_path / "llama")
     assert loading.resolve("org/model") == "org/model" and loading.resolve("~/x") == os.path.expanduser("~/x")
     for function, name in ((tiny.target_path, "tiny-eagle"), (tiny.drafter_path, "tiny")):
         with pytest.raises(ValueError, match="name: "):

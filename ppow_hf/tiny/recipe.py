@@ -81,8 +81,7 @@ QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384,
 
 
 def recipe_of(family: str, hidden_size: int | None = None, **changes: Any) -> TargetRecipe:
-    """The recipe of the embedded target of a family, `"llama"` or `"qwen3"`; what is not `None` takes the place of
-    the recipe's own.
+    """The recipe of a target of a family, `"llama"` or `"qwen3"`; what is not `None` replaces the recipe's own.
 
     With `hidden_size`, a multiple of twice the head's size, heads and the feed-forward layers grow in proportion.
     Raises `ValueError` for another.
