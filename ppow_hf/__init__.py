@@ -7,7 +7,8 @@ more is imported when it is used.
 
 from importlib import import_module
 
-from .hook import KLAdaptiveCandidateGenerator, install_hook
+from .candidate_generator import KLAdaptiveCandidateGenerator
+from .hook import install_hook
 from .runtime.configuration_ppow import PPOWDrafterConfig
 from .runtime.modeling_ppow import PPOWDrafter
 from .runtime.trace import GenerationTrace

@@ -11,8 +11,7 @@ from test_batches import alone, assert_rows, make_drafter, noisy_copy, ragged, t
 from test_sampling import chi_square_p_value
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from ppow_hf import PPOWDrafter, PPOWDrafterConfig
-from ppow_hf import hook as candidate_generator
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig, candidate_generator
 from ppow_hf.runtime import acceptance, rows
 from ppow_hf.runtime import generation as loop
 from ppow_hf.runtime.draft_session import DraftSession

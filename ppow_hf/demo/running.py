@@ -15,13 +15,12 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..runtime.acceptance import greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
-from ..runtime.compatibility import (
-    common_context_length,
-    target_width,
-)
+from ..runtime.compatibility import common_context_length, target_width
 from ..runtime.draft_session import cache_argument
+from ..runtime.draft_window import SessionSource, WindowDraft, draft_windows
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
+from ..runtime.windowing import FixedWindow, OnlineCosts
 
 FIXED_WINDOW = 8
 
@@ -204,21 +203,17 @@ class FixedShadow:
 
     def _draft(self, window: int) -> tuple[list[int], list[torch.Tensor]]:
         """Tokens, and the distributions `[V]` that they were drawn from."""
-        drafts: list[int] = []
-        probs = []
-        logits = self.session.first_logits()
-        while True:
-            scores = self._process(logits[:1].float(), drafts)
-            probs.append(scores[0].softmax(-1))
-            if self.do_sample:
-                uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(scores.device)
-                drafts.append(int(sample_from_uniform(probs[-1][None], uniform)))
-            else:
-                drafts.append(int(scores.argmax(-1)))
-            if len(drafts) == window or drafts[-1] in self.eos_ids:
-                return drafts, probs
-            token = torch.tensor([[drafts[-1]]], device=logits.device)
-            logits = self.session.next_logits(token, len(drafts) - 1)
+        record = RoundTrace(0, 0, [])
+        source = SeededSource(
+            self.session,
+            lambda logits: self._process(logits[:1], record.draft_ids),
+            self.do_sample,
+            looks=False,
+        )
+        source.generator = self.generator
+        rule = FixedWindow(window, OnlineCosts())
+        draft_windows([WindowDraft(0, rule, window, record)], source, self.eos_ids.__contains__)
+        return record.draft_ids, [scores[0].softmax(-1) for scores in source.kept_scores]
 
     def _verify(self, drafts: list[int]) -> torch.Tensor:
         """The target's processed scores behind the last token and behind each drafted one, `[W + 1, V]`."""
@@ -259,6 +254,18 @@ class FixedShadow:
         if states is not None:
             self.states = states if self.states is None else torch.cat([self.states, states], dim=1)
         return outputs.logits[0].float()
+
+
+class SeededSource(SessionSource):
+    """A [`SessionSource`] with a random generator of its own: the run beside it draws what it would alone."""
+
+    generator: torch.Generator
+
+    def _draw(self) -> torch.Tensor:
+        if not self.do_sample:
+            return super()._draw()
+        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(self.scores.device)
+        return sample_from_uniform(self.scores.softmax(-1), uniform)[:, None]
 
 
 class _Stopped(Exception):

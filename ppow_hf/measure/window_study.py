@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from ..runtime.acceptance import kl_divergence, likeliest_tokens
+from ..runtime.draft_window import Sight, WindowDraft, draft_windows
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..runtime.windowing import CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
@@ -204,6 +205,28 @@ def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int)
 # -- rules on the table
 
 
+class TableSource:
+    """A row of a [`DraftTable`] as the [`DraftSource`] of a round: what the drafter would say, without it."""
+
+    def __init__(self, table: DraftTable, row: int, looks: bool):
+        self.table, self.row, self.looks, self.position = table, row, looks, 0
+
+    def look(self) -> list[Sight] | None:
+        if not self.looks:
+            return None
+        first, second, entropy = (column[self.row, self.position].item() for column in self.table.looked_at)
+        return [Sight(first, second, entropy, int(self.table.draft_ids[self.row, self.position]))]
+
+    def draw(self) -> list[int]:
+        return [int(self.table.draft_ids[self.row, self.position])]
+
+    def keep(self) -> None:
+        self.position += 1
+
+    def advance(self) -> None:
+        pass
+
+
 def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> GenerationTrace:
     """The rounds that decoding with `rule` would take, driven through the rule's own interface; none has a time.
 
@@ -215,35 +238,19 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
     committed, read = 1, 0
     whole = [*table.prompt.tolist(), *table.text.tolist()]
     while committed < len(table.text):
-        row, one_round, ended = committed - 1, RoundTrace(0, 0, []), False
-        drafts = table.draft_ids[row].tolist()
+        row, one_round = committed - 1, RoundTrace(0, 0, [])
         if looks_up:
             there = len(table.prompt) + committed
             rule.read(whole[read:there])
             read = there
-        longest = min(rule.start(table.room(committed)), len(drafts))
-        while len(one_round.draft_ids) < longest:
-            position = len(one_round.draft_ids)
-            one_round.draft_steps += 1
-            if looks:
-                first, second, entropy = (column[row, position].item() for column in table.looked_at)
-                features = rule.describe(first, second, entropy, drafts[position], drafts[:position])
-                if not rule.include(position, features):
-                    break
-            if ended := drafts[position] in table.eos_token_ids:
-                break
-            one_round.draft_ids.append(drafts[position])
-            if looks:
-                one_round.features.append(features)
-            if isinstance(rule, KLAdaptiveWindow):
-                one_round.acceptance_probabilities.append(rule.acceptance_probability(features))
-            if position + 1 == longest or not rule.go_on(position + 1) or rule.prefers_text(one_round.draft_ids):
-                break
+        longest = min(rule.start(table.room(committed)), table.draft_ids.shape[1])
+        window = WindowDraft(0, rule, longest, one_round)
+        draft_windows([window], TableSource(table, row, looks), table.eos_token_ids.__contains__, keeps_end=False)
         own = len(one_round.draft_ids)
         own_accepted = min(int(table.accepted[row]), own)
         if looks:
             one_round.kl = table.kl[row, : min(own_accepted + 1, own)].tolist()
-        tokens = [] if ended else rule.look_up(one_round.draft_ids, table.room(committed))
+        tokens = [] if window.ended else rule.look_up(one_round.draft_ids, table.room(committed))
         tokens = list(itertools.takewhile(lambda token: token not in table.eos_token_ids, tokens))
         one_round.draft_ids += tokens
         one_round.window, one_round.looked_up = own + len(tokens), len(tokens)

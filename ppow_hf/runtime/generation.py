@@ -17,25 +17,25 @@ from .acceptance import (
     greedy_accepted_counts,
     greedy_accepted_path,
     kl_divergence,
-    likeliest_tokens,
     rejection_sample_chain,
 )
 from .compatibility import check_call, check_processors, common_context_length, target_width
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
 from .draft_session import UnreadTokens
+from .draft_window import SessionSource, WindowDraft, draft_windows
 from .rows import Endings, Row, ScoreProcessing, append_looked_up, visible_tokens
 from .target_session import COMPACT_AT, TargetSession
 from .trace import GenerationTrace, RoundTrace
 from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, grow_trees, lay_out, sampled_paths
 from .windowing import (
     MAX_KL,
-    CostModel,
     FixedWindow,
     KLAdaptiveWindow,
     OnlineCosts,
     WindowRule,
     make_adaptive_rule,
     make_window_rule,
+    stored_costs,
 )
 
 TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
@@ -227,8 +227,7 @@ class SpeculativeCall:
         return call_settings(self.config, given) | trees
 
     def _make_rows(self, settings: dict[str, Any]) -> list[Row]:
-        stored = (self.config.calibration or {}).get("costs") or {}
-        prior = CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
+        prior = stored_costs(self.config.calibration)
         self.costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], prior)
         self.tree_rules: dict[int, TreeRule] = {}
         rows = []
@@ -346,7 +345,7 @@ class SpeculativeCall:
     def _chain(self, longest: int, started: float) -> Verdict:
         batch, device = len(self.rows), self.input_ids.device
         if longest:
-            draft_ids, draft_scores, valid = self._draft(longest)
+            draft_ids, draft_scores, valid = self._draft()
         else:
             draft_ids = self.input_ids.new_zeros(batch, 0)
             draft_scores, valid = [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
@@ -387,69 +386,34 @@ class SpeculativeCall:
         self.costs.observe_verification(window, verified - drafted)
         return Verdict(drafts, states, window + 1, kept, nexts, logits, scores)
 
-    def _draft(self, longest: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    def _draft(self) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Draft tokens `[B, W]`, their processed logits (W of `[B, V]`) and which are a row's own `[B, W]`."""
         started = time.perf_counter()
         first_read = self.session.is_empty
         self.unread.read(self.session)
         if first_read:
             started = time.perf_counter()  # reading the prompt is no draft step
-        logits = self.session.first_logits()
-        looks = any(type(row.rule) is not FixedWindow for row in self.rows) or self.view.record
         batch, device = len(self.rows), self.input_ids.device
-        active = [row.limit > 0 for row in self.rows]
-        drawn: list[torch.Tensor] = []
-        kept_scores: list[torch.Tensor] = []
-        valid: list[list[bool]] = []
-        drafts: list[list[int]] = [[] for _ in self.rows]
-        steps = 1
-        while True:
-            position = len(drawn)
-            scores = self.process(logits.float().to(device)[:, None], self.rows, lambda i, t: drafts[i])[:, 0]
-            log_probs = scores.log_softmax(-1)
-            looked = likeliest_tokens(log_probs) if looks else None
-            if self.do_sample:
-                token = torch.multinomial(log_probs.exp().nan_to_num(1.0), 1)
-            else:
-                token = scores.argmax(-1, True) if looked is None else looked[:, 3:].long()
-            seen = [] if looked is None else torch.cat([looked, token.to(looked)], dim=-1).tolist()
-            own_here = []
-            for i, row in enumerate(self.rows):
-                record = row.trace.rounds[-1]
-                record.draft_steps = max(record.draft_steps, steps) if active[i] else record.draft_steps
-                if active[i] and looks:
-                    first, second, entropy, likeliest = seen[i][:4]
-                    features = row.rule.describe(first, second, entropy, int(likeliest), drafts[i])
-                    active[i] = first > 0 and row.rule.include(position, features)  # NaN: nothing to draw from
-                    if active[i]:
-                        record.features.append(features)
-                        if isinstance(row.rule, KLAdaptiveWindow):
-                            record.acceptance_probabilities.append(row.rule.acceptance_probability(features))
-                own_here.append(active[i])
-                if active[i] and looks:
-                    drafts[i].append(int(seen[i][-1]))
-                    if drafts[i][-1] in self.endings.eos:
-                        active[i] = False
-                if active[i] and (position + 1 >= row.limit or not row.rule.go_on(position + 1)):
-                    active[i] = False
-                active[i] = active[i] and not row.rule.prefers_text(drafts[i])
-            if not any(own_here):
-                break
-            drawn.append(token)
-            kept_scores.append(scores)
-            valid.append(own_here)
-            if not looks and not self.process.memoryless:
-                for i, value in enumerate(token[:, 0].tolist()):
-                    drafts[i].append(value)
-            if not any(active):
-                break
-            logits = self.session.next_logits(token.to(logits.device), position)
-            steps += 1
-        if not first_read or steps > 1:
-            self.costs.observe_drafting(steps - first_read, time.perf_counter() - started)
-        if not drawn:
+        records = [row.trace.rounds[-1] for row in self.rows]
+        windows = [WindowDraft(i, row.rule, row.limit, records[i]) for i, row in enumerate(self.rows)]
+        source = SessionSource(
+            self.session,
+            lambda logits: self.process(logits.to(device)[:, None], self.rows, lambda i, t: records[i].draft_ids)[
+                :, 0
+            ],
+            self.do_sample,
+            looks=any(type(row.rule) is not FixedWindow for row in self.rows) or self.view.record,
+            reads_tokens=not self.process.memoryless,
+            draws_ahead=True,
+        )
+        draft_windows(windows, source, self.endings.eos.__contains__)
+        if not first_read or source.steps > 1:
+            self.costs.observe_drafting(source.steps - first_read, time.perf_counter() - started)
+        if not source.drawn:
             return self.input_ids.new_zeros(batch, 0), [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        return torch.cat(drawn, dim=1), kept_scores, torch.tensor(valid, device=device).T
+        lengths = torch.tensor([window.length for window in windows], device=device)
+        valid = torch.arange(len(source.drawn), device=device) < lengths[:, None]
+        return torch.cat(source.drawn, dim=1), source.kept_scores, valid
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         """`[B, 1, V]` -> `[B, 1]`."""
