@@ -285,7 +285,7 @@ def live_check(
     stored = drafter.config.calibration
     drafter.config.calibration = {"greedy": calibration}
     given = asdict(costs)
-    found: dict[str, Any] = {}
+    checks: dict[str, Any] = {}
     try:
         for name, chosen in settings.items():
             same_text = same_rounds = 0
@@ -306,7 +306,7 @@ def live_check(
                 same_rounds += _rounds(traces[0]) == _rounds(replayed)
                 all_replayed.append(replayed)
                 all_live.append(traces[0])
-            found[name] = {
+            checks[name] = {
                 "texts": len(tables),
                 "same_text": same_text,
                 "same_rounds": same_rounds,
@@ -315,7 +315,7 @@ def live_check(
             }
     finally:
         drafter.config.calibration = stored
-    return found
+    return checks
 
 
 def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
@@ -325,13 +325,13 @@ def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
 # -- how it is shown
 
 
-def format_study(found: dict[str, Any]) -> str:
+def format_study(findings: dict[str, Any]) -> str:
     """A line for each workload and cost, and what they come to."""
     lines = [
         f"{'workload':<14} {'costs':<12} {'best fixed':>11} {'fixed 8':>8} {'ours':>6} {'gain':>7} {'clairv.':>8} "
         f"{'of the way':>10} {'waste':>6} {'fixed 8':>8}"
     ]
-    for result in found["results"]:
+    for result in findings["results"]:
         ours, eight = result["rules"][OURS], result["fixed"][COMPARED_FIXED]
         best = f"{result['best_fixed_tokens_per_cost']:.2f} ({result['best_fixed_window']})"
         lines.append(
@@ -342,18 +342,18 @@ def format_study(found: dict[str, Any]) -> str:
         )
     lines.append("")
     lines.append(f"{'rule':<34} {'worst':>8} {'mean':>7} {'mixed, each cost':>28} {'of the way':>11}")
-    for name, total in found["summary"].items():
+    for name, total in findings["summary"].items():
         mixed = " ".join(f"{gain:+.1%}" for gain in total["mixed_over_best_single_fixed"])
         lines.append(
             f"{name:<34} {total['worst_over_best_fixed']:>+8.1%} {total['mean_over_best_fixed']:>+7.1%} {mixed:>28} "
             f"{total['mean_way_to_clairvoyant']:>11.0%}"
         )
-    if WITH_LOOKUP in found["summary"]:
+    if WITH_LOOKUP in findings["summary"]:
         lines.append(
             "With look-up the text's own tokens are drafted too, which fixed windows and the clairvoyant do without: "
             "they cost no draft step, and nothing at all where verification is free."
         )
-    waste = found["waste_at_speed_of_fixed_8"]
+    waste = findings["waste_at_speed_of_fixed_8"]
     lines.append(
         f"wasted drafts over those of fixed 8, at no less than its speed: {waste['mean']:.2f} in the mean, "
         f"{waste['worst']:.2f} at worst"
@@ -361,10 +361,10 @@ def format_study(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def speed_panels(found: dict[str, Any], cost_name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def speed_panels(findings: dict[str, Any], cost_name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """For [`plot_curves`]: tokens per cost over the fixed window, with the rules as level lines."""
     panels = {}
-    for result in found["results"]:
+    for result in findings["results"]:
         if result["cost"] != cost_name:
             continue
         ends = (0.0, float(DEPTH))
