@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .commands import COMMANDS
 from .data.models import (
     MODEL_HELP,
+    TARGET_HELP,
     add_models,
     check_fits,
     check_positive,
@@ -51,7 +52,7 @@ class ScriptArguments:
         resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
     """
 
-    target: str = dataclasses.field(metadata={"help": f"The target model: {MODEL_HELP}."})
+    target: str = dataclasses.field(metadata={"help": f"The target model: {TARGET_HELP}."})
     train_data: str = dataclasses.field(
         metadata={
             "help": "Training data with text, prompt, prompt and completion, or messages: a .jsonl file, or a dataset "
@@ -351,6 +352,7 @@ def train(argv: list[str]) -> int:
     from transformers import HfArgumentParser
 
     from .training import PPOWTrainer, PPOWTrainingArguments
+    from .training.trainer import prepare_training_data
 
     parser = HfArgumentParser(
         [ScriptArguments, PPOWTrainingArguments],
@@ -365,16 +367,21 @@ def train(argv: list[str]) -> int:
     dtype = None if script.target_dtype == "auto" else script.target_dtype
     target = load_target(script.target, "--target", dtype, device)
     tokenizer = load_tokenizer(script.target, "--target")
+    train_data: Any = script.train_data
     if script.drafter is not None:
         drafter = load_drafter(script.drafter, "--drafter", "float32", device)
         check_tokenizer(drafter, tokenizer, "--drafter")
     else:
-        drafter = new_drafter(script, target, tokenizer)
+        token_counts = None
+        if script.draft_vocab_size is not None:
+            train_data = prepare_training_data(train_data, target, tokenizer, args, "--train_data")
+            token_counts = train_data.count_tokens(target.get_output_embeddings().weight.shape[0])
+        drafter = new_drafter(script, target, tokenizer, token_counts)
     trainer = PPOWTrainer(
         model=drafter,
         target_model=target,
         args=args,
-        train_dataset=script.train_data,
+        train_dataset=train_data,
         eval_dataset=evaluation,
         processing_class=tokenizer,
     )
@@ -401,25 +408,14 @@ def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
     return named or None
 
 
-def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDrafter":
-    """An untrained float32 drafter for `target`, as the arguments describe it."""
-    import torch
+def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any, token_counts: Any = None) -> "PPOWDrafter":
+    """An untrained float32 drafter for `target`, as the arguments describe it.
 
+    `token_counts` (`[vocab_size]`, of the training data) choose the tokens of a reduced draft vocabulary.
+    """
     from .runtime.configuration_ppow import vocabulary_fingerprint
     from .runtime.modeling_ppow import PPOWDrafter
 
-    token_counts = None
-    if script.draft_vocab_size is not None:
-        from .data.sequences import extract_prompts, prepare_sequences, read_rows
-
-        if "prompt" in read_rows(script.train_data, "--train_data")[0]:
-            # The target will write the completions; until then the prompts are all the text there is.
-            sequences = [torch.tensor(ids) for ids in extract_prompts(script.train_data, tokenizer, 1024)]
-        else:
-            dataset = prepare_sequences(script.train_data, tokenizer, 1024, argument="--train_data")
-            sequences = [dataset[index]["input_ids"] for index in range(len(dataset))]
-        width = target.get_output_embeddings().weight.shape[0]
-        token_counts = torch.bincount(torch.cat(sequences).long(), minlength=width)
     drafter = PPOWDrafter.from_target(
         target,
         script.architecture,

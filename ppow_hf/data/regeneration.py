@@ -88,7 +88,7 @@ def regenerate(
     if not temperatures or min(temperatures) < 0:
         raise ValueError(f"temperature: {temperature} given. Pass 0 for the most likely token, or more to sample.")
 
-    prompts = extract_prompts(source, tokenizer, max(max_length - max_new_tokens, max_length // 2), argument)
+    prompts = extract_prompts(source, tokenizer, longest_prompt(max_length, max_new_tokens), argument)
     if len(prompts) < len(temperatures):
         raise ValueError(f"temperature: {len(temperatures)} given for {len(prompts)} prompts. Pass more prompts.")
     context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
@@ -134,6 +134,11 @@ def regenerate(
                 parts_on_disk.remove()
         parts.append(dataset)
     return parts[0] if len(parts) == 1 else _in_turn(parts)
+
+
+def longest_prompt(max_length: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt keeps, so that it and its completion fit in `max_length`."""
+    return max(max_length - max_new_tokens, max_length // 2)
 
 
 def _in_turn(parts: list[SequenceDataset]) -> SequenceDataset:

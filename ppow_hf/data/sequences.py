@@ -74,6 +74,10 @@ class SequenceDataset(Dataset):
             "index": index,
         }
 
+    def count_tokens(self, vocab_size: int) -> torch.Tensor:
+        """How often each token occurs, learned or not: long `[vocab_size]`, to choose a reduced draft vocabulary by."""
+        return torch.bincount(self._token_ids.long(), minlength=vocab_size)
+
     @property
     def fingerprint(self) -> str:
         """Short hash of the token ids and of where sequences end, for the provenance record."""
@@ -248,6 +252,23 @@ def extract_prompts(
             max_prompt_length,
         )
     return [_keep_end(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]
+
+
+def has_prompts_alone(rows: list[dict], argument: str) -> bool:
+    """Whether nothing follows the prompts: rows of `prompt` without `completion`, or chats without an assistant."""
+    columns = _find_columns(rows, SEQUENCE_COLUMNS, argument)
+    if columns == ("messages",):
+        chats = _conversations(rows, argument)
+        return not any(message["role"] == "assistant" for messages in chats for message in messages)
+    return columns == ("prompt",)
+
+
+def prepare_prompts(
+    source: Any, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, argument: str = "eval_dataset"
+) -> SequenceDataset:
+    """What [`extract_prompts`] finds, as sequences without a token to learn."""
+    prompts = extract_prompts(source, tokenizer, max_prompt_length, argument)
+    return SequenceDataset(prompts, [[False] * len(prompt) for prompt in prompts])
 
 
 def all_positions(data: SequenceDataset) -> SequenceDataset:
