@@ -24,7 +24,14 @@ from .sources import FILES, dataset_rows, parse_source, rows_of_column
 logger = logging.getLogger(__name__)
 
 # The first entry whose columns a dataset has decides how its rows are read; its other columns are ignored.
-SEQUENCE_COLUMNS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",), ("prompt",))
+SEQUENCE_COLUMNS = (
+    ("input_ids",),
+    ("prompt_ids", "completion_ids"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("text",),
+    ("prompt",),
+)
 PROMPT_COLUMNS = (("messages",), ("prompt",), ("text",))
 TEXTS_PER_TOKENIZER_CALL = 1000
 
@@ -75,7 +82,7 @@ class SequenceDataset(Dataset):
         }
 
     def count_tokens(self, vocab_size: int) -> torch.Tensor:
-        """How often each token occurs, learned or not: long `[vocab_size]`, to choose a reduced draft vocabulary by."""
+        """How often each token occurs, learned or not: long `[vocab_size]`, by which a reduced vocabulary is chosen."""
         return torch.bincount(self._token_ids.long(), minlength=vocab_size)
 
     @property
@@ -141,6 +148,9 @@ def prepare_sequences(
     Columns, the first of these that the dataset has:
 
     - `input_ids`, with optional `loss_mask` and `target_written`: taken as they are.
+    - `prompt_ids` and `completion_ids`, as `ppow write` makes them: loss on the completion, which the target wrote
+      greedily where `temperature` is 0. A row whose prompt begins with all of the row before it is that chat's next
+      turn; both make one sequence.
     - `messages`: through the chat template; loss on the assistant's turns only.
     - `prompt` and `completion`: loss on the completion and the end-of-sequence token after it.
     - `text`: loss on every token but an opening `bos_token` that is not also the `eos_token`.
@@ -177,6 +187,9 @@ def prepare_sequences(
     target_written: list | None = None
     if columns == ("input_ids",):
         token_ids, loss_masks, target_written = _tokenized_sequences(rows, argument)
+        target_written = [mask[:max_length] for mask in target_written]
+    elif columns == ("prompt_ids", "completion_ids"):
+        token_ids, loss_masks, target_written = _written_sequences(rows, argument)
         target_written = [mask[:max_length] for mask in target_written]
     elif columns == ("messages",):
         token_ids, loss_masks = _chat_sequences(rows, tokenizer, argument)
@@ -233,7 +246,7 @@ def extract_prompts(
     if columns == ("messages",):
         prompts = _chat_prompts(rows, tokenizer, argument)
     elif columns == ("prompt",):
-        prompts = _open_prompts(_strings(rows, "prompt", argument), tokenizer)
+        prompts = open_prompts(_strings(rows, "prompt", argument), tokenizer)
     else:
         opened = _open_texts(_strings(rows, "text", argument), tokenizer)
         prompts = [ids[:max_prompt_length] for ids in opened]
@@ -377,7 +390,7 @@ def _open_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
         yield ids if not ids or ids[: len(opening)] == opening else opening + ids
 
 
-def _open_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def open_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Each prompt's tokens as `tokenizer(prompt)` opens them, but never opened twice and never closed."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     opened = tokenizer("a")["input_ids"]
@@ -409,7 +422,7 @@ def _text_sequences(
 
 def _completion_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
     eos = tokenizer.eos_token_id
-    prompts = _open_prompts(_strings(rows, "prompt", argument), tokenizer)
+    prompts = open_prompts(_strings(rows, "prompt", argument), tokenizer)
     completions = _tokenize(_strings(rows, "completion", argument), tokenizer)
     token_ids, loss_masks = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -444,6 +457,24 @@ def _tokenized_sequences(rows: list[dict], argument: str) -> tuple[list, list, l
         token_ids.append(ids)
         loss_masks.append([value != 0 for value in masks["loss_mask"]])
         target_written.append([value != 0 for value in masks["target_written"]])
+    return token_ids, loss_masks, target_written
+
+
+def _written_sequences(rows: list[dict], argument: str) -> tuple[list, list, list]:
+    token_ids: list[list[int]] = []
+    loss_masks: list[list[bool]] = []
+    target_written: list[list[bool]] = []
+    for number, row in enumerate(rows):
+        prompt = _integers(row["prompt_ids"], "prompt_ids", number, argument)
+        completion = _integers(row["completion_ids"], "completion_ids", number, argument)
+        if not token_ids or prompt[: len(token_ids[-1])] != token_ids[-1]:
+            token_ids.append([])
+            loss_masks.append([])
+            target_written.append([])
+        unlearned = [False] * (len(prompt) - len(token_ids[-1]))
+        token_ids[-1] = prompt + completion
+        loss_masks[-1] += unlearned + [True] * len(completion)
+        target_written[-1] += unlearned + [row.get("temperature") == 0] * len(completion)
     return token_ids, loss_masks, target_written
 
 
@@ -569,6 +600,16 @@ def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument
             asked = messages[: user_turns[-1] + 1]
             texts.append(_render(asked, tokenizer, number, argument, add_generation_prompt=True))
     return list(_tokenize(texts, tokenizer))
+
+
+def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str) -> list[int]:
+    """Token ids of row `number`'s messages through the chat template, with the opening of the assistant's turn.
+
+    Raises `ValueError`, naming `argument`, without a template, and where it refuses the messages.
+    """
+    _chat_template(tokenizer, argument)
+    text = _render(messages, tokenizer, number, argument, add_generation_prompt=True)
+    return next(_tokenize([text], tokenizer))
 
 
 def _keep_end(prompt: list[int], length: int, bos_token_id: int | None) -> list[int]:
