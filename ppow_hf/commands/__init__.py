@@ -4,6 +4,7 @@ A module imports heavy libraries inside its functions, so that `ppow --help` is 
 """
 
 COMMANDS: tuple[str, ...] = (
+    "write",
     "bench",
     "calibrate",
     "export",

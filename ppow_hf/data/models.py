@@ -75,6 +75,21 @@ def load_tokenizer(name: str, argument: str = "--target") -> Any:
         raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
 
 
+def load_config(name: str, argument: str = "--target") -> tuple[Any, Any]:
+    """The configuration of the model `name`, and its generation configuration or `None`, without the model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path, gguf = _existing(name, argument)
+    try:
+        config = AutoConfig.from_pretrained(path, **gguf)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: no configuration could be loaded from {name!r}: {error}") from error
+    try:
+        return config, GenerationConfig.from_pretrained(path)
+    except OSError:
+        return config, None
+
+
 def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
     """Raise `ValueError` if the drafter was trained for a tokenizer with another vocabulary."""
     from ..runtime.configuration_ppow import vocabulary_fingerprint
