@@ -9,14 +9,13 @@ from typing import Any
 from ..data.models import (
     TARGET_HELP,
     check_positive,
-    check_prompts,
     ensure_file_writable,
     load_config,
     load_target,
     load_tokenizer,
     resolve,
 )
-from ..data.sources import DATA_HELP
+from ..data.sources import DATA_HELP, check_source
 from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
 
 
@@ -83,9 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(arguments.target, "--target")
     if arguments.self_prompted:
-        conversations = self_prompted(
-            arguments.self_prompted, arguments.temperature, tokenizer, arguments.seed
-        )
+        conversations = self_prompted(arguments.self_prompted, arguments.temperature, tokenizer, arguments.seed)
     else:
         conversations, duplicates = read_conversations(
             arguments.prompts, arguments.temperature, chat=arguments.chat, count=arguments.num_prompts
@@ -126,12 +123,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--output: {arguments.output!r} given; the name of a .jsonl file is needed.")
     ensure_file_writable(arguments.output, "--output")
     if arguments.prompts is not None:
-        check_prompts(arguments.prompts)
+        check_source(arguments.prompts, "--prompts")
     if arguments.engine:
         vllm_python(arguments.engine_python)
 
 
 def _open_file(arguments: argparse.Namespace) -> Any:
+    import torch
+
     from ..data.writing import TextFile
     from ..measure.provenance import describe, public_name
 
@@ -143,7 +142,8 @@ def _open_file(arguments: argparse.Namespace) -> Any:
         "seed": arguments.seed,
         "writer": "server" if arguments.server else arguments.engine or "transformers",
     }
-    return TextFile(Path(arguments.output), settings, describe(arguments.device or "cpu", arguments.command))
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TextFile(Path(arguments.output), settings, describe(device, arguments.command))
 
 
 def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int) -> Any:

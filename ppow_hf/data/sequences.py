@@ -82,7 +82,7 @@ class SequenceDataset(Dataset):
         }
 
     def count_tokens(self, vocab_size: int) -> torch.Tensor:
-        """How often each token occurs, learned or not: long `[vocab_size]`, by which a reduced vocabulary is chosen."""
+        """How often each token occurs, learned or not: `[vocab_size]`, by which a reduced vocabulary is chosen."""
         return torch.bincount(self._token_ids.long(), minlength=vocab_size)
 
     @property

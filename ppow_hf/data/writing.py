@@ -1,4 +1,4 @@
-"""Texts that a target writes for training: which prompts are asked, turn by turn, what is kept of the answers, and where.
+"""Texts that a target writes for training: what is asked, turn by turn, what is kept of the answers, and where.
 
 Knows no model and no engine: a [`Writer`] answers the requests.
 """

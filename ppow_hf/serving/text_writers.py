@@ -56,9 +56,7 @@ class TransformersWriter:
         self.target, self.tokenizer = target, tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.chunk_size = BATCHES_PER_CHUNK * batch_size
-        self.context_length: int | None = getattr(
-            target.config.get_text_config(), "max_position_embeddings", None
-        )
+        self.context_length: int | None = getattr(target.config.get_text_config(), "max_position_embeddings", None)
         self.end_ids = end_token_ids(target.generation_config, tokenizer)
 
     def __call__(self, requests: list[Request]) -> list[Answer | None]:
@@ -189,9 +187,10 @@ class VLLMWriter:
 
 
 class ServerWriter:
-    """An OpenAI-compatible server: `/chat/completions` for chats, `/completions` for texts; the key is `OPENAI_API_KEY`'s.
+    """An OpenAI-compatible server: `/chat/completions` for chats, `/completions` for texts.
 
-    A server tells text. Its token ids are those of the text, with the end of sequence behind it where it says `stop`.
+    The key is read from `OPENAI_API_KEY`. A server tells text: the token ids are those of the text, with the end of
+    sequence behind it where the server says `stop`.
 
     Args:
         url (`str`): of the server; without a path, `/v1` is added.
