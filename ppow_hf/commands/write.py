@@ -174,7 +174,6 @@ def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int) -> Any:
         tokenizer,
         end_token_ids(generation_config or config.get_text_config(), tokenizer),
         arguments.max_new_tokens,
-        context_length,
         arguments.engine_python,
         dtype=arguments.dtype or "auto",
         seed=arguments.seed + done,  # the engine's, which begins anew: else it would write again what it wrote before

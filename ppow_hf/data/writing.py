@@ -32,13 +32,13 @@ class Opening(NamedTuple):
         text (`str`): all that stands before the user's words.
         token_ids (`list[int]`): its tokens.
         end_ids (`list[int]`): the token that ends the turn, if it is a special one.
-        end_text (`str`): that token's text, or what follows the user's words where it is none.
+        end_text (`str`, *optional*): that token's text, or what follows the user's words where it is none.
     """
 
     text: str
     token_ids: list[int]
     end_ids: list[int]
-    end_text: str
+    end_text: str | None
 
 
 class Request(NamedTuple):
@@ -235,7 +235,7 @@ def opening_of_user_turn(tokenizer: PreTrainedTokenizerBase) -> Opening:
     if end_ids and tokenizer.decode(end_ids) in tokenizer.get_added_vocab():
         end_text = tokenizer.decode(end_ids)
     else:
-        end_ids, end_text = [], behind
+        end_ids, end_text = [], behind or None
     return Opening(before, tokenizer(before, add_special_tokens=False)["input_ids"], end_ids, end_text)
 
 

@@ -100,7 +100,6 @@ class VLLMWriter:
         tokenizer (`PreTrainedTokenizerBase`): the target's.
         end_ids (`list[int]`): its end-of-sequence tokens.
         max_new_tokens (`int`): tokens in the longest answer.
-        context_length (`int`, *optional*): the target's.
         python (`str`, *optional*): interpreter of vLLM's environment, see [`vllm_python`].
         engine: further arguments of `vllm.LLM`.
 
@@ -115,12 +114,11 @@ class VLLMWriter:
         tokenizer: PreTrainedTokenizerBase,
         end_ids: list[int],
         max_new_tokens: int,
-        context_length: int | None,
         python: str | None = None,
         **engine: Any,
     ):
-        self.tokenizer, self.end_ids = tokenizer, end_ids
-        self.max_new_tokens, self.context_length = max_new_tokens, context_length
+        self.tokenizer, self.end_ids, self.max_new_tokens = tokenizer, end_ids, max_new_tokens
+        self.context_length: int | None = None  # known once the engine is
         self._interpreter = vllm_python(python)
         self._engine = {"model": model, "generation_config": "vllm", "disable_log_stats": True, **engine}
 
@@ -139,7 +137,7 @@ class VLLMWriter:
         )
         os.close(writing)
         self._answers = os.fdopen(reading, encoding="utf-8")
-        self._receive()  # it is ready
+        self.context_length = self._receive()["context_length"]
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -158,7 +156,7 @@ class VLLMWriter:
             {
                 "prompt_ids": request.prompt_ids,
                 "temperature": request.temperature,
-                "max_tokens": self._room(request),
+                "max_tokens": min(self.max_new_tokens, (self.context_length or 0) - len(request.prompt_ids)),
                 "stop_token_ids": sorted({*self.end_ids, *request.stop_ids}),
             }
             for request in requests
@@ -169,11 +167,6 @@ class VLLMWriter:
         written = self._receive()
         pairs = zip(written, job, strict=True)
         return [answer_of(ids, one["stop_token_ids"], self.tokenizer) for ids, one in pairs]
-
-    def _room(self, request: Request) -> int:
-        if self.context_length is None:
-            return self.max_new_tokens
-        return min(self.max_new_tokens, self.context_length - len(request.prompt_ids))
 
     def _receive(self) -> Any:
         line = self._answers.readline()
