@@ -35,9 +35,9 @@ PROMPTS = ["def mean(values):", "import os\n", "class Point:\n    def __init__(s
 CHATS = [
     [{"role": "user", "content": question} for question in questions]
     for questions in (
-        ("is_empty(stack):", "push(stack, item):", "pop(stack):"),
-        ("add(a, b):", "multiply(a, b):"),
-        ("main(argv):", "get_name(path):"),
+        ("is_empty(stack):", "setUp(self):", "pop(stack):"),
+        ("add(a, b):", "main():"),
+        ("read_file(path, mode='r'):", "main():"),
     )
 ]
 
@@ -53,15 +53,6 @@ def tokenizer():
 def target():
     """The embedded target in float32."""
     return AutoModelForCausalLM.from_pretrained(tiny.target_path(), dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def instruct(target, tokenizer, tmp_path_factory):
-    """Its folder, with the chat template."""
-    folder = tmp_path_factory.mktemp("instruct")
-    target.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_rows(path, rows):
@@ -222,7 +213,7 @@ def test_turns_of_a_chat_train_as_one_sequence(tokenizer):
     assert second["input_ids"].tolist() == [1, 2, 9, 4, 0] and not second["target_written"].any()
 
 
-def test_an_interrupted_call_is_gone_on_from(tmp_path, instruct, target, capsys):
+def test_an_interrupted_call_is_gone_on_from(tmp_path, capsys):
     """A partial last line is removed; what is there is not written again, and the rest is as in one call."""
     prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     argv = ["--target", "tiny", "--dtype", "float32", "--prompts", prompts, "--max-new-tokens", 8, "--batch-size", 1]
@@ -362,7 +353,10 @@ def test_a_server_writes_what_the_target_would(server, brief, tokenizer, tmp_pat
     assert set(paths) == {"/v1/chat/completions"} and set(keys) == {"Bearer a-key"}
     assert {body["model"] for body in bodies} == {"served"} and {body["temperature"] for body in bodies} == {0.0}
     assert "a-key" not in "".join(path.read_text() for path in tmp_path.glob("a.*"))
-    assert read(tmp_path / "a.dropped.jsonl")[0]["reason"] == "refused"
+    refused = [
+        row["messages"][0]["content"] for row in read(tmp_path / "a.dropped.jsonl") if row["reason"] == "refused"
+    ]
+    assert refused == ["refuse"]
 
 
 def test_a_server_is_named_where_it_is_none(tmp_path, capsys, monkeypatch):

@@ -241,7 +241,7 @@ class ServerWriter:
         try:
             choice = self._send(path, body)["choices"][0]
         except urllib.error.HTTPError as error:
-            return f"{error.code} {error.read(500).decode(errors='replace')}"
+            return f"{error.code} {' '.join(error.read(500).decode(errors='replace').split())}"
         text = (choice["message"]["content"] if request.messages is not None else choice["text"]) or ""
         finished = choice.get("finish_reason") == "stop"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
