@@ -234,17 +234,21 @@ def test_an_interrupted_call_is_gone_on_from(tmp_path, capsys):
     assert "--output" in message and "temperature = [0.0], and now it is [1.0]" in message
 
 
-def test_a_prompt_without_room_is_dropped(tokenizer, tmp_path):
+def test_a_prompt_without_room_and_a_chat_that_the_template_refuses_are_dropped(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+
     def answer(requests):
         return [Answer("ab", [7, 0], True) for _ in requests]
 
     answer.chunk_size, answer.context_length = 4, 10
-    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a b"}, {"prompt": "value " * 40}])
+    rows = [{"prompt": "a b"}, {"prompt": "value " * 40}, {"messages": [{"role": "user", "content": "a"}]}]
+    path = write_rows(tmp_path / "p.jsonl", rows)
     conversations, _ = read_conversations(str(path), [0.0])
     file = TextFile(tmp_path / "texts.jsonl", {})
     written = write_texts(conversations, answer, tokenizer, file)
-    assert (written.rows, dict(written.dropped), written.tokens) == (1, {"too long": 1}, 2)
-    assert [row["reason"] for row in read(file.dropped_path)] == ["too long"]
+    assert (written.rows, dict(written.dropped), written.tokens) == (1, {"too long": 1, "refused": 1}, 2)
+    assert {row["reason"] for row in read(file.dropped_path)} == {"too long", "refused"}
 
 
 # Self-prompted

@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     from tqdm.auto import tqdm
 
+    from ..data.sequences import chat_template_of
     from ..data.writing import read_conversations, self_prompted, write_texts
 
     tokenizer = load_tokenizer(arguments.target, "--target")
@@ -89,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if duplicates:
             print(f"{duplicates} prompts left out: repeated or empty", file=sys.stderr)
-        conversations[0].request(tokenizer, arguments.seed)  # a chat needs a template: said before a target is loaded
+        if any(one.pending for one in conversations):
+            chat_template_of(tokenizer, "--prompts")
     file = _open_file(arguments)
     left = [one for one in conversations if one.key not in file.done]
     if len(left) < len(conversations):

@@ -177,8 +177,8 @@ def prepare_sequences(
     if columns == ("prompt",):
         raise ValueError(
             f"{argument}: the rows have a `prompt` but no `completion` (columns: {sorted(rows[0])}), so there is "
-            "nothing to learn. Pass regenerate=True to let the target write the completions, or give a `completion` "
-            "column, or name the column `text` if the prompts themselves are to be learned."
+            "nothing to learn. Let the target write the completions (regenerate=True, or `ppow write`), give a "
+            "`completion` column, or name the column `text` if the prompts themselves are to be learned."
         )
     if columns == ("text",):
         token_ids, loss_masks = _text_sequences(rows, tokenizer, max_length, packing, min_length, argument)
@@ -516,7 +516,8 @@ def _render(
     return _apply_template(messages, tokenizer, number, argument, **options)
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
+    """Raises `ValueError`, naming `argument`, where there is none."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{argument}: the rows have `messages`, but the tokenizer has no chat template. Set "
@@ -526,7 +527,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
 
 
 def _chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
-    marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", _chat_template(tokenizer, argument)) is not None
+    marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", chat_template_of(tokenizer, argument)) is not None
     if not tokenizer.is_fast:
         raise ValueError(
             f"{argument}: the rows have `messages`, and finding the assistant's tokens takes a fast tokenizer; "
@@ -592,7 +593,7 @@ def _mask_by_prefixes(
 
 
 def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> list[list[int]]:
-    _chat_template(tokenizer, argument)
+    chat_template_of(tokenizer, argument)
     texts = []
     for number, messages in enumerate(_conversations(rows, argument)):
         user_turns = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
@@ -605,9 +606,8 @@ def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument
 def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str) -> list[int]:
     """Token ids of row `number`'s messages through the chat template, with the opening of the assistant's turn.
 
-    Raises `ValueError`, naming `argument`, without a template, and where it refuses the messages.
+    Raises `ValueError`, naming `argument` and the row, where the template refuses the messages.
     """
-    _chat_template(tokenizer, argument)
     text = _render(messages, tokenizer, number, argument, add_generation_prompt=True)
     return next(_tokenize([text], tokenizer))
 

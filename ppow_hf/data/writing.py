@@ -22,7 +22,6 @@ SELF_PROMPT_TEMPERATURE = 1.0  # Magpie's, 2406.08464
 LOOP_COPIES = 3
 LOOP_TOKENS = 24  # that the copies of a loop have together, at least: a row of dots is none
 PLACEHOLDER = "\ue000"  # private use: no chat template has it
-DROPPED = ("empty", "repeated", "looping", "too long", "unfinished question", "refused")
 
 
 class Opening(NamedTuple):
@@ -266,7 +265,7 @@ def _prompt_of(row: dict, number: int, chat: bool) -> tuple[str | None, list[lis
 
 
 def reason_to_drop(answer: Answer | None, seen: set[str]) -> str | None:
-    """Why an answer is not kept, of [`DROPPED`], or `None`; a kept one is added to `seen`, as a hash of its text."""
+    """Why an answer is not kept, or `None`; a kept one is added to `seen`, as a hash of its text."""
     if answer is None:
         return "refused"
     if not answer.text.strip():
@@ -360,8 +359,15 @@ def _whole_lines(path: Path) -> Iterator[dict]:
 
 @dataclass
 class WrittenTexts:
-    """What a call wrote: `conversations` of them, `rows`, target `tokens` (of dropped rows too), `seconds`, and how
-    many were `dropped` for which reason."""
+    """What a call wrote.
+
+    Args:
+        conversations, rows (`int`): how many of them.
+        tokens (`int`): that the target wrote, those of dropped rows too.
+        seconds (`float`): that it took.
+        dropped (`Counter`): how many ended with an answer that is `"empty"`, `"repeated"`, `"looping"` or `"refused"`
+            (by the chat template or the server), with a prompt `"too long"`, or an `"unfinished question"`.
+    """
 
     conversations: int = 0
     rows: int = 0
@@ -426,7 +432,11 @@ def _answer(
     """One turn of each conversation; returns how many tokens were written."""
     requests = []
     for one in waiting:
-        request = one.request(tokenizer, seed)
+        try:
+            request = one.request(tokenizer, seed)
+        except ValueError:  # the chat template takes no such messages
+            one.dropped = "refused"
+            continue
         if writer.context_length is not None and len(request.prompt_ids) >= writer.context_length:
             one.dropped = "too long"
         else:

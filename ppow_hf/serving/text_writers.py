@@ -152,7 +152,7 @@ class VLLMWriter:
         self._log.close()
 
     def __call__(self, requests: list[Request]) -> list[Answer | None]:
-        job = [
+        job: list[dict[str, Any]] = [
             {
                 "prompt_ids": request.prompt_ids,
                 "temperature": request.temperature,

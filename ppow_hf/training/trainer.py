@@ -117,7 +117,8 @@ class PPOWTrainer(Trainer):
         target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to
-            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer.
+            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer, and prompts
+            without completions.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
     """
