@@ -26,11 +26,13 @@ from .commands import (
     tiny_target,
     train,
     windows,
+    write,
 )
 from .commands.parsing import parse
 
 COMMANDS = (  # in the order of `ppow --help`
     quickstart,
+    write,
     tiny_target,
     tiny_drafter,
     generate,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.models import (
     MODEL_HELP,
+    TARGET_HELP,
     check_tokenizer,
     ensure_writable,
     load_drafter,
@@ -20,11 +21,7 @@ from ..data.models import (
 from ..data.sources import check_source
 
 if TYPE_CHECKING:
-    import torch
-
     from ..runtime.modeling_ppow import PPOWDrafter
-
-COUNTED_LENGTH = 1024  # tokens of a text that a reduced vocabulary is counted on
 
 
 @dataclasses.dataclass
@@ -42,7 +39,7 @@ class ScriptArguments:
         resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
     """
 
-    target: str = dataclasses.field(metadata={"help": f"The target model: {MODEL_HELP}."})
+    target: str = dataclasses.field(metadata={"help": f"The target model: {TARGET_HELP}."})
     train_data: str = dataclasses.field(
         metadata={
             "help": "Training data with text, prompt, prompt and completion, or messages: a .jsonl file, or a dataset "
@@ -104,6 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Load or make the drafter, train it, and save it."""
     from ..training import PPOWTrainer
+    from ..training.trainer import prepare_training_data
 
     script, training = arguments.script, arguments.training
     ensure_writable(training.output_dir, "--output_dir")
@@ -113,16 +111,21 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = None if script.target_dtype == "auto" else script.target_dtype
     target = load_target(script.target, "--target", dtype, device)
     tokenizer = load_tokenizer(script.target, "--target")
+    train_data: Any = script.train_data
     if script.drafter is not None:
         drafter = load_drafter(script.drafter, "--drafter", "float32", device)
         check_tokenizer(drafter, tokenizer, "--drafter")
     else:
-        drafter = new_drafter(script, target, tokenizer)
+        token_counts = None
+        if script.draft_vocab_size is not None:
+            train_data = prepare_training_data(train_data, target, tokenizer, training, "--train_data")
+            token_counts = train_data.count_tokens(target.get_output_embeddings().weight.shape[0])
+        drafter = new_drafter(script, target, tokenizer, token_counts)
     trainer = PPOWTrainer(
         model=drafter,
         target_model=target,
         args=training,
-        train_dataset=script.train_data,
+        train_dataset=train_data,
         eval_dataset=eval_sources,
         processing_class=tokenizer,
     )
@@ -149,15 +152,14 @@ def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
     return named or None
 
 
-def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDrafter":
-    """An untrained float32 drafter for `target`, as the arguments describe it."""
+def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any, token_counts: Any = None) -> "PPOWDrafter":
+    """An untrained float32 drafter for `target`, as the arguments describe it.
+
+    `token_counts` (`[vocab_size]`, of the training data) choose the tokens of a reduced draft vocabulary.
+    """
     from ..runtime.configuration_ppow import vocabulary_fingerprint
     from ..runtime.modeling_ppow import PPOWDrafter
 
-    token_counts = None
-    if script.draft_vocab_size is not None:
-        width = target.get_output_embeddings().weight.shape[0]
-        token_counts = count_tokens(script.train_data, tokenizer, width)
     drafter = PPOWDrafter.from_target(
         target,
         script.architecture,
@@ -167,18 +169,3 @@ def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any) -> "PPOWDr
         target_name_or_path=script.target,
     )
     return drafter.float()
-
-
-def count_tokens(train_data: str, tokenizer: Any, vocab_size: int) -> "torch.Tensor":
-    """How often each token occurs in the training texts `[vocab_size]`, or in the prompts where these are all."""
-    import torch
-
-    from ..data.sequences import extract_prompts, prepare_sequences, read_rows
-
-    if "prompt" in read_rows(train_data, "--train_data")[0]:
-        # The target will write the completions; until then the prompts are all the text there is.
-        sequences = [torch.tensor(ids) for ids in extract_prompts(train_data, tokenizer, COUNTED_LENGTH)]
-    else:
-        dataset = prepare_sequences(train_data, tokenizer, COUNTED_LENGTH, argument="--train_data")
-        sequences = [dataset[index]["input_ids"] for index in range(len(dataset))]
-    return torch.bincount(torch.cat(sequences).long(), minlength=vocab_size)

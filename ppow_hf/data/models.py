@@ -4,6 +4,7 @@ Knows names, files and the embedded models; heavy libraries are imported inside 
 """
 
 import argparse
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 STDLIB_PROMPT_TOKENS = 128
 MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
+TARGET_HELP = f"{MODEL_HELP}, or a .gguf file (on the Hub: REPOSITORY:FILE.gguf)"
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a target and a drafter."""
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {MODEL_HELP}")
+    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
     parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the drafter: {MODEL_HELP}")
     parser.add_argument(
         "--dtype",
@@ -66,11 +68,26 @@ def load_tokenizer(name: str, argument: str = "--target") -> Any:
     """The tokenizer that lies with the model `name`."""
     from transformers import AutoTokenizer
 
-    path = _existing(name, argument)
+    path, gguf = _existing(name, argument)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **gguf)
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def load_config(name: str, argument: str = "--target") -> tuple[Any, Any]:
+    """The configuration of the model `name`, and its generation configuration or `None`, without the model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path, gguf = _existing(name, argument)
+    try:
+        config = AutoConfig.from_pretrained(path, **gguf)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: no configuration could be loaded from {name!r}: {error}") from error
+    try:
+        return config, GenerationConfig.from_pretrained(path)
+    except OSError:
+        return config, None
 
 
 def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
@@ -165,27 +182,54 @@ def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
 def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
     import torch
 
-    path = _existing(name, argument)
+    path, gguf = _existing(name, argument)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "float32" if device == "cpu" else "auto"
     try:
-        model = auto_class.from_pretrained(path, dtype=dtype)
+        model = auto_class.from_pretrained(path, dtype=dtype, **gguf, **_dequantized(gguf))
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
+    if gguf:  # its weights are plain ones now: without this, transformers neither casts nor saves the model
+        model.config.__dict__.pop("quantization_config", None)
+        model.__dict__.pop("quantization_method", None)
+        model.is_quantized, model.hf_quantizer = False, None
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
 
 
-def _existing(name: str, argument: str) -> str:
-    """`name` resolved; a path that is not there is said to be missing before the Hub is asked for it."""
-    path = resolve(name)
+def _existing(name: str, argument: str) -> tuple[str, dict[str, str]]:
+    """`name` resolved, and `{"gguf_file": FILE}` where it names one; a path that is not there is said to be missing
+    before the Hub is asked for it."""
+    path, file = split_gguf(resolve(name))
+    if file is not None and importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{argument}: reading the GGUF file {name!r} takes `pip install gguf`.")
+    if file is not None and ":" not in name and not Path(path, file).is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {name!r}. One on the Hub is REPOSITORY:FILE.gguf.")
     looks_like_path = path.startswith((".", os.sep)) or path.count("/") > 1
     if looks_like_path and not Path(path).is_dir():
-        raise FileNotFoundError(f"{argument}: there is no folder {name!r}.")
-    return path
+        raise FileNotFoundError(f"{argument}: there is no folder {path!r}.")
+    return path, {} if file is None else {"gguf_file": file}
+
+
+def split_gguf(name: str) -> tuple[str, str | None]:
+    """`FOLDER/FILE.gguf`, or `REPOSITORY:FILE.gguf` on the Hub, as folder or repository and file; else no file."""
+    if not name.endswith(".gguf"):
+        return name, None
+    repository, _, file = name.rpartition(":")
+    if repository and not Path(name).is_file():
+        return repository, file
+    return str(Path(name).parent), Path(name).name
+
+
+def _dequantized(gguf: dict[str, str]) -> dict[str, Any]:
+    """What makes newer releases of transformers unpack a GGUF file's weights; older ones always do."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if gguf and config is not None else {}
 
 
 def check_positive(argument: str, value: float) -> None:

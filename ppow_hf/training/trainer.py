@@ -22,8 +22,15 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from ..data.regeneration import regenerate
-from ..data.sequences import SequenceDataset, collate_sequences, prepare_sequences
+from ..data.regeneration import longest_prompt, regenerate
+from ..data.sequences import (
+    SequenceDataset,
+    collate_sequences,
+    has_prompts_alone,
+    prepare_prompts,
+    prepare_sequences,
+    read_rows,
+)
 from ..measure.calibration import (
     calibrate,
 )
@@ -53,6 +60,46 @@ from .window_sampling import text_windows
 logger = logging.get_logger(__name__)
 
 
+def prepare_training_data(
+    source: Any, target: PreTrainedModel, tokenizer: Any, args: PPOWTrainingArguments, argument: str
+) -> SequenceDataset:
+    """The sequences to train on: those of `source`, or, with `args.regenerate`, what the target writes anew."""
+    if isinstance(source, SequenceDataset):
+        return _not_empty(source, argument)
+    if not args.regenerate:
+        return prepare_sequences(source, tokenizer, args.max_length, packing=args.packing, argument=argument)
+    return regenerate(
+        source,
+        target,
+        tokenizer,
+        max_length=args.max_length,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.regenerate_temperature,
+        batch_size=args.regenerate_batch_size,
+        seed=args.seed,
+        argument=argument,
+        across_processes=args.world_size > 1,
+    )
+
+
+def prepare_evaluation_data(
+    source: Any, tokenizer: Any, args: PPOWTrainingArguments, argument: str
+) -> SequenceDataset:
+    """Evaluation decodes prompts itself: with `args.regenerate`, or where there is nothing else, prompts alone."""
+    if isinstance(source, SequenceDataset):
+        return _not_empty(source, argument)
+    rows = read_rows(source, argument)
+    if args.regenerate or has_prompts_alone(rows, argument):
+        return prepare_prompts(rows, tokenizer, longest_prompt(args.max_length, args.max_new_tokens), argument)
+    return prepare_sequences(rows, tokenizer, args.max_length, packing=args.packing, argument=argument)
+
+
+def _not_empty(data: SequenceDataset, argument: str) -> SequenceDataset:
+    if len(data) == 0:
+        raise ValueError(f"{argument}: it holds no sequences. Pass data.")
+    return data
+
+
 def by_name(data: Any) -> dict[str, SequenceDataset]:
     """Evaluation data by name; a single dataset has none."""
     return data if isinstance(data, dict) else {"": data}
@@ -70,7 +117,8 @@ class PPOWTrainer(Trainer):
         target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to
-            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer.
+            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer, and prompts
+            without completions.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
     """
@@ -110,7 +158,11 @@ class PPOWTrainer(Trainer):
         if model.config.architecture == "eagle" and not args.train_embeddings:
             model.draft_model.embed_tokens.requires_grad_(False)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
-        train_sequences = self._prepare(train_dataset, processing_class, args, "train_dataset")
+        train_sequences = None
+        if train_dataset is not None:
+            train_sequences = prepare_training_data(
+                train_dataset, target_model, processing_class, args, "train_dataset"
+            )
         eval_sequences = self._prepare_evaluation(eval_dataset, processing_class, args)
         if train_sequences is not None:
             check_lengths(train_sequences, args, model.config.context_length)
@@ -148,38 +200,18 @@ class PPOWTrainer(Trainer):
             self.optimizer = make_optimizer(self.accelerator.unwrap_model(self.model), self.args, self.args.muon)
         return super().create_optimizer(*args, **kwargs)
 
-    def _prepare(self, source, tokenizer, args, argument) -> SequenceDataset | None:
-        if source is None or isinstance(source, SequenceDataset):
-            if source is not None and len(source) == 0:
-                raise ValueError(f"{argument}: it holds no sequences. Pass data.")
-            return source
-        if args.regenerate:
-            return regenerate(
-                source,
-                self.target_model,
-                tokenizer,
-                max_length=args.max_length,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.regenerate_temperature,
-                batch_size=args.regenerate_batch_size,
-                seed=args.seed,
-                argument=argument,
-                across_processes=args.world_size > 1,
-            )
-        return prepare_sequences(source, tokenizer, args.max_length, packing=args.packing, argument=argument)
-
     def _prepare_evaluation(self, source, tokenizer, args) -> SequenceDataset | dict[str, SequenceDataset] | None:
         """`source` may be several datasets by name."""
+        if source is None:
+            return None
         if not isinstance(source, Mapping):
-            return self._prepare(source, tokenizer, args, "eval_dataset")
+            return prepare_evaluation_data(source, tokenizer, args, "eval_dataset")
         if not source or None in source.values():
             raise ValueError(f"eval_dataset: {source} given; pass data under each name.")
-        prepared = {}
-        for name, part in source.items():
-            sequences = self._prepare(part, tokenizer, args, f"eval_dataset[{name!r}]")
-            assert sequences is not None
-            prepared[name] = sequences
-        return prepared
+        return {
+            name: prepare_evaluation_data(part, tokenizer, args, f"eval_dataset[{name!r}]")
+            for name, part in source.items()
+        }
 
     # -- training
 
@@ -403,7 +435,7 @@ class PPOWTrainer(Trainer):
             item = data[index]
             learned = item["loss_mask"].nonzero()[:, 0]
             start = int(learned[0]) if len(learned) else len(item["input_ids"])
-            if start <= 1:
+            if len(learned) and start <= 1:
                 start = min(self.args.eval_prompt_length, len(item["input_ids"]) - 1)
             prompts.append(item["input_ids"][:start].tolist())
             if len(prompts) == self.args.eval_prompts:
