@@ -1,6 +1,7 @@
 """Arguments of PPOWTrainer, each with its source. Knows numbers and their ranges only."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
@@ -362,7 +363,7 @@ class PPOWTrainingArguments(TrainingArguments):
             steps, weighting = min(FIRST_UNROLL_STEPS, self.max_window), "decay"
         return self.unroll_steps or steps, self.text_weighting or weighting
 
-    def anchors(self, weights: dict[str, float]) -> dict[str, float]:
+    def anchors(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The terms along the text among `weights`; `ppow` brings its own, KL(P||Q) by `text_kl_coef`."""
         anchors = {name: weight for name, weight in weights.items() if name in TEXT_TERMS}
         ppow_anchor = weights.get("ppow", 0.0) * self.text_kl_coef

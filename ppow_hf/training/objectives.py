@@ -55,8 +55,8 @@ def parse_objective(objective: str | Mapping[str, float], ce_weight: float, kl_w
             if not weight > 0:
                 raise ValueError(f"objective: {name} has the weight {weight}; weights must be above 0.")
             expanded = {"ce": ce_weight, "kl": kl_weight} if name == "supervised" else {name: 1.0}
-            for expanded_name, share in expanded.items():
-                weights[expanded_name] = weights.get(expanded_name, 0.0) + weight * share
+            for expanded_name, factor_of_name in expanded.items():
+                weights[expanded_name] = weights.get(expanded_name, 0.0) + weight * factor_of_name
         phases.append(Phase(start, weights))
     return tuple(phases)
 
