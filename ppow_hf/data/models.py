@@ -147,12 +147,14 @@ def ensure_writable(folder: str | Path, argument: str) -> Path:
 
 
 def ensure_file_writable(path: str, argument: str) -> None:
+    """[`ensure_writable`] of the file's folder; `ValueError` if `path` is a folder itself."""
     if Path(path).is_dir():
         raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
     ensure_writable(Path(path).parent, argument)
 
 
 def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
+    """Target, its tokenizer and the drafter that the arguments of [`add_models`] name."""
     target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
     tokenizer = load_tokenizer(arguments.target, "--target")
     drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
@@ -187,11 +189,20 @@ def _existing(name: str, argument: str) -> str:
 
 
 def check_positive(argument: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is above 0."""
     if not value > 0:
         raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
 
 
+def check_options(arguments: argparse.Namespace, *names: str) -> None:
+    """[`check_positive`] of the options with these names; one that was not given is left out."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+
+
 def check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:
+    """Raise `ValueError` for an empty prompt, or one that leaves no room for `max_new_tokens` in the context."""
     if prompt_length < 1:
         raise ValueError(f"{argument}: it is empty; at least one token is needed to continue.")
     context = getattr(target.config.get_text_config(), "max_position_embeddings", None)

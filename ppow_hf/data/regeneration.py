@@ -91,16 +91,7 @@ def regenerate(
     prompts = extract_prompts(source, tokenizer, max(max_length - max_new_tokens, max_length // 2), argument)
     if len(prompts) < len(temperatures):
         raise ValueError(f"temperature: {len(temperatures)} given for {len(prompts)} prompts. Pass more prompts.")
-    context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
-    if context_length is not None and len(prompts[longest]) >= context_length:
-        raise ValueError(
-            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has "
-            f"{len(prompts[longest])} tokens and leaves no room for a completion in the target's context of "
-            f"{context_length} (max_position_embeddings). Lower max_length ({max_length}), which cuts the prompts, or "
-            "shorten the prompt."
-        )
-    length_limit = max_length if context_length is None else min(max_length, context_length)
+    length_limit = _length_limit(prompts, target, tokenizer, max_length, argument)
 
     eos_token_ids = _eos_token_ids(target, tokenizer)
     pad_token_id = tokenizer.pad_token_id
@@ -263,6 +254,26 @@ def _regenerated_dataset(sequences: list[list[int]], prompts: list[list[int]], t
         for sequence, prompt in zip(sequences, prompts, strict=True)
     ]
     return SequenceDataset(sequences, completion_masks, completion_masks if temperature == 0 else None)
+
+
+def _length_limit(
+    prompts: list[list[int]],
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    argument: str,
+) -> int:
+    """Most tokens of a sequence: `max_length` within the target's context; `ValueError` if a prompt fills it."""
+    context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    if context_length is not None and len(prompts[longest]) >= context_length:
+        raise ValueError(
+            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has "
+            f"{len(prompts[longest])} tokens and leaves no room for a completion in the target's context of "
+            f"{context_length} (max_position_embeddings). Lower max_length ({max_length}), which cuts the prompts, or "
+            "shorten the prompt."
+        )
+    return max_length if context_length is None else min(max_length, context_length)
 
 
 # The regenerated sequences on disk

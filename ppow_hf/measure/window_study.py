@@ -91,12 +91,7 @@ def draft_table(
     layers = drafter.config.target_layer_ids
     outputs = target(ids, output_hidden_states=bool(layers))
     target_log_probs = outputs.logits[0].float().log_softmax(-1)
-    written = target_log_probs[before - 1 : -1].gather(-1, ids[0, before:, None])[:, 0]
-    behind = target_log_probs[before - 1 : -1].amax(-1) - written
-    tolerance = NEAR_TIE if target.dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
-    if bool((behind > tolerance).any()):
-        place = int((behind > tolerance).nonzero()[0])
-        raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
+    _check_greedy(target_log_probs[before - 1 : -1], ids[0, before:], target.dtype)
     states = collect_target_states(outputs.hidden_states, layers)
     states = None if states is None else states.to(drafter.device)
     first, width = drafter.draft_model.first_prefix, target_log_probs.shape[-1]
@@ -144,6 +139,15 @@ def draft_table(
         max_new_tokens,
         eos_of(target),
     )
+
+
+def _check_greedy(target_log_probs: torch.Tensor, text: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise `ValueError` unless each token of `text` `[N]` is the likeliest of its row `[N, V]`, near ties apart."""
+    margin = target_log_probs.amax(-1) - target_log_probs.gather(-1, text[:, None])[:, 0]
+    tolerance = NEAR_TIE if dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
+    if bool((margin > tolerance).any()):
+        place = int((margin > tolerance).nonzero()[0])
+        raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
 
 
 def eos_of(target: Any) -> frozenset[int]:

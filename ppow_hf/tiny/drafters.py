@@ -15,9 +15,7 @@ import torch
 
 from ..data.regeneration import regenerate
 from ..data.sequences import SequenceDataset, all_positions
-from ..measure import (
-    provenance,
-)
+from ..measure import provenance
 from ..publish.model_card import write_drafter_card
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
@@ -179,48 +177,29 @@ def make_drafter(
     drafter itself, is gone on with and its log continued; another `seed` gives other training data. The held-out
     prompts are always the same. `settings` are PPOWTrainingArguments of all stages.
     """
-    from ..training.trainer import draw_curves
-
     output_dir = Path(output_dir)
     files = standard_library()
+    held_in, held_out = ([file for file in files if file.held_out is side] for side in (False, True))
     temperatures = text_temperatures(architecture)
-    train_data = target_text(
-        target, tokenizer, [f for f in files if not f.held_out], sequences, seed, cache_dir, temperatures
-    )
-    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], eval_prompts, 0, cache_dir)
+    train_data = target_text(target, tokenizer, held_in, sequences, seed, cache_dir, temperatures)
+    eval_data = target_text(target, tokenizer, held_out, eval_prompts, 0, cache_dir)
     log: list[dict] = []
     if start is None:
         drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
     else:
-        kept = Path(start, "supervised").is_dir()
-        drafter = PPOWDrafter.from_pretrained(Path(start, "supervised") if kept else start, dtype=torch.float32)
-        rows = json.loads(Path(start, "training_log.json").read_text())
-        log = [row for row in rows if row["objective"] != "ppow" or not kept]
-    steps_before = log[-1]["step"] if log else 0
+        drafter, log = load_start(start)
     stages = default_stages(seconds, architecture, decay=0.75, started=start is not None)
     for stage in stages:
         folder = output_dir / stage.kind
         history = train_stage(
-            drafter,
-            target,
-            tokenizer,
-            stage,
-            train_data,
-            eval_data,
-            folder,
-            seed,
-            eval_prompts=eval_prompts,
+            drafter, target, tokenizer, stage, train_data, eval_data, folder, seed, eval_prompts=eval_prompts,
             **settings,
-        )
+        )  # fmt: skip
+        steps_before = log[-1]["step"] if log else 0
         log += [{**row, "step": row["step"] + steps_before, "objective": stage.objective} for row in history]
-        steps_before = log[-1]["step"]
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
-    rows = ",\n".join(json.dumps(row) for row in provenance.shortened(log))
-    (output_dir / "training_log.json").write_text(f"[\n{rows}\n]\n")
-    draw_curves(
-        log, output_dir / "training.png", title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}"
-    )
+    write_log(log, output_dir, title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}")
     origin = provenance.describe(
         drafter.device,
         command,
@@ -233,6 +212,26 @@ def make_drafter(
     (output_dir / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
     write_drafter_card(output_dir, f"tiny-{architecture}" if target_name == "tiny" else None)
     return drafter
+
+
+def load_start(folder: str | Path) -> tuple[PPOWDrafter, list[dict]]:
+    """The drafter to go on with, in float32, and the log of the stages that made it.
+
+    Its supervised stage where that was kept, else the drafter itself.
+    """
+    kept = Path(folder, "supervised").is_dir()
+    drafter = PPOWDrafter.from_pretrained(Path(folder, "supervised") if kept else folder, dtype=torch.float32)
+    rows = json.loads(Path(folder, "training_log.json").read_text())
+    return drafter, [row for row in rows if row["objective"] != "ppow" or not kept]
+
+
+def write_log(log: list[dict], folder: Path, title: str) -> None:
+    """Write training_log.json, one row a line, and draw it as training.png."""
+    from ..training.trainer import draw_curves
+
+    rows = ",\n".join(json.dumps(row) for row in provenance.shortened(log))
+    (folder / "training_log.json").write_text(f"[\n{rows}\n]\n")
+    draw_curves(log, folder / "training.png", title=title)
 
 
 def save_drafter(drafter: PPOWDrafter, tokenizer, folder: str | Path) -> None:
