@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Load or make the drafter, train it, and save it."""
     from ..training import PPOWTrainer
-    from ..training.trainer import prepare_training_data
+    from ..training.preparation import training_sequences
 
     script, training = arguments.script, arguments.training
     ensure_writable(training.output_dir, "--output_dir")
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         token_counts = None
         if script.draft_vocab_size is not None:
-            train_data = prepare_training_data(train_data, target, tokenizer, training, "--train_data")
+            train_data = training_sequences(train_data, target, tokenizer, training, "--train_data")
             token_counts = train_data.count_tokens(target.get_output_embeddings().weight.shape[0])
         drafter = new_drafter(script, target, tokenizer, token_counts)
     trainer = PPOWTrainer(

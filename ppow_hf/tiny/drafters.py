@@ -20,6 +20,7 @@ from ..publish.model_card import write_drafter_card
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
+from ..training.objectives import parse_objective
 from ..training.optimizers import make_optimizer
 from .corpus import SourceFile, excerpts, standard_library
 from .recipe import bfloat16_pays
@@ -52,9 +53,7 @@ class Stage:
 def text_temperatures(architecture: str) -> list[float]:
     """At which temperatures, in turn, the target writes what a drafter is trained on.
 
-    Eagle: every other text is sampled, which won 8% where drafts are sampled and lost nothing that could be told from
-    noise in greedy chains (`model_cards/results/compare_stdlib_time`). Others: T = 0, since the text verifies the
-    windows of their PPOW stage.
+    Eagle: every other text is sampled. Others: T = 0, since the text verifies the windows of their PPOW stage.
     """
     return [0.0, 1.0] if architecture == "eagle" else [0.0]
 
@@ -136,24 +135,19 @@ def train_stage(
 
 
 def default_stages(seconds: float, architecture: str, decay: float = 1.0, started: bool = False) -> list[Stage]:
-    """What came out best for each architecture (see `model_cards/results`).
+    """The stages that a drafter of an `architecture` is trained in.
 
-    Eagle: supervised, unrolled for three steps behind every prefix, which learns a window's first tokens fast, and
-    then TV + 0.3 KL on what decoding visits, as deep as its windows. A new drafter has half of the time for each, one
-    that is `started` 70% for the first; going on with PPOW won nothing over going on so. Others: supervised for 70% of
-    the time, then PPOW with windows verified by the target's text; one that is `started`, which PPOW left as it was,
-    only supervised. Losses along the text train hidden matrices by Muon. `decay` is that of the last one of them.
+    Eagle: the trainer's default objective. Others: supervised for 70% of the time, then PPOW with windows verified by
+    the target's text, by AdamW; a drafter that is `started` is trained supervised alone. `decay` is that of the last
+    phase along the text.
     """
-    muon = {"muon": 2.0}
-    if architecture != "eagle":
-        alone = Stage("supervised", seconds, 2e-3, muon, decay)
-        return [alone] if started else [replace(alone, seconds=0.7 * seconds), Stage("ppow", 0.3 * seconds, 1e-4, {})]
-    share, end = (0.7, 6e-4) if started else (0.5, 1e-3)  # the second begins at the rate that the first ends at
-    every = {"unroll_steps": 3, "text_weighting": "decay", **muon}
-    return [
-        Stage("supervised", share * seconds, 2e-3, every, 1 / share),
-        Stage("tv + 0.3*kl", (1 - share) * seconds, end, {"unroll_steps": None, **muon}, decay),
-    ]
+    if architecture == "eagle":
+        last_phase = 1 - parse_objective(PPOWTrainingArguments.objective, 0.1, 1.0)[-1].start
+        return [Stage(PPOWTrainingArguments.objective, seconds, 2e-3, {}, 1 - last_phase * (1 - decay))]
+    alone = Stage("supervised", seconds, 2e-3, {}, decay)
+    if started:
+        return [alone]
+    return [replace(alone, seconds=0.7 * seconds), Stage("ppow", 0.3 * seconds, 1e-4, {"muon": 0.0})]
 
 
 def in_turn(objectives: Iterable[str]) -> str:

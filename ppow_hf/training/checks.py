@@ -1,5 +1,6 @@
 """Whether a drafter, a target, a tokenizer and data belong together: clear errors before anything is computed."""
 
+import math
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from ..runtime.modeling_ppow import (
     PPOWDrafter,
 )
 from .arguments import PPOWTrainingArguments
+from .target import FrozenTarget
 
 
 def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
@@ -57,4 +59,25 @@ def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, conte
         raise ValueError(
             f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target "
             f"take {context_length} (max_position_embeddings). Lower max_length."
+        )
+
+
+def check_reach(target: FrozenTarget, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when drafted windows would be longer than a target with sliding windows attends."""
+    if args.uses_rollouts and (target.sliding_window or math.inf) < args.max_length + args.max_window:
+        raise ValueError(
+            f"max_length: the target attends to the last {target.sliding_window} tokens only, fewer than "
+            f"max_length + max_window = {args.max_length + args.max_window}. Lower max_length."
+        )
+
+
+def check_batch(sequences: SequenceDataset, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when the sequences do not fill one batch."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.uses_rollouts and args.num_iterations > 1:  # such batches are repeated whole
+        batch *= args.gradient_accumulation_steps
+    if len(sequences) < batch:
+        raise ValueError(
+            f"train_dataset: {len(sequences)} sequences of up to {args.max_length} tokens do not fill one batch of "
+            f"{batch}. Give more data, or lower max_length or per_device_train_batch_size."
         )

@@ -6,11 +6,9 @@ whole or not there. The mathematics is in objectives.py, losses.py, rewards.py, 
 
 import itertools
 import json
-import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,82 +20,26 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from ..data.regeneration import longest_prompt, regenerate
-from ..data.sequences import (
-    SequenceDataset,
-    collate_sequences,
-    has_prompts_alone,
-    prepare_prompts,
-    prepare_sequences,
-    read_rows,
-)
-from ..measure.calibration import (
-    calibrate,
-)
-from ..measure.costs import (
-    measure_costs,
-)
-from ..measure.evaluation import (
-    decode,
-    evaluation_metrics,
-    report,
-)
+from ..data.sequences import SequenceDataset, collate_sequences
+from ..measure.calibration import calibrate
+from ..measure.costs import measure_costs
+from ..measure.evaluation import decode, evaluation_metrics, report
 from ..measure.plots import plot_curves
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
-from .checks import check_lengths, check_pair
-from .losses import text_loss, visited_windows, window_loss, window_text_loss
+from .checks import check_batch, check_lengths, check_pair, check_reach
+from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
+from .preparation import evaluation_sequences, training_sequences
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
-from .target import FrozenTarget, TargetEncoding
-from .window_sampling import text_windows
+from .target import FrozenTarget
 
 logger = logging.get_logger(__name__)
-
-
-def prepare_training_data(
-    source: Any, target: PreTrainedModel, tokenizer: Any, args: PPOWTrainingArguments, argument: str
-) -> SequenceDataset:
-    """The sequences to train on: those of `source`, or, with `args.regenerate`, what the target writes anew."""
-    if isinstance(source, SequenceDataset):
-        return _not_empty(source, argument)
-    if not args.regenerate:
-        return prepare_sequences(source, tokenizer, args.max_length, packing=args.packing, argument=argument)
-    return regenerate(
-        source,
-        target,
-        tokenizer,
-        max_length=args.max_length,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.regenerate_temperature,
-        batch_size=args.regenerate_batch_size,
-        seed=args.seed,
-        argument=argument,
-        across_processes=args.world_size > 1,
-    )
-
-
-def prepare_evaluation_data(
-    source: Any, tokenizer: Any, args: PPOWTrainingArguments, argument: str
-) -> SequenceDataset:
-    """Evaluation decodes prompts itself: with `args.regenerate`, or where there is nothing else, prompts alone."""
-    if isinstance(source, SequenceDataset):
-        return _not_empty(source, argument)
-    rows = read_rows(source, argument)
-    if args.regenerate or has_prompts_alone(rows, argument):
-        return prepare_prompts(rows, tokenizer, longest_prompt(args.max_length, args.max_new_tokens), argument)
-    return prepare_sequences(rows, tokenizer, args.max_length, packing=args.packing, argument=argument)
-
-
-def _not_empty(data: SequenceDataset, argument: str) -> SequenceDataset:
-    if len(data) == 0:
-        raise ValueError(f"{argument}: it holds no sequences. Pass data.")
-    return data
 
 
 def by_name(data: Any) -> dict[str, SequenceDataset]:
@@ -116,9 +58,9 @@ class PPOWTrainer(Trainer):
         model ([`PPOWDrafter`]): the drafter.
         target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
-        train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to
-            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer, and prompts
-            without completions.
+        train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
+            a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
+            completes rows with a `prompt` or `messages`, see `regenerate`.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
     """
@@ -148,11 +90,7 @@ class PPOWTrainer(Trainer):
             target_model.to(args.device)
         self.target = FrozenTarget(target_model, model.config.target_layer_ids)
         model.config.check_window(args.max_window)
-        if args.uses_rollouts and (self.target.sliding_window or math.inf) < args.max_length + args.max_window:
-            raise ValueError(
-                f"max_length: the target attends to the last {self.target.sliding_window} tokens only, fewer than "
-                f"max_length + max_window = {args.max_length + args.max_window}. Lower max_length."
-            )
+        check_reach(self.target, args)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
         if model.config.architecture == "eagle" and not args.train_embeddings:
@@ -160,20 +98,11 @@ class PPOWTrainer(Trainer):
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
         train_sequences = None
         if train_dataset is not None:
-            train_sequences = prepare_training_data(
-                train_dataset, target_model, processing_class, args, "train_dataset"
-            )
-        eval_sequences = self._prepare_evaluation(eval_dataset, processing_class, args)
+            train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
+        eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
         if train_sequences is not None:
             check_lengths(train_sequences, args, model.config.context_length)
-            batch = args.per_device_train_batch_size * args.world_size
-            if args.uses_rollouts and args.num_iterations > 1:  # such batches are repeated whole
-                batch *= args.gradient_accumulation_steps
-            if len(train_sequences) < batch:
-                raise ValueError(
-                    f"train_dataset: {len(train_sequences)} sequences of up to {args.max_length} tokens do not fill "
-                    f"one batch of {batch}. Give more data, or lower max_length or per_device_train_batch_size."
-                )
+            check_batch(train_sequences, args)
         super().__init__(
             model=model,
             args=args,
@@ -196,22 +125,9 @@ class PPOWTrainer(Trainer):
         self.add_callback(CurvesCallback())
 
     def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None and self.args.muon:
+        if self.optimizer is None and self.args.muon and self.optimizer_cls_and_kwargs is None:
             self.optimizer = make_optimizer(self.accelerator.unwrap_model(self.model), self.args, self.args.muon)
         return super().create_optimizer(*args, **kwargs)
-
-    def _prepare_evaluation(self, source, tokenizer, args) -> SequenceDataset | dict[str, SequenceDataset] | None:
-        """`source` may be several datasets by name."""
-        if source is None:
-            return None
-        if not isinstance(source, Mapping):
-            return prepare_evaluation_data(source, tokenizer, args, "eval_dataset")
-        if not source or None in source.values():
-            raise ValueError(f"eval_dataset: {source} given; pass data under each name.")
-        return {
-            name: prepare_evaluation_data(part, tokenizer, args, f"eval_dataset[{name!r}]")
-            for name, part in source.items()
-        }
 
     # -- training
 
@@ -278,108 +194,43 @@ class PPOWTrainer(Trainer):
         return (loss, PPOWDrafterOutput(loss=loss)) if return_outputs else loss
 
     def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        weights = self.args.weights_at(self.progress)
-        rolled_out = any(name in WINDOW_TERMS for name in weights)
-        drafter = self.accelerator.unwrap_model(model)
-        limits = drafter.draft_model.first_prefix, drafter.config.context_length
-        by_text = rolled_out and text_judges(self.args, weights, inputs, *limits)
-        if rolled_out and self.args.world_size > 1:  # all or none: a sharded target's forwards must not be one's alone
-            agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
-            by_text = bool(agreed.all())
-        verifies = rolled_out and not by_text
-        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=verifies)
-        if rolled_out:
-            loss = self._window_objective(model, inputs, encoding, weights, by_text)
-            loss = loss / (len(inputs["index"]) * self.args.world_size)
+        args, drafter = self.args, self.accelerator.unwrap_model(model)
+        weights = args.weights_at(self.progress)
+        drafts_windows = any(name in WINDOW_TERMS for name in weights)
+        by_text = drafts_windows and self._verified_by_text(drafter, weights, inputs)
+        with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
+        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=with_cache)
+        if drafts_windows:
+            rollout = self._next_rollout(drafter, inputs, encoding, by_text)
+            loss, metrics = window_objective(
+                model, drafter, self.target, args, weights, inputs, encoding, rollout
+            )  # fmt: skip
+            count = len(inputs["index"]) * args.world_size
+            loss = loss / count
             if self.model.training:
                 loss = loss / self.current_gradient_accumulation_steps
         else:
             self._rollouts.clear()
             self._micro_step += int(self.model.training)
-            loss = self._text_objective(model, inputs, encoding, weights)
-            items = num_items_in_batch
-            if items is None:
-                items = (inputs["labels"] != -100).sum()
-            loss = loss / items
-        return loss * self.args.world_size
-
-    def _text_objective(self, model, inputs, encoding: TargetEncoding, weights) -> torch.Tensor:
-        """Sum over positions of the weighted terms along the text, averaged over unrolled steps (eagle, medusa)."""
-        input_ids = inputs["input_ids"]
-        drafter = self.accelerator.unwrap_model(model)
-        first = drafter.draft_model.first_prefix
-        prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-        # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
-        unrolled = {"eagle": self.args.unroll_steps or self.args.max_window, "medusa": self.args.max_window}
-        steps = unrolled.get(drafter.config.architecture, 1)
-        call: dict[str, Any] = {}
-        visited: torch.Tensor | None = None
-        if steps > 1:
-            if self.args.text_weighting == "visited":
-                prefixes, found = visited_windows(drafter, self.target, self.args, inputs, encoding, steps)
-                visited = found
-                if "expected_length" not in weights:  # which is of whole windows
-                    call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
-            call |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
-
-        def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
-            features = output.window_features if call else output.features[:, first:-1, None]
-            loss, metrics = text_loss(
-                drafter, self.target, self.args, weights, features, prefixes, inputs, encoding.sources, visited
+            steps, weighting = args.unrolling_at(self.progress)
+            # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
+            steps = {"eagle": steps, "medusa": args.max_window}.get(drafter.config.architecture, 1)
+            loss, metrics = text_objective(
+                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting
             )
-            self._note(metrics)
-            return loss
+            items = num_items_in_batch
+            loss = loss / ((inputs["labels"] != -100).sum() if items is None else items)
+        self._note(metrics)
+        return loss * args.world_size
 
-        return model(
-            input_ids=input_ids,
-            target_states=encoding.states,
-            attention_mask=inputs["attention_mask"],
-            loss_function=loss_function,
-            **call,
-        ).loss
-
-    def _window_objective(self, model, inputs, encoding: TargetEncoding, weights, by_text: bool) -> torch.Tensor:
-        """Sum over the batch's sequences of the weighted terms, each averaged over the sequence's windows."""
-        drafter = self.accelerator.unwrap_model(model)
-        rollout, slot = self._next_rollout(drafter, inputs, encoding, by_text)
-        count = rollout.prefixes.shape[1]
-        chosen = rollout.prefixes[:, :: self.args.num_rollouts]
-        prefixes, draft_ids = rollout.prefixes, rollout.draft_ids
-        anchors = self.args.anchors(weights)
-        if anchors:  # the same forward follows the text behind the chosen prefixes too
-            prefixes = torch.cat([prefixes, chosen], dim=1)
-            texts = text_windows(inputs["input_ids"], chosen, self.args.max_window)
-            draft_ids = torch.cat([draft_ids, texts], dim=1)
-        goes_on = None
-        if not ({"opd", "opd_reverse"} & set(weights) and self.args.on_policy_positions == "all"):
-            followed = torch.ones_like(draft_ids, dtype=torch.bool)
-            followed[:, :count] = rollout.learned  # nothing is learned behind a window's first rejected token
-
-            def goes_on(j: int, _, windows: torch.Tensor) -> torch.Tensor:
-                return followed[:, :, j + 1].gather(1, windows)
-
-        def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
-            along = output.window_features
-            loss, metrics = window_loss(drafter, self.target, self.args, weights, along[:, :count], rollout)
-            self._note(metrics)
-            if anchors:
-                anchor, metrics = window_text_loss(
-                    drafter, self.target, self.args, anchors, along[:, count:], chosen, rollout.has_prefix, inputs,
-                    encoding.sources,
-                )  # fmt: skip
-                self._note(metrics)
-                loss = loss + anchor
-            return loss
-
-        return model(
-            input_ids=inputs["input_ids"],
-            target_states=encoding.states,
-            attention_mask=inputs["attention_mask"],
-            prefixes=prefixes,
-            draft_ids=draft_ids,
-            loss_function=loss_function,
-            goes_on=goes_on,
-        ).loss
+    def _verified_by_text(self, drafter, weights, inputs) -> bool:
+        """Whether the text verifies this batch's windows, on every process or on none."""
+        limits = drafter.draft_model.first_prefix, drafter.config.context_length
+        by_text = text_judges(self.args, weights, inputs, *limits)
+        if self.args.world_size > 1:  # a sharded target's forwards must not be one process's alone
+            agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
+            by_text = bool(agreed.all())
+        return by_text
 
     def _note(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -390,7 +241,7 @@ class PPOWTrainer(Trainer):
         """Share of the training that is done, which decides when ADAW begins."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def _next_rollout(self, drafter, inputs, encoding, by_text: bool) -> tuple[Rollout, int | None]:
+    def _next_rollout(self, drafter, inputs, encoding, by_text: bool) -> Rollout:
         """This micro-batch's rollouts: new ones, or those kept for a further gradient step."""
         accumulation = self.args.gradient_accumulation_steps
         place = self._micro_step % (accumulation * self.args.num_iterations)
@@ -398,7 +249,7 @@ class PPOWTrainer(Trainer):
         if self.model.training:
             self._micro_step += 1
         if place >= accumulation and slot in self._rollouts:
-            return self._rollouts[slot], slot
+            return self._rollouts[slot]
         started, tokens_before = time.perf_counter(), self.target.forward_tokens
         adaptive = self.progress >= self.args.adaw_start
         assert self.cost_ratio is not None
@@ -413,18 +264,19 @@ class PPOWTrainer(Trainer):
             )
         self._rollouts[slot] = rollout
         seconds = time.perf_counter() - started
-        metrics = self._metrics
-        for name in ("total", "speedup", "throughput", "proximity"):
-            key = "reward/mean" if name == "total" else f"reward/{name}"
-            metrics[key].append(rollout.rewards[name].mean().item())
-        metrics["reward/std"].append(rollout.rewards["total"].std().item())
-        metrics["accepted_length"].append(rollout.accepted.float().mean().item() + 1)
-        metrics["groups_without_spread"].append(groups_without_spread(rollout.rewards["total"]).item())
-        metrics["verified_tokens_per_second"].append(rollout.draft_ids.numel() / seconds)
-        metrics["target_forward_tokens"].append(self.target.forward_tokens - tokens_before)
-        metrics["adaw"].append(float(adaptive))
-        metrics["verified_by_text"].append(float(by_text))
-        return rollout, slot
+        parts = ("speedup", "throughput", "proximity")
+        self._note({
+            **{f"reward/{name}": rollout.rewards[name].mean().item() for name in parts},
+            "reward/mean": rollout.rewards["total"].mean().item(),
+            "reward/std": rollout.rewards["total"].std().item(),
+            "accepted_length": rollout.accepted.float().mean().item() + 1,
+            "groups_without_spread": groups_without_spread(rollout.rewards["total"]).item(),
+            "verified_tokens_per_second": rollout.draft_ids.numel() / seconds,
+            "target_forward_tokens": self.target.forward_tokens - tokens_before,
+            "adaw": float(adaptive),
+            "verified_by_text": float(by_text),
+        })  # fmt: skip
+        return rollout
 
     # -- evaluation
 
@@ -436,7 +288,7 @@ class PPOWTrainer(Trainer):
             learned = item["loss_mask"].nonzero()[:, 0]
             start = int(learned[0]) if len(learned) else len(item["input_ids"])
             if len(learned) and start <= 1:
-                start = min(self.args.eval_prompt_length, len(item["input_ids"]) - 1)
+                start = max(min(self.args.eval_prompt_length, len(item["input_ids"]) - 1), 1)
             prompts.append(item["input_ids"][:start].tolist())
             if len(prompts) == self.args.eval_prompts:
                 break
@@ -457,7 +309,7 @@ class PPOWTrainer(Trainer):
         """
         given: Any = self.eval_dataset
         if eval_dataset is not None:
-            given = self._prepare_evaluation(eval_dataset, self.processing_class, self.args)
+            given = evaluation_sequences(eval_dataset, self.processing_class, self.args)
         if given is None:
             raise ValueError("eval_dataset: None given; evaluation decodes prompts taken from it.")
         return self._evaluate_parts(by_name(given), metric_key_prefix)
