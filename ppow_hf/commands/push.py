@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ..data.models import (
@@ -115,7 +116,10 @@ def run_push(arguments: argparse.Namespace) -> int:
             raise ValueError("--metric: give the Space to push to, USER/NAME; --write is for drafters.")
         commit = hub.push_metric(arguments.repo_id, arguments.folder, **options)
     elif arguments.write is not None:
+        made = not Path(arguments.write).exists()
         ensure_writable(arguments.write, "--write")
+        if made:  # the folder comes with what is in it
+            Path(arguments.write).rmdir()
         folder = hub.write_repository(resolve(arguments.folder), arguments.write, **_facts(arguments))
         print(f'{folder}: use it with generate(custom_generate="{folder}", trust_remote_code=True)')
         return 0

@@ -11,7 +11,10 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length < 100_000_000 else b""
     try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"folder: {path.name} is not a safetensors file, or is damaged. Save it again.") from error
-    return {"tensors": {k: v for k, v in entries.items() if k != "__metadata__"}, "bytes": 8 + length}
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        whole = all(len(entry["shape"]) >= 0 and len(entry["data_offsets"]) == 2 for entry in entries.values())
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"folder: {path.name} is not a safetensors file, or is damaged. Save it again.")
+    return {"tensors": entries, "bytes": 8 + length}

@@ -32,7 +32,7 @@ from .costs import Costs, check_count, check_prompts, measure_costs, now, with_p
 from .evaluation import left_padded, until_end
 from .provenance import (
     describe_machine,
-    without_paths,
+    public_command,
 )
 from .window_study import eos_of
 
@@ -49,7 +49,7 @@ __all__ = [
     "run_grid",
     "trace_from_forwards",
     "verdict",
-    "without_paths",
+    "public_command",
     "write_benchmark",
 ]
 
@@ -207,7 +207,7 @@ def run_benchmark(
             "transformers": transformers.__version__,
             "ppow_hf": __version__,
         },
-        "command": without_paths(command or ""),
+        "command": public_command(command or ""),
         "cost_ratio": costs.cost_ratio,
         "draft_step_seconds": costs.draft_step_seconds,
         "target_forward_seconds": costs.target_forward_seconds,
