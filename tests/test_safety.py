@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli
+from ppow_hf.export import export_drafter
 from ppow_hf.measure.redaction import redact_command, redact_record, redact_text
 from ppow_hf.publish.hub import repository_files, write_repository
 from ppow_hf.publish.model_card import drafter_card
@@ -220,3 +221,78 @@ def test_a_record_of_another_shape_is_named(saved, tmp_path):
                 with pytest.raises(ValueError, match=f"folder: {name} in "):
                     repository_files(tmp_path, "ada/x")
         (tmp_path / name).unlink()
+
+
+# -- damaged drafters
+
+
+def damaged(source: Path, folder: Path, change=None, **fields) -> Path:
+    """A copy of the drafter in `source` with other tensors and fields of its configuration."""
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    tensors = load_file(source / "model.safetensors")
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def undefined(tensors: dict) -> None:
+    tensors["draft_model.fc.weight"][0, 0] = torch.nan
+
+
+DAMAGES = {
+    "missing weights: draft_model.fc.weight": lambda tensors: tensors.pop("draft_model.fc.weight"),
+    "weights of another model: draft_model.extra": lambda tensors: tensors.update(
+        {"draft_model.extra": torch.ones(2)}
+    ),
+    "infinite or undefined numbers in draft_model.fc.weight": undefined,
+    "draft_model.fc.weight": lambda tensors: tensors.update({"draft_model.fc.weight": torch.ones(2, 2)}),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_drafter_is_not_loaded_exported_or_pushed(saved, tmp_path, capsys, message):
+    folder = damaged(saved / "eagle", tmp_path / "bad", DAMAGES[message])
+    for load in (PPOWDrafter, AutoModel):
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
+            load.from_pretrained(folder)
+    pair = ["--target", saved / "target", "--drafter", folder]
+    assert f"--drafter: {str(folder)!r}" in (said := fails(capsys, "generate", *pair, "--prompt", "a"))
+    assert message in said and len(said) < 600
+    assert message in fails(capsys, "export", folder, "--output-dir", tmp_path / "out")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        repository_files(folder, "ada/x")
+
+
+def test_a_drafter_broken_in_memory_is_not_trained_exported_or_pushed(saved, tmp_path, make_trainer):
+    drafter = PPOWDrafter.from_pretrained(saved / "eagle")
+    drafter.draft_model.fc.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="drafter: it cannot be exported: infinite"):
+        export_drafter(drafter, tmp_path / "out")
+    drafter.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="infinite or undefined numbers in draft_model.fc.weight"):
+        repository_files(tmp_path / "saved", "ada/x")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model_type": "llama"}, {"target_layer_ids": [0, 1, -1]}, {"target_layer_ids": [1]}]
+)
+def test_another_kind_of_configuration_is_refused(saved, tmp_path, fields):
+    folder = damaged(saved / "eagle", tmp_path / "bad", **fields)
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        PPOWDrafter.from_pretrained(folder)
+
+
+def test_layers_that_the_target_does_not_have_are_refused_wherever_both_meet(saved, tmp_path, capsys, make_target):
+    folder = damaged(saved / "eagle", tmp_path / "bad", target_layer_ids=[0, 1, 99])
+    pair = ["--target", saved / "target", "--drafter", folder]
+    for command in (
+        ["generate", *pair, "--prompt", "a"],
+        ["measure", *pair, "--num-prompts", 1, "--json", tmp_path / "a.json"],
+        ["bench", *pair, "--num-prompts", 1],
+        train_command(saved, tmp_path / "out", "--drafter", folder, "--max_steps", 1),
+        ["export", folder, "--output-dir", tmp_path / "exported", "--target", saved / "target"],
+    ):
+        assert "layers [0, 1, 99]" in fails(capsys, *command), command

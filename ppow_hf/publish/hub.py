@@ -1,8 +1,8 @@
 """A drafter's repository: what it holds, and how it gets to the Hub in one commit, whole or not at all.
 
-Knows files and the Hub; loads no weights and computes nothing. What is pushed runs without this package: the drafter's
-own modules travel with it, and `custom_generate/generate.py` holds the repository's name. Large files go by LFS or
-by Xet, as the client chooses; the tests speak LFS (HF_HUB_DISABLE_XET=1), and the way by Xet is untested.
+Knows files and the Hub; loads weights only to check them. What is pushed runs without this package: the drafter's own
+modules travel with it, and `custom_generate/generate.py` holds the repository's name. Large files go by LFS or by Xet,
+as the client chooses; the tests speak LFS (HF_HUB_DISABLE_XET=1), and the way by Xet is untested.
 """
 
 import errno
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.weights import safetensors_header
 from ..measure.provenance import public_name
 from ..measure.redaction import redact_record, redact_text
+from ..runtime.modeling_ppow import PPOWDrafter
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -86,6 +87,7 @@ def repository_files(
     _check_links(folder)
     config = redact_record(_drafter_config(folder))
     _check_weights(folder)
+    PPOWDrafter.from_pretrained(folder)  # raises for what is not whole
     files: dict[str, bytes | Path] = {
         path.name: _without_secrets(path)
         for path in sorted(folder.iterdir())

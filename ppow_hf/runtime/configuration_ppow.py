@@ -175,6 +175,27 @@ class PPOWDrafterConfig(PreTrainedConfig):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
         self.check_window(max_window)
+        self.check_layers()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers', but `ValueError` for the configuration of another model."""
+        given = config_dict.get("model_type", cls.model_type)
+        if given != cls.model_type:
+            raise ValueError(f"model_type: a {given!r} given, not a drafter ({cls.model_type!r}). Pass a drafter.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def check_layers(self) -> None:
+        """Raise `ValueError` for layer ids that no target can have, or not as many as the architecture reads."""
+        ids, count = self.target_layer_ids, {"eagle": 3, "medusa": 1, "standalone": 0}[self.architecture]
+        if ids is None:
+            return
+        whole = isinstance(ids, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if not whole or min(ids, default=0) < 0 or len(ids) != count:
+            raise ValueError(
+                f"target_layer_ids: {ids!r} given; a {self.architecture} drafter reads {count} of the target's "
+                "states, numbered from 0."
+            )
 
     @property
     def longest_window(self) -> int | None:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import (
+    check_layers,
     check_width,
 )
 from ..runtime.configuration_ppow import vocabulary_fingerprint
@@ -30,6 +31,9 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
             f"target_model: its hidden size is {text.hidden_size}, and this eagle drafter reads states of "
             f"{config.target_hidden_size}. Use the target it was made for, or make a drafter with from_target."
         )
+    check_layers(config.target_layer_ids, text.num_hidden_layers, "model")
+    if problems := drafter.weight_problems():
+        raise ValueError(f"model: it cannot be trained: {'; '.join(problems)}. Load or make it again.")
     if tokenizer is None:
         return
     if len(tokenizer) > width:
