@@ -348,7 +348,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def train(argv: list[str]) -> int:
     """`ppow train`: the arguments are [`ScriptArguments`] and [`PPOWTrainingArguments`]."""
-    from transformers import HfArgumentParser
+    from transformers import HfArgumentParser, set_seed
 
     from .training import PPOWTrainer, PPOWTrainingArguments
 
@@ -361,6 +361,7 @@ def train(argv: list[str]) -> int:
     ensure_writable(args.output_dir, "--output_dir")
     check_source(script.train_data, "--train_data")
     evaluation = evaluation_sources(script.eval_data or [])
+    set_seed(args.seed)  # which draws a new drafter's weights
     device = str(args.device)
     dtype = None if script.target_dtype == "auto" else script.target_dtype
     target = load_target(script.target, "--target", dtype, device)
@@ -382,7 +383,8 @@ def train(argv: list[str]) -> int:
     if script.resume or resume in ("auto", "true", "True"):
         resume = True  # the last complete one, or a new start where there is none
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    if not trainer.already_finished:
+        trainer.save_model()
     trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
     return 0
 

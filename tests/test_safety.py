@@ -4,11 +4,14 @@ import copy
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_training import random_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -17,6 +20,7 @@ from ppow_hf.export import export_drafter
 from ppow_hf.measure.redaction import redact_command, redact_record, redact_text
 from ppow_hf.publish.hub import repository_files, write_repository
 from ppow_hf.publish.model_card import drafter_card
+from ppow_hf.training.checkpoints import check_complete, last_complete_checkpoint
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
 SECRET = "hf_" + "AbCdEfGhIj" * 3 + "QqQq"
@@ -296,3 +300,113 @@ def test_layers_that_the_target_does_not_have_are_refused_wherever_both_meet(sav
         ["export", folder, "--output-dir", tmp_path / "exported", "--target", saved / "target"],
     ):
         assert "layers [0, 1, 99]" in fails(capsys, *command), command
+
+
+# -- runs and their checkpoints
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_equal_commands_give_equal_weights_and_another_seed_gives_others(saved, tmp_path):
+    found = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        torch.rand(7)  # whatever was drawn before in this process
+        command = train_command(saved, tmp_path / name, "--seed", seed, "--max_steps", 2, "--max_length", 16)
+        assert cli.main(command) == 0
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not torch.equal(found[0]["draft_model.fc.weight"], found[2]["draft_model.fc.weight"])
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(saved, tmp_path, caplog):
+    folder = tmp_path / "run"
+    command = train_command(saved, folder, "--max_steps", 2)
+    assert cli.main(command) == 0
+    before = content(folder)
+    for again in (command, train_command(saved, folder, "--max_steps", 1)):
+        caplog.clear()
+        assert cli.main([*again, "--resume"]) == 0
+        assert "is finished: 2 steps were taken, and nothing is changed" in caplog.text
+        assert content(folder) == before
+    # Killed behind its last checkpoint, before the drafter was saved: no step is taken, and the drafter is saved.
+    (folder / "model.safetensors").unlink()
+    assert cli.main([*command, "--resume"]) == 0
+    assert load_file(folder / "model.safetensors").keys()
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(folder / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (folder / "checkpoint-2" / "complete.json").read_bytes() == before["checkpoint-2/complete.json"]
+    assert cli.main([*train_command(saved, folder, "--max_steps", 3), "--resume"]) == 0  # a longer one goes on
+    assert (folder / "checkpoint-3").is_dir()
+
+
+def test_a_run_finished_by_epochs_is_finished_too(make_trainer):
+    settings = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
+    trainer = make_trainer("standalone", "ce", **settings)
+    trainer.train()
+    trainer.save_model()
+    again = make_trainer("standalone", "ce", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.already_finished and again.state.global_step == 3
+    ours, theirs = again.model.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max_steps", 0), ("--num_train_epochs", 0)])
+def test_a_training_without_steps_is_refused(saved, tmp_path, capsys, option, value):
+    message = f"{option[2:]}: {value}"
+    assert message in fails(capsys, *train_command(saved, tmp_path, option, value))
+
+
+def test_what_a_resume_changes_is_named_and_refused(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer("standalone", "ce", **settings)
+    trainer.train()
+    for changed in (
+        {"objective": "kl"}, {"seed": 7}, {"learning_rate": 0.5}, {"max_length": 20}, {"max_window": 3},
+        {"per_device_train_batch_size": 1}, {"dataset": random_dataset(seed=9)},
+    ):  # fmt: skip
+        given = {"objective": "ce", **settings, "max_steps": 3} | changed
+        name = {"dataset": "train_dataset", "per_device_train_batch_size": "sequences of a step"}
+        message = name.get(next(iter(changed)), next(iter(changed)))
+        with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .* was trained otherwise: {message}"):
+            make_trainer("standalone", **given).train(resume_from_checkpoint=True)
+    longer = make_trainer("standalone", "ce", **settings | {"max_steps": 3, "eval_prompts": 2, "chunk_size": 8})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "ppow_state.json"])
+def test_a_flipped_byte_falls_back_to_the_checkpoint_before_and_is_said(make_trainer, caplog, name):
+    trainer = make_trainer("standalone", "ce", save_strategy="steps", save_steps=1, max_steps=3)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    data = bytearray((folder / "checkpoint-3" / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "checkpoint-3" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} .* is damaged: it is other than when it was written"):
+        check_complete(folder / "checkpoint-3")
+    with caplog.at_level("WARNING"):
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert f"checkpoint-3 is passed over: {name}" in caplog.text
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(make_trainer, tmp_path):
+    trainer = make_trainer("standalone", "ce", max_steps=1)
+    folder = Path(trainer.args.output_dir)
+    holder = (
+        "import sys, time; from ppow_hf.training.run_folder import lock_folder\n"
+        "with lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"output_dir: process {process.pid} is training in .*\.training\.lock"):
+            trainer.train()
+    finally:
+        process.kill()
+        process.wait()
+    assert (folder / ".training.lock").read_text() == f"process {process.pid}\n"  # stale, and taken over
+    trainer.train()
+    assert trainer.state.global_step == 1

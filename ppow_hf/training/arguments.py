@@ -237,6 +237,9 @@ class PPOWTrainingArguments(TrainingArguments):
             self.text_weighting = "decay" if self._uses(("expected_length",)) else "visited"
         if isinstance(self.regenerate_temperature, int | float):
             self.regenerate_temperature = [float(self.regenerate_temperature)]
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise ValueError(f"{name}: {getattr(self, name)} given; training takes at least one step.")
         self.weights_at(0.0)
         for name, accepted in (
             ("advantages", ("standardized", "leave_one_out")),
