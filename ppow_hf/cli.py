@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands import COMMANDS
+from .commands.errors import check_words, explain
 from .data.models import (
     MODEL_HELP,
     add_models,
@@ -98,18 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv = ["windows", *(word for word in argv[1:] if word != "--windows")]
         parser = build_parser()
         arguments = parser.parse_args(argv)
+        check_words(arguments, argv)
         arguments.command = _as_command(argv)
         return arguments.run(arguments)
     except SystemExit as exit_request:  # argparse: --help, or a mistake that it has explained already
         return exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PPOW_DEBUG"):
-            raise
-        print(f"ppow: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("ppow: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        sentence = explain(error, argv)
+        if sentence is None or os.environ.get("PPOW_DEBUG"):
+            raise
+        print(f"ppow: error: {sentence}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from slow_training import random_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedTokenizerFast, TrainingArguments
 
 from ppow_hf import PPOWDrafter, cli
+from ppow_hf.commands.errors import explain
 from ppow_hf.export import export_drafter
 from ppow_hf.measure.redaction import redact_command, redact_record, redact_text
 from ppow_hf.publish.hub import repository_files, write_repository
 from ppow_hf.publish.model_card import drafter_card
+from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.checkpoints import check_complete, last_complete_checkpoint
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
@@ -170,7 +174,7 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(saved, tmp_p
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     for folder in (kept, tmp_path / "new"):
-        assert "No space left" in fails(capsys, "push", saved / "standalone", "--write", folder)
+        assert "the disk is full" in fails(capsys, "push", saved / "standalone", "--write", folder)
     assert not (tmp_path / "new").exists()
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
 
@@ -410,3 +414,161 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(make_t
     assert (folder / ".training.lock").read_text() == f"process {process.pid}\n"  # stale, and taken over
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+# -- one sentence in place of a traceback
+
+
+def copied(source: Path, folder: Path, name: str, data: bytes) -> Path:
+    """A copy of a model's folder with one file replaced."""
+    shutil.copytree(source, folder)
+    (folder / name).write_bytes(data)
+    return folder
+
+
+BROKEN = {
+    "model.safetensors is empty": ("model.safetensors", b""),
+    "model.safetensors is a web page": ("model.safetensors", b"<!doctype html><html></html>"),
+    "model.safetensors is a pointer of Git LFS": (
+        "model.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ),
+    "model.safetensors is damaged": ("model.safetensors", b"\x02\0\0\0\0\0\0\0{a"),
+    "config.json is empty": ("config.json", b""),
+    "config.json is no JSON (Expecting property name": ("config.json", b"{a"),
+    "config.json is nested too deep": ("config.json", b"[" * 200_000),
+    "config.json holds a list": ("config.json", b"[1]"),
+    "'utf-8' codec": ("config.json", b"\xff{}"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_file_is_named_with_its_argument(saved, tmp_path, capsys, message):
+    name, data = BROKEN[message]
+    drafter = copied(saved / "eagle", tmp_path / "drafter", name, data)
+    target = copied(saved / "target", tmp_path / "target", name, data)
+    for option, folder, pair in (
+        ("--drafter", drafter, ["--target", saved / "target", "--drafter", drafter]),
+        ("--target", target, ["--target", target, "--drafter", saved / "eagle"]),
+    ):
+        said = fails(capsys, "generate", *pair, "--prompt", "a")
+        assert said.startswith(f"ppow: error: {option}: {str(folder)!r}") and message in said and len(said) < 500
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "abc"}, {"vocab_size": "x"}, {"num_attention_heads": 0}, {"model_type": "zzz"},
+        {"vocab_size": 0}, {"hidden_size": 48, "num_attention_heads": 4},
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_of_a_target_is_one_line(saved, tmp_path, capsys, fields):
+    folder = damaged(saved / "target", tmp_path / "target", **fields)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / "target" / name, folder)
+    pair = ["--target", folder, "--drafter", saved / "eagle"]
+    said = fails(capsys, "generate", *pair, "--prompt", "a")
+    assert said.startswith("ppow: error: --target: ") and len(said) < 600
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"calibration": [1]}, {"calibration": {"greedy": "x"}}, {"context_length": "x"}, {"draft_config": [1]},
+        {"draft_config": {}}, {"draft_vocab_size": 0}, {"draft_vocab_size": 10**4}, {"target_hidden_size": "x"},
+        {"vocab_size": None}, {"max_window": "a"}, {"architecture": None},
+    ],
+)  # fmt: skip
+def test_a_wrong_field_of_a_drafter_is_named(saved, tmp_path, capsys, fields):
+    folder = damaged(saved / "eagle", tmp_path / "bad", **fields)
+    pair = ["--target", saved / "target", "--drafter", folder]
+    assert f" {next(iter(fields))}: " in fails(capsys, "generate", *pair, "--prompt", "a")
+
+
+def test_wrong_arguments_of_a_training_are_one_line_with_the_option_as_typed(saved, tmp_path, capsys):
+    for message, words in {
+        "--learning_rate: inf": ["--learning_rate", "inf"],
+        "--per-device-train-batch-size: 0": ["--per-device-train-batch-size", 0],
+        "--gradient_accumulation_steps: 0": ["--gradient_accumulation_steps", 0],
+        "--draft_vocab_size: 0": ["--draft_vocab_size", 0],
+        "--draft_vocab_size: 1000": ["--draft_vocab_size", 1000],
+        "--lr_scheduler_kwargs: '{bad' is no JSON": ["--lr_scheduler_kwargs", "{bad"],
+        "offline mode": ["--push_to_hub", "--hub_model_id", "ada/x"],
+        "a library is missing: ": ["--optim", "adamw_8bit"],
+    }.items():
+        command = train_command(saved, tmp_path / "out", "--max_steps", 1, *words)
+        assert message in fails(capsys, *command), words
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"input_ids": [1, 2, 3, 99999, 4, 5, 6, 7, 8]}', "sequence 0 holds the token ids 1 to 99999"),
+        ('{"text": "half \\ud800 a character"}', "`text` of row 0 holds half a character"),
+        ("[" * 100_000, "line 1 is not JSON"),
+    ],
+    ids=["ids", "surrogate", "deep"],
+)
+def test_data_that_the_target_cannot_read_is_named(saved, tmp_path, capsys, line, message):
+    (tmp_path / "bad.jsonl").write_text("\n".join([line] * 8))
+    command = train_command(saved, tmp_path / "out", "--max_steps", 1, "--train_data", tmp_path / "bad.jsonl")
+    said = fails(capsys, *command)
+    assert message in said and "error: --train_data: " in said
+
+
+def test_pickles_are_refused_in_an_import_and_never_run(saved, tmp_path, capsys):
+    export_drafter(PPOWDrafter.from_pretrained(saved / "eagle"), tmp_path / "out", target_name=str(saved / "target"))
+    (tmp_path / "out" / "model.safetensors").unlink()
+    ran = tmp_path / "ran"
+    for data in (pickle.dumps(Runs(str(ran))), b"garbage", pickle.dumps([1, 2])):
+        (tmp_path / "out" / "pytorch_model.bin").write_bytes(data)
+        said = fails(capsys, "import", tmp_path / "out", "--output-dir", tmp_path / "in", "--target", saved / "target")
+        assert "pytorch_model.bin" in said and "never run" in said
+    assert not ran.exists()
+
+
+class Runs:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_words_and_numbers_that_are_none_are_refused(saved, capsys):
+    pair = ["--target", saved / "target", "--drafter", saved / "eagle"]
+    assert "not valid UTF-8" in fails(capsys, "generate", *pair, "--prompt", "a\udc80")
+    assert "--temperature: inf given" in fails(capsys, "generate", *pair, "--prompt", "a", "--temperature", "inf")
+    assert "--device: 'meta'" in fails(capsys, "generate", *pair, "--prompt", "a", "--device", "meta")
+
+
+def test_a_misspelt_embedded_name_is_answered_at_once(saved, capsys):
+    said = fails(capsys, "generate", "--target", "tiny-lama", "--drafter", "tiny-eagle", "--prompt", "a")
+    assert said == "ppow: error: --target: there is no model 'tiny-lama'. Did you mean 'tiny-llama'?"
+    said = fails(capsys, "export", "tiny-eagel", "--output-dir", "x")
+    assert "DRAFTER: there is no model 'tiny-eagel'. Did you mean 'tiny-eagle'?" in said
+
+
+def test_a_long_list_of_classes_is_left_out(saved, capsys):
+    pair = ["--target", saved / "eagle", "--drafter", saved / "eagle"]
+    assert len(fails(capsys, "generate", *pair, "--prompt", "a")) < 500
+
+
+def test_a_bug_of_ours_keeps_its_traceback(saved, monkeypatch):
+    for error in (TypeError("ours"), KeyError("ours"), AttributeError("ours"), RecursionError("ours")):
+        assert explain(error, ["generate", "--target", str(saved / "target")]) is None
+    disk = OSError(28, "No space left on device", "/somewhere/x")
+    assert "the disk is full" in (explain(disk, []) or "")
+
+
+def test_calls_with_the_wrong_kind_of_object_are_refused_by_name(saved, make_trainer, tmp_path, make_target):
+    target, drafter = make_target("llama"), PPOWDrafter.from_pretrained(saved / "eagle")
+    with pytest.raises(ValueError, match="target: a PPOWDrafter given"):
+        PPOWDrafter.from_target(drafter)
+    with pytest.raises(ValueError, match="args: a TrainingArguments given"):
+        PPOWTrainer(drafter, target, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    args = PPOWTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="target_model: a PPOWDrafter given"):
+        PPOWTrainer(drafter, drafter, args)

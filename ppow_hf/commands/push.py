@@ -153,6 +153,8 @@ def run_card(arguments: argparse.Namespace) -> int:
 def run_measure(arguments: argparse.Namespace) -> int:
     for name in ("num_prompts", "max_new_tokens"):
         check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    if arguments.max_window is not None:
+        check_positive("--max-window", arguments.max_window)
     ensure_file_writable(arguments.json, "--json")
     temperatures = _temperatures(arguments.temperature)
     sources = dict(parse_workload(text) for text in arguments.prompts or ["stdlib"])

@@ -4,6 +4,7 @@ Knows names, files and the embedded models; heavy libraries are imported inside 
 """
 
 import argparse
+import difflib
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tiny import EMBEDDED_NAMES, embedded_path, is_embedded
 from .sources import check_source, parse_source
+from .weights import brief, folder_damage
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +71,8 @@ def load_tokenizer(name: str, argument: str = "--target") -> Any:
     path = _existing(name, argument)
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
+    except Exception as error:  # whatever transformers, tokenizers and jinja raise for the files that lie there
+        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {_why(path, error)}") from error
 
 
 def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
@@ -157,29 +159,52 @@ def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
     tokenizer = load_tokenizer(arguments.target, "--target")
     drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
     check_tokenizer(drafter, tokenizer)
+    width = target.get_output_embeddings().weight.shape[0]
+    if len(tokenizer) > width:
+        raise ValueError(
+            f"--target: its tokenizer has {len(tokenizer)} tokens and its logits only {width}. Use the tokenizer that "
+            "belongs to it."
+        )
     return target, tokenizer, drafter
 
 
 def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
     import torch
 
+    from ..runtime.modeling_ppow import loading_problems
+
     path = _existing(name, argument)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "float32" if device == "cpu" else "auto"
+    if device.partition(":")[0] == "meta":
+        raise ValueError("--device: 'meta' holds no numbers. Pass cpu, cuda or another device that computes.")
     try:
-        model = auto_class.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
+        model, found = auto_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        found["unexpected_keys"] = []  # heads for other tasks, say; a drafter refuses its own
+        if problems := loading_problems(found):
+            raise ValueError(f"{'; '.join(problems)}. Save or download it again.")
+    except Exception as error:  # whatever transformers, torch and safetensors raise for the files that lie there
+        raise ValueError(f"{argument}: {name!r} could not be loaded: {_why(path, error)}") from error
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
 
 
+def _why(path: str, error: Exception) -> str:
+    """What is wrong with the files of a model, or else what the library that read them said."""
+    return (folder_damage(Path(path)) if Path(path).is_dir() else None) or brief(error)
+
+
 def _existing(name: str, argument: str) -> str:
     """`name` resolved; a path that is not there is said to be missing before the Hub is asked for it."""
     path = resolve(name)
+    alike = difflib.get_close_matches(name, EMBEDDED_NAMES, n=1, cutoff=0.75)
+    if alike and path == name and not Path(path).is_dir():
+        raise FileNotFoundError(f"{argument}: there is no model {name!r}. Did you mean {alike[0]!r}?")
     looks_like_path = path.startswith((".", os.sep)) or path.count("/") > 1
     if looks_like_path and not Path(path).is_dir():
         raise FileNotFoundError(f"{argument}: there is no folder {name!r}.")
@@ -187,8 +212,8 @@ def _existing(name: str, argument: str) -> str:
 
 
 def check_positive(argument: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{argument}: {value} given; a finite number above 0 is needed.")
 
 
 def check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:

@@ -199,6 +199,8 @@ def _written_name(name: str | None, folder: Path) -> str | None:
 
 
 def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
+    if target_config.model_type == drafter.config.model_type:
+        raise ValueError("target: a drafter given; pass the causal language model that it drafts for.")
     config, text = drafter.config, target_config.get_text_config()
     differences = []
     if config.target_hidden_size not in (None, text.hidden_size):

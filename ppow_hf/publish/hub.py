@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.weights import safetensors_header
+from ..data.weights import brief, safetensors_header
 from ..measure.provenance import public_name
 from ..measure.redaction import redact_record, redact_text
 from ..runtime.modeling_ppow import PPOWDrafter
@@ -87,7 +87,10 @@ def repository_files(
     _check_links(folder)
     config = redact_record(_drafter_config(folder))
     _check_weights(folder)
-    PPOWDrafter.from_pretrained(folder)  # raises for what is not whole
+    try:
+        PPOWDrafter.from_pretrained(folder)
+    except Exception as error:  # whatever transformers and safetensors raise for the files that lie there
+        raise ValueError(f"folder: the drafter in {str(folder)!r} cannot be loaded: {brief(error)}") from error
     files: dict[str, bytes | Path] = {
         path.name: _without_secrets(path)
         for path in sorted(folder.iterdir())

@@ -411,6 +411,8 @@ class PPOWDrafter(PreTrainedModel):
                 transformer (`num_hidden_layers`, `intermediate_size`, ...).
         """
         check_settings(architecture=architecture)
+        if isinstance(target, PPOWDrafter):
+            raise ValueError("target: a PPOWDrafter given; pass the causal language model that it is to draft for.")
         text = target.config.get_text_config()
         vocab_size = target.get_output_embeddings().weight.shape[0]
         own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}

@@ -1,5 +1,6 @@
 """Arguments of PPOWTrainer, each with its source. Knows numbers and their ranges only."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -237,6 +238,9 @@ class PPOWTrainingArguments(TrainingArguments):
             self.text_weighting = "decay" if self._uses(("expected_length",)) else "visited"
         if isinstance(self.regenerate_temperature, int | float):
             self.regenerate_temperature = [float(self.regenerate_temperature)]
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} given; a finite number is needed.")
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise ValueError(f"{name}: {getattr(self, name)} given; training takes at least one step.")
@@ -256,6 +260,10 @@ class PPOWTrainingArguments(TrainingArguments):
             ("num_prefixes", 1, "prefixes of a sequence (N)"),
             ("num_iterations", 1, "gradient steps"),
             ("unroll_steps", 1, "draft steps"),
+            ("per_device_train_batch_size", 1, "sequences"),
+            ("per_device_eval_batch_size", 1, "prompts"),
+            ("gradient_accumulation_steps", 1, "batches"),
+            ("regenerate_batch_size", 1, "prompts"),
             ("max_length", 4, "tokens"),
             ("max_new_tokens", 1, "tokens"),
             ("chunk_size", 1, "positions"),

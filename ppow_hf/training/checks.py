@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.sequences import SequenceDataset
@@ -16,12 +17,19 @@ from ..runtime.modeling_ppow import (
 from .arguments import PPOWTrainingArguments
 
 
-def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together."""
+def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any) -> None:
+    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or the arguments to another."""
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
             f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
             "PPOWDrafter.from_target(target)."
+        )
+    if not isinstance(args, PPOWTrainingArguments):
+        raise ValueError(f"args: a {type(args).__name__} given; PPOWTrainer needs PPOWTrainingArguments.")
+    if isinstance(target, PPOWDrafter) or not isinstance(target, nn.Module):
+        raise ValueError(
+            f"target_model: a {type(target).__name__} given, not a target. Pass the causal language model that the "
+            "drafter drafts for."
         )
     config, text = drafter.config, target.config.get_text_config()
     width = target.get_output_embeddings().weight.shape[0]
@@ -47,6 +55,17 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
             f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
             f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
         )
+
+
+def check_token_ids(sequences: SequenceDataset, width: int) -> None:
+    """Raise `ValueError` for token ids that the target does not have."""
+    for index in range(len(sequences)):
+        ids = sequences[index]["input_ids"]
+        if int(ids.min()) < 0 or int(ids.max()) >= width:
+            raise ValueError(
+                f"train_dataset: sequence {index} holds the token ids {int(ids.min())} to {int(ids.max())}, and the "
+                f"target has 0 to {width - 1}. Prepare the data with the target's own tokenizer."
+            )
 
 
 def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:

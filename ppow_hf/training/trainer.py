@@ -42,7 +42,7 @@ from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
-from .checks import check_lengths, check_pair
+from .checks import check_lengths, check_pair, check_token_ids
 from .losses import text_loss, visited_windows, window_loss, window_text_loss
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
@@ -95,7 +95,7 @@ class PPOWTrainer(Trainer):
         optimizers: tuple = (None, None),
         **kwargs,
     ):
-        check_pair(model, target_model, processing_class)
+        check_pair(model, target_model, processing_class, args)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         self.target_model = target_model
@@ -116,6 +116,7 @@ class PPOWTrainer(Trainer):
         train_sequences = self._prepare(train_dataset, processing_class, args, "train_dataset")
         eval_sequences = self._prepare_evaluation(eval_dataset, processing_class, args)
         if train_sequences is not None:
+            check_token_ids(train_sequences, target_model.get_output_embeddings().weight.shape[0])
             check_lengths(train_sequences, args, model.config.context_length)
             batch = args.per_device_train_batch_size * args.world_size
             if args.uses_rollouts and args.num_iterations > 1:  # such batches are repeated whole
