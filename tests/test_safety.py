@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import re
 import shlex
@@ -503,7 +504,7 @@ def test_wrong_arguments_of_a_training_are_one_line_with_the_option_as_typed(sav
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"input_ids": [1, 2, 3, 99999, 4, 5, 6, 7, 8]}', "sequence 0 holds the token ids 1 to 99999"),
+        ('{"input_ids": [1, 2, 3, 99999, 4, 5, 6, 7, 8]}', "it holds the token id 99999"),
         ('{"text": "half \\ud800 a character"}', "`text` of row 0 holds half a character"),
         ("[" * 100_000, "line 1 is not JSON"),
     ],
@@ -572,3 +573,22 @@ def test_calls_with_the_wrong_kind_of_object_are_refused_by_name(saved, make_tra
     args = PPOWTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="target_model: a PPOWDrafter given"):
         PPOWTrainer(drafter, drafter, args)
+
+
+def test_an_interrupt_while_the_libraries_are_imported_is_one_line(tmp_path):
+    script = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'transformers': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv = [sys.argv[1]]\n"
+        "from ppow_hf.cli import main\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    said = [
+        subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, env=environment)
+        for name in ("/usr/bin/ppow", "notebook.py")
+    ]
+    assert (said[0].returncode, said[0].stderr) == (130, "ppow: interrupted\n")
+    assert "Traceback" in said[1].stderr

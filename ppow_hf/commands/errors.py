@@ -30,7 +30,7 @@ OF_FILES = (json.JSONDecodeError, UnicodeError, RecursionError, pickle.Unpicklin
 
 def explain(error: BaseException, argv: Sequence[str]) -> str | None:
     """One sentence about an error of the files, the models, the device or the arguments; `None` for any other."""
-    if _is_full(error):
+    if _is_full(error) and "disk" not in str(error):
         return "the disk is full, or a quota is: free some space, or name a folder on another disk, and run it again."
     if _is_out_of_memory(error):
         return f"memory ran out: {brief(error)} Take smaller batches or shorter texts, or another --device."
@@ -43,7 +43,7 @@ def explain(error: BaseException, argv: Sequence[str]) -> str | None:
     if isinstance(error, ImportError | RuntimeError) and _is_missing_library(error):
         return f"a library is missing: {brief(error)}"
     if _module(error) in ("safetensors", "huggingface_hub") or isinstance(error, ValueError | OSError):
-        return as_typed(brief(error), argv)
+        return as_typed(" ".join(str(error).split()) if _is_ours(error) else brief(error), argv)
     return None
 
 
@@ -99,6 +99,14 @@ def named_words(argv: Sequence[str]) -> Iterator[tuple[str | None, str]]:
             yield option, ""
         else:
             yield option, word
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, whose messages end with the mend and are not cut."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("ppow_hf")
 
 
 def _is_missing_library(error: BaseException) -> bool:

@@ -75,6 +75,10 @@ class SequenceDataset(Dataset):
         }
 
     @property
+    def largest_token_id(self) -> int:
+        return int(self._token_ids.max())
+
+    @property
     def fingerprint(self) -> str:
         """Short hash of the token ids and of where sequences end, for the provenance record."""
         digest = hashlib.sha256(self._ends.numpy().astype("<i8").tobytes())

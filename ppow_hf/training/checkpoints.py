@@ -69,6 +69,7 @@ def check_complete(checkpoint: str | Path) -> None:
         ) from error
     for name, written in hashes.items():
         path = folder / name
+        found: str | None
         if not path.is_file():
             found = "missing"
         elif isinstance(written, int):  # the size alone, as earlier versions wrote

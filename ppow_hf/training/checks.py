@@ -59,13 +59,11 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
 
 def check_token_ids(sequences: SequenceDataset, width: int) -> None:
     """Raise `ValueError` for token ids that the target does not have."""
-    for index in range(len(sequences)):
-        ids = sequences[index]["input_ids"]
-        if int(ids.min()) < 0 or int(ids.max()) >= width:
-            raise ValueError(
-                f"train_dataset: sequence {index} holds the token ids {int(ids.min())} to {int(ids.max())}, and the "
-                f"target has 0 to {width - 1}. Prepare the data with the target's own tokenizer."
-            )
+    if sequences.largest_token_id >= width:
+        raise ValueError(
+            f"train_dataset: it holds the token id {sequences.largest_token_id}, and the target has 0 to {width - 1}. "
+            "Prepare the data with the target's own tokenizer."
+        )
 
 
 def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:
