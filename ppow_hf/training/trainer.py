@@ -145,6 +145,7 @@ class PPOWTrainer(Trainer):
         self._micro_step = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
+        self._run_record: dict[str, Any] = {}
         self.already_finished = False  # whether the last call of train found its run at its end
         self.add_callback(CurvesCallback())
 
@@ -205,8 +206,9 @@ class PPOWTrainer(Trainer):
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
         self.already_finished = False
+        self._run_record = run_record(self.args, self.train_dataset.fingerprint)
         if resume_from_checkpoint:
-            check_same_run(resume_from_checkpoint, run_record(self.args, self.train_dataset.fingerprint))
+            check_same_run(resume_from_checkpoint, self._run_record)
         if resume_from_checkpoint and self.args.cost_ratio is None:
             self.cost_ratio = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["cost_ratio"]
         by_steps = self.args.uses_rollouts and self.args.save_strategy == "steps"
@@ -600,8 +602,8 @@ class PPOWTrainer(Trainer):
         if self.args.should_save:
             if moved:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            run = run_record(self.args, self.train_dataset.fingerprint)
-            (staged / STATE).write_text(json.dumps({"cost_ratio": self.cost_ratio, "run": run}, indent=1))
+            state = {"cost_ratio": self.cost_ratio, "run": self._run_record}
+            (staged / STATE).write_text(json.dumps(state, indent=1))
             seal_checkpoint(staged, final)
             shutil.rmtree(run_dir / ".staging", ignore_errors=True)
             rotate_checkpoints(
