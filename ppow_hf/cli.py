@@ -28,6 +28,7 @@ from .commands import (
     windows,
     write,
 )
+from .commands.errors import check_words, explain
 from .commands.parsing import parse
 
 COMMANDS = (  # in the order of `ppow --help`
@@ -61,17 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["train"]:
             return train.run(train.parse(argv[1:]))
         arguments = parse(argv, COMMANDS)
+        check_words(arguments, argv)
         return arguments.run(arguments)
     except SystemExit as exit_request:  # argparse: --help, or a mistake that it has explained already
         return exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PPOW_DEBUG"):
-            raise
-        print(f"ppow: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("ppow: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        sentence = explain(error, argv)
+        if sentence is None or os.environ.get("PPOW_DEBUG"):
+            raise
+        print(f"ppow: error: {sentence}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

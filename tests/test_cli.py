@@ -156,7 +156,7 @@ def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, cap
         "context of 256": ["generate", *pair, "--prompt", "a", "--max-new-tokens", 256],
         "--max-new-tokens: 0 given": ["generate", *pair, "--prompt", "a", "--max-new-tokens", 0],
         "--temperature: -1.0": ["generate", *pair, "--prompt", "a", "--temperature", -1],
-        "max_window: 0": ["generate", *pair, "--prompt", "a", "--max-window", 0],
+        "--max-window: 0": ["generate", *pair, "--prompt", "a", "--max-window", 0],
         "--prompts: there is no file": ["bench", *pair, "--prompts", tmp_path / "no.txt"],
         "--batch-size: 0 given": ["bench", *pair, "--batch-size", 2, 0],
         "--fit-prompts: 0 given": ["bench", "--windows", *pair, "--fit-prompts", 0],

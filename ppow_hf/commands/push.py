@@ -4,6 +4,7 @@ Knows arguments and messages; what a repository holds is in publish/hub.py.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..data.models import ensure_writable, resolve
@@ -50,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--metric: give the Space to push to, USER/NAME; --write is for drafters.")
         commit = hub.push_metric(arguments.repo_id, arguments.folder, **options)
     elif arguments.write is not None:
+        made = not Path(arguments.write).exists()
         ensure_writable(arguments.write, "--write")
+        if made:  # the folder comes with what is in it
+            Path(arguments.write).rmdir()
         folder = hub.write_repository(resolve(arguments.folder), arguments.write, **facts(arguments))
         print(f'{folder}: use it with generate(custom_generate="{folder}", trust_remote_code=True)')
         return 0

@@ -100,6 +100,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load or make the drafter, train it, and save it."""
+    from transformers import set_seed
+
     from ..training import PPOWTrainer
     from ..training.preparation import training_sequences
 
@@ -107,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     ensure_writable(training.output_dir, "--output_dir")
     check_source(script.train_data, "--train_data")
     eval_sources = evaluation_sources(script.eval_data or [])
+    set_seed(training.seed)  # which draws a new drafter's weights
     device = str(training.device)
     dtype = None if script.target_dtype == "auto" else script.target_dtype
     target = load_target(script.target, "--target", dtype, device)
@@ -133,7 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
     if script.resume or resume in ("auto", "true", "True"):
         resume = True  # the last complete one, or a new start where there is none
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    if not trainer.already_finished:
+        trainer.save_model()
     trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
     return 0
 

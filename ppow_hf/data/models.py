@@ -4,6 +4,7 @@ Knows names, files and the embedded models; heavy libraries are imported inside 
 """
 
 import argparse
+import difflib
 import importlib.util
 import os
 import tempfile
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tiny import EMBEDDED_NAMES, embedded_path, is_embedded
 from .sources import check_source, parse_source
+from .weights import brief, folder_damage
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +73,8 @@ def load_tokenizer(name: str, argument: str = "--target") -> Any:
     path, gguf = _existing(name, argument)
     try:
         return AutoTokenizer.from_pretrained(path, **gguf)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
+    except Exception as error:  # whatever transformers, tokenizers and jinja raise for the files that lie there
+        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {_why(path, error)}") from error
 
 
 def load_config(name: str, argument: str = "--target") -> tuple[Any, Any]:
@@ -176,20 +178,35 @@ def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
     tokenizer = load_tokenizer(arguments.target, "--target")
     drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
     check_tokenizer(drafter, tokenizer)
+    width = target.get_output_embeddings().weight.shape[0]
+    if len(tokenizer) > width:
+        raise ValueError(
+            f"--target: its tokenizer has {len(tokenizer)} tokens and its logits only {width}. Use the tokenizer that "
+            "belongs to it."
+        )
     return target, tokenizer, drafter
 
 
 def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
     import torch
 
+    from ..runtime.modeling_ppow import loading_problems
+
     path, gguf = _existing(name, argument)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "float32" if device == "cpu" else "auto"
+    if device.partition(":")[0] == "meta":
+        raise ValueError("--device: 'meta' holds no numbers. Pass cpu, cuda or another device that computes.")
     try:
-        model = auto_class.from_pretrained(path, dtype=dtype, **gguf, **_dequantized(gguf))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
+        model, found = auto_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **_dequantized(gguf)
+        )
+        found["unexpected_keys"] = []  # heads for other tasks, say; a drafter refuses its own
+        if problems := loading_problems(found):
+            raise ValueError(f"{'; '.join(problems)}. Save or download it again.")
+    except Exception as error:  # whatever transformers, torch and safetensors raise for the files that lie there
+        raise ValueError(f"{argument}: {name!r} could not be loaded: {_why(path, error)}") from error
     if gguf:  # its weights are plain ones now: without this, transformers neither casts nor saves the model
         model.config.__dict__.pop("quantization_config", None)
         model.__dict__.pop("quantization_method", None)
@@ -200,9 +217,17 @@ def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: 
         raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
 
 
+def _why(path: str, error: Exception) -> str:
+    """What is wrong with the files of a model, or else what the library that read them said."""
+    return (folder_damage(Path(path)) if Path(path).is_dir() else None) or brief(error)
+
+
 def _existing(name: str, argument: str) -> tuple[str, dict[str, str]]:
     """`name` resolved, and `{"gguf_file": FILE}` where it names one; a path that is not there is said to be missing
     before the Hub is asked for it."""
+    alike = difflib.get_close_matches(name, EMBEDDED_NAMES, n=1, cutoff=0.75)
+    if alike and resolve(name) == name and not Path(name).exists():
+        raise FileNotFoundError(f"{argument}: there is no model {name!r}. Did you mean {alike[0]!r}?")
     path, file = split_gguf(resolve(name))
     if file is not None and importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{argument}: reading the GGUF file {name!r} takes `pip install gguf`.")
@@ -233,9 +258,9 @@ def _dequantized(gguf: dict[str, str]) -> dict[str, Any]:
 
 
 def check_positive(argument: str, value: float) -> None:
-    """Raise `ValueError` unless `value` is above 0."""
-    if not value > 0:
-        raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
+    """Raise `ValueError` unless `value` is finite and above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{argument}: {value} given; a finite number above 0 is needed.")
 
 
 def check_options(arguments: argparse.Namespace, *names: str) -> None:

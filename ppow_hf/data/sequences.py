@@ -86,6 +86,10 @@ class SequenceDataset(Dataset):
         return torch.bincount(self._token_ids.long(), minlength=vocab_size)
 
     @property
+    def largest_token_id(self) -> int:
+        return int(self._token_ids.max())
+
+    @property
     def fingerprint(self) -> str:
         """Short hash of the token ids and of where sequences end, for the provenance record."""
         digest = hashlib.sha256(self._ends.numpy().astype("<i8").tobytes())
@@ -327,7 +331,7 @@ def _read_file(path: Path, argument: str) -> list[Any]:
 def _parse_line(line: bytes, place: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # JSON and UTF-8 errors are both
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, and nested too deep
         raise ValueError(f"{place} is not JSON ({error}). Mend or remove the line.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place} is a {type(row).__name__}. Every line is one JSON object, such as a `text` row.")
@@ -358,6 +362,11 @@ def _strings(rows: list[dict], column: str, argument: str) -> list[str]:
             raise ValueError(
                 f"{argument}: `{column}` of row {number} is a {type(value).__name__}. Give a string; a conversation "
                 "goes into the column `messages`."
+            )
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(
+                f"{argument}: `{column}` of row {number} holds half a character (a lone surrogate), which is no text. "
+                "Remove it, or write the text again as UTF-8."
             )
     return values
 

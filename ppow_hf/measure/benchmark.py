@@ -24,7 +24,7 @@ from ..runtime.trace import GenerationTrace, RoundTrace
 from ..version import __version__
 from .costs import check_count, check_prompts, measure_costs, now, with_progress
 from .evaluation import left_padded, until_end
-from .provenance import describe_machine, without_paths
+from .provenance import describe_machine, public_command
 from .window_study import eos_of
 
 PROMPT_LOOKUP_TOKENS = 10
@@ -110,7 +110,7 @@ def run_benchmark(
     result = {
         "machine": describe_machine(target.device),
         "versions": _versions(),
-        "command": without_paths(command or ""),
+        "command": public_command(command or ""),
         "cost_ratio": costs.cost_ratio,
         "draft_step_seconds": costs.draft_step_seconds,
         "target_forward_seconds": costs.target_forward_seconds,

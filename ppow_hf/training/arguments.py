@@ -1,5 +1,6 @@
 """Arguments of PPOWTrainer, each with its source. Knows numbers and their ranges only."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ AT_LEAST = {
     "num_prefixes": (1, "prefixes of a sequence (N)"),
     "num_iterations": (1, "gradient steps"),
     "unroll_steps": (1, "draft steps"),
+    "per_device_train_batch_size": (1, "sequences"),
+    "per_device_eval_batch_size": (1, "prompts"),
+    "gradient_accumulation_steps": (1, "batches"),
+    "regenerate_batch_size": (1, "prompts"),
     "max_length": (4, "tokens"),
     "max_new_tokens": (1, "tokens"),
     "chunk_size": (1, "positions"),
@@ -294,6 +299,12 @@ class PPOWTrainingArguments(TrainingArguments):
             self.greater_is_better = EVALUATION_METRICS[names[0]]
 
     def _check_ranges(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} given; a finite number is needed.")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise ValueError(f"{name}: {getattr(self, name)} given; training takes at least one step.")
         for name, accepted in ACCEPTED.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(accepted)}.")

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import (
+    check_layers,
     check_width,
 )
 from ..runtime.configuration_ppow import vocabulary_fingerprint
@@ -17,12 +19,19 @@ from .arguments import PPOWTrainingArguments
 from .target import FrozenTarget
 
 
-def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together."""
+def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any) -> None:
+    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or the arguments to another."""
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
             f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
             "PPOWDrafter.from_target(target)."
+        )
+    if not isinstance(args, PPOWTrainingArguments):
+        raise ValueError(f"args: a {type(args).__name__} given; PPOWTrainer needs PPOWTrainingArguments.")
+    if isinstance(target, PPOWDrafter) or not isinstance(target, nn.Module):
+        raise ValueError(
+            f"target_model: a {type(target).__name__} given, not a target. Pass the causal language model that the "
+            "drafter drafts for."
         )
     config, text = drafter.config, target.config.get_text_config()
     width = target.get_output_embeddings().weight.shape[0]
@@ -32,6 +41,9 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
             f"target_model: its hidden size is {text.hidden_size}, and this eagle drafter reads states of "
             f"{config.target_hidden_size}. Use the target it was made for, or make a drafter with from_target."
         )
+    check_layers(config.target_layer_ids, text.num_hidden_layers, "model")
+    if problems := drafter.weight_problems():
+        raise ValueError(f"model: it cannot be trained: {'; '.join(problems)}. Load or make it again.")
     if tokenizer is None:
         return
     if len(tokenizer) > width:
@@ -44,6 +56,15 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
         raise ValueError(
             f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
             f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
+        )
+
+
+def check_token_ids(sequences: SequenceDataset, width: int) -> None:
+    """Raise `ValueError` for token ids that the target does not have."""
+    if sequences.largest_token_id >= width:
+        raise ValueError(
+            f"train_dataset: it holds the token id {sequences.largest_token_id}, and the target has 0 to {width - 1}. "
+            "Prepare the data with the target's own tokenizer."
         )
 
 

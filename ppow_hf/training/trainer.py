@@ -6,9 +6,11 @@ whole or not there. The mathematics is in objectives.py, losses.py, rewards.py, 
 
 import itertools
 import json
+import math
 import shutil
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import RandomSampler, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset, collate_sequences
@@ -29,7 +32,7 @@ from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
-from .checks import check_batch, check_lengths, check_pair, check_reach
+from .checks import check_batch, check_lengths, check_pair, check_reach, check_token_ids
 from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
@@ -37,6 +40,7 @@ from .preparation import evaluation_sequences, training_sequences
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
+from .run_folder import check_same_run, is_saved, lock_folder, run_record
 from .target import FrozenTarget
 
 logger = logging.get_logger(__name__)
@@ -82,7 +86,7 @@ class PPOWTrainer(Trainer):
         optimizers: tuple = (None, None),
         **kwargs,
     ):
-        check_pair(model, target_model, processing_class)
+        check_pair(model, target_model, processing_class, args)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         self.target_model = target_model
@@ -101,6 +105,7 @@ class PPOWTrainer(Trainer):
             train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
         eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
         if train_sequences is not None:
+            check_token_ids(train_sequences, target_model.get_output_embeddings().weight.shape[0])
             check_lengths(train_sequences, args, model.config.context_length)
             check_batch(train_sequences, args)
         super().__init__(
@@ -122,6 +127,8 @@ class PPOWTrainer(Trainer):
         self._micro_step = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
+        self._run_record: dict[str, Any] = {}
+        self.already_finished = False  # whether the last call of train found its run at its end
         self.add_callback(CurvesCallback())
 
     def create_optimizer(self, *args, **kwargs):
@@ -132,13 +139,25 @@ class PPOWTrainer(Trainer):
     # -- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer's; `resume_from_checkpoint=True` takes the last complete checkpoint, or starts without one."""
+        """As Trainer's; `resume_from_checkpoint=True` takes the last complete checkpoint, or starts without one.
+
+        A run that is finished is not trained further: its drafter is loaded, and `already_finished` is true.
+        """
         if self.train_dataset is None:
             raise ValueError("train_dataset: None given; training needs data.")
+        with lock_folder(self.args.output_dir) if self.args.should_save else nullcontext():
+            return self._train_alone(resume_from_checkpoint, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
+        """[`train`], with no other training in the folder."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
+        self.already_finished = False
+        self._run_record = run_record(self.args, self.train_dataset.fingerprint)
+        if resume_from_checkpoint:
+            check_same_run(resume_from_checkpoint, self._run_record)
         if resume_from_checkpoint and self.args.cost_ratio is None:
             self.cost_ratio = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["cost_ratio"]
         by_steps = self.args.uses_rollouts and self.args.save_strategy == "steps"
@@ -150,8 +169,12 @@ class PPOWTrainer(Trainer):
         self._micro_step = 0
         self._rollouts.clear()
         self._metrics.clear()
-        self._measure_cost_ratio()
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = self._end_of_run(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.already_finished:
+            return result
+        if result is None:
+            self._measure_cost_ratio()
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.calibrate_at_end and self.eval_dataset is not None and self.args.eval_prompts > 0:
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
@@ -162,6 +185,27 @@ class PPOWTrainer(Trainer):
                 )
             self.accelerator.wait_for_everyone()
         return result
+
+    def _end_of_run(self, checkpoint: str | bool) -> TrainOutput | None:
+        """Load the drafter of a run whose last step was taken, from `output_dir` if it was saved; `None` before it."""
+        state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
+        by_epochs = self.args.max_steps <= 0
+        if state.epoch < self.args.num_train_epochs if by_epochs else state.global_step < self.args.max_steps:
+            return None
+        self.state = state
+        self.already_finished = is_saved(self.args.output_dir, state.global_step)
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        found = PPOWDrafter.from_pretrained(self.args.output_dir if self.already_finished else best or checkpoint)
+        drafter = self.accelerator.unwrap_model(self.model)
+        drafter.load_state_dict(found.state_dict())
+        if self.already_finished:
+            drafter.config.calibration, drafter.config.max_window = found.config.calibration, found.config.max_window
+            logger.warning(
+                f"The training in {self.args.output_dir} is finished: {state.global_step} steps were taken, and "
+                "nothing is changed. Raise max_steps or num_train_epochs to go on, or train in another folder."
+            )
+        losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
+        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     def _measure_cost_ratio(self) -> None:
         """gamma, measured on the main process unless given or resumed, and the same on all."""
@@ -443,7 +487,8 @@ class PPOWTrainer(Trainer):
         if self.args.should_save:
             if moved:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            (staged / STATE).write_text(json.dumps({"cost_ratio": self.cost_ratio}))
+            state = {"cost_ratio": self.cost_ratio, "run": self._run_record}
+            (staged / STATE).write_text(json.dumps(state, indent=1))
             seal_checkpoint(staged, final)
             shutil.rmtree(run_dir / ".staging", ignore_errors=True)
             rotate_checkpoints(
