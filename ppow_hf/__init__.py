@@ -20,7 +20,7 @@ except KeyboardInterrupt:  # seconds pass here before the command line could ans
 from .runtime.configuration_ppow import PPOWDrafterConfig
 from .runtime.modeling_ppow import PPOWDrafter
 from .runtime.trace import GenerationTrace
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "GenerationTrace",
@@ -29,7 +29,6 @@ __all__ = [
     "PPOWDrafterConfig",
     "PPOWTrainer",
     "PPOWTrainingArguments",
-    "__version__",
     "export_drafter",
     "import_eagle3",
 ]

@@ -6,6 +6,7 @@ calls are ours and which loop serves them; drafts nothing itself.
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,41 +50,102 @@ class PendingTokenVerifier(LogitsProcessor):
         return residual.log() if bool(residual.sum() > 0) else scores
 
 
-def _is_ours(assistant: Any) -> bool:
-    return isinstance(assistant, PPOWDrafter | DrafterView)
+OURS = (PPOWDrafter, DrafterView)
 
 
+def _get_candidate_generator(original, self, *args, **kwargs):
+    assistant = kwargs.get("assistant_model")
+    if isinstance(assistant, KLAdaptiveCandidateGenerator):
+        return assistant  # made by the wrapped _assisted_decoding, which knows the stopping criteria
+    return original(self, *args, **kwargs)
+
+
+def _assisted_decoding(original, self, *args, **kwargs):
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    call = bound.arguments
+    drafter: Any = call.get("assistant_model")
+    if not isinstance(drafter, OURS):
+        return original(self, *args, **kwargs)
+    embeddings = call.get("model_kwargs", {}).get("inputs_embeds")
+    if call["input_ids"].shape[1] == 0 or embeddings is not None:
+        raise ValueError(
+            "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
+        )
+    check_processors(call["logits_processor"])
+    view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
+    parts = [call[name] for name in ("logits_processor", "stopping_criteria", "generation_config")]
+    if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:  # not for the stock loop
+        decoding = SpeculativeDecoding(view)
+        decoding.view = view  # whose traces the caller will read
+        return decoding(self, call["input_ids"], *parts, streamer=call.get("streamer"), **call["model_kwargs"])
+    context_length = common_context_length(self.config, drafter.config)
+    generator = KLAdaptiveCandidateGenerator(drafter, *parts, target_width(self), context_length)
+    if generator.do_sample:
+        call["logits_processor"] = LogitsProcessorList([*parts[0], PendingTokenVerifier(generator)])
+    call["assistant_model"] = generator
+    return original(*bound.args, **bound.kwargs)
+
+
+def _validate_generation_mode(original, self, generation_mode, generation_config, generation_mode_kwargs):
+    drafter = generation_mode_kwargs.get("assistant_model")
+    if not isinstance(drafter, OURS):
+        return original(self, generation_mode, generation_config, generation_mode_kwargs)
+    check_call(self, drafter, generation_config)
+    warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "assistant_model: speculative decoding works with greedy search and sampling, not with "
+            f"{generation_mode}. Leave out assistant_model, or the options that select that mode."
+        )
+    # The stock check compares configurations and refuses padded vocabularies; ours has been made.
+    others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+    return original(self, generation_mode, generation_config, others)
+
+
+def _refuse(message: str, original, self, *args, **kwargs):
+    """`generate` of a transformers whose private methods are others: only a PPOWDrafter is refused."""
+    if any(isinstance(argument, OURS) for argument in (*args, *kwargs.values())):
+        raise RuntimeError(message)
+    return original(self, *args, **kwargs)
+
+
+# What replaces the private method of GenerationMixin of the same name, and the parameters that it needs.
+_REPLACEMENTS: dict[Callable, tuple[str, ...]] = {
+    _get_candidate_generator: ("assistant_model", "generation_config", "input_ids", "logits_processor"),
+    _assisted_decoding: ("generation_config", "input_ids", "logits_processor", "stopping_criteria"),
+    _validate_generation_mode: ("generation_config", "generation_mode", "generation_mode_kwargs"),
+}
 _ORIGINALS: dict[str, Any] = {}
 
 
 def install_hook() -> None:
     """Let `generate(assistant_model=)` take a PPOWDrafter. Importing ppow_hf does it; doing it again changes nothing.
 
-    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Raises
-    `RuntimeError` when this transformers does not have them as expected.
+    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Where this
+    transformers does not have them as expected, `generate` raises a `RuntimeError` for a PPOWDrafter instead.
     """
     if _ORIGINALS:
         return
-    expected = {
-        "_get_candidate_generator": {"generation_config", "input_ids", "logits_processor", "assistant_model"},
-        "_assisted_decoding": {"input_ids", "logits_processor", "stopping_criteria", "generation_config"},
-        "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
-    }
-    for name, parameters in expected.items():
-        method = getattr(GenerationMixin, name, None)
-        if method is None or not parameters <= set(inspect.signature(method).parameters):
-            raise RuntimeError(
-                f"transformers {transformers.__version__} has no GenerationMixin.{name} with {sorted(parameters)}, "
-                f"which assisted generation with a PPOWDrafter builds on. Install {SUPPORTED}."
+    replacements: dict[str, Callable] = {function.__name__: function for function in _REPLACEMENTS}
+    for function, parameters in _REPLACEMENTS.items():
+        method = getattr(GenerationMixin, function.__name__, None)
+        if method is None or not set(parameters) <= set(inspect.signature(method).parameters):
+            message = (
+                f"transformers {transformers.__version__} has no GenerationMixin.{function.__name__} with "
+                f"{list(parameters)}, which assisted generation with a PPOWDrafter builds on. Install {SUPPORTED}."
             )
-    for name, wrap in (
-        ("_get_candidate_generator", _wrap_get_candidate_generator),
-        ("_assisted_decoding", _wrap_assisted_decoding),
-        ("_validate_generation_mode", _wrap_validate_generation_mode),
-    ):
-        original = getattr(GenerationMixin, name)
-        _ORIGINALS[name] = original
-        setattr(GenerationMixin, name, wrap(original))
+            replacements = {"generate": functools.partial(_refuse, message)}
+    for name, replacement in replacements.items():
+        _ORIGINALS[name] = original = getattr(GenerationMixin, name)
+        setattr(GenerationMixin, name, _wrapping(original, replacement))
+
+
+def _wrapping(original: Callable, replacement: Callable) -> Callable:
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        return replacement(original, self, *args, **kwargs)
+
+    return method
 
 
 def remove_hook() -> None:
@@ -91,75 +153,3 @@ def remove_hook() -> None:
     for name, original in _ORIGINALS.items():
         setattr(GenerationMixin, name, original)
     _ORIGINALS.clear()
-
-
-def _wrap_get_candidate_generator(original):
-    @functools.wraps(original)
-    def _get_candidate_generator(self, *args, **kwargs):
-        assistant = kwargs.get("assistant_model")
-        if isinstance(assistant, KLAdaptiveCandidateGenerator):
-            return assistant  # made by the wrapped _assisted_decoding, which knows the stopping criteria
-        return original(self, *args, **kwargs)
-
-    return _get_candidate_generator
-
-
-def _wrap_assisted_decoding(original):
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def _assisted_decoding(self, *args, **kwargs):
-        bound = signature.bind(self, *args, **kwargs)
-        call = bound.arguments
-        drafter: Any = call.get("assistant_model")
-        if not _is_ours(drafter):
-            return original(self, *args, **kwargs)
-        embeddings = call.get("model_kwargs", {}).get("inputs_embeds")
-        if call["input_ids"].shape[1] == 0 or embeddings is not None:
-            raise ValueError(
-                "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
-            )
-        check_processors(call["logits_processor"])
-        view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
-        # More than the stock loop can do:
-        if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:
-            parts = {name: call.get(name) for name in ("logits_processor", "stopping_criteria", "generation_config")}
-            decoding = SpeculativeDecoding(view, streamer=None)
-            decoding.view = view  # whose traces the caller will read
-            return decoding(self, call["input_ids"], **parts, streamer=call.get("streamer"), **call["model_kwargs"])
-        generator = KLAdaptiveCandidateGenerator(
-            drafter,
-            call["logits_processor"],
-            call["stopping_criteria"],
-            call["generation_config"],
-            target_width(self),
-            common_context_length(self.config, drafter.config),
-        )
-        if generator.do_sample:
-            call["logits_processor"] = LogitsProcessorList(
-                [*call["logits_processor"], PendingTokenVerifier(generator)]
-            )
-        call["assistant_model"] = generator
-        return original(*bound.args, **bound.kwargs)
-
-    return _assisted_decoding
-
-
-def _wrap_validate_generation_mode(original):
-    @functools.wraps(original)
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        drafter = generation_mode_kwargs.get("assistant_model")
-        if not _is_ours(drafter):
-            return original(self, generation_mode, generation_config, generation_mode_kwargs)
-        check_call(self, drafter, generation_config)
-        warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
-        if generation_mode != GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "assistant_model: speculative decoding works with greedy search and sampling, not with "
-                f"{generation_mode}. Leave out assistant_model, or the options that select that mode."
-            )
-        # The stock check compares configurations and refuses padded vocabularies; ours has been made.
-        others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
-        return original(self, generation_mode, generation_config, others)
-
-    return _validate_generation_mode
