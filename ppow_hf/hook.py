@@ -7,44 +7,38 @@ transformers has no public way for. Knows the stock loop's contract; knows nothi
 import functools
 import inspect
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import (
-    EosTokenCriteria,
-    LogitsProcessor,
-    MaxLengthCriteria,
-)
-from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation import CandidateGenerator, LogitsProcessor
 
-from .runtime.acceptance import likeliest_tokens
-from .runtime.compatibility import check_call, check_processors, common_context_length, target_width
+from .runtime import compatibility, draft_window
+from .runtime.acceptance import pending_token_scores
 from .runtime.configuration_ppow import call_settings, warn_of_other_target
+from .runtime.draft_session import UnreadTokens
 from .runtime.generation import DrafterView, SpeculativeDecoding, divergences
 from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
-from .runtime.rows import one_hot_scores
+from .runtime.rows import StopConditions, behind
+from .runtime.target_session import unread_prompt
 from .runtime.trace import GenerationTrace, RoundTrace
-from .runtime.windowing import CostModel, KLAdaptiveWindow, OnlineCosts, make_window_rule
+from .runtime.windowing import make_costs, make_window_rule
 
-SUPPORTED = "transformers>=5.17,<6"
+OURS = (PPOWDrafter, DrafterView)
 
 
 class KLAdaptiveCandidateGenerator(CandidateGenerator):
     """Drafts windows with a PPOWDrafter, as long as its window rule wants them.
 
-    Drafting loops directly over the drafter with its own cache. A draft ends before the first token that would
-    satisfy a stopping criterion, so that this token comes as the target's own and output never runs on. When sampling,
-    dropping such a token after it was drawn would bias the output (Leviathan et al. 2023 need every drawn token
-    verified): it is verified as the target's own token instead, by [`PendingTokenVerifier`].
+    A draft ends before the first token that would satisfy a stopping criterion, so that this token comes as the
+    target's own. When sampling, such a token was drawn and must be verified (Leviathan et al. 2023):
+    [`PendingTokenVerifier`] does it where the target's own token is drawn.
 
     Args:
         drafter ([`PPOWDrafter`] or [`DrafterView`]): the drafter, with the window settings of this call.
-        logits_processor (`LogitsProcessorList`): the call's processors, applied to draft logits as to target logits.
-        stopping_criteria (`StoppingCriteriaList`): the call's criteria.
-        generation_config (`GenerationConfig`): the call's configuration.
+        logits_processor, stopping_criteria, generation_config: the call's; draft logits are processed as the target's.
         target_width (`int`): width of the target's logits.
         context_length (`int`, *optional*): longest sequence that target and drafter can both take.
     """
@@ -60,46 +54,27 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         target_width: int,
         context_length: int | None = None,
     ):
-        settings = dict(drafter.settings) if isinstance(drafter, DrafterView) else {}
         self.model = drafter.drafter if isinstance(drafter, DrafterView) else drafter
         config = self.model.config
-        settings = call_settings(config, settings)
-        self.do_sample = bool(generation_config.do_sample)
-        self.logits_processor = logits_processor
-        # Length and EOS are foreseen without asking; anything else is asked after each drafted token. They are read
-        # from the criteria, since a caller's own ones take the place of the configuration's.
-        self.eos_token_ids = {
-            token for c in stopping_criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()
-        }
-        self.other_criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
-        self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
-        self.context_length = context_length
+        settings = call_settings(config, drafter.settings if isinstance(drafter, DrafterView) else {})
+        self.do_sample, self.logits_processor = bool(generation_config.do_sample), logits_processor
+        self.conditions = StopConditions(stopping_criteria, generation_config, context_length)
         self.mask_length = getattr(generation_config, "_mask_length", None)  # where a mask of ones was left out
         self.session = self.model.start_session(target_width)
         # Eagle and medusa read states; a standalone drafter spares the target the trouble of returning them.
         self.target_kwargs = {"output_hidden_states": True} if config.target_layer_ids else {}
         self.model_kwargs_overrides: dict[str, Any] = self.target_kwargs  # what the loop adds to each target forward
-        costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], _stored_costs(config))
+        costs = make_costs(settings["cost_ratio"], settings["verification_cost"], config.calibration)
         self.rule = make_window_rule(
-            settings["window"],
-            settings["max_window"],
-            costs,
-            config.calibration,
-            self.do_sample,
-            settings["lookup"],
+            settings["window"], settings["max_window"], costs, config.calibration, self.do_sample, settings["lookup"]
         )
-        self.trace = GenerationTrace(window_rule=settings["window"])
-        drafter.last_trace = self.trace
-        # Of a drafted token that would have ended the text: the sequence's length, the token, its distribution.
+        drafter.last_trace = self.trace = GenerationTrace(window_rule=settings["window"])
+        # Of a drawn token that ends the text: the length of the sequence before it, the token, its distribution.
         self.pending: tuple[int, int, torch.Tensor] | None = None
-        self._unread_states: list[torch.Tensor] = []
-        self._unread_from: int | None = None  # position of the first committed token the drafter has not read
-        self._rule_read = 0  # tokens that the window rule has read
-        self._draft_logits: torch.Tensor | None = None
-        self._prefilled = False
-        self._round: RoundTrace | None = None
-        self._verify_from = 0.0
+        self._unread: UnreadTokens | None = None
+        self._committed = 0  # tokens that the window rule has read, and the drafter has been told of
+        self._draft_scores: torch.Tensor | None = None  # [1, W, V]
+        self._round, self._drafted_at = RoundTrace(0, 0, []), 0.0
 
     def get_candidates(
         self,
@@ -115,173 +90,68 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         At T = 0, where nobody needs them, tokens from the text have none.
         """
         started = time.perf_counter()
-        self.pending = None
-        self._draft_logits = None
+        self.pending = self._draft_scores = None
         self._round = RoundTrace(0, 0, [])
-        if not is_first_iteration:
-            self._take_states(input_ids, model_outputs, int(n_last_matches))
-        unread = self._unread_inputs(input_ids, model_kwargs or {}) if is_first_iteration else {}
+        unread = unread_prompt(input_ids, model_kwargs or {}, self.mask_length) if is_first_iteration else {}
         self.model_kwargs_overrides = self.target_kwargs | unread
-        candidates = input_ids
         if not is_first_iteration:
-            self.rule.read(input_ids[0, self._rule_read :].tolist())
-            self._rule_read = input_ids.shape[1]
-            room = self._room(input_ids.shape[1])
-            longest = self.rule.start(room)
-            if longest > 0:
-                candidates = self._draft(input_ids, longest, self._round)
-            if self.pending is None:
-                candidates = self._look_up(candidates, room, self._round)
-        now = time.perf_counter()
-        self._round.draft_seconds = now - started
-        self._verify_from = now
-        return candidates, self._draft_logits
+            self._take_in(input_ids, model_outputs)
+            self._draft(input_ids)
+        self._drafted_at = time.perf_counter()
+        self._round.draft_seconds = self._drafted_at - started
+        return behind(input_ids, self._round.draft_ids), self._draft_scores
+
+    def _take_in(self, input_ids: torch.LongTensor, model_outputs: Any) -> None:
+        """Let the rule read the tokens that were committed since the last call, and keep them for the drafter."""
+        new_ids, self._committed = input_ids[:, self._committed :], input_ids.shape[1]
+        self.rule.read(new_ids[0].tolist())
+        states = collect_target_states(model_outputs.hidden_states, self.model.config.target_layer_ids)
+        if self._unread is None:
+            # All of the prompt, or what was not in a cache handed to generate; its last state is that of token n - 2.
+            start = 0 if states is None else input_ids.shape[1] - states.shape[1]
+            self._unread = UnreadTokens(input_ids[:, start:], states, None, start)
+        else:
+            most = new_ids.shape[1] - 1
+            self._unread.add(new_ids, states, torch.tensor([most]), most)
+
+    def _draft(self, input_ids: torch.LongTensor) -> None:
+        def process(logits, drafts):
+            return self.logits_processor(behind(input_ids, drafts[0]), logits.to(input_ids.device))
+
+        length = input_ids.shape[1]
+        room = self.conditions.room(self.rule.max_window, length, length)
+        ends_text = functools.partial(self.conditions.met_by, input_ids)
+        window = draft_window.Window(self.rule, self._round, self.rule.start(room), ends_text, keeps_end=False)
+        scores: list[torch.Tensor] = []
+        if window.limit > 0:
+            draw = draft_window.draw_tokens if self.do_sample else None
+            drafted = draft_window.read_and_draft(self._unread, self.session, [window], self.rule.costs, process, draw)
+            scores = drafted.scores[: self._round.window]
+            if window.end_token is not None:
+                self.pending = (length + self._round.window, window.end_token, drafted.log_probs.exp())
+        window.look_up(room)
+        if self.do_sample:
+            scores = draft_window.with_looked_up_scores([window], scores, self.session.width, input_ids.device)
+        self._draft_scores = torch.stack(scores, dim=1) if scores else None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits; `num_matches` tokens were kept."""
-        this_round = self._round
-        assert this_round is not None
-        this_round.accepted = min(int(num_matches), this_round.window)
-        this_round.verify_seconds = time.perf_counter() - self._verify_from
-        if self._draft_logits is not None:
-            verified = min(this_round.accepted + 1, this_round.window - this_round.looked_up)
-            own = self._draft_logits[0, :verified].to(scores.device)
-            this_round.kl = divergences(scores[0, :verified].float(), own).tolist()
-        if self._prefilled:  # the prompt's forward is no round: it says nothing about costs and tokens of one
-            self.rule.costs.observe_verification(this_round.window, this_round.verify_seconds)
-            drafted = this_round.window - this_round.looked_up
-            accepted = min(this_round.accepted, drafted)
-            self.rule.update(drafted, this_round.draft_steps, accepted, this_round.kl)
-            self.rule.update_looked_up(this_round.looked_up, this_round.accepted - accepted)
-        self._prefilled = True
-        self.trace.rounds.append(this_round)
-        self.trace.speculation_pays = self.rule.pays
-        costs = self.rule.costs.model
-        self.trace.cost_ratio, self.trace.verification_cost = costs.cost_ratio, costs.verification_cost
-
-    def _unread_inputs(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The prompt's part that a cache handed to `generate` does not hold, as inputs of the target's first forward.
-
-        Plain decoding cuts the prompt like this; the assisted loop of transformers (5.17 to 5.23) feeds it all again.
-        """
-        cache, length = model_kwargs.get("cache", model_kwargs.get("past_key_values")), input_ids.shape[1]
-        mask = model_kwargs.get("attention_mask")
-        mask_length = mask.shape[-1] if mask is not None else self.mask_length or length
-        if mask_length != length:
-            raise ValueError(
-                f"input_ids: {length} tokens given with an attention_mask of {mask_length}. With past_key_values, "
-                "pass the whole sequence as input_ids, tokens in the cache included: the drafter has not read them."
-            )
-        past = cache.get_seq_length() if cache is not None else 0
-        if not 0 < past < length:
-            return {}
-        along = ("position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
-        parts = {name: model_kwargs[name] for name in along if model_kwargs.get(name) is not None}
-        parts = {name: value[..., past:] for name, value in parts.items() if value.shape[-1] == length}
-        return {"input_ids": input_ids[:, past:]} | parts
-
-    def _room(self, length: int) -> int:
-        """Longest window that fits: its round commits one token more, and the target must be able to read it."""
-        room = self.max_length - length - 1 if self.max_length is not None else self.rule.max_window
-        if self.context_length is not None:
-            room = min(room, self.context_length - length)
-        return max(room, 0)
-
-    def _take_states(self, input_ids: torch.Tensor, model_outputs: Any, n_last_matches: int) -> None:
-        """Keep the target's states of the tokens committed by the last forward, until the drafter reads them."""
-        layers = self.model.config.target_layer_ids
-        if layers is None:
-            if self._unread_from is None:
-                self._unread_from = 0
-            return
-        states: Any = collect_target_states(model_outputs.hidden_states, layers)
-        if self._unread_from is None:
-            # All of the prompt, or what was not in a cache handed to generate; its last state is that of token n - 2.
-            self._unread_from = input_ids.shape[1] - states.shape[1]
-        else:
-            states = states[:, : n_last_matches + 1]
-        self._unread_states.append(states.to(self.model.device))
-
-    def _draft(self, input_ids: torch.LongTensor, longest: int, this_round: RoundTrace) -> torch.LongTensor:
-        device = self.model.device
-        states = torch.cat(self._unread_states, dim=1) if self._unread_states else None
-        first_read = not self.trace.rounds or self.session.is_empty
-        unread = input_ids[:, self._unread_from :].to(device)
-        started = time.perf_counter()
-        self.session.observe(unread, states, self._unread_from)
-        self._unread_states, self._unread_from = [], input_ids.shape[1]
-        if first_read:
-            started = time.perf_counter()  # reading the prompt is no draft step
-        logits = self.session.first_logits()
-        steps = 1
-        ids, drafted, kept_scores = input_ids, 0, []
-        while True:
-            scores = self.logits_processor(ids, logits.float().to(ids.device))
-            log_probs = scores.log_softmax(-1)
-            looked = likeliest_tokens(log_probs)
-            first, second, entropy, likeliest = looked[0].tolist()
-            if not first > 0:  # NaN: nothing can be drawn from this distribution
-                break
-            features = self.rule.describe(first, second, entropy, int(likeliest), this_round.draft_ids)
-            if not self.rule.include(drafted, features):
-                break
-            token = torch.multinomial(log_probs.exp(), 1) if self.do_sample else looked[:, 3:].long()
-            extended = torch.cat([ids, token], dim=-1)
-            if self._would_stop(extended):
-                self.pending = (ids.shape[1], int(token), log_probs.exp())
-                break
-            ids = extended
-            kept_scores.append(scores)
-            this_round.draft_ids.append(int(token))
-            this_round.features.append(features)
-            if isinstance(self.rule, KLAdaptiveWindow):
-                this_round.acceptance_probabilities.append(self.rule.acceptance_probability(features))
-            drafted += 1
-            if drafted >= longest or not self.rule.go_on(drafted) or self.rule.prefers_text(this_round.draft_ids):
-                break
-            logits = self.session.next_logits(token.to(device), drafted - 1)
-            steps += 1
-        if not first_read or steps > 1:
-            self.rule.costs.observe_drafting(steps - first_read, time.perf_counter() - started)
-        this_round.window, this_round.draft_steps = drafted, steps
-        if kept_scores:
-            self._draft_logits = torch.stack(kept_scores, dim=1)
-        return ids
-
-    def _look_up(self, ids: torch.LongTensor, room: int, this_round: RoundTrace) -> torch.LongTensor:
-        """Append what the window rule draws from the text to `ids` `[1, n]`, the drafter's tokens at their end.
-
-        A token that would end the text is left out, as at T = 0. When sampling too: it was not drawn but follows from
-        the tokens before it, and so does the end of the window, where the target's own token is then drawn from P.
-        """
-        tokens = self.rule.look_up(this_round.draft_ids, room)
-        for count, token in enumerate(tokens):
-            extended = torch.cat([ids, ids.new_tensor([[token]])], dim=-1)
-            if self._would_stop(extended):
-                tokens = tokens[:count]
-                break
-            ids = extended
-        if tokens and self.do_sample:
-            looked_up = one_hot_scores(tokens, self.session.width, ids.device)[None]
-            drafted = [] if self._draft_logits is None else [self._draft_logits]
-            self._draft_logits = torch.cat([*drafted, looked_up], dim=1)
-        this_round.draft_ids += tokens
-        this_round.window += len(tokens)
-        this_round.looked_up = len(tokens)
-        return ids
-
-    def _would_stop(self, ids: torch.LongTensor) -> bool:
-        if self.eos_token_ids and int(ids[0, -1]) in self.eos_token_ids:
-            return True
-        return any(bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in self.other_criteria)
+        record = self._round
+        accepted, kl = min(int(num_matches), record.window), []
+        record.accepted, record.verify_seconds = accepted, time.perf_counter() - self._drafted_at
+        if self._draft_scores is not None:
+            verified = min(accepted + 1, record.window - record.looked_up)
+            draft_scores = self._draft_scores[0, :verified].to(scores.device)
+            kl = divergences(scores[0, :verified].float(), draft_scores).tolist()
+        if self.trace.rounds:  # the prompt's forward is no round: it says nothing about costs and tokens of one
+            self.rule.costs.observe_verification(record.window, record.verify_seconds)
+            draft_window.learn_from_verdict(self.rule, record, accepted, kl)
+        self.trace.rounds.append(record)
+        draft_window.record_costs(self.trace, self.rule)
 
 
 class PendingTokenVerifier(LogitsProcessor):
-    """Verifies a drawn token that would end the generation, at the position where the target's own token is drawn.
-
-    The token x was drawn from Q. With P now known, the draw there is made to be x with probability min(1, P(x)/Q(x))
-    and a draw from norm(max(P - Q, 0)) otherwise, which together are distributed as P. Last of a call's processors.
-    """
+    """Verifies a drawn token that ends the text where the target's own token is drawn; last of the processors."""
 
     def __init__(self, generator: KLAdaptiveCandidateGenerator):
         self.generator = generator
@@ -290,59 +160,93 @@ class PendingTokenVerifier(LogitsProcessor):
         pending = self.generator.pending
         if pending is None or input_ids.shape[1] != pending[0]:
             return scores
-        _, token, draft_probs = pending
-        target_probs = scores.softmax(-1)
-        draft_probs = draft_probs.to(target_probs)
-        ratio = target_probs[0, token] / draft_probs[0, token]
-        if bool(torch.rand((), device=scores.device) < ratio):
-            decided = torch.full_like(scores, -torch.inf)
-            decided[0, token] = 0.0
-            return decided
-        residual = (target_probs - draft_probs).clamp_min(0.0)
-        return residual.log() if bool(residual.sum() > 0) else scores
+        return pending_token_scores(scores, *pending[1:], torch.rand((), device=scores.device))
 
 
-def _stored_costs(config) -> CostModel:
-    """Costs to begin with before any is measured: those of the machine that calibrated the drafter, if any did."""
-    stored = (config.calibration or {}).get("costs") or {}
-    return CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
+def _get_candidate_generator(original, self, *args, **kwargs):
+    assistant = kwargs.get("assistant_model")
+    if isinstance(assistant, KLAdaptiveCandidateGenerator):
+        return assistant  # made by the wrapped _assisted_decoding, which knows the stopping criteria
+    return original(self, *args, **kwargs)
 
 
-def _is_ours(assistant: Any) -> bool:
-    return isinstance(assistant, PPOWDrafter | DrafterView)
+def _assisted_decoding(original, self, *args, **kwargs):
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    call = bound.arguments
+    drafter = call.get("assistant_model")
+    if not isinstance(drafter, OURS):
+        return original(self, *args, **kwargs)
+    compatibility.check_inputs(call["input_ids"], call.get("model_kwargs", {}).get("inputs_embeds"))
+    compatibility.check_processors(call["logits_processor"])
+    view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
+    parts = [call[name] for name in ("logits_processor", "stopping_criteria", "generation_config")]
+    if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:  # not for the stock loop
+        decoding = SpeculativeDecoding(view)
+        decoding.view = view  # whose traces the caller will read
+        return decoding(self, call["input_ids"], *parts, streamer=call.get("streamer"), **call["model_kwargs"])
+    context_length = compatibility.common_context_length(self.config, drafter.config)
+    generator = KLAdaptiveCandidateGenerator(drafter, *parts, compatibility.target_width(self), context_length)
+    if generator.do_sample:
+        call["logits_processor"] = LogitsProcessorList([*parts[0], PendingTokenVerifier(generator)])
+    call["assistant_model"] = generator
+    return original(*bound.args, **bound.kwargs)
 
 
+def _validate_generation_mode(original, self, generation_mode, generation_config, generation_mode_kwargs):
+    drafter = generation_mode_kwargs.get("assistant_model")
+    if not isinstance(drafter, OURS):
+        return original(self, generation_mode, generation_config, generation_mode_kwargs)
+    compatibility.check_call(self, drafter, generation_config)
+    warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
+    compatibility.check_mode(generation_mode)
+    # The stock check compares configurations and refuses padded vocabularies; ours has been made.
+    others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+    return original(self, generation_mode, generation_config, others)
+
+
+def _generate(message, original, self, *args, **kwargs):
+    if any(isinstance(argument, OURS) for argument in (*args, *kwargs.values())):
+        raise RuntimeError(message)
+    return original(self, *args, **kwargs)
+
+
+# What replaces a private method of GenerationMixin of the same name, and the parameters it needs.
+_REPLACEMENTS: dict[Callable, str] = {
+    _get_candidate_generator: "assistant_model generation_config input_ids logits_processor",
+    _assisted_decoding: "generation_config input_ids logits_processor stopping_criteria",
+    _validate_generation_mode: "generation_config generation_mode generation_mode_kwargs",
+}
 _ORIGINALS: dict[str, Any] = {}
 
 
 def install_hook() -> None:
     """Let `generate(assistant_model=)` take a PPOWDrafter. Importing ppow_hf does it; doing it again changes nothing.
 
-    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Raises
-    `RuntimeError` when this transformers does not have them as expected.
+    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Where this
+    transformers does not have them as expected, `generate` raises a `RuntimeError` for a PPOWDrafter instead.
     """
     if _ORIGINALS:
         return
-    expected = {
-        "_get_candidate_generator": {"generation_config", "input_ids", "logits_processor", "assistant_model"},
-        "_assisted_decoding": {"input_ids", "logits_processor", "stopping_criteria", "generation_config"},
-        "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
-    }
-    for name, parameters in expected.items():
-        method = getattr(GenerationMixin, name, None)
-        if method is None or not parameters <= set(inspect.signature(method).parameters):
-            raise RuntimeError(
-                f"transformers {transformers.__version__} has no GenerationMixin.{name} with {sorted(parameters)}, "
-                f"which assisted generation with a PPOWDrafter builds on. Install {SUPPORTED}."
+    replacements: dict[str, Callable] = {function.__name__: function for function in _REPLACEMENTS}
+    for function, parameters in _REPLACEMENTS.items():
+        method = getattr(GenerationMixin, function.__name__, None)
+        if method is None or not set(parameters.split()) <= set(inspect.signature(method).parameters):
+            message = (
+                f"transformers {transformers.__version__} has no GenerationMixin.{function.__name__} with "
+                f"{parameters.split()}, which a PPOWDrafter's assisted generation builds on. Install transformers>=5.17,<6."
             )
-    for name, wrap in (
-        ("_get_candidate_generator", _wrap_get_candidate_generator),
-        ("_assisted_decoding", _wrap_assisted_decoding),
-        ("_validate_generation_mode", _wrap_validate_generation_mode),
-    ):
-        original = getattr(GenerationMixin, name)
-        _ORIGINALS[name] = original
-        setattr(GenerationMixin, name, wrap(original))
+            replacements = {"generate": functools.partial(_generate, message)}
+    for name, replacement in replacements.items():
+        _ORIGINALS[name] = original = getattr(GenerationMixin, name)
+        setattr(GenerationMixin, name, _wrapping(original, replacement))
+
+
+def _wrapping(original: Callable, replacement: Callable) -> Callable:
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        return replacement(original, self, *args, **kwargs)
+
+    return method
 
 
 def remove_hook() -> None:
@@ -350,75 +254,3 @@ def remove_hook() -> None:
     for name, original in _ORIGINALS.items():
         setattr(GenerationMixin, name, original)
     _ORIGINALS.clear()
-
-
-def _wrap_get_candidate_generator(original):
-    @functools.wraps(original)
-    def _get_candidate_generator(self, *args, **kwargs):
-        assistant = kwargs.get("assistant_model")
-        if isinstance(assistant, KLAdaptiveCandidateGenerator):
-            return assistant  # made by the wrapped _assisted_decoding, which knows the stopping criteria
-        return original(self, *args, **kwargs)
-
-    return _get_candidate_generator
-
-
-def _wrap_assisted_decoding(original):
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def _assisted_decoding(self, *args, **kwargs):
-        bound = signature.bind(self, *args, **kwargs)
-        call = bound.arguments
-        drafter: Any = call.get("assistant_model")
-        if not _is_ours(drafter):
-            return original(self, *args, **kwargs)
-        embeddings = call.get("model_kwargs", {}).get("inputs_embeds")
-        if call["input_ids"].shape[1] == 0 or embeddings is not None:
-            raise ValueError(
-                "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
-            )
-        check_processors(call["logits_processor"])
-        view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
-        # More than the stock loop can do:
-        if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:
-            parts = {name: call.get(name) for name in ("logits_processor", "stopping_criteria", "generation_config")}
-            decoding = SpeculativeDecoding(view, streamer=None)
-            decoding.view = view  # whose traces the caller will read
-            return decoding(self, call["input_ids"], **parts, streamer=call.get("streamer"), **call["model_kwargs"])
-        generator = KLAdaptiveCandidateGenerator(
-            drafter,
-            call["logits_processor"],
-            call["stopping_criteria"],
-            call["generation_config"],
-            target_width(self),
-            common_context_length(self.config, drafter.config),
-        )
-        if generator.do_sample:
-            call["logits_processor"] = LogitsProcessorList(
-                [*call["logits_processor"], PendingTokenVerifier(generator)]
-            )
-        call["assistant_model"] = generator
-        return original(*bound.args, **bound.kwargs)
-
-    return _assisted_decoding
-
-
-def _wrap_validate_generation_mode(original):
-    @functools.wraps(original)
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        drafter = generation_mode_kwargs.get("assistant_model")
-        if not _is_ours(drafter):
-            return original(self, generation_mode, generation_config, generation_mode_kwargs)
-        check_call(self, drafter, generation_config)
-        warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
-        if generation_mode != GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "assistant_model: speculative decoding works with greedy search and sampling, not with "
-                f"{generation_mode}. Leave out assistant_model, or the options that select that mode."
-            )
-        # The stock check compares configurations and refuses padded vocabularies; ours has been made.
-        others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
-        return original(self, generation_mode, generation_config, others)
-
-    return _validate_generation_mode

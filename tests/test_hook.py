@@ -1,6 +1,8 @@
 """What the hook does to transformers: it serves a PPOWDrafter, leaves other assistants alone, and can be undone."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,22 +123,51 @@ def test_the_hook_can_be_installed_again(target):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_transformers_without_a_needed_method_is_refused(monkeypatch, name):
+def test_without_a_needed_method_a_drafter_is_refused_and_plain_generate_works(monkeypatch, target, name):
+    drafter = PPOWDrafter.from_target(target, "standalone").eval()
+    expected = greedy(target, prompt())
     remove_hook()
-    before = current_methods()
     with monkeypatch.context() as changed:
         changed.delattr(GenerationMixin, name)
-        with pytest.raises(RuntimeError, match=rf"{transformers.__version__}.*{name}.*transformers>=5\.17,<6"):
-            install_hook()
-    assert current_methods() == before  # nothing was wrapped halfway
+        install_hook()
+        for assistant in (drafter, drafter.with_settings(window="fixed")):
+            with pytest.raises(RuntimeError, match=rf"{transformers.__version__}.*{name}.*transformers>=5\.17,<6"):
+                greedy(target, prompt(), assistant_model=assistant)
+        remove_hook()
+    install_hook()
+    assert torch.equal(greedy(target, prompt(), assistant_model=drafter), expected)
 
 
-def test_a_transformers_with_other_parameters_is_refused(monkeypatch):
+def test_with_other_parameters_a_drafter_is_refused(monkeypatch, target):
+    drafter = PPOWDrafter.from_target(target, "standalone").eval()
     remove_hook()
     with monkeypatch.context() as changed:
         changed.setattr(GenerationMixin, "_assisted_decoding", lambda self, input_ids: None)
+        install_hook()
         with pytest.raises(RuntimeError, match="_assisted_decoding.*stopping_criteria"):
-            install_hook()
+            greedy(target, prompt(), assistant_model=drafter)
+        remove_hook()
+
+
+WITHOUT = """
+import pytest, torch
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
+del GenerationMixin.{name}
+import ppow_hf
+from ppow_hf import PPOWDrafter, PPOWTrainer, PPOWTrainingArguments
+config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
+target = LlamaForCausalLM(config).eval()
+drafter = PPOWDrafter.from_target(target).eval()
+ids = torch.ones(1, 4, dtype=torch.long)
+with pytest.raises(RuntimeError, match="{name}.*Install transformers>="):
+    target.generate(ids, assistant_model=drafter, max_new_tokens=4)
+"""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_transformers_without_a_needed_method_can_import_and_train(name):
+    run = subprocess.run([sys.executable, "-c", WITHOUT.format(name=name)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_importing_the_package_installs_the_hook():

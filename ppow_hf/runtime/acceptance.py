@@ -250,6 +250,27 @@ def rejection_sample_chain(
     return accepted_counts, sample_from_uniform(next_probs, next_uniforms)
 
 
+def pending_token_scores(target_scores: Tensor, token: int, draft_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Scores `[1, V]` that a token drawn from Q is verified by where the target's own token is drawn.
+
+    With probability min(1, P(x) / Q(x)) they are certain of the `token` x, else those of norm(max(P - Q, 0)): what is
+    drawn from them is distributed as P.
+
+    Args:
+        target_scores (`[1, V]`): logarithms of P, up to a constant.
+        draft_probs (`[1, V]`): Q.
+        uniform (`[]`): random number in [0, 1).
+    """
+    target_probs = target_scores.softmax(-1)
+    draft_probs = draft_probs.to(target_probs)
+    if bool(uniform < target_probs[0, token] / draft_probs[0, token]):
+        certain = torch.full_like(target_scores, -torch.inf)
+        certain[0, token] = 0.0
+        return certain
+    residual = (target_probs - draft_probs).clamp_min(0.0)
+    return residual.log() if bool(residual.sum() > 0) else target_scores
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups: several windows for one prefix, the longest kept
 # ---------------------------------------------------------------------------------------------------------------------

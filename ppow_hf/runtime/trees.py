@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .acceptance import entropy, rejection_sample_distinct_trees
+from .acceptance import entropy, greedy_accepted_path, rejection_sample_distinct_trees
 from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
@@ -305,6 +305,17 @@ def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torc
             seen[i, node + 1] |= seen[i, parent + 1]
     seen[:, :, 0] |= (torch.arange(size) == 0) | (torch.tensor(depths) > 0)
     return torch.tensor(tokens, device=device), torch.tensor(depths, device=device), seen.to(device)
+
+
+def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
+    """Accepted path of a tree at T = 0 and the token behind it.
+
+    `tokens`, `choices` `[N + 1 or more]` begin with the context's.
+    """
+    nodes = len(tree.tokens)
+    parents = torch.tensor(tree.parents, dtype=torch.long)
+    path = greedy_accepted_path(tokens[1 : nodes + 1], parents, choices[0], choices[1 : nodes + 1])
+    return path, int(choices[path[-1] + 1 if path else 0])
 
 
 def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor) -> list[tuple[list[int], int]]:

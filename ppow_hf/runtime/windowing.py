@@ -528,6 +528,15 @@ def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float
     return running
 
 
+def make_costs(
+    cost_ratio: float | None, verification_cost: float | None, calibration: dict | None = None
+) -> OnlineCosts:
+    """The costs of a call: the given ones, others measured; until then those of the machine that calibrated."""
+    stored = (calibration or {}).get("costs") or {}
+    prior = CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
+    return OnlineCosts(cost_ratio, verification_cost, prior)
+
+
 def make_window_rule(
     window: str,
     max_window: int,
