@@ -1,7 +1,7 @@
 """`target.generate(**inputs, assistant_model=drafter)`: drafting inside transformers' assisted generation.
 
-`KLAdaptiveCandidateGenerator` drafts each round's window; `install_hook` lets `generate` accept a PPOWDrafter, which
-transformers has no public way for. Knows the stock loop's contract; knows nothing about training.
+`KLAdaptiveCandidateGenerator` drafts each round's window; `install_hook` lets `generate` accept a PPOWDrafter. Knows
+the stock loop's contract; knows nothing about training.
 """
 
 import functools
@@ -17,7 +17,7 @@ from transformers.generation import CandidateGenerator, LogitsProcessor
 
 from .runtime import compatibility, draft_window
 from .runtime.acceptance import pending_token_scores
-from .runtime.configuration_ppow import call_settings, warn_of_other_target
+from .runtime.configuration_ppow import call_settings
 from .runtime.draft_session import UnreadTokens
 from .runtime.generation import DrafterView, SpeculativeDecoding, divergences
 from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
@@ -69,7 +69,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             settings["window"], settings["max_window"], costs, config.calibration, self.do_sample, settings["lookup"]
         )
         drafter.last_trace = self.trace = GenerationTrace(window_rule=settings["window"])
-        # Of a drawn token that ends the text: the length of the sequence before it, the token, its distribution.
+        # The length of the text before a drawn token that ends it, the token, its distribution.
         self.pending: tuple[int, int, torch.Tensor] | None = None
         self._unread: UnreadTokens | None = None
         self._committed = 0  # tokens that the window rule has read, and the drafter has been told of
@@ -85,10 +85,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         n_last_matches: int = 0,
         **kwargs,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """`[1, n]` -> `[1, n + W]` and the processed draft logits `[1, W, V]` (`None` for an empty window).
-
-        At T = 0, where nobody needs them, tokens from the text have none.
-        """
+        """`[1, n]` -> `[1, n + W]` and the drafts' scores `[1, W, V]` (at T = 0 tokens from the text have none)."""
         started = time.perf_counter()
         self.pending = self._draft_scores = None
         self._round = RoundTrace(0, 0, [])
@@ -106,8 +103,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         new_ids, self._committed = input_ids[:, self._committed :], input_ids.shape[1]
         self.rule.read(new_ids[0].tolist())
         states = collect_target_states(model_outputs.hidden_states, self.model.config.target_layer_ids)
-        if self._unread is None:
-            # All of the prompt, or what was not in a cache handed to generate; its last state is that of token n - 2.
+        if self._unread is None:  # the prompt, as far as it was not in a cache; its last state is that of token n - 2
             start = 0 if states is None else input_ids.shape[1] - states.shape[1]
             self._unread = UnreadTokens(input_ids[:, start:], states, None, start)
         else:
@@ -136,13 +132,12 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits; `num_matches` tokens were kept."""
-        record = self._round
-        accepted, kl = min(int(num_matches), record.window), []
-        record.accepted, record.verify_seconds = accepted, time.perf_counter() - self._drafted_at
+        record, kl = self._round, []
+        record.accepted = accepted = min(int(num_matches), record.window)
+        record.verify_seconds = time.perf_counter() - self._drafted_at
         if self._draft_scores is not None:
             verified = min(accepted + 1, record.window - record.looked_up)
-            draft_scores = self._draft_scores[0, :verified].to(scores.device)
-            kl = divergences(scores[0, :verified].float(), draft_scores).tolist()
+            kl = divergences(scores[0, :verified].float(), self._draft_scores[0, :verified].to(scores.device)).tolist()
         if self.trace.rounds:  # the prompt's forward is no round: it says nothing about costs and tokens of one
             self.rule.costs.observe_verification(record.window, record.verify_seconds)
             draft_window.learn_from_verdict(self.rule, record, accepted, kl)
@@ -165,9 +160,8 @@ class PendingTokenVerifier(LogitsProcessor):
 
 def _get_candidate_generator(original, self, *args, **kwargs):
     assistant = kwargs.get("assistant_model")
-    if isinstance(assistant, KLAdaptiveCandidateGenerator):
-        return assistant  # made by the wrapped _assisted_decoding, which knows the stopping criteria
-    return original(self, *args, **kwargs)
+    # Ours was made by the wrapped _assisted_decoding, which knows the stopping criteria.
+    return assistant if isinstance(assistant, KLAdaptiveCandidateGenerator) else original(self, *args, **kwargs)
 
 
 def _assisted_decoding(original, self, *args, **kwargs):
@@ -196,8 +190,7 @@ def _validate_generation_mode(original, self, generation_mode, generation_config
     drafter = generation_mode_kwargs.get("assistant_model")
     if not isinstance(drafter, OURS):
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
-    compatibility.check_call(self, drafter, generation_config)
-    warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
+    compatibility.check_call(self, drafter, generation_config, generation_mode_kwargs.get("tokenizer"))
     compatibility.check_mode(generation_mode)
     # The stock check compares configurations and refuses padded vocabularies; ours has been made.
     others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
@@ -212,9 +205,9 @@ def _generate(message, original, self, *args, **kwargs):
 
 # What replaces a private method of GenerationMixin of the same name, and the parameters it needs.
 _REPLACEMENTS: dict[Callable, str] = {
-    _get_candidate_generator: "assistant_model generation_config input_ids logits_processor",
-    _assisted_decoding: "generation_config input_ids logits_processor stopping_criteria",
-    _validate_generation_mode: "generation_config generation_mode generation_mode_kwargs",
+    _get_candidate_generator: "assistant_model, generation_config, input_ids, logits_processor",
+    _assisted_decoding: "generation_config, input_ids, logits_processor, stopping_criteria",
+    _validate_generation_mode: "generation_config, generation_mode, generation_mode_kwargs",
 }
 _ORIGINALS: dict[str, Any] = {}
 
@@ -222,18 +215,18 @@ _ORIGINALS: dict[str, Any] = {}
 def install_hook() -> None:
     """Let `generate(assistant_model=)` take a PPOWDrafter. Importing ppow_hf does it; doing it again changes nothing.
 
-    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Where this
-    transformers does not have them as expected, `generate` raises a `RuntimeError` for a PPOWDrafter instead.
+    Wraps three private methods of `GenerationMixin`; other assistants pass through untouched. Where this transformers
+    has other methods, `generate` raises a `RuntimeError` for a PPOWDrafter instead.
     """
     if _ORIGINALS:
         return
     replacements: dict[str, Callable] = {function.__name__: function for function in _REPLACEMENTS}
     for function, parameters in _REPLACEMENTS.items():
         method = getattr(GenerationMixin, function.__name__, None)
-        if method is None or not set(parameters.split()) <= set(inspect.signature(method).parameters):
+        if method is None or not set(parameters.split(", ")) <= set(inspect.signature(method).parameters):
             message = (
                 f"transformers {transformers.__version__} has no GenerationMixin.{function.__name__} with "
-                f"{parameters.split()}, which a PPOWDrafter's assisted generation builds on. Install transformers>=5.17,<6."
+                f"{parameters}, which a drafter as assistant_model needs. Install transformers>=5.17,<6."
             )
             replacements = {"generate": functools.partial(_generate, message)}
     for name, replacement in replacements.items():

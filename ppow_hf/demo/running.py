@@ -20,8 +20,10 @@ from ..runtime.compatibility import (
     target_width,
 )
 from ..runtime.draft_session import cache_argument
+from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
+from ..runtime.windowing import FixedWindow, OnlineCosts
 
 FIXED_WINDOW = 8
 
@@ -202,23 +204,24 @@ class FixedShadow:
             self.session.observe(unread, states, self.observed)
             self.observed, self.states = len(self.ids), None
 
-    def _draft(self, window: int) -> tuple[list[int], list[torch.Tensor]]:
+    def _draft(self, longest: int) -> tuple[list[int], list[torch.Tensor]]:
         """Tokens, and the distributions `[V]` that they were drawn from."""
-        drafts: list[int] = []
-        probs = []
-        logits = self.session.first_logits()
-        while True:
-            scores = self._process(logits[:1].float(), drafts)
-            probs.append(scores[0].softmax(-1))
-            if self.do_sample:
-                uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(scores.device)
-                drafts.append(int(sample_from_uniform(probs[-1][None], uniform)))
-            else:
-                drafts.append(int(scores.argmax(-1)))
-            if len(drafts) == window or drafts[-1] in self.eos_ids:
-                return drafts, probs
-            token = torch.tensor([[drafts[-1]]], device=logits.device)
-            logits = self.session.next_logits(token, len(drafts) - 1)
+        record = RoundTrace(0, 0, [])
+        rule = FixedWindow(longest, OnlineCosts())
+        window = Window(rule, record, longest, lambda draft_ids: draft_ids[-1] in self.eos_ids)
+        distributions = DrafterDistributions(
+            self.session,
+            lambda logits, drafts: self._process(logits, drafts[0]),
+            self._draw if self.do_sample else None,
+            looks=False,
+        )
+        draft_windows([window], distributions)
+        return record.draft_ids, [scores[0].softmax(-1) for scores in distributions.scores]
+
+    def _draw(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """`[1, V]` -> `[1, 1]`, by the row's own random numbers."""
+        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(log_probs.device)
+        return sample_from_uniform(log_probs.exp(), uniform)[:, None]
 
     def _verify(self, drafts: list[int]) -> torch.Tensor:
         """The target's processed scores behind the last token and behind each drafted one, `[W + 1, V]`."""

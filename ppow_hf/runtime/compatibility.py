@@ -54,7 +54,7 @@ def check_processors(logits_processor: Sequence[Any]) -> None:
                 )
 
 
-def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -> None:
+def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, tokenizer: Any = None) -> None:
     """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed."""
     config = drafter.config
     text = target.config.get_text_config()
@@ -83,7 +83,7 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -
             f"assistant_model: this eagle drafter reads the target's layers {config.target_layer_ids}, but the target "
             f"has {text.num_hidden_layers}. Use a drafter trained for this target."
         )
-    warn_of_other_target(config, target.config._name_or_path)
+    warn_of_other_target(config, target.config._name_or_path, tokenizer)
 
 
 def target_width(target: Any) -> int:
