@@ -146,13 +146,13 @@ class DraftedChains:
 
     Args:
         draft_ids (`[B, W]`): the draft tokens, those from the text included.
-        own (`[B, W]` bool): which of them are a row's own; the others fill it up.
+        valid (`[B, W]` bool): which of them belong to a row's window; the others fill it up.
         scores: W of `[B, V]` that they are verified by (where sampling).
         drawn_scores: of `[B, V]`, the drafter's alone.
     """
 
     draft_ids: torch.Tensor
-    own: torch.Tensor
+    valid: torch.Tensor
     scores: list[torch.Tensor]
     drawn_scores: list[torch.Tensor]
 
@@ -285,11 +285,13 @@ class SpeculativeCall:
         if first:  # eagle: the token behind each state; the row's own first token has no state before it
             unread_ids = torch.cat([self.input_ids[:, past:], tokens], dim=1)[:, 1:]
             visible = visible[:, past:]
-            own = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)[:, 1:] & visible
+            readable = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)[:, 1:] & visible
         else:
             unread_ids = torch.cat([self.input_ids, tokens], dim=1)
-            own = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)
-        self.unread = UnreadTokens(unread_ids, states, own if self.target.ragged else None, past + 1 if first else 0)
+            readable = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)
+        self.unread = UnreadTokens(
+            unread_ids, states, readable if self.target.ragged else None, past + 1 if first else 0
+        )
         self._drop_finished()
 
     def _round(self) -> None:
@@ -360,14 +362,14 @@ class SpeculativeCall:
         drafted = time.perf_counter()
 
         last_ids = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.device)
-        logits, states = self.target.read_window(torch.cat([last_ids, chains.draft_ids], dim=1), chains.own)
+        logits, states = self.target.read_window(torch.cat([last_ids, chains.draft_ids], dim=1), chains.valid)
         drafts = chains.draft_ids.tolist()
         scores = self.process(logits, self.rows, lambda i, t: drafts[i][:t])
         if self.do_sample:
             counts, next_ids = self._verify_sampled(chains, scores)
         else:
             choices = scores.argmax(-1)
-            counts = greedy_accepted_counts(chains.draft_ids, choices[:, :window], chains.own)
+            counts = greedy_accepted_counts(chains.draft_ids, choices[:, :window], chains.valid)
             next_ids = choices.gather(1, counts[:, None])[:, 0]
         kls = self._chain_divergences(chains, scores)
         accepted_counts, following = counts.tolist(), next_ids.tolist()
@@ -411,8 +413,8 @@ class SpeculativeCall:
                 if self.do_sample:
                     scores = with_looked_up_scores(windows, drawn_scores, self.session.width, self.device)
         lengths = torch.tensor([window.record.window for window in windows], device=self.device)
-        own = torch.arange(draft_ids.shape[1], device=self.device) < lengths[:, None]
-        return DraftedChains(draft_ids, own, scores, drawn_scores)
+        valid = torch.arange(draft_ids.shape[1], device=self.device) < lengths[:, None]
+        return DraftedChains(draft_ids, valid, scores, drawn_scores)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         """`[B, 1, V]` -> `[B, 1]`."""
@@ -428,7 +430,7 @@ class SpeculativeCall:
             draft_probs = scores.new_zeros(batch, 0, scores.shape[-1])
         uniforms = torch.rand(batch, window + 1, device=scores.device, dtype=torch.float64)
         return rejection_sample_chain(
-            chains.draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], chains.own
+            chains.draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], chains.valid
         )
 
     def _chain_divergences(self, chains: DraftedChains, scores: torch.Tensor) -> list[list[float]]:

@@ -235,8 +235,8 @@ class PPOWDrafter(PreTrainedModel):
                 allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
                 cache = cache.of_windows(order) if apart else cache
             if not apart:
-                own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
-                allowed = torch.cat([allowed, own], dim=-1)
+                itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
+                allowed = torch.cat([allowed, itself], dim=-1)
             places = draft.embed_positions(positions + 1 + j)
             current, cache = draft.advance(tokens, current, cache, places, allowed)
             along.append((windows, current))

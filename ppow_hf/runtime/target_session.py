@@ -166,9 +166,9 @@ class TargetSession:
         if not self.by_position:
             return seen.long()
         length, columns = positions.shape[1], seen.shape[1]
-        own = torch.arange(columns - length, columns, device=self.device)
-        behind = torch.arange(columns, device=self.device) <= own[:, None]
-        return self._masks(behind[None] & seen[:, None], positions, seen.long().cumsum(1) - 1)
+        new_columns = torch.arange(columns - length, columns, device=self.device)
+        causal = torch.arange(columns, device=self.device) <= new_columns[:, None]
+        return self._masks(causal[None] & seen[:, None], positions, seen.long().cumsum(1) - 1)
 
     def _masks(self, allowed: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor) -> Any:
         """Additive masks of the columns `[B, T, columns]` that new tokens may see, for each kind of layer."""
