@@ -5,13 +5,22 @@ Importing this package registers `PPOWDrafter` with transformers' Auto classes a
 more is imported when it is used.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 
-from .hook import KLAdaptiveCandidateGenerator, install_hook
+try:
+    from .candidate_generator import KLAdaptiveCandidateGenerator
+    from .hook import install_hook
+except KeyboardInterrupt:  # seconds pass here before the command line could answer
+    if Path(sys.argv[0]).name != "ppow":
+        raise
+    print("ppow: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 from .runtime.configuration_ppow import PPOWDrafterConfig
 from .runtime.modeling_ppow import PPOWDrafter
 from .runtime.trace import GenerationTrace
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "GenerationTrace",
@@ -20,7 +29,6 @@ __all__ = [
     "PPOWDrafterConfig",
     "PPOWTrainer",
     "PPOWTrainingArguments",
-    "__version__",
     "export_drafter",
     "import_eagle3",
 ]

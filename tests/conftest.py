@@ -102,6 +102,18 @@ def make_target():
 
 
 @pytest.fixture(scope="session")
+def qwen3_pair():
+    """A random Qwen3 target with the embedded target's tokenizer: another family that reads and writes text."""
+    from transformers import AutoTokenizer
+
+    from ppow_hf.tiny import target_path
+
+    tokenizer = AutoTokenizer.from_pretrained(target_path())
+    target = build_target("qwen3", vocab_size=len(tokenizer), hidden_size=64, max_position_embeddings=1024)
+    return target, tokenizer
+
+
+@pytest.fixture(scope="session")
 def small_vocab_target() -> PreTrainedModel:
     """Six tokens, about one nat of entropy per token: small enough to enumerate every continuation exactly."""
     return build_target("llama", vocab_size=6, hidden_size=16, num_layers=2, initializer_range=0.4)

@@ -8,9 +8,8 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
-
 from acceptance_references import greedy_accepted_group
+from torch import Tensor
 
 from ppow_hf.runtime.acceptance import (
     confidence,
@@ -415,9 +414,9 @@ def test_a_pending_token_and_what_replaces_it_are_distributed_as_the_target():
     draft_probs, target_probs = random_probs(6, seed=60), random_probs(6, seed=61)
     law = torch.zeros(6, dtype=torch.float64)
     for token in range(6):
-        kept = min(1.0, (target_probs[token] / draft_probs[token]).item())
+        kept = (target_probs[token] / draft_probs[token]).clamp(max=1)
         for uniform, weight in ((kept - 1e-9, kept), (kept + 1e-9, 1 - kept)):
-            scores = pending_token_scores(target_probs.log()[None], token, draft_probs[None], torch.tensor(uniform))
+            scores = pending_token_scores(target_probs.log()[None], token, draft_probs[None], uniform)
             law += draft_probs[token] * weight * scores[0].softmax(-1)
     torch.testing.assert_close(law, target_probs)
 

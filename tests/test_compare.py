@@ -410,7 +410,7 @@ def test_another_configuration_is_refused_in_the_same_folder_and_more_recipes_ar
     with pytest.raises(ValueError, match=r"--output-dir: .* other settings \(groups\)"):
         Comparison(config, compared, target, None)
     config = load_config(cell / "compare.yaml")
-    config.recipes["lk"] = {"objective": "lk_hybrid"}
+    config.recipes["lk"] = {"objective": "tv"}
     with pytest.raises(ValueError, match=r"other settings \(recipes.lk\)"):
         Comparison(config, compared, target, None)
 

@@ -1,4 +1,4 @@
-"""Behaviour of `ppow_hf.data.sequences`: a real byte-level tokenizer, a real (random, tiny) Llama target, real files."""
+"""Behaviour of `ppow_hf.data.sequences`: a real byte-level tokenizer, a random tiny Llama target, real files."""
 
 import copy
 import gzip

@@ -13,7 +13,6 @@ from ppow_hf.measure.calibration import (
 )
 from ppow_hf.measure.evaluation import (
     decode,
-    evaluate_acceptance,
     repeated_ngrams,
     report,
 )
@@ -151,15 +150,14 @@ def test_sampled_decoding_is_reproduced_by_its_seed_when_costs_are_given(target,
     assert decode(target, drafter, PROMPTS[:2], 12, temperature=1.0, seed=3, **COSTS)[0] == runs[0]
 
 
-def test_evaluation_is_decoding_and_reporting(target, drafter):
-    settings = {"window": "fixed", "max_window": 3}
-    found = evaluate_acceptance(target, drafter, PROMPTS, 10, **settings)
-    outputs, traces = decode(target, drafter, PROMPTS, 10, **settings)
+def test_a_report_adds_up_the_rounds_behind_the_prompt(target, drafter):
+    outputs, traces = decode(target, drafter, PROMPTS, 10, window="fixed", max_window=3)
+    added_up = report(outputs, traces)
     rounds = [r for trace in traces for r in trace.rounds[1:]]
-    assert found["tokens"] == sum(map(len, outputs)) == 30
-    assert found["rounds"] == len(rounds) and found["drafted"] == sum(len(r.draft_ids) for r in rounds)
+    assert added_up.tokens == sum(map(len, outputs)) == 30
+    assert added_up.rounds == len(rounds) and added_up.drafted == sum(len(r.draft_ids) for r in rounds)
     drafting = [r for r in rounds if r.draft_ids]
-    assert found["acceptance_length"] == pytest.approx(sum(r.accepted + 1 for r in drafting) / len(drafting))
+    assert added_up.acceptance_length == pytest.approx(sum(r.accepted + 1 for r in drafting) / len(drafting))
 
 
 def test_calibration_holds_both_estimates_and_the_measured_costs(target, drafter):

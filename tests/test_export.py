@@ -141,11 +141,14 @@ def test_speculators_directory_names_its_target(tmp_path, target, drafter):
     export_drafter(drafter, tmp_path / "out", "speculators", target_name=str(target_folder), speculative_tokens=7)
     config, weights = saved(tmp_path / "out")
     verifier = config["speculators_config"]["verifier"]
-    assert verifier == {"name_or_path": str(target_folder), "architectures": ["LlamaForCausalLM"]}
+    assert verifier == {"name_or_path": "target", "architectures": ["LlamaForCausalLM"]}
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
     assert config["norm_before_residual"] is False and "layers.0.self_attn.q_proj.weight" in weights
     with pytest.raises(ValueError, match="target_name: None"):
         export_drafter(drafter, tmp_path / "other", "speculators")
+    report = export_drafter(drafter, tmp_path / "far" / "out", "speculators", target_name=str(target_folder))
+    written = [path.read_bytes() for path in (tmp_path / "far" / "out").iterdir()]
+    assert not any(str(tmp_path).encode() in one for one in written) and "without its folder" in str(report.notes)
 
 
 def test_medusa_directory_computes_what_the_heads_do(tmp_path, target):

@@ -29,7 +29,8 @@ PROMPT = [5, 9, 17, 3]
 
 PUSH = """
 import json, os, resource, sys, threading, time
-from ppow_hf import PPOWDrafter, hub
+from ppow_hf import PPOWDrafter
+from ppow_hf.publish import hub
 specs, folders = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 results = {}
 
@@ -341,8 +342,8 @@ def test_a_push_is_one_commit_that_holds_everything(pushed, server):
     names = set(commits[0].files)
     assert {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "training.png",
-        "training_log.json", "modeling_ppow.py", "configuration_ppow.py", "drafting.py", "generation.py", "trace.py",
-        "acceptance.py", "windowing.py", "compatibility.py", GENERATE,
+        "training_log.json", "modeling_ppow.py", "configuration_ppow.py", "draft_session.py", "generation.py",
+        "trace.py", "acceptance.py", "windowing.py", "compatibility.py", GENERATE,
     } <= names  # fmt: skip
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".txt")) or "checkpoint" in name]
     assert commits[0].files["model.safetensors"].lfs

@@ -7,7 +7,7 @@ import torch
 from slow_training import ARCHITECTURES, make_drafter, random_dataset
 from torch import nn
 
-from ppow_hf.training import PPOWTrainingArguments
+from ppow_hf.training import PPOWTrainingArguments, arguments
 from ppow_hf.training.optimizers import Muon, make_optimizer, muon_groups, orthogonalize
 
 
@@ -103,16 +103,23 @@ def test_what_muon_cannot_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match="scale: 'none'"):
         Muon([{"params": [nn.Parameter(torch.zeros(3))]}], scale="none")
     common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": []}
-    with pytest.raises(ValueError, match="muon: given with optim='sgd'"):
+    with pytest.raises(ValueError, match="muon: 1.0 given, .* optim='sgd'"):
         PPOWTrainingArguments(muon=1.0, optim="sgd", **common)
-    assert PPOWTrainingArguments(optim="sgd", **common).muon == 0
 
 
-@pytest.mark.parametrize("how", ["fsdp", "ACCELERATE_USE_FSDP"])
-def test_muon_is_refused_where_matrices_are_split(tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("how", ["fsdp", "ACCELERATE_USE_FSDP", "optim"])
+def test_muon_steps_back_where_it_cannot_be_used_and_is_refused_where_it_is_asked_for(tmp_path, monkeypatch, how):
     """By the argument, or as `accelerate launch --use_fsdp` says it."""
-    settings = {"fsdp": "full_shard"} if how == "fsdp" else {}
-    if how != "fsdp":
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": []}
+    assert PPOWTrainingArguments(**common).muon == 2.0
+    settings = {"fsdp": {"fsdp": "full_shard"}, "optim": {"optim": "sgd"}}.get(how, {})
+    if how.isupper():
         monkeypatch.setenv(how, "true")
-    with pytest.raises(ValueError, match="muon: .* which FSDP and DeepSpeed split"):
-        PPOWTrainingArguments(muon=1.0, output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)
+    warnings = []
+    monkeypatch.setattr(arguments.logger, "warning", warnings.append)
+    assert PPOWTrainingArguments(muon=0.0, **common, **settings).muon == 0 and not warnings
+    assert PPOWTrainingArguments(**common, **settings).muon == 0
+    obstacle = "optim='sgd'" if how == "optim" else "FSDP or DeepSpeed"
+    assert len(warnings) == 1 and warnings[0].startswith("muon: not used") and obstacle in warnings[0]
+    with pytest.raises(ValueError, match=f"muon: 1.0 given, and it cannot be combined with {obstacle}"):
+        PPOWTrainingArguments(muon=1.0, **common, **settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hub_server import Blob, hub_server
 
-from ppow_hf.cli import evaluation_sources
+from ppow_hf.commands.train import evaluation_sources
 from ppow_hf.data.sequences import read_rows
 from ppow_hf.data.sources import Source, check_source, parse_source, split_column
 

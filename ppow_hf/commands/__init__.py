@@ -1,17 +1,4 @@
-"""Subcommands of `ppow`, one module each: `register(commands)` adds its parser, whose `run` default does the work.
+"""Subcommands of `ppow`, one module each: `register(subparsers)` adds its parser, `run(arguments)` does the work.
 
-A module imports heavy libraries inside its functions, so that `ppow --help` is quick.
+A module imports heavy libraries inside its functions, so that the table of commands costs nothing.
 """
-
-COMMANDS: tuple[str, ...] = (
-    "bench",
-    "calibrate",
-    "export",
-    "import_",
-    "demo",
-    "push",
-    "windows",
-    "compare",
-    "overhead",
-    "tiny_results",
-)

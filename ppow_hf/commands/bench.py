@@ -1,6 +1,10 @@
-"""`ppow bench`: ways of generating side by side, at several batch sizes and temperatures, or in a serving engine."""
+"""`ppow bench`: ways of generating side by side, at several batch sizes and temperatures, or in a serving engine.
+
+Knows arguments, files and messages; what is run and measured is in measure/benchmark.py and serving/engine_bench.py.
+"""
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +12,7 @@ from ..data.models import (
     MODEL_HELP,
     STDLIB_PROMPT_TOKENS,
     add_models,
+    check_options,
     check_positive,
     check_prompts,
     check_tokenizer,
@@ -23,9 +28,9 @@ if TYPE_CHECKING:
     from ..runtime.trace import GenerationTrace
 
 
-def register(commands: Any) -> None:
+def register(subparsers: Any) -> None:
     """Add the parser of `ppow bench`."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "bench",
         help="compare ways of generating side by side",
         description="Generate from the same prompts in turns: plain, with prompt lookup, with transformers' own "
@@ -80,9 +85,8 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`ppow bench`."""
-    for name in ("num_prompts", "max_new_tokens", "repeats"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    """Check, load, and run every combination of batch size and temperature."""
+    check_options(arguments, "num_prompts", "max_new_tokens", "repeats")
     for size in arguments.batch_size:
         check_positive("--batch-size", size)
     for name in ("json", "plot"):
@@ -98,34 +102,34 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engine:
         return engine_bench.run(arguments, target, drafter, prompts)
 
-    from ..measure import benchmark
+    from ..measure.benchmark import run_benchmark
+    from ..measure.benchmark_report import format_table, plot_windows, verdict, write_benchmark
 
     several = len(arguments.batch_size) * len(arguments.temperature) > 1
-    for batch_size in arguments.batch_size:
-        for temperature in arguments.temperature:
-            traces: dict[str, list[GenerationTrace]] = {}
-            result = benchmark.run_benchmark(
-                target,
-                tokenizer,
-                drafter,
-                prompts,
-                standalone=standalone,
-                max_new_tokens=arguments.max_new_tokens,
-                repeats=arguments.repeats,
-                command=arguments.command,
-                traces=traces,
-                thorough=arguments.thorough,
-                temperature=temperature,
-                batch_size=batch_size,
-            )
-            print(benchmark.format_table(result))
-            print(describe(result))
-            print(benchmark.verdict(result) + ("\n" if several else ""))
-            suffix = f"-b{batch_size}-t{temperature:g}" if several else ""
-            if arguments.json:
-                benchmark.write_benchmark(result, _with_suffix(arguments.json, suffix))
-            if arguments.plot:
-                benchmark.plot_windows(traces["ppow_kl"], _with_suffix(arguments.plot, suffix))
+    for batch_size, temperature in itertools.product(arguments.batch_size, arguments.temperature):
+        traces: dict[str, list[GenerationTrace]] = {}
+        result = run_benchmark(
+            target,
+            tokenizer,
+            drafter,
+            prompts,
+            standalone=standalone,
+            max_new_tokens=arguments.max_new_tokens,
+            repeats=arguments.repeats,
+            command=arguments.command,
+            traces=traces,
+            thorough=arguments.thorough,
+            temperature=temperature,
+            batch_size=batch_size,
+        )
+        print(format_table(result))
+        print(describe(result))
+        print(verdict(result) + ("\n" if several else ""))
+        suffix = f"-b{batch_size}-t{temperature:g}" if several else ""
+        if arguments.json:
+            write_benchmark(result, _with_suffix(arguments.json, suffix))
+        if arguments.plot:
+            plot_windows(traces["ppow_kl"], _with_suffix(arguments.plot, suffix))
     return 0
 
 

@@ -1,14 +1,17 @@
-"""`ppow calibrate`: fit a drafter's window rule to prompts of one's own and to this machine."""
+"""`ppow calibrate`: fit a drafter's window rule to prompts of one's own and to this machine.
+
+Knows arguments, files and messages; what is fitted, and how, is in measure/calibration.py.
+"""
 
 import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.models import (
     add_models,
-    check_positive,
+    check_options,
     ensure_writable,
     load_drafter,
     load_pair,
@@ -17,10 +20,14 @@ from ..data.models import (
 )
 from .windows import workload_prompts
 
+if TYPE_CHECKING:
+    from ..measure.window_study import DraftTable
+    from ..runtime.windowing import CostModel
 
-def register(commands: Any) -> None:
+
+def register(subparsers: Any) -> None:
     """Add the parser of `ppow calibrate`."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "calibrate",
         help="fit a drafter's window rule to your prompts and this machine",
         description="Fit what decides how far the drafter drafts: the acceptance it expects from its own distribution "
@@ -49,52 +56,65 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit, compare on the other prompts, write."""
-    for name in ("num_prompts", "fit_prompts", "max_new_tokens"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_options(arguments, "num_prompts", "fit_prompts", "max_new_tokens")
     name, source = parse_workload(arguments.prompts)
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     target, tokenizer, drafter = load_pair(arguments)
     prompts = workload_prompts(name, arguments, source, tokenizer, target)
-    from ..measure.calibration import (
-        calibrate,
-    )
-    from ..measure.window_report import calibration_curve, run, speed
+    from ..measure.calibration import calibrate
+    from ..measure.window_report import calibration_curve
     from ..measure.window_study import draft_tables
-    from ..runtime.windowing import CostModel, make_window_rule
-    from ..studies.data import write_whole
+    from ..runtime.windowing import CostModel
 
-    fitted, checked = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
-    before = drafter.config.calibration or {}
-    found = calibrate(
-        target, drafter, [ids[0].tolist() for ids in fitted], arguments.max_new_tokens, seed=arguments.seed
+    fit_prompts, test_prompts = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
+    calibration = calibrate(
+        target, drafter, [ids[0].tolist() for ids in fit_prompts], arguments.max_new_tokens, seed=arguments.seed
     )
     window = drafter.config.max_window
-    tables = draft_tables(target, drafter, checked, arguments.max_new_tokens, window)
-    costs = CostModel(**found["costs"])
+    tables = draft_tables(target, drafter, test_prompts, arguments.max_new_tokens, window)
+    costs = CostModel(**calibration["costs"])
+    greedy = calibration["greedy"]
     print(
-        f"{found['greedy']['observations']} draft tokens seen at T = 0, {found['greedy']['acceptance']:.0%} kept; "
+        f"{greedy['observations']} draft tokens seen at T = 0, {greedy['acceptance']:.0%} kept; "
         f"a draft step costs {costs.cost_ratio:.3f} of a target forward, a token to verify "
         f"{costs.verification_cost:.3f}."
     )
-    for when, calibration in (("before", before), ("now", found)):
-        make_rule = partial(make_window_rule, "kl", window, calibration=calibration)
-        traces = run(make_rule, tables, costs, as_one=False)
-        speeds = speed(traces, costs)
-        print(
-            f"{when}: {speeds['tokens_per_cost']:.3f} tokens per target forward's time on {len(checked)} other "
-            f"prompts, mean window {speeds['mean_window']:.2f}, {speeds['wasted']:.0%} of the drafts wasted."
-        )
-    error = calibration_curve(found["greedy"], tables)["expected_error"]
+    print(describe_speed("before", drafter.config.calibration or {}, tables, window, costs))
+    print(describe_speed("now", calibration, tables, window, costs))
+    error = calibration_curve(greedy, tables)["expected_error"]
     print(f"Between expected and measured acceptance lie {error:.3f} on average.")
-    own = Path(resolve(arguments.drafter))
-    if own.is_dir() and own.resolve() == folder.resolve():
-        path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"calibration": found}
-        write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    else:
-        written = load_drafter(arguments.drafter, "--drafter", "auto", "cpu")  # in the number format it is kept in
-        written.config.calibration = found
-        written.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    write_calibration(arguments.drafter, calibration, tokenizer, folder)
     print(f"Written to {arguments.output_dir}.")
     return 0
+
+
+def describe_speed(
+    when: str, calibration: dict[str, Any], tables: "list[DraftTable]", window: int, costs: "CostModel"
+) -> str:
+    """One line: how fast the adaptive rule of this calibration is on the tables, and what it wastes."""
+    from ..measure.window_report import run as replay_all
+    from ..measure.window_report import speed
+    from ..runtime.windowing import make_window_rule
+
+    make_rule = partial(make_window_rule, "kl", window, calibration=calibration)
+    speeds = speed(replay_all(make_rule, tables, costs, as_one=False), costs)
+    return (
+        f"{when}: {speeds['tokens_per_cost']:.3f} tokens per target forward's time on {len(tables)} other "
+        f"prompts, mean window {speeds['mean_window']:.2f}, {speeds['wasted']:.0%} of the drafts wasted."
+    )
+
+
+def write_calibration(drafter_name: str, calibration: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    """Save the drafter with this calibration in `folder`; its own folder gets a new configuration only."""
+    from ..studies.configuration import write_whole
+
+    source = Path(resolve(drafter_name))
+    if source.is_dir() and source.resolve() == folder.resolve():
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"calibration": calibration}
+        write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return
+    drafter = load_drafter(drafter_name, "--drafter", "auto", "cpu")  # in the number format it is kept in
+    drafter.config.calibration = calibration
+    drafter.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

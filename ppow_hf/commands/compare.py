@@ -1,4 +1,7 @@
-"""`ppow compare`: recipes of training against each other on equal terms; what it does is in compare.py."""
+"""`ppow compare`: recipes of training against each other on equal terms.
+
+Knows arguments and models; what is trained, measured and reported is in studies/.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ..data.models import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
 
 if TYPE_CHECKING:
-    from ..studies.configuration import (
-        CompareConfig,
-    )
+    from ..studies.configuration import CompareConfig
 
 
-def register(commands) -> None:
-    parser = commands.add_parser(
+def register(subparsers: Any) -> None:
+    """Add the parser of `ppow compare`."""
+    parser = subparsers.add_parser(
         "compare",
         help="compare recipes of training on equal terms",
         description="From one supervised drafter, train every recipe of a configuration for the same number of "
@@ -41,17 +43,10 @@ def register(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the comparison, or only write a report of one that is done."""
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     if arguments.mean_of:
-        from ..studies.data import write_whole
-        from ..studies.mean import mean_report
-
-        folders = [Path(name.strip()) for name in arguments.mean_of.split(",")]
-        for name in folders:
-            _check_compared(name, "--mean-of")
-        text = mean_report(folders)
-        write_whole(folder / "mean.md", text)
-        print(text)
+        print(_write_mean(folder, [Path(name.strip()) for name in arguments.mean_of.split(",")]))
         return 0
     if arguments.report_only:
         from ..studies.report import write_report
@@ -59,12 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         _check_compared(folder, "--output-dir")
         print(write_report(folder).read_text(encoding="utf-8"))
         return 0
-    from ..studies.compare import (
-        Comparison,
-    )
-    from ..studies.configuration import (
-        load_config,
-    )
+    from ..studies.compare import Comparison
+    from ..studies.configuration import load_config
 
     recipes = [name.strip() for name in arguments.recipes.split(",")] if arguments.recipes else None
     config = load_config(arguments.config, arguments.smoke, recipes)
@@ -82,16 +73,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _write_mean(folder: Path, compared: list[Path]) -> str:
+    """Write mean.md, the mean gains over comparisons that are done, and return its text."""
+    from ..studies.configuration import write_whole
+    from ..studies.mean import mean_report
+
+    for one in compared:
+        _check_compared(one, "--mean-of")
+    text = mean_report(compared)
+    write_whole(folder / "mean.md", text)
+    return text
+
+
 def _train_target(config: "CompareConfig", settings: dict[str, Any], folder: Path, device: str | None) -> str:
     """Train what a configuration's `target` describes, or go on with it; the folder that holds it then."""
     from ..data.sequences import read_rows
     from ..data.sources import split_column
-    from ..studies.compare import (
-        claim_folder,
-    )
-    from ..studies.configuration import (
-        target_recipe,
-    )
+    from ..studies.compare import claim_folder
+    from ..studies.configuration import target_recipe
     from ..tiny.corpus import texts_of_rows
     from ..tiny.recipe import make_target
 
@@ -107,9 +106,8 @@ def _train_target(config: "CompareConfig", settings: dict[str, Any], folder: Pat
 
 
 def _check_compared(folder: Path, argument: str) -> None:
-    from ..studies.configuration import (
-        RESULTS,
-    )
+    """Raise `ValueError` unless the folder holds the results of a comparison."""
+    from ..studies.configuration import RESULTS
 
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{argument}: {folder.name!r} holds no comparison; run it first.")

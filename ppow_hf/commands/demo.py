@@ -1,4 +1,7 @@
-"""`ppow demo`: the page that the Space shows, on this machine."""
+"""`ppow demo`: the page that the Space shows, on this machine.
+
+Knows arguments and environment variables; the page is in demo/.
+"""
 
 import argparse
 import os
@@ -7,9 +10,9 @@ from typing import Any
 from ..data.models import MODEL_HELP
 
 
-def register(commands: Any) -> None:
+def register(subparsers: Any) -> None:
     """Add the parser of `ppow demo`."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "demo",
         help="watch a drafter at work on a page in the browser",
         description="Serve the page of the Space: gauge, windows and text of a run, round by round. What is not given "

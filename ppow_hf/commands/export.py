@@ -1,13 +1,18 @@
-"""`ppow export`: a drafter as a directory that vLLM, SGLang or speculators serve as it is."""
+"""`ppow export`: a drafter as a directory that vLLM, SGLang or speculators serve as it is.
+
+Knows arguments and messages; names, shapes and checks are in export/.
+"""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..data.models import MODEL_HELP, ensure_writable, load_drafter, load_target, load_tokenizer, resolve
 
 
-def register(commands: Any) -> None:
-    parser = commands.add_parser(
+def register(subparsers: Any) -> None:
+    """Add the parser of `ppow export`."""
+    parser = subparsers.add_parser(
         "export",
         help="write a drafter as a directory for vLLM, SGLang or speculators",
         description="Write a drafter as a directory that a serving engine loads as it is, check it, and say what an "
@@ -47,15 +52,14 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write the directory and say what is in it."""
     ensure_writable(arguments.output_dir, "--output-dir")
     drafter = load_drafter(arguments.drafter, "DRAFTER", arguments.dtype or "auto", "cpu")
     target = load_target(arguments.target, "--target", "auto", "cpu") if _needs_target(arguments) else None
     tokenizer = None
-    if drafter.config.architecture == "standalone":
-        from pathlib import Path
-
-        if (Path(resolve(arguments.drafter)) / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(arguments.drafter, "DRAFTER")
+    own_tokenizer = Path(resolve(arguments.drafter), "tokenizer_config.json")
+    if drafter.config.architecture == "standalone" and own_tokenizer.is_file():
+        tokenizer = load_tokenizer(arguments.drafter, "DRAFTER")
     from ..export import export_drafter
 
     report = export_drafter(
@@ -79,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _needs_target(arguments: argparse.Namespace) -> bool:
+    """Whether the target must be loaded; `ValueError` where it is not named."""
     if arguments.share_embeddings and arguments.target is None:
         raise ValueError("--share-embeddings: pass --target too, whose embeddings are compared with the drafter's.")
     return arguments.share_embeddings

@@ -1,4 +1,7 @@
-"""`ppow import`: a published EAGLE-3 drafter as one that PPOW can train on."""
+"""`ppow import`: a published EAGLE-3 drafter as one that PPOW can train on.
+
+Knows arguments and messages; the checkpoint's format is in export/importing.py.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,8 +10,9 @@ from typing import Any
 from ..data.models import MODEL_HELP, ensure_writable, load_tokenizer, resolve
 
 
-def register(commands: Any) -> None:
-    parser = commands.add_parser(
+def register(subparsers: Any) -> None:
+    """Add the parser of `ppow import`."""
+    parser = subparsers.add_parser(
         "import",
         help="turn a published EAGLE-3 drafter into one that ppow train can go on with",
         description="Read an EAGLE-3 checkpoint, as its authors or speculators publish them, check it, and save it as "
@@ -31,15 +35,9 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Import, save, and say what was imported."""
     ensure_writable(arguments.output_dir, "--output-dir")
-    layers = None
-    if arguments.target_layer_ids is not None:
-        try:
-            layers = [int(layer) for layer in arguments.target_layer_ids.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"--target-layer-ids: {arguments.target_layer_ids!r} given; write whole numbers with commas: 2,16,29."
-            ) from None
+    layers = _layers(arguments.target_layer_ids)
     from ..export import import_eagle3
     from ..runtime.configuration_ppow import vocabulary_fingerprint
 
@@ -67,3 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{config.target_layer_ids}."
     )
     return 0
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """`--target-layer-ids` as numbers."""
+    try:
+        return None if text is None else [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--target-layer-ids: {text!r} given; write whole numbers with commas: 2,16,29.") from None

@@ -1,4 +1,7 @@
-"""`ppow overhead`: what the draft-verify loop costs beyond the two models' own forwards, on this machine."""
+"""`ppow overhead`: what the draft-verify loop costs beyond the two models' own forwards, on this machine.
+
+Knows arguments and messages; the clocks are in measure/overhead.py.
+"""
 
 import argparse
 import json
@@ -8,7 +11,7 @@ from typing import Any
 from ..data.models import (
     add_models,
     check_fits,
-    check_positive,
+    check_options,
     check_prompts,
     ensure_file_writable,
     load_pair,
@@ -16,9 +19,9 @@ from ..data.models import (
 )
 
 
-def register(commands: Any) -> None:
+def register(subparsers: Any) -> None:
     """Add the parser of `ppow overhead`."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "overhead",
         help="measure what the loop costs beyond the models",
         description="Time rounds of the draft-verify loop (fixed windows, T = 0) and, in turns with them, the bare "
@@ -41,10 +44,9 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    for name in ("num_prompts", "max_new_tokens", "window"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_options(arguments, "num_prompts", "max_new_tokens", "window")
     if arguments.json:
         ensure_file_writable(arguments.json, "--json")
     check_prompts(arguments.prompts)
@@ -64,3 +66,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0

@@ -3,67 +3,64 @@
 Puts the parts together in the order a user would; everything it does is in the library.
 """
 
+import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from ..data.models import check_options, ensure_writable, load_drafter, load_target, load_tokenizer
 
-from ..measure.benchmark import (
-    run_benchmark,
-)
-from ..measure.benchmark_report import (
-    format_table,
-    plot_windows,
-    verdict,
-    write_benchmark,
-)
-from ..runtime.modeling_ppow import PPOWDrafter
-from ..runtime.trace import GenerationTrace
-from ..tiny import drafter_path, target_path
-from ..tiny.corpus import function_prompts, standard_library
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.modeling_ppow import PPOWDrafter
+    from ..runtime.trace import GenerationTrace
+    from ..tiny.corpus import SourceFile
 
 PROMPT_TOKENS = 128
+TRAINING_TEXTS, HELD_OUT_TEXTS = 640, 8  # that the target writes to train and to evaluate on
 
 
-def run(
-    output_dir: str,
-    fast: bool = False,
-    prompts: int = 20,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    minutes: float = 3.2,
-    architecture: str = "standalone",
-    command: str = "ppow quickstart",
-) -> dict[str, Any]:
-    """Train a drafter for the embedded target (not when `fast`), compare it with the other ways, save and print.
+def register(subparsers: Any) -> None:
+    """Add the parser of `ppow quickstart`."""
+    parser = subparsers.add_parser(
+        "quickstart",
+        help="train a drafter for the embedded target and compare it with the other ways of generating",
+        description="On the embedded target: prepare data, train a drafter (a standalone one supervised, then with "
+        "PPOW; an eagle one supervised), and compare it with plain generation, prompt lookup and transformers' own "
+        "assisted generation on held-out prompts.",
+    )
+    parser.add_argument("--fast", action="store_true", help="use the embedded drafter and train nothing (two minutes)")
+    parser.add_argument(
+        "--output-dir", default="ppow-quickstart", help="folder for everything it saves (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=20, help="held-out prompts to compare on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=3.2, help="time given to training, about (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--architecture",
+        choices=["standalone", "eagle"],
+        default="standalone",
+        help="architecture of the drafter (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
 
-    Args:
-        output_dir (`str`): gets the drafter, `benchmark.json`, `windows.png` and `training.png`.
-        fast (`bool`, *optional*, defaults to `False`): use the embedded drafter and train nothing.
-        prompts (`int`, *optional*, defaults to `20`): held-out functions to complete.
-        max_new_tokens (`int`, *optional*, defaults to `64`): tokens generated behind each.
-        seed (`int`, *optional*, defaults to `0`): of data and training.
-        minutes (`float`, *optional*, defaults to `3.2`): time for the training stages together.
-        architecture (`str`, *optional*, defaults to `"standalone"`):
-            `"standalone"`, which learns the most in these minutes and which transformers' own assisted generation
-            takes too, so that both run the same drafter; or `"eagle"`, compared with the embedded standalone one.
-        command (`str`, *optional*): recorded in `benchmark.json`.
 
-    Returns:
-        `dict`: the content of `benchmark.json`.
-    """
+def run(arguments: argparse.Namespace) -> int:
+    """Train a drafter for the embedded target (not with `--fast`), compare it with the other ways, save and print."""
+    check_options(arguments, "prompts", "max_new_tokens", "minutes")
+    folder = ensure_writable(arguments.output_dir, "--output-dir")
     started = time.perf_counter()
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = AutoModelForCausalLM.from_pretrained(target_path(), dtype=torch.float32).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(target_path())
-    standalone = None  # the drafter itself
-    if architecture != "standalone":
-        standalone = PPOWDrafter.from_pretrained(drafter_path("tiny-standalone"), dtype=torch.float32)
-        standalone.eval().to(device)
+    from ..tiny.corpus import standard_library
+
+    target, tokenizer = load_target("tiny", dtype="float32"), load_tokenizer("tiny")
     files = standard_library()
     held_out = [file for file in files if file.held_out]
     print(
@@ -71,66 +68,50 @@ def run(
         f"standard library: {len(files) - len(held_out)} held in, {len(held_out)} held out.",
         flush=True,
     )
-    if fast:
-        name = f"tiny-{architecture}"
-        drafter = PPOWDrafter.from_pretrained(drafter_path(name), dtype=torch.float32).eval().to(device)
-        used = f"ppow_hf.tiny.drafter_path({name!r})"
+    if arguments.fast:
+        name = f"tiny-{arguments.architecture}"
+        drafter = load_drafter(name, dtype="float32")
+        drafter_source = f"ppow_hf.tiny.drafter_path({name!r})"
         print(f"Drafter: the embedded {name}; nothing is trained (--fast).", flush=True)
     else:
-        drafter = _train(folder, target, tokenizer, files, seed, minutes * 60, architecture)
-        used = repr(output_dir)
-
-    texts = function_prompts(held_out, prompts, seed=seed)
-    ids = [
-        tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -PROMPT_TOKENS:].long()
-        for text in texts
-    ]
-    print(f"\nComparing on {prompts} functions of held-out modules, {max_new_tokens} tokens each, greedy:", flush=True)
-    traces: dict[str, list[GenerationTrace]] = {}
-    result = run_benchmark(
-        target,
-        tokenizer,
-        drafter,
-        ids,
-        standalone=standalone,
-        max_new_tokens=max_new_tokens,
-        command=command,
-        traces=traces,
-    )
-    write_benchmark(result, folder / "benchmark.json")
-    plot_windows(traces["ppow_kl"], folder / "windows.png")
-    print(format_table(result))
-    print(verdict(result))
-    pictures = "windows.png" if fast else "windows.png, training.png"
-    print(f"\nSaved in {output_dir}: benchmark.json, {pictures}{'' if fast else ' and the drafter'}.")
+        drafter = _train(folder, target, tokenizer, files, arguments)
+        drafter_source = repr(arguments.output_dir)
+    _compare(folder, target, tokenizer, drafter, held_out, arguments)
+    written = "windows.png" if arguments.fast else "windows.png, training.png and the drafter"
+    print(f"\nSaved in {arguments.output_dir}: benchmark.json, {written}.")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. To use the drafter:\n")
     print("    import ppow_hf")
-    print(f"    drafter = ppow_hf.PPOWDrafter.from_pretrained({used})")
+    print(f"    drafter = ppow_hf.PPOWDrafter.from_pretrained({drafter_source})")
     print("    target.generate(**inputs, assistant_model=drafter)")
-    return result
+    return 0
 
 
-def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, architecture: str) -> PPOWDrafter:
+def _train(
+    folder: Path, target: Any, tokenizer: Any, files: list["SourceFile"], arguments: argparse.Namespace
+) -> "PPOWDrafter":
+    """Let the target write, train a new drafter on it stage by stage, save it, and print what each stage gained."""
+    from ..runtime.modeling_ppow import PPOWDrafter
     from ..tiny.drafters import default_stages, in_turn, save_drafter, target_text, train_stage
     from ..training.trainer import draw_curves
 
     print("Data: the target completes excerpts of held-in modules (its own text is what a drafter must learn) ...")
-    cache = folder / "data"
-    train_data = target_text(target, tokenizer, [f for f in files if not f.held_out], 640, seed, cache)
-    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], 8, seed + 1, cache)
-    drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path="tiny")
+    seed, cache = arguments.seed, folder / "data"
+    held_in, held_out = ([file for file in files if file.held_out is side] for side in (False, True))
+    train_data = target_text(target, tokenizer, held_in, TRAINING_TEXTS, seed, cache)
+    eval_data = target_text(target, tokenizer, held_out, HELD_OUT_TEXTS, seed + 1, cache)
+    drafter = PPOWDrafter.from_target(target, arguments.architecture, target_name_or_path="tiny")
     log: list[dict] = []
     lengths: list[tuple[str, float]] = []
-    stages = default_stages(seconds, architecture)
+    stages = default_stages(60 * arguments.minutes, arguments.architecture)
     for stage in stages:
         print(f"\nTraining, {stage.objective}, {stage.seconds:.0f} s:", flush=True)
-        offset = log[-1]["step"] if log else 0
+        steps_before = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, train_data, eval_data, folder / stage.kind, seed,
-            eval_prompts=8, eval_new_tokens=48, disable_tqdm=True,
+            eval_prompts=HELD_OUT_TEXTS, eval_new_tokens=48, disable_tqdm=True,
             calibrate_at_end=stage is stages[-1],
         )  # fmt: skip
-        log += [{**row, "step": row["step"] + offset} for row in history]
+        log += [{**row, "step": row["step"] + steps_before} for row in history]
         evaluations = [row["eval_acceptance_length"] for row in history if "eval_acceptance_length" in row]
         if not lengths:
             lengths.append(("untrained", evaluations[0]))
@@ -143,3 +124,46 @@ def _train(folder: Path, target, tokenizer, files, seed: int, seconds: float, ar
     gain = lengths[-1][1] - lengths[-2][1]
     print(f"  The last stage changed it by {gain:+.2f}; on 8 prompts differences below about 0.2 are noise.")
     return drafter.eval()
+
+
+def _compare(
+    folder: Path,
+    target: Any,
+    tokenizer: Any,
+    drafter: "PPOWDrafter",
+    held_out: list["SourceFile"],
+    arguments: argparse.Namespace,
+) -> None:
+    """Benchmark on functions of held-out modules; write benchmark.json and windows.png, print table and verdict.
+
+    A standalone drafter runs in transformers' assisted generation too; beside an eagle one the embedded standalone.
+    """
+    from ..measure.benchmark import run_benchmark
+    from ..measure.benchmark_report import format_table, plot_windows, verdict, write_benchmark
+    from ..tiny.corpus import function_prompts
+
+    standalone = None if arguments.architecture == "standalone" else load_drafter("tiny-standalone", dtype="float32")
+    prompts: list[torch.Tensor] = [
+        tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -PROMPT_TOKENS:].long()
+        for text in function_prompts(held_out, arguments.prompts, seed=arguments.seed)
+    ]
+    print(
+        f"\nComparing on {arguments.prompts} functions of held-out modules, {arguments.max_new_tokens} tokens each, "
+        "greedy:",
+        flush=True,
+    )
+    traces: dict[str, list[GenerationTrace]] = {}
+    result = run_benchmark(
+        target,
+        tokenizer,
+        drafter,
+        prompts,
+        standalone=standalone,
+        max_new_tokens=arguments.max_new_tokens,
+        command=arguments.command,
+        traces=traces,
+    )
+    write_benchmark(result, folder / "benchmark.json")
+    plot_windows(traces["ppow_kl"], folder / "windows.png")
+    print(format_table(result))
+    print(verdict(result))

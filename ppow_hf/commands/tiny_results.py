@@ -1,17 +1,22 @@
-"""`ppow tiny-results`: everything that quotes the embedded drafters, measured again from their weights."""
+"""`ppow tiny-results`: everything that quotes the embedded drafters, measured again from their weights.
+
+Knows which commands with which arguments make it, and calls them; measures nothing itself.
+"""
 
 import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ..data.models import check_positive, ensure_writable
+from ..data.models import check_options, ensure_writable
 from ..tiny import EMBEDDED_DRAFTERS, drafter_path
+from . import bench, card, measure, windows
+from .parsing import parse
 
 
-def register(commands: Any) -> None:
+def register(subparsers: Any) -> None:
     """Add the parser of `ppow tiny-results`."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "tiny-results",
         help="measure the embedded drafters again and write what quotes them",
         description="For each embedded drafter run `ppow measure` and `ppow bench` in its folder and write its card; "
@@ -40,23 +45,32 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the commands one after the other; stops at the first that fails."""
-    from ..cli import main
-
-    for name in ("num_prompts", "bench_prompts"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    """Run the commands one after the other; the first that fails ends it."""
+    check_options(arguments, "num_prompts", "bench_prompts")
     names = arguments.drafters or list(EMBEDDED_DRAFTERS)
     unknown = sorted(set(names) - set(EMBEDDED_DRAFTERS))
     if unknown:
         raise ValueError(f"NAME: {unknown} are no embedded drafters; there are {list(EMBEDDED_DRAFTERS)}.")
     cards = Path(arguments.output_dir)
     ensure_writable(str(cards), "--output-dir")
-    runs: list[list[str]] = []
+    for name in names:
+        ensure_writable(str(drafter_path(name)), f"the folder of {name}")
+    for argv in command_lines(arguments, names, cards):
+        print("ppow", *argv[:5], "...", flush=True)
+        command = parse(argv, (bench, card, measure, windows))
+        command.run(command)
+    for name in names:
+        shutil.copyfile(drafter_path(name) / "README.md", cards / f"{name}.md")
+    return 0
+
+
+def command_lines(arguments: argparse.Namespace, names: list[str], cards: Path) -> list[list[str]]:
+    """The words behind `ppow` of every command to run: those that measure a drafter before its card."""
+    lines: list[list[str]] = []
     for name in names:
         folder = drafter_path(name)
-        ensure_writable(str(folder), f"the folder of {name}")
         pair = ["--target", "tiny", "--drafter", name]
-        runs += [
+        lines += [
             ["measure", *pair, "--prompts", "stdlib", "--num-prompts", str(arguments.num_prompts), "--temperature",
              "0,1", "--half-precision", "bfloat16", "--json", str(folder / "acceptance.json")],
             ["bench", *pair, "--standalone", "tiny-standalone", "--num-prompts", str(arguments.bench_prompts),
@@ -64,15 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
             ["card", name, "--output", str(folder / "README.md")],
         ]  # fmt: skip
     if arguments.workloads:
-        runs.append(
+        lines.append(
             ["windows", "--target", "tiny", "--drafter", "tiny-eagle", "--prompts", "stdlib", *arguments.workloads,
              "--output-dir", str(cards / "results" / "windows")]
         )  # fmt: skip
-    for argv in runs:
-        print("ppow", *argv[:5], "...", flush=True)
-        code = main(argv)
-        if code:
-            return code
-    for name in names:
-        shutil.copyfile(drafter_path(name) / "README.md", cards / f"{name}.md")
-    return 0
+    return lines

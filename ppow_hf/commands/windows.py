@@ -1,26 +1,34 @@
-"""`ppow windows`: what each window rule is worth, on a table of drafts from every prefix of the target's text."""
+"""`ppow windows`: what each window rule is worth, on a table of drafts from every prefix of the target's text.
+
+Knows arguments, files and messages; tables are in measure/window_study.py, the study in measure/window_report.py.
+"""
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.models import (
     add_models,
-    check_positive,
+    check_options,
     ensure_writable,
     load_pair,
     load_prompts,
     parse_workload,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.modeling_ppow import PPOWDrafter
+
 PLOTTED_COST = "0.12"
 MACHINE = "this machine"
 
 
-def register(commands: Any) -> None:
+def register(subparsers: Any) -> None:
     """Add the parser of `ppow windows`."""
-    parser = commands.add_parser(
+    parser = subparsers.add_parser(
         "windows",
         help="compare window rules on drafts from every prefix of the target's text",
         description="Let the target write greedily, draft 16 tokens from every prefix of its text, and replay every "
@@ -64,13 +72,12 @@ def register(commands: Any) -> None:
         "--live", type=int, default=3, help="prompts of each workload decoded as a check (default: %(default)s)"
     )
     parser.add_argument("--output-dir", metavar="FOLDER", help="folder for windows.json and the plots")
-    parser.set_defaults(run=windows)
+    parser.set_defaults(run=run)
 
 
-def windows(arguments: argparse.Namespace) -> int:
-    """`ppow windows`."""
-    for name in ("num_prompts", "fit_prompts", "max_new_tokens", "segment_tokens"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+def run(arguments: argparse.Namespace) -> int:
+    """Check, load, study, print, write."""
+    check_options(arguments, "num_prompts", "fit_prompts", "max_new_tokens", "segment_tokens")
     if arguments.output_dir:
         ensure_writable(arguments.output_dir, "--output-dir")
     if any(ratio < 0 for ratio in arguments.cost_ratios):
@@ -80,26 +87,28 @@ def windows(arguments: argparse.Namespace) -> int:
     prompts = {
         name: workload_prompts(name, arguments, source, tokenizer, target) for name, source in workloads.items()
     }
+    from ..measure.window_report import format_study
 
-    from ..measure import (
-        provenance,
-    )
-    from ..measure.benchmark_report import (
-        write_benchmark,
-    )
-    from ..measure.costs import (
-        measure_costs,
-    )
-    from ..measure.evaluation import repeated_ngrams
-    from ..measure.window_report import (
-        OURS,
-        calibration_curve,
-        calibration_panels,
-        format_study,
-        live_check,
-        speed_panels,
-        study,
-    )
+    result = study_windows(arguments, target, drafter, prompts)
+    print(format_study(result))
+    for name, check in result.get("live", {}).items():
+        print(
+            f"live, {name}: text the same in {check['same_text']} of {check['texts']}, rounds the same in "
+            f"{check['same_rounds']}; {check['live_tokens_per_cost']:.3f} tokens per cost, replayed "
+            f"{check['replayed_tokens_per_cost']:.3f}"
+        )
+    if arguments.output_dir:
+        write_study(result, Path(arguments.output_dir))
+    return 0
+
+
+def study_windows(
+    arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prompts: "dict[str, list[torch.Tensor]]"
+) -> dict[str, Any]:
+    """The content of windows.json: the study on the prompts behind those to fit on, by workload."""
+    from ..measure import provenance
+    from ..measure.costs import measure_costs
+    from ..measure.window_report import calibration_curve, describe_workload, live_check, study
     from ..measure.window_study import DEPTH, draft_tables
     from ..runtime.windowing import CostModel
 
@@ -108,69 +117,57 @@ def windows(arguments: argparse.Namespace) -> int:
     costs = {f"{ratio:g}": CostModel(ratio, 0.0) for ratio in arguments.cost_ratios}
     costs[MACHINE] = CostModel(measured.cost_ratio, measured.verification_cost)
     depth = min(DEPTH, drafter.config.longest_window or DEPTH)
-    tables = {}
-    for name, these in prompts.items():
+    fit_tables, test_tables = {}, {}
+    for name, workload in prompts.items():
         print(f"writing and drafting: {name}", file=sys.stderr)
-        tables[name] = draft_tables(target, drafter, these, arguments.max_new_tokens, depth)
-    fitting = {name: these[: arguments.fit_prompts] for name, these in tables.items()}
-    testing = {name: these[arguments.fit_prompts :] for name, these in tables.items()}
+        tables = draft_tables(target, drafter, workload, arguments.max_new_tokens, depth)
+        fit_tables[name], test_tables[name] = tables[: arguments.fit_prompts], tables[arguments.fit_prompts :]
     print("replaying", file=sys.stderr)
-    found, calibration = study(fitting, testing, costs, arguments.segment_tokens)
-    found["workloads"] = {
-        name: {
-            "prompts": len(these),
-            "tokens": sum(table.tokens for table in these),
-            "mean_accepted_of_16": sum(int(table.accepted.sum()) for table in these)
-            / max(sum(table.tokens for table in these), 1),
-            "repeated_8grams": repeated_ngrams([table.text.tolist() for table in these], 8),
-        }
-        for name, these in testing.items()
-    }
-    found["calibration"] = calibration
-    found["calibration_curves"] = {
-        name: calibration_curve(calibration["greedy"], these) for name, these in testing.items()
+    result, calibration = study(fit_tables, test_tables, costs, arguments.segment_tokens)
+    result["workloads"] = {name: describe_workload(tables) for name, tables in test_tables.items()}
+    result["calibration"] = calibration
+    result["calibration_curves"] = {
+        name: calibration_curve(calibration["greedy"], tables) for name, tables in test_tables.items()
     }
     if arguments.live > 0:
         print("decoding in earnest", file=sys.stderr)
-        checked = [table for these in testing.values() for table in these[: arguments.live]]
-        found["live"] = live_check(target, drafter, checked, calibration["greedy"], CostModel(0.12, 0.0))
-    found["costs"] = {"cost_ratio": measured.cost_ratio, "verification_cost": measured.verification_cost}
-    found["provenance"] = provenance.describe(
+        checked = [table for tables in test_tables.values() for table in tables[: arguments.live]]
+        result["live"] = live_check(target, drafter, checked, calibration["greedy"], CostModel(0.12, 0.0))
+    result["costs"] = {"cost_ratio": measured.cost_ratio, "verification_cost": measured.verification_cost}
+    result["provenance"] = provenance.describe(
         target.device,
         arguments.command,
         target=Path(arguments.target).name,
         drafter=Path(arguments.drafter).name,
     )
-    print(format_study(found))
-    for name, check in found.get("live", {}).items():
-        print(
-            f"live, {name}: text the same in {check['same_text']} of {check['texts']}, rounds the same in "
-            f"{check['same_rounds']}; {check['live_tokens_per_cost']:.3f} tokens per cost, replayed "
-            f"{check['replayed_tokens_per_cost']:.3f}"
-        )
-    if arguments.output_dir:
-        from ..measure.plots import plot_curves
+    return result
 
-        folder = Path(arguments.output_dir)
-        write_benchmark(found, folder / "windows.json")
-        shown = PLOTTED_COST if PLOTTED_COST in costs else next(iter(costs))
-        speeds = speed_panels(found, shown)
-        plot_curves(
-            *speeds.values(),
-            folder / "windows.png",
-            title=f"tokens per one-token target forward at cost ratio {shown}",
-            x_label="fixed window",
-            panel_titles=list(speeds),
-        )
-        curves = calibration_panels(found["calibration_curves"])
-        plot_curves(
-            *curves.values(),
-            folder / "calibration.png",
-            title=f"acceptance of reached draft tokens by position in the window, {OURS}",
-            x_label="position in the window",
-            panel_titles=list(curves),
-        )
-    return 0
+
+def write_study(result: dict[str, Any], folder: Path) -> None:
+    """Write windows.json, and draw windows.png and calibration.png."""
+    from ..measure.benchmark_report import write_benchmark
+    from ..measure.plots import plot_curves
+    from ..measure.window_report import OURS, calibration_panels, speed_panels
+
+    write_benchmark(result, folder / "windows.json")
+    cost_names = [one["cost"] for one in result["results"]]
+    plotted = PLOTTED_COST if PLOTTED_COST in cost_names else cost_names[0]
+    speeds = speed_panels(result, plotted)
+    plot_curves(
+        *speeds.values(),
+        folder / "windows.png",
+        title=f"tokens per one-token target forward at cost ratio {plotted}",
+        x_label="fixed window",
+        panel_titles=list(speeds),
+    )
+    curves = calibration_panels(result["calibration_curves"])
+    plot_curves(
+        *curves.values(),
+        folder / "calibration.png",
+        title=f"acceptance of reached draft tokens by position in the window, {OURS}",
+        x_label="position in the window",
+        panel_titles=list(curves),
+    )
 
 
 def workload_prompts(name: str, arguments: argparse.Namespace, source: str, tokenizer: Any, target: Any) -> list[Any]:

@@ -4,6 +4,8 @@ Knows names, files and the embedded models; heavy libraries are imported inside 
 """
 
 import argparse
+import difflib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tiny import EMBEDDED_NAMES, embedded_path, is_embedded
 from .sources import check_source, parse_source
+from .weights import brief, folder_damage
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +22,12 @@ if TYPE_CHECKING:
 
 STDLIB_PROMPT_TOKENS = 128
 MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
+TARGET_HELP = f"{MODEL_HELP}, or a .gguf file (on the Hub: REPOSITORY:FILE.gguf)"
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a target and a drafter."""
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {MODEL_HELP}")
+    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
     parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the drafter: {MODEL_HELP}")
     parser.add_argument(
         "--dtype",
@@ -66,11 +70,26 @@ def load_tokenizer(name: str, argument: str = "--target") -> Any:
     """The tokenizer that lies with the model `name`."""
     from transformers import AutoTokenizer
 
-    path = _existing(name, argument)
+    path, gguf = _existing(name, argument)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **gguf)
+    except Exception as error:  # whatever transformers, tokenizers and jinja raise for the files that lie there
+        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {_why(path, error)}") from error
+
+
+def load_config(name: str, argument: str = "--target") -> tuple[Any, Any]:
+    """The configuration of the model `name`, and its generation configuration or `None`, without the model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path, gguf = _existing(name, argument)
+    try:
+        config = AutoConfig.from_pretrained(path, **gguf)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: no tokenizer could be loaded from {name!r}: {error}") from error
+        raise ValueError(f"{argument}: no configuration could be loaded from {name!r}: {error}") from error
+    try:
+        return config, GenerationConfig.from_pretrained(path)
+    except OSError:
+        return config, None
 
 
 def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
@@ -147,51 +166,112 @@ def ensure_writable(folder: str | Path, argument: str) -> Path:
 
 
 def ensure_file_writable(path: str, argument: str) -> None:
+    """[`ensure_writable`] of the file's folder; `ValueError` if `path` is a folder itself."""
     if Path(path).is_dir():
         raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
     ensure_writable(Path(path).parent, argument)
 
 
 def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
+    """Target, its tokenizer and the drafter that the arguments of [`add_models`] name."""
     target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
     tokenizer = load_tokenizer(arguments.target, "--target")
     drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
     check_tokenizer(drafter, tokenizer)
+    width = target.get_output_embeddings().weight.shape[0]
+    if len(tokenizer) > width:
+        raise ValueError(
+            f"--target: its tokenizer has {len(tokenizer)} tokens and its logits only {width}. Use the tokenizer that "
+            "belongs to it."
+        )
     return target, tokenizer, drafter
 
 
 def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
     import torch
 
-    path = _existing(name, argument)
+    from ..runtime.modeling_ppow import loading_problems
+
+    path, gguf = _existing(name, argument)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "float32" if device == "cpu" else "auto"
+    if device.partition(":")[0] == "meta":
+        raise ValueError("--device: 'meta' holds no numbers. Pass cpu, cuda or another device that computes.")
     try:
-        model = auto_class.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}: {name!r} could not be loaded: {error}") from error
+        model, found = auto_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **_dequantized(gguf)
+        )
+        found["unexpected_keys"] = []  # heads for other tasks, say; a drafter refuses its own
+        if problems := loading_problems(found):
+            raise ValueError(f"{'; '.join(problems)}. Save or download it again.")
+    except Exception as error:  # whatever transformers, torch and safetensors raise for the files that lie there
+        raise ValueError(f"{argument}: {name!r} could not be loaded: {_why(path, error)}") from error
+    if gguf:  # its weights are plain ones now: without this, transformers neither casts nor saves the model
+        model.config.__dict__.pop("quantization_config", None)
+        model.__dict__.pop("quantization_method", None)
+        model.is_quantized, model.hf_quantizer = False, None
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
 
 
-def _existing(name: str, argument: str) -> str:
-    """`name` resolved; a path that is not there is said to be missing before the Hub is asked for it."""
-    path = resolve(name)
+def _why(path: str, error: Exception) -> str:
+    """What is wrong with the files of a model, or else what the library that read them said."""
+    return (folder_damage(Path(path)) if Path(path).is_dir() else None) or brief(error)
+
+
+def _existing(name: str, argument: str) -> tuple[str, dict[str, str]]:
+    """`name` resolved, and `{"gguf_file": FILE}` where it names one; a path that is not there is said to be missing
+    before the Hub is asked for it."""
+    alike = difflib.get_close_matches(name, EMBEDDED_NAMES, n=1, cutoff=0.75)
+    if alike and resolve(name) == name and not Path(name).exists():
+        raise FileNotFoundError(f"{argument}: there is no model {name!r}. Did you mean {alike[0]!r}?")
+    path, file = split_gguf(resolve(name))
+    if file is not None and importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{argument}: reading the GGUF file {name!r} takes `pip install gguf`.")
+    if file is not None and ":" not in name and not Path(path, file).is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {name!r}. One on the Hub is REPOSITORY:FILE.gguf.")
     looks_like_path = path.startswith((".", os.sep)) or path.count("/") > 1
     if looks_like_path and not Path(path).is_dir():
-        raise FileNotFoundError(f"{argument}: there is no folder {name!r}.")
-    return path
+        raise FileNotFoundError(f"{argument}: there is no folder {path!r}.")
+    return path, {} if file is None else {"gguf_file": file}
+
+
+def split_gguf(name: str) -> tuple[str, str | None]:
+    """`FOLDER/FILE.gguf`, or `REPOSITORY:FILE.gguf` on the Hub, as folder or repository and file; else no file."""
+    if not name.endswith(".gguf"):
+        return name, None
+    repository, _, file = name.rpartition(":")
+    if repository and not Path(name).is_file():
+        return repository, file
+    return str(Path(name).parent), Path(name).name
+
+
+def _dequantized(gguf: dict[str, str]) -> dict[str, Any]:
+    """What makes newer releases of transformers unpack a GGUF file's weights; older ones always do."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if gguf and config is not None else {}
 
 
 def check_positive(argument: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{argument}: {value} given; a number above 0 is needed.")
+    """Raise `ValueError` unless `value` is finite and above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{argument}: {value} given; a finite number above 0 is needed.")
+
+
+def check_options(arguments: argparse.Namespace, *names: str) -> None:
+    """[`check_positive`] of the options with these names; one that was not given is left out."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
 
 
 def check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:
+    """Raise `ValueError` for an empty prompt, or one that leaves no room for `max_new_tokens` in the context."""
     if prompt_length < 1:
         raise ValueError(f"{argument}: it is empty; at least one token is needed to continue.")
     context = getattr(target.config.get_text_config(), "max_position_embeddings", None)

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,24 +89,13 @@ def regenerate(
     if not temperatures or min(temperatures) < 0:
         raise ValueError(f"temperature: {temperature} given. Pass 0 for the most likely token, or more to sample.")
 
-    prompts = extract_prompts(source, tokenizer, max(max_length - max_new_tokens, max_length // 2), argument)
+    prompts = extract_prompts(source, tokenizer, longest_prompt(max_length, max_new_tokens), argument)
     if len(prompts) < len(temperatures):
         raise ValueError(f"temperature: {len(temperatures)} given for {len(prompts)} prompts. Pass more prompts.")
-    context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
-    if context_length is not None and len(prompts[longest]) >= context_length:
-        raise ValueError(
-            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has "
-            f"{len(prompts[longest])} tokens and leaves no room for a completion in the target's context of "
-            f"{context_length} (max_position_embeddings). Lower max_length ({max_length}), which cuts the prompts, or "
-            "shorten the prompt."
-        )
-    length_limit = max_length if context_length is None else min(max_length, context_length)
+    length_limit = _length_limit(prompts, target, tokenizer, max_length, argument)
 
-    eos_token_ids = _eos_token_ids(target, tokenizer)
-    pad_token_id = tokenizer.pad_token_id
-    if pad_token_id is None:
-        pad_token_id = eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
+    eos_token_ids = end_token_ids(target.generation_config, tokenizer)
+    pad_token_id = padding_token_id(tokenizer, eos_token_ids)
     cache_folder = Path(cache_dir) if cache_dir is not None else _default_cache_folder()
     cache_folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after
     processes = _Processes(across_processes and not _is_split(target))
@@ -136,16 +126,28 @@ def regenerate(
     return parts[0] if len(parts) == 1 else _in_turn(parts)
 
 
+def longest_prompt(max_length: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt keeps, so that it and its completion fit in `max_length`."""
+    return max(max_length - max_new_tokens, max_length // 2)
+
+
 def _in_turn(parts: list[SequenceDataset]) -> SequenceDataset:
     """One sequence of each part after the other."""
     items = [parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts)))]
     return SequenceDataset(*([item[name] for item in items] for name in ("input_ids", "loss_mask", "target_written")))
 
 
-def _eos_token_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = target.generation_config.eos_token_id if target.generation_config is not None else None
+def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-sequence tokens of the target's `generation_config` (may be `None`) and of its tokenizer."""
+    configured = generation_config.eos_token_id if generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def padding_token_id(tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int]) -> int:
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
 
 
 def _generate_completions(
@@ -175,50 +177,86 @@ def _generate_completions(
         completions |= kept
     left = [(n, batch) for n, batch in enumerate(batches) if any(number not in completions for number in batch)]
     own: dict[int, list[int]] = {}
-    modes = [(module, module.training) for module in target.modules()]
-    own_generation_config = target.generation_config
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     try:
-        target.eval()
-        target.generation_config = GenerationConfig()  # else generate fills in the target's own penalties and the like
         already = len(prompts) - sum(len(batch) for _, batch in left)
         bar = {"desc": "Target writes completions", "unit": "prompt", "disable": processes.rank > 0}
-        with tqdm(total=len(prompts), initial=already, **bar) as progress:
+        with plain_distribution(target), tqdm(total=len(prompts), initial=already, **bar) as progress:
             for batch_number, batch in left[processes.rank :: processes.count]:
-                width = max(len(prompts[number]) for number in batch)
-                input_ids = torch.full((len(batch), width), pad_token_id)  # [B, S], padded on the left
-                attention_mask = torch.zeros_like(input_ids)
-                for row, number in enumerate(batch):
-                    input_ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
-                    attention_mask[row, width - len(prompts[number]) :] = 1
-                generation_config = GenerationConfig(
-                    max_new_tokens=room(batch[0]),
-                    eos_token_id=eos_token_ids or None,
-                    pad_token_id=pad_token_id,
-                    use_cache=True,
-                    **(sampling or {"do_sample": False}),
+                written = complete_batch(
+                    target,
+                    [prompts[number] for number in batch],
+                    room(batch[0]),
+                    temperature,
+                    _batch_seed(seed, batch_number),
+                    eos_token_ids,
+                    pad_token_id,
                 )
-                # All devices, because manual_seed seeds all of them.
-                with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                    torch.manual_seed(_batch_seed(seed, batch_number))
-                    written = target.generate(
-                        input_ids.to(target.device),
-                        attention_mask=attention_mask.to(target.device),
-                        generation_config=generation_config,
-                    )
-                for number, ids in zip(batch, written[:, width:].tolist(), strict=True):
-                    ends = [position for position, token in enumerate(ids, start=1) if token in eos_token_ids]
-                    own[number] = ids[: ends[0]] if ends else ids
+                own |= dict(zip(batch, written, strict=True))
                 on_disk.add({number: own[number] for number in batch})
                 progress.update(min(len(batch) * processes.count, len(prompts) - progress.n))
     finally:
         on_disk.close()
-        target.generation_config = own_generation_config
-        for module, training in modes:
-            module.training = training
     for each in processes.gather(own):
         completions |= each
     return [completions[number] for number in range(len(prompts))]
+
+
+@contextmanager
+def plain_distribution(target: PreTrainedModel) -> Iterator[None]:
+    """The target in eval mode and without its own generation settings (top-k, top-p, penalties), until the end."""
+    modes = [(module, module.training) for module in target.modules()]
+    own_generation_config = target.generation_config
+    try:
+        target.eval()
+        target.generation_config = GenerationConfig()  # else generate fills in the target's own penalties and the like
+        yield
+    finally:
+        target.generation_config = own_generation_config
+        for module, training in modes:
+            module.training = training
+
+
+def complete_batch(
+    target: PreTrainedModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    stop_token_ids: list[int],
+    pad_token_id: int,
+) -> list[list[int]]:
+    """New token ids of each prompt, through the first of `stop_token_ids`; the global random state is left as it was.
+
+    To be called within [`plain_distribution`].
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)  # [B, S], padded on the left
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_token_ids or None,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+        **(sampling or {"do_sample": False}),
+    )
+    # All devices, because manual_seed seeds all of them.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        written = target.generate(
+            input_ids.to(target.device),
+            attention_mask=attention_mask.to(target.device),
+            generation_config=generation_config,
+        )
+    return [through_first_stop(ids, stop_token_ids) for ids in written[:, width:].tolist()]
+
+
+def through_first_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+    ends = [position for position, token in enumerate(ids, start=1) if token in stop_token_ids]
+    return ids[: ends[0]] if ends else ids
 
 
 class _Processes:
@@ -263,6 +301,26 @@ def _regenerated_dataset(sequences: list[list[int]], prompts: list[list[int]], t
         for sequence, prompt in zip(sequences, prompts, strict=True)
     ]
     return SequenceDataset(sequences, completion_masks, completion_masks if temperature == 0 else None)
+
+
+def _length_limit(
+    prompts: list[list[int]],
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    argument: str,
+) -> int:
+    """Most tokens of a sequence: `max_length` within the target's context; `ValueError` if a prompt fills it."""
+    context_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    if context_length is not None and len(prompts[longest]) >= context_length:
+        raise ValueError(
+            f"{argument}: prompt {longest} ({tokenizer.decode(prompts[longest][:12])!r}...) has "
+            f"{len(prompts[longest])} tokens and leaves no room for a completion in the target's context of "
+            f"{context_length} (max_position_embeddings). Lower max_length ({max_length}), which cuts the prompts, or "
+            "shorten the prompt."
+        )
+    return max_length if context_length is None else min(max_length, context_length)
 
 
 # The regenerated sequences on disk

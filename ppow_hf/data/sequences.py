@@ -24,7 +24,14 @@ from .sources import FILES, dataset_rows, parse_source, rows_of_column
 logger = logging.getLogger(__name__)
 
 # The first entry whose columns a dataset has decides how its rows are read; its other columns are ignored.
-SEQUENCE_COLUMNS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",), ("prompt",))
+SEQUENCE_COLUMNS = (
+    ("input_ids",),
+    ("prompt_ids", "completion_ids"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("text",),
+    ("prompt",),
+)
 PROMPT_COLUMNS = (("messages",), ("prompt",), ("text",))
 TEXTS_PER_TOKENIZER_CALL = 1000
 
@@ -73,6 +80,14 @@ class SequenceDataset(Dataset):
             "target_written": self._target_written[span].clone(),
             "index": index,
         }
+
+    def count_tokens(self, vocab_size: int) -> torch.Tensor:
+        """How often each token occurs, learned or not: `[vocab_size]`, by which a reduced vocabulary is chosen."""
+        return torch.bincount(self._token_ids.long(), minlength=vocab_size)
+
+    @property
+    def largest_token_id(self) -> int:
+        return int(self._token_ids.max())
 
     @property
     def fingerprint(self) -> str:
@@ -137,6 +152,9 @@ def prepare_sequences(
     Columns, the first of these that the dataset has:
 
     - `input_ids`, with optional `loss_mask` and `target_written`: taken as they are.
+    - `prompt_ids` and `completion_ids`, as `ppow write` makes them: loss on the completion, which the target wrote
+      greedily where `temperature` is 0. A row whose prompt begins with all of the row before it is that chat's next
+      turn; both make one sequence.
     - `messages`: through the chat template; loss on the assistant's turns only.
     - `prompt` and `completion`: loss on the completion and the end-of-sequence token after it.
     - `text`: loss on every token but an opening `bos_token` that is not also the `eos_token`.
@@ -163,8 +181,8 @@ def prepare_sequences(
     if columns == ("prompt",):
         raise ValueError(
             f"{argument}: the rows have a `prompt` but no `completion` (columns: {sorted(rows[0])}), so there is "
-            "nothing to learn. Pass regenerate=True to let the target write the completions, or give a `completion` "
-            "column, or name the column `text` if the prompts themselves are to be learned."
+            "nothing to learn. Let the target write the completions (regenerate=True, or `ppow write`), give a "
+            "`completion` column, or name the column `text` if the prompts themselves are to be learned."
         )
     if columns == ("text",):
         token_ids, loss_masks = _text_sequences(rows, tokenizer, max_length, packing, min_length, argument)
@@ -173,6 +191,9 @@ def prepare_sequences(
     target_written: list | None = None
     if columns == ("input_ids",):
         token_ids, loss_masks, target_written = _tokenized_sequences(rows, argument)
+        target_written = [mask[:max_length] for mask in target_written]
+    elif columns == ("prompt_ids", "completion_ids"):
+        token_ids, loss_masks, target_written = _written_sequences(rows, argument)
         target_written = [mask[:max_length] for mask in target_written]
     elif columns == ("messages",):
         token_ids, loss_masks = _chat_sequences(rows, tokenizer, argument)
@@ -229,7 +250,7 @@ def extract_prompts(
     if columns == ("messages",):
         prompts = _chat_prompts(rows, tokenizer, argument)
     elif columns == ("prompt",):
-        prompts = _open_prompts(_strings(rows, "prompt", argument), tokenizer)
+        prompts = open_prompts(_strings(rows, "prompt", argument), tokenizer)
     else:
         opened = _open_texts(_strings(rows, "text", argument), tokenizer)
         prompts = [ids[:max_prompt_length] for ids in opened]
@@ -248,6 +269,23 @@ def extract_prompts(
             max_prompt_length,
         )
     return [_keep_end(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]
+
+
+def has_prompts_alone(rows: list[dict], argument: str) -> bool:
+    """Whether nothing follows the prompts: rows of `prompt` without `completion`, or chats without an assistant."""
+    columns = _find_columns(rows, SEQUENCE_COLUMNS, argument)
+    if columns == ("messages",):
+        chats = _conversations(rows, argument)
+        return not any(message["role"] == "assistant" for messages in chats for message in messages)
+    return columns == ("prompt",)
+
+
+def prepare_prompts(
+    source: Any, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, argument: str = "eval_dataset"
+) -> SequenceDataset:
+    """What [`extract_prompts`] finds, as sequences without a token to learn."""
+    prompts = extract_prompts(source, tokenizer, max_prompt_length, argument)
+    return SequenceDataset(prompts, [[False] * len(prompt) for prompt in prompts])
 
 
 def all_positions(data: SequenceDataset) -> SequenceDataset:
@@ -293,7 +331,7 @@ def _read_file(path: Path, argument: str) -> list[Any]:
 def _parse_line(line: bytes, place: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # JSON and UTF-8 errors are both
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, and nested too deep
         raise ValueError(f"{place} is not JSON ({error}). Mend or remove the line.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place} is a {type(row).__name__}. Every line is one JSON object, such as a `text` row.")
@@ -324,6 +362,11 @@ def _strings(rows: list[dict], column: str, argument: str) -> list[str]:
             raise ValueError(
                 f"{argument}: `{column}` of row {number} is a {type(value).__name__}. Give a string; a conversation "
                 "goes into the column `messages`."
+            )
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(
+                f"{argument}: `{column}` of row {number} holds half a character (a lone surrogate), which is no text. "
+                "Remove it, or write the text again as UTF-8."
             )
     return values
 
@@ -356,7 +399,7 @@ def _open_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
         yield ids if not ids or ids[: len(opening)] == opening else opening + ids
 
 
-def _open_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def open_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Each prompt's tokens as `tokenizer(prompt)` opens them, but never opened twice and never closed."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     opened = tokenizer("a")["input_ids"]
@@ -388,7 +431,7 @@ def _text_sequences(
 
 def _completion_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
     eos = tokenizer.eos_token_id
-    prompts = _open_prompts(_strings(rows, "prompt", argument), tokenizer)
+    prompts = open_prompts(_strings(rows, "prompt", argument), tokenizer)
     completions = _tokenize(_strings(rows, "completion", argument), tokenizer)
     token_ids, loss_masks = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -423,6 +466,24 @@ def _tokenized_sequences(rows: list[dict], argument: str) -> tuple[list, list, l
         token_ids.append(ids)
         loss_masks.append([value != 0 for value in masks["loss_mask"]])
         target_written.append([value != 0 for value in masks["target_written"]])
+    return token_ids, loss_masks, target_written
+
+
+def _written_sequences(rows: list[dict], argument: str) -> tuple[list, list, list]:
+    token_ids: list[list[int]] = []
+    loss_masks: list[list[bool]] = []
+    target_written: list[list[bool]] = []
+    for number, row in enumerate(rows):
+        prompt = _integers(row["prompt_ids"], "prompt_ids", number, argument)
+        completion = _integers(row["completion_ids"], "completion_ids", number, argument)
+        if not token_ids or prompt[: len(token_ids[-1])] != token_ids[-1]:
+            token_ids.append([])
+            loss_masks.append([])
+            target_written.append([])
+        unlearned = [False] * (len(prompt) - len(token_ids[-1]))
+        token_ids[-1] = prompt + completion
+        loss_masks[-1] += unlearned + [True] * len(completion)
+        target_written[-1] += unlearned + [row.get("temperature") == 0] * len(completion)
     return token_ids, loss_masks, target_written
 
 
@@ -464,7 +525,8 @@ def _render(
     return _apply_template(messages, tokenizer, number, argument, **options)
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
+    """Raises `ValueError`, naming `argument`, where there is none."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{argument}: the rows have `messages`, but the tokenizer has no chat template. Set "
@@ -474,7 +536,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
 
 
 def _chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
-    marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", _chat_template(tokenizer, argument)) is not None
+    marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", chat_template_of(tokenizer, argument)) is not None
     if not tokenizer.is_fast:
         raise ValueError(
             f"{argument}: the rows have `messages`, and finding the assistant's tokens takes a fast tokenizer; "
@@ -540,7 +602,7 @@ def _mask_by_prefixes(
 
 
 def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> list[list[int]]:
-    _chat_template(tokenizer, argument)
+    chat_template_of(tokenizer, argument)
     texts = []
     for number, messages in enumerate(_conversations(rows, argument)):
         user_turns = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
@@ -548,6 +610,15 @@ def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument
             asked = messages[: user_turns[-1] + 1]
             texts.append(_render(asked, tokenizer, number, argument, add_generation_prompt=True))
     return list(_tokenize(texts, tokenizer))
+
+
+def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str) -> list[int]:
+    """Token ids of row `number`'s messages through the chat template, with the opening of the assistant's turn.
+
+    Raises `ValueError`, naming `argument` and the row, where the template refuses the messages.
+    """
+    text = _render(messages, tokenizer, number, argument, add_generation_prompt=True)
+    return next(_tokenize([text], tokenizer))
 
 
 def _keep_end(prompt: list[int], length: int, bos_token_id: int | None) -> list[int]:

@@ -7,7 +7,7 @@ sends is executed, written to disk or logged.
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,92 +158,90 @@ class Demo:
 
     def blocks(self) -> gr.Blocks:
         """The page, its events and its queue."""
-        models = self.models
-        script = (HERE / "stage.js").read_text(encoding="utf-8")
-
-        def stage(name: str, tab: str, value: dict[str, Any], label: str, who: str = "") -> gr.HTML:
-            return gr.HTML(
-                value=value,
-                html_template=drawing.stage(name, tab, label, who),
-                js_on_load=script,
-                apply_default_css=False,
-                elem_id=name,
-            )
-
         with gr.Blocks(title=f"PPOW: {TITLE}", analytics_enabled=False) as page:
             gr.HTML(f'<header class="pw-header"><h1>{TITLE}</h1><p>{LEAD}</p></header>', apply_default_css=False)
             with gr.Tabs():
                 with gr.Tab("Watch", id="watch"):
-                    inputs = self._inputs("watch")
-                    prompt, settings, run, stop = inputs
-                    board = stage("stage", "watch", self.opening, "speculative decoding, round by round")
-                    with gr.Column(elem_classes="pw-panel"):
-                        gr.HTML('<h2 class="pw-h2">What would it cost?</h2>', apply_default_css=False)
-                        ratio = gr.Slider(
-                            0.01,
-                            1,
-                            EXPLAINER_COST_RATIO,
-                            step=0.01,
-                            label="Cost ratio: a draft step over a target pass",
-                            elem_id="cost-ratio",
-                        )
-                        panel = gr.HTML(
-                            drawing.cost_panel(EXPLAINER_COST_RATIO, self.opening_totals),
-                            apply_default_css=False,
-                            elem_id="cost-panel",
-                        )
-                    gr.HTML(self._about(), apply_default_css=False)
-                    totals = gr.State(None, time_to_live=3600)
-                    running = gr.on(
-                        [run.click, prompt.submit],
-                        self.answer,
-                        [prompt, *settings, ratio],
-                        [board, totals, panel],
-                        api_name="answer",
-                        show_progress="minimal",  # the place in the queue, while there is one
-                        show_progress_on=prompt,
-                        trigger_mode="once",
-                        concurrency_limit=self.settings.concurrency,
-                        concurrency_id="models",
-                    )
-                    stop.click(None, cancels=[running], queue=False, js=STOPPED.format("watch"))
-                    ratio.input(
-                        self.cost,
-                        [ratio, totals],
-                        panel,
-                        api_name="cost",
-                        show_progress="hidden",
-                        queue=False,
-                        trigger_mode="always_last",
-                    )
-                if models.compare is not None:
+                    self._watch_tab()
+                if self.models.compare is not None:
                     with gr.Tab("Compare", id="compare"):
-                        prompt, settings, run, stop = self._inputs("compare")
-                        empty = {"run": "", "status": "empty", "prompt": "", "rounds": []}
-                        table = gr.HTML(
-                            '<p class="pw-soft">The same prompt, first with one drafter, then with the other.</p>',
-                            apply_default_css=False,
-                            elem_id="compare-table",
-                        )
-                        first = stage("stage-first", "compare", empty, models.compare.label, models.compare.label)
-                        second = stage("stage-second", "compare", empty, models.drafter.label, models.drafter.label)
-                        comparing = gr.on(
-                            [run.click, prompt.submit],
-                            self.compare,
-                            [prompt, *settings],
-                            [first, second, table],
-                            api_name="compare",
-                            show_progress="minimal",
-                            show_progress_on=prompt,
-                            trigger_mode="once",
-                            concurrency_limit=self.settings.concurrency,
-                            concurrency_id="models",
-                        )
-                        stop.click(None, cancels=[comparing], queue=False, js=STOPPED.format("compare"))
+                        self._compare_tab(self.models.compare)
                 with gr.Tab("Training", id="results"):
                     gr.HTML(self._results(), apply_default_css=False)
         page.queue(max_size=self.settings.queue)
         return page
+
+    def _watch_tab(self) -> None:
+        """One run on a stage, and what it would cost at another cost ratio."""
+        prompt, settings, run, stop = self._inputs("watch")
+        board = _stage("stage", "watch", self.opening, "speculative decoding, round by round")
+        with gr.Column(elem_classes="pw-panel"):
+            gr.HTML('<h2 class="pw-h2">What would it cost?</h2>', apply_default_css=False)
+            ratio = gr.Slider(
+                0.01,
+                1,
+                EXPLAINER_COST_RATIO,
+                step=0.01,
+                label="Cost ratio: a draft step over a target pass",
+                elem_id="cost-ratio",
+            )
+            panel = gr.HTML(
+                drawing.cost_panel(EXPLAINER_COST_RATIO, self.opening_totals),
+                apply_default_css=False,
+                elem_id="cost-panel",
+            )
+        gr.HTML(self._about(), apply_default_css=False)
+        totals = gr.State(None, time_to_live=3600)
+        inputs, outputs = [prompt, *settings, ratio], [board, totals, panel]
+        self._on_run("watch", self.answer, prompt, inputs, outputs, run, stop)
+        ratio.input(
+            self.cost,
+            [ratio, totals],
+            panel,
+            api_name="cost",
+            show_progress="hidden",
+            queue=False,
+            trigger_mode="always_last",
+        )
+
+    def _compare_tab(self, compare: ShownDrafter) -> None:
+        """The same prompt with two drafters, a stage for each, and the table of both."""
+        prompt, settings, run, stop = self._inputs("compare")
+        table = gr.HTML(
+            '<p class="pw-soft">The same prompt, first with one drafter, then with the other.</p>',
+            apply_default_css=False,
+            elem_id="compare-table",
+        )
+        empty = {"run": "", "status": "empty", "prompt": "", "rounds": []}
+        first = _stage("stage-first", "compare", empty, compare.label, compare.label)
+        second = _stage("stage-second", "compare", empty, self.models.drafter.label, self.models.drafter.label)
+        inputs, outputs = [prompt, *settings], [first, second, table]
+        self._on_run("compare", self.compare, prompt, inputs, outputs, run, stop)
+
+    def _on_run(
+        self,
+        tab: str,
+        function: Callable[..., Any],
+        prompt: gr.Textbox,
+        inputs: list[Any],
+        outputs: list[Any],
+        run: gr.Button,
+        stop: gr.Button,
+    ) -> None:
+        """Let a tab's run button call `function`, one call at a time for each visitor, and its stop button end it."""
+        running = gr.on(
+            [run.click, prompt.submit],
+            function,
+            inputs,
+            outputs,
+            api_name=function.__name__,
+            show_progress="minimal",  # the place in the queue, while there is one
+            show_progress_on=prompt,
+            trigger_mode="once",
+            concurrency_limit=self.settings.concurrency,
+            concurrency_id="models",
+        )
+        stop.click(None, cancels=[running], queue=False, js=STOPPED.format(tab))
 
     def _inputs(self, name: str) -> tuple[gr.Textbox, list[Any], gr.Button, gr.Button]:
         """Prompt, settings, run and stop of a tab."""
@@ -299,6 +297,17 @@ class Demo:
             "<code>ppow bench --json benchmark.json</code> makes one.</p>"
         )
         return "".join(parts) or nothing
+
+
+def _stage(name: str, tab: str, value: dict[str, Any], label: str, who: str = "") -> gr.HTML:
+    """A run's gauge, windows and text, drawn by stage.js from what is sent."""
+    return gr.HTML(
+        value=value,
+        html_template=drawing.stage(name, tab, label, who),
+        js_on_load=(HERE / "stage.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+        elem_id=name,
+    )
 
 
 def _ratio(value: Any) -> float:

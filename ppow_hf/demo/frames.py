@@ -120,10 +120,6 @@ class Totals:
     def fixed_wasted(self) -> float | None:
         return 1 - self.fixed_kept / self.fixed_drafted if self.fixed_drafted else None
 
-    @property
-    def mean_window(self) -> float | None:
-        return self.drafted / self.drafting_rounds if self.drafting_rounds else None
-
     def counters(self) -> dict[str, str]:
         """The numbers of the cards, as text."""
         per_second = self.tokens / self.seconds if self.seconds else None

@@ -5,12 +5,14 @@ files and formats; knows nothing about drafters.
 """
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.weights import folder_damage
 from .formats import EAGLE3_ARCHITECTURE, LAYER_NAMES, SPECULATORS_ARCHITECTURE, eagle3_shapes
 
 OPTIONAL_TENSORS = ("embed_tokens.weight", "t2d")  # absent: the target's embeddings; t2d follows from d2t
@@ -132,6 +134,9 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
         raise FileNotFoundError(
             f"{argument}: {str(folder)!r} has no config.json. Pass the folder of an EAGLE-3 drafter."
         )
+    damage = folder_damage(folder)
+    if damage is not None:
+        raise ValueError(f"{argument}: {str(folder)!r} cannot be read: {damage}.")
     config = json.loads(path.read_text(encoding="utf-8"))
     architectures = config.get("architectures") or []
     if EAGLE3_ARCHITECTURE in architectures:
@@ -162,6 +167,20 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
     )
 
 
+def _read_pickle(file: Path, argument: str) -> dict[str, torch.Tensor]:
+    """The tensors of a `pytorch_model.bin`, of which nothing but tensors is read."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(found, dict) and all(isinstance(one, torch.Tensor) for one in found.values()):
+            return found
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        pass
+    raise ValueError(
+        f"{argument}: {file.name} in {str(file.parent)!r} holds something else than tensors, or is damaged; pickled "
+        "objects are never run. Convert it to safetensors where you trust it."
+    )
+
+
 def _read_tensors(folder: Path, argument: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -172,7 +191,7 @@ def _read_tensors(folder: Path, argument: str) -> dict[str, torch.Tensor]:
     if not files:
         files = sorted(folder.glob("pytorch_model*.bin"))
         for file in files:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+            tensors |= _read_pickle(file, argument)
     if not files:
         raise FileNotFoundError(f"{argument}: {str(folder)!r} has neither *.safetensors nor pytorch_model.bin.")
     return tensors

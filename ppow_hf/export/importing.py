@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
+from ..data.weights import brief
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import embedded_path, is_embedded
@@ -143,7 +144,10 @@ def _drafter_config(found, tensors, target, target_config, settings) -> PPOWDraf
         for name, value in found.fields.items()
         if name not in not_for_llama and not name.startswith(("eagle_", "draft_", "norm_", "target_"))
     }
-    draft = LlamaConfig(**{**fields, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    try:
+        draft = LlamaConfig(**{**fields, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    except Exception as error:  # transformers checks fields by classes of its own
+        raise ValueError(f"checkpoint: config.json is not a Llama layer's: {brief(error)}") from error
     layers = found.layer_ids or []
     name = str(target) if isinstance(target, str | Path) else None
     if name is None and target is not None:

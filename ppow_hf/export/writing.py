@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..measure.provenance import public_name
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import is_embedded, target_path
 from .checkpoint import read_eagle3
@@ -90,6 +91,8 @@ def export_drafter(
         another one, or what was written does not read back as it should.
     """
     layout = _layout(drafter, format)
+    if problems := drafter.weight_problems():
+        raise ValueError(f"drafter: it cannot be exported: {'; '.join(problems)}. Train or load it again.")
     if not 1 <= speculative_tokens <= 64:
         raise ValueError(f"speculative_tokens: {speculative_tokens} given; a window of 1 to 64 tokens is needed.")
     name = target_name or drafter.config.target_name_or_path
@@ -97,6 +100,7 @@ def export_drafter(
     if target_config is not None:
         _check_target(drafter, target_config)
     folder = Path(output_dir)
+    written_name = _written_name(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: a directory that an engine may be reading never holds half of each.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
@@ -113,11 +117,20 @@ def export_drafter(
                 del tensors["embed_tokens.weight"]
             fields = eagle3_config(drafter)
             if layout == "speculators":
-                fields = _speculators_fields(drafter, name, target_config, speculative_tokens)
+                fields = _speculators_fields(drafter, written_name, target_config, speculative_tokens)
             _write_eagle3(written, tensors, fields)
         notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
+        if (
+            layout == "speculators"
+            and _is_local(name)
+            and not Path(folder.resolve().parent, str(written_name)).is_dir()
+        ):
+            notes.append(
+                f"`config.json` names the target {written_name!r} without its folder, since a directory may be "
+                "published. Serve it from where the target lies, or write its path into `verifier.name_or_path`."
+            )
         text = engine_readme(
-            drafter, layout, folder.resolve().name, name, notes, speculative_tokens, package_version()
+            drafter, layout, folder.resolve().name, written_name, notes, speculative_tokens, package_version()
         )
         (written / "README.md").write_text(text, encoding="utf-8")
         files = sorted(path.name for path in written.iterdir())
@@ -173,7 +186,21 @@ def _target_config(target: Any, name: str | None) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
+def _is_local(name: str | None) -> bool:
+    return name is not None and (is_embedded(name) or Path(name).expanduser().is_dir())
+
+
+def _written_name(name: str | None, folder: Path) -> str | None:
+    """The target as files may name it: by its place beside the export, or by its own name alone."""
+    if name is None or is_embedded(name) or not _is_local(name):
+        return public_name(name)
+    target, beside = Path(name).expanduser().resolve(), folder.resolve().parent
+    return target.relative_to(beside).as_posix() if target.is_relative_to(beside) else public_name(str(target))
+
+
 def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
+    if target_config.model_type == drafter.config.model_type:
+        raise ValueError("target: a drafter given; pass the causal language model that it drafts for.")
     config, text = drafter.config, target_config.get_text_config()
     differences = []
     if config.target_hidden_size not in (None, text.hidden_size):
@@ -255,8 +282,7 @@ def _speculators_fields(drafter, name, target_config, speculative_tokens) -> dic
             f"target_name: {name!r} given; the speculators format names its target, and that target's architecture is "
             "read from it. Pass the target's folder, or the target itself and its name on the Hub."
         )
-    where = str(target_path(name).resolve()) if is_embedded(name) else name
-    return speculators_config(drafter, where, list(target_config.architectures or []), speculative_tokens)
+    return speculators_config(drafter, name, list(target_config.architectures or []), speculative_tokens)
 
 
 def _write_standalone(drafter: PPOWDrafter, folder: Path, tokenizer: Any) -> dict[str, torch.Tensor]:

@@ -4,10 +4,11 @@ Knows generation and clocks; knows nothing about training. The rounds of our row
 transformers' own methods are told from the tokens that each target forward was given, so that all are counted alike.
 """
 
+import contextlib
 import copy
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,43 +22,18 @@ from ..runtime.generation import DrafterView, SpeculativeDecoding
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..version import __version__
-from .benchmark_report import (
-    format_table,
-    plot_speeds,
-    plot_windows,
-    verdict,
-    write_benchmark,
-)
-from .costs import Costs, check_count, check_prompts, measure_costs, now, with_progress
+from .costs import check_count, check_prompts, measure_costs, now, with_progress
 from .evaluation import left_padded, until_end
-from .provenance import (
-    describe_machine,
-    without_paths,
-)
+from .provenance import describe_machine, public_command
 from .window_study import eos_of
-
-__all__ = [
-    "Costs",
-    "ForwardRecorder",
-    "describe_machine",
-    "format_table",
-    "measure_costs",
-    "plot_speeds",
-    "plot_windows",
-    "ratio_interval",
-    "run_benchmark",
-    "run_grid",
-    "trace_from_forwards",
-    "verdict",
-    "without_paths",
-    "write_benchmark",
-]
 
 PROMPT_LOOKUP_TOKENS = 10
 FIXED_WINDOW = 8
 TREE_NODES = 16
 INTERVAL_SAMPLES = 1000
 FEWEST_PROMPTS_FOR_INTERVAL = 5
+
+Ways = dict[str, Callable[[], dict[str, Any]]]  # row -> the options of its next call of `generate`
 
 
 def run_benchmark(
@@ -118,96 +94,23 @@ def run_benchmark(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: {temperature} given; 0 (greedy) or a positive number is needed.")
     check_prompts(target, prompts, max_new_tokens)
-    if standalone is None and drafter.config.architecture == "standalone":
-        standalone = drafter
-    if standalone is not None and standalone.config.architecture != "standalone":
-        raise ValueError(
-            f"standalone: its architecture is {standalone.config.architecture!r}; pass a drafter of architecture "
-            "'standalone', or none."
-        )
-    for model in (drafter, standalone):
-        if model is not None:
-            check_call(target, model, GenerationConfig())
-            model.eval()
-    target.eval()
-    assistant_settings = None
-    if standalone is not None:
-        assistant_settings = copy.deepcopy(standalone.draft_model.model.generation_config)
-    ways, left_out = _ways_to_generate(target, drafter, standalone, thorough)
-    if batch_size > 1:
-        alone = [name for name in ways if name.startswith(("prompt_lookup", "transformers"))]
-        left_out |= dict.fromkeys(alone, "transformers takes one prompt at a time here")
-        ways = {name: way for name, way in ways.items() if name not in alone}
+    standalone = _ready(target, drafter, standalone)
+    ways, left_out = _ways_to_generate(target, drafter, standalone, thorough, batch_size)
     ways = _chosen(ways, rows, left_out)
-
     costs = measure_costs(target, drafter, sorted(prompts, key=lambda prompt: prompt.shape[1])[len(prompts) // 2])
-    pad_token_id = next(
-        (
-            token
-            for token in (getattr(tokenizer, "pad_token_id", None), target.generation_config.pad_token_id)
-            if token is not None
-        ),
-        0,
-    )
-    names = list(ways)
-    runs = {name: _Runs() for name in names}
-    eos = eos_of(target)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    decoding = Decoding(max_new_tokens, temperature, batch_size, _padding_token(tokenizer, target))
     calls = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    with ForwardRecorder(target) as recorder, torch.random.fork_rng():
-
-        def generate(name: str, call: Sequence[torch.Tensor], seed: int) -> Outcome:
-            options = ways[name]()
-            ids, mask = left_padded(call, pad_token_id)
-            torch.manual_seed(seed)
-            recorder.start()
-            started = now(target.device)
-            output = target.generate(
-                ids.to(target.device),
-                attention_mask=mask.to(target.device),
-                max_new_tokens=max_new_tokens,
-                num_beams=1,
-                pad_token_id=pad_token_id,
-                **(sampling if temperature > 0 else {"do_sample": False}),
-                **options,
-            )
-            seconds = now(target.device) - started
-            new = [until_end(row, eos) for row in output[:, ids.shape[1] :].tolist()]
-            ours = options.get("assistant_model", options.get("custom_generate"))
-            if isinstance(ours, DrafterView | SpeculativeDecoding):
-                call_traces = ours.last_traces if batch_size > 1 or not ours.last_trace else [ours.last_trace]
-            elif batch_size > 1:
-                call_traces = [GenerationTrace([RoundTrace(0, 0, []) for _ in tokens]) for tokens in new]
-            else:
-                call_traces = [recorder.trace(ids.shape[1], output[0].cpu())]
-            return Outcome(new, seconds, call_traces)
-
-        for name in names:
-            generate(name, calls[0], 0)
-        turn = 0
-        for repeat in range(repeats):
-            for number, call in enumerate(with_progress(calls, f"benchmark {repeat + 1}/{repeats}")):
-                first = turn % len(names)
-                turn += 1
-                for place, name in enumerate(names[first:] + names[:first]):
-                    runs[name].add(repeat, number, generate(name, call, turn * len(names) + place))
-    if assistant_settings is not None:
-        standalone.draft_model.model.generation_config = assistant_settings  # type: ignore[union-attr]
+    with _generation_config_kept(standalone):
+        runs = _run_in_turns(target, ways, calls, decoding, repeats)
     if traces is not None:
-        traces.update({name: runs[name].traces[0] for name in names})
+        traces.update({name: runs[name].traces[0] for name in runs})
 
-    plain = runs["plain"]
-    described = [_describe_row(name, runs[name], plain, temperature == 0) for name in names]
+    described = [_describe_row(name, row, runs["plain"], temperature == 0) for name, row in runs.items()]
     ratios = [row["ratio_to_plain"] for row in described if row["name"].startswith("ppow_")]
     result = {
         "machine": describe_machine(target.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "ppow_hf": __version__,
-        },
-        "command": without_paths(command or ""),
+        "versions": _versions(),
+        "command": public_command(command or ""),
         "cost_ratio": costs.cost_ratio,
         "draft_step_seconds": costs.draft_step_seconds,
         "target_forward_seconds": costs.target_forward_seconds,
@@ -226,72 +129,154 @@ def run_benchmark(
     return result
 
 
-def run_grid(
-    target: PreTrainedModel,
-    tokenizer: Any,
-    drafter: PPOWDrafter,
-    prompts: Sequence[torch.Tensor],
-    batch_sizes: Sequence[int] = (1,),
-    temperatures: Sequence[float] = (0.0,),
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """[`run_benchmark`] at every batch size and temperature; one result each, in that order.
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ppow_hf": __version__,
+    }
 
-    `traces`, if given, is filled by the first.
-    """
-    traces = options.pop("traces", None)
-    results: list[dict[str, Any]] = []
-    for batch_size in batch_sizes:
-        for temperature in temperatures:
-            one: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature}
-            one["traces"] = None if results else traces
-            results.append(run_benchmark(target, tokenizer, drafter, prompts, **one, **options))
-    return results
+
+def _ready(target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None) -> PPOWDrafter | None:
+    """Check the drafters, put the models into eval mode, and return the standalone drafter there is, if any."""
+    if standalone is None and drafter.config.architecture == "standalone":
+        standalone = drafter
+    if standalone is not None and standalone.config.architecture != "standalone":
+        raise ValueError(
+            f"standalone: its architecture is {standalone.config.architecture!r}; pass a drafter of architecture "
+            "'standalone', or none."
+        )
+    for model in (drafter, standalone):
+        if model is not None:
+            check_call(target, model, GenerationConfig())
+            model.eval()
+    target.eval()
+    return standalone
+
+
+def _padding_token(tokenizer: Any, target: PreTrainedModel) -> int:
+    """The tokenizer's padding token, else the target's, else any: the attention mask hides it."""
+    tokens = (getattr(tokenizer, "pad_token_id", None), target.generation_config.pad_token_id)
+    return next((token for token in tokens if token is not None), 0)
+
+
+@contextlib.contextmanager
+def _generation_config_kept(standalone: PPOWDrafter | None) -> Iterator[None]:
+    """Give the assistant inside `standalone` its generation config back, which the rows change."""
+    if standalone is None:
+        yield
+        return
+    assistant = standalone.draft_model.model
+    kept = copy.deepcopy(assistant.generation_config)
+    try:
+        yield
+    finally:
+        assistant.generation_config = kept
+
+
+# -- running
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What every row is called with; at temperature 0 greedy, above it sampling from the whole distribution."""
+
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    pad_token_id: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": 1,
+            "pad_token_id": self.pad_token_id,
+            **sampling,
+        }
+
+
+def _run_in_turns(
+    target: PreTrainedModel,
+    ways: Ways,
+    calls: Sequence[Sequence[torch.Tensor]],
+    decoding: Decoding,
+    repeats: int,
+) -> dict[str, "_Runs"]:
+    """Every row runs each call before the next is taken, in an order that rotates; the first call warms all up."""
+    names = list(ways)
+    runs = {name: _Runs() for name in names}
+    with ForwardRecorder(target) as recorder, torch.random.fork_rng():
+        for name in names:
+            _generate(target, ways[name](), calls[0], decoding, recorder, seed=0)
+        turn = 0
+        for repeat in range(repeats):
+            for number, call in enumerate(with_progress(calls, f"benchmark {repeat + 1}/{repeats}")):
+                first = turn % len(names)
+                turn += 1
+                for place, name in enumerate(names[first:] + names[:first]):
+                    seed = turn * len(names) + place
+                    outcome = _generate(target, ways[name](), call, decoding, recorder, seed)
+                    runs[name].add(repeat, number, outcome)
+    return runs
+
+
+def _generate(
+    target: PreTrainedModel,
+    options: dict[str, Any],
+    call: Sequence[torch.Tensor],
+    decoding: Decoding,
+    recorder: "ForwardRecorder",
+    seed: int,
+) -> "Outcome":
+    """Generate from the prompts `[1, n]` of one call with a row's `options`; times `generate` alone."""
+    ids, mask = left_padded(call, decoding.pad_token_id)
+    torch.manual_seed(seed)
+    recorder.start()
+    started = now(target.device)
+    output = target.generate(
+        ids.to(target.device), attention_mask=mask.to(target.device), **decoding.options, **options
+    )
+    seconds = now(target.device) - started
+    eos = eos_of(target)
+    new_ids = [until_end(row, eos) for row in output[:, ids.shape[1] :].tolist()]
+    decoder = options.get("assistant_model", options.get("custom_generate"))
+    if isinstance(decoder, DrafterView | SpeculativeDecoding):
+        traces = decoder.last_traces if decoding.batch_size > 1 or not decoder.last_trace else [decoder.last_trace]
+    elif decoding.batch_size > 1:
+        traces = [GenerationTrace([RoundTrace(0, 0, []) for _ in tokens]) for tokens in new_ids]
+    else:
+        traces = [recorder.trace(ids.shape[1], output[0].cpu())]
+    return Outcome(new_ids, seconds, traces)
 
 
 # -- what a row is
 
 
 def _ways_to_generate(
-    target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None, thorough: bool = False
-) -> tuple[dict[str, Callable[[], dict[str, Any]]], dict[str, str]]:
-    """Row name -> function that gives the options of one `generate` call; and rows left out, with the reason."""
+    target: PreTrainedModel,
+    drafter: PPOWDrafter,
+    standalone: PPOWDrafter | None,
+    thorough: bool,
+    batch_size: int,
+) -> tuple[Ways, dict[str, str]]:
+    """The rows there can be, and those left out, with the reason."""
 
     def ours(model: PPOWDrafter, **settings) -> Callable[[], dict[str, Any]]:
         return lambda: {"assistant_model": model.with_settings(**settings)}
 
-    ways: dict[str, Callable[[], dict[str, Any]]] = {"plain": dict}
+    ways: Ways = {"plain": dict}
     for tokens in (5, PROMPT_LOOKUP_TOKENS) if thorough else (PROMPT_LOOKUP_TOKENS,):
         ways[f"prompt_lookup_{tokens}"] = partial(dict, prompt_lookup_num_tokens=tokens)
-    left_out = {}
+    left_out: dict[str, str] = {}
     if standalone is not None:
-        assistant = standalone.draft_model.model
-        untouched = copy.deepcopy(assistant.generation_config)
-
-        def assisted(**changes: Any) -> dict[str, Any]:
-            # Some schedules carry the number of draft tokens over to the next call; each prompt starts afresh here.
-            assistant.generation_config = copy.deepcopy(untouched)
-            assistant.generation_config.update(**changes)
-            return {"assistant_model": assistant}
-
-        default = _default_schedule(assistant)
-        theirs: dict[str, dict[str, Any]] = {f"transformers_assisted_{default}": {}}
-        if thorough:
-            for schedule in ("constant", "heuristic", "heuristic_transient"):
-                theirs.setdefault(f"transformers_assisted_{schedule}", {"num_assistant_tokens_schedule": schedule})
-            for tokens in (3, 5, 8):
-                theirs[f"transformers_assisted_{tokens}"] = {
-                    "num_assistant_tokens_schedule": "constant",
-                    "num_assistant_tokens": tokens,
-                }
-        for name, changes in theirs.items():
-            if target_width(assistant) == target_width(target):
-                ways[name] = partial(assisted, **changes)
-            else:
-                left_out[name] = (
-                    f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of "
-                    f"{target_width(target)}"
-                )
+        assisted, left_out = _assisted_generation(target, standalone.draft_model.model, thorough)
+        ways |= assisted
     ways[f"ppow_fixed_{FIXED_WINDOW}"] = ours(drafter, window="fixed", max_window=FIXED_WINDOW)
     ways["ppow_kl"] = ours(drafter, window="kl", lookup=False)
     ways["ppow_kl_lookup"] = ours(drafter, window="kl", lookup=True)
@@ -303,7 +288,40 @@ def _ways_to_generate(
         ways[f"ppow_standalone_fixed_{FIXED_WINDOW}"] = ours(standalone, window="fixed", max_window=FIXED_WINDOW)
         ways["ppow_standalone_kl"] = ours(standalone, window="kl", lookup=False)
         ways["ppow_standalone_kl_lookup"] = ours(standalone, window="kl", lookup=True)
+    if batch_size > 1:
+        one_at_a_time = [name for name in ways if name.startswith(("prompt_lookup", "transformers"))]
+        left_out |= dict.fromkeys(one_at_a_time, "transformers takes one prompt at a time here")
+        ways = {name: way for name, way in ways.items() if name not in one_at_a_time}
     return ways, left_out
+
+
+def _assisted_generation(
+    target: PreTrainedModel, assistant: PreTrainedModel, thorough: bool
+) -> tuple[Ways, dict[str, str]]:
+    """transformers' own assisted generation: the rows there can be, and those left out, with the reason."""
+    untouched = copy.deepcopy(assistant.generation_config)
+
+    def assisted(**changes: Any) -> dict[str, Any]:
+        # Some schedules carry the number of draft tokens over to the next call; each prompt starts afresh here.
+        assistant.generation_config = copy.deepcopy(untouched)
+        assistant.generation_config.update(**changes)
+        return {"assistant_model": assistant}
+
+    schedules: dict[str, dict[str, Any]] = {f"transformers_assisted_{_default_schedule(assistant)}": {}}
+    if thorough:
+        for schedule in ("constant", "heuristic", "heuristic_transient"):
+            schedules.setdefault(f"transformers_assisted_{schedule}", {"num_assistant_tokens_schedule": schedule})
+        for tokens in (3, 5, 8):
+            schedules[f"transformers_assisted_{tokens}"] = {
+                "num_assistant_tokens_schedule": "constant",
+                "num_assistant_tokens": tokens,
+            }
+    if target_width(assistant) == target_width(target):
+        return {name: partial(assisted, **changes) for name, changes in schedules.items()}, {}
+    reason = (
+        f"transformers refuses an assistant of {target_width(assistant)} tokens for a target of {target_width(target)}"
+    )
+    return {}, dict.fromkeys(schedules, reason)
 
 
 def _default_schedule(assistant: PreTrainedModel) -> str:
@@ -311,7 +329,8 @@ def _default_schedule(assistant: PreTrainedModel) -> str:
     return assistant.generation_config.num_assistant_tokens_schedule or "constant"
 
 
-def _chosen(ways: dict, rows: Sequence[str] | None, left_out: dict[str, str]) -> dict:
+def _chosen(ways: Ways, rows: Sequence[str] | None, left_out: dict[str, str]) -> Ways:
+    """The rows wanted, plain among them; all for `None`."""
     if rows is None:
         return ways
     unknown = [name for name in rows if name not in ways]

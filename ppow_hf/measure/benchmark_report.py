@@ -1,4 +1,4 @@
-"""How a benchmark is shown and kept: the machine it ran on, the table, the verdict, the JSON and the picture.
+"""How a benchmark is shown and kept: the table, the verdict, the JSON and the picture.
 
 Knows the result's dictionary and traces; runs nothing.
 """
@@ -10,11 +10,6 @@ from typing import Any
 
 from ..runtime.trace import GenerationTrace
 from .plots import save_figure
-
-# -- what it ran on
-
-
-# -- how it is shown
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -183,30 +178,4 @@ def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds
         f"wasted drafts {together.wasted:.0%}",
         fontsize=11,
     )
-    return save_figure(figure, path)
-
-
-def plot_speeds(result: dict[str, Any], path: str | Path) -> Path:
-    """Draw each row's tokens per second, with the range of the repeats, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = result["rows"]
-    speeds = [row["tokens_per_second"] for row in rows]
-    ranges = [row.get("tokens_per_second_range", [row["tokens_per_second"]] * 2) for row in rows]
-    errors = [
-        [max(speed - low, 0.0) for speed, (low, _) in zip(speeds, ranges, strict=True)],
-        [max(high - speed, 0.0) for speed, (_, high) in zip(speeds, ranges, strict=True)],
-    ]
-    figure, axis = pyplot.subplots(figsize=(8, 0.36 * len(rows) + 1.2), layout="constrained")
-    colours = ["#2f5d9b" if row["name"].startswith("ppow_") else "#c9d6ea" for row in rows]
-    axis.barh([row["name"] for row in rows], speeds, xerr=errors, color=colours, error_kw={"linewidth": 1})
-    for place, row in enumerate(rows):
-        axis.text(speeds[place], place, f"  {row['ratio_to_plain']:.2f}x", va="center", fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("tokens per second")
-    axis.set_xlim(0, 1.15 * max(high for _, high in ranges))
-    axis.spines[["top", "right"]].set_visible(False)
     return save_figure(figure, path)

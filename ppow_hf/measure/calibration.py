@@ -1,4 +1,7 @@
-"""Fits the window rule to a pair: the acceptance estimate from drafted windows, and this machine's costs."""
+"""Fits the window rule to a pair: the acceptance estimate from drafted windows, and this machine's costs.
+
+Knows traces, tables and clocks; trains nothing and writes no file.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -75,9 +78,9 @@ def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
     for trace in traces:
         for one_round in trace.rounds:
             one_round.features = [[*features[:4], 0.0, 0.0, 0.0] for features in one_round.features]
-    found = fit_estimator(traces)
-    found["weights"] |= {"margin": 0.0, "foretold": 0.0, "conflict": 0.0}
-    return found
+    estimate = fit_estimator(traces)
+    estimate["weights"] |= {"margin": 0.0, "foretold": 0.0, "conflict": 0.0}
+    return estimate
 
 
 def _fitting_traces(tables: Sequence[DraftTable]) -> list[GenerationTrace]:

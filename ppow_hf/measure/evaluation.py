@@ -4,7 +4,7 @@ Knows how to decode prompts and add up their traces, and to calibrate the window
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,11 +124,6 @@ def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int) -> float:
             repeated += gram in seen
             seen.add(gram)
     return repeated / total if total else 0.0
-
-
-def evaluate_acceptance(target, drafter, prompts, max_new_tokens=64, temperature=0.0, seed=0, **settings):
-    """[`decode`] and [`report`] in one: the acceptance length and its companions as a dict of numbers."""
-    return asdict(report(*decode(target, drafter, prompts, max_new_tokens, temperature, seed, **settings)))
 
 
 def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

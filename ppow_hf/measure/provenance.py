@@ -1,12 +1,14 @@
 """Where something came from: the command, the versions, the source revision, the machine, seeds and data.
 
-Written beside every trained drafter and measurement, and pushed with them: so it names no user, host or folder.
+Written beside every trained drafter and measurement, and pushed with them: so it names no user, host or folder, and
+holds no secret.
 """
 
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -18,8 +20,10 @@ from typing import Any
 import torch
 
 from ..version import __version__
+from .redaction import redact_command, redact_record, redact_text
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LONGEST_WORD = 200  # characters of an argument that is recorded whole; no path is longer than the system's limit
 
 
@@ -59,17 +63,17 @@ def describe(device: Any, command: str | None = None, **facts: Any) -> dict[str,
 
     Args:
         device (`torch.device`): what was computed on.
-        command (`str`, *optional*): by default the process's own; file-system paths in it are cut to names.
+        command (`str`, *optional*): by default the process's own; see [`public_command`].
         facts: whatever else is known (`seeds`, `data_fingerprint`, ...).
     """
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else shlex.split(command)
     return {
-        "command": without_paths(shlex.join(word if len(word) <= LONGEST_WORD else "..." for word in words)),
+        "command": public_command(shlex.join(word if len(word) <= LONGEST_WORD else "..." for word in words)),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_revision": git_revision(),
         "machine": describe_machine(device),
-        **facts,
+        **redact_record(facts),
     }
 
 
@@ -89,6 +93,7 @@ def public_name(name: str | None) -> str | None:
     """
     if not name:
         return None
+    name = redact_text(name)
     if len(name) > LONGEST_WORD:
         return "..."
     path = Path(name)
@@ -101,7 +106,7 @@ def public_name(name: str | None) -> str | None:
 
 def is_hub_name(name: str | None) -> bool:
     """Whether `name` can be that of a repository on the Hub, `namespace/name`."""
-    return name is not None and name.count("/") == 1 and public_name(name) == name
+    return name is not None and HUB_NAME.fullmatch(name) is not None and public_name(name) == name
 
 
 def shortened(value: Any) -> Any:
@@ -143,8 +148,9 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def without_paths(command: str) -> str:
-    """`command` with every file-system path cut to its last part: a benchmark is published, a home folder is not."""
+def public_command(command: str) -> str:
+    """`command` as it may be published: paths cut to their last part, and without secrets."""
+    command = redact_command(command)
     try:
         words = shlex.split(command)
     except ValueError:

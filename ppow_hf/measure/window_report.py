@@ -20,24 +20,14 @@ from ..runtime.windowing import (
     make_window_rule,
 )
 from .calibration import fit_on_tables, without_look_up
-from .evaluation import decode
+from .evaluation import decode, repeated_ngrams
 from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, clairvoyant, mixed_stream, replay
 
 MIXED = "mixed stream"
 OURS, CONFIDENCE_ONLY, WITH_LOOKUP = "ppow kl", "ppow kl, confidence alone", "ppow kl with look-up"
 ENTROPY_THRESHOLDS = (0.3, 0.5, 0.7)
-THRIFT = (
-    1.25,
-    1.5,
-    2.0,
-    2.5,
-    3.0,
-    4.0,
-    5.0,
-    6.0,
-    8.0,
-    12.0,
-)  # times the true costs, told to the rule to make it draft less
+# Times the true costs: told to the rule to make it draft less.
+THRIFT = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 COMPARED_FIXED = 8
 
 MakeRule = Callable[[OnlineCosts], WindowRule]
@@ -97,48 +87,71 @@ def study(
     """
     fit_tables = [table for workload in fitting.values() for table in workload]
     calibrations = {OURS: fit_on_tables(fit_tables), CONFIDENCE_ONLY: without_look_up(fit_tables)}
-    entropy_fits = {
+    entropy_traces = {
         threshold: run(UNPRICED[f"entropy stop from {threshold}"], fit_tables, CostModel(), False)
         for threshold in ENTROPY_THRESHOLDS
     }
     results = []
-    for workload, these in {**tables, MIXED: mixed_stream(tables, segment_tokens)}.items():
+    for workload, texts in {**tables, MIXED: mixed_stream(tables, segment_tokens)}.items():
         as_one = workload == MIXED
-        unpriced = {name: run(maker, these, CostModel(), as_one) for name, maker in UNPRICED.items()}
+        unpriced = {name: run(maker, texts, CostModel(), as_one) for name, maker in UNPRICED.items()}
         for cost_name, cost in costs.items():
-
-            def adaptive(name: str, told: CostModel, these=these, cost=cost, as_one=as_one) -> dict[str, float]:
-                lookup = name == WITH_LOOKUP  # beyond the clairvoyant's reach: it has the drafter's tokens alone
-                calibration = {"greedy": calibrations[OURS if lookup else name]}
-
-                def make(given: OnlineCosts) -> WindowRule:
-                    return make_window_rule("kl", DEPTH, given, calibration, lookup=lookup)
-
-                return speed(run(make, these, told, as_one), cost)
-
             speeds = {name: speed(traces, cost) for name, traces in unpriced.items()}
-            fitted = {value: speed(traces, cost)["tokens_per_cost"] for value, traces in entropy_fits.items()}
-            threshold = max(fitted, key=fitted.__getitem__)
+            fit_speeds = {value: speed(traces, cost)["tokens_per_cost"] for value, traces in entropy_traces.items()}
+            threshold = max(fit_speeds, key=fit_speeds.__getitem__)
             rules = {name: speeds[name] for name in UNPRICED if name.startswith("transformers")}
             rules["entropy stop (AdaEDL)"] = speeds[f"entropy stop from {threshold}"]
-            rules |= {name: adaptive(name, cost) for name in (CONFIDENCE_ONLY, OURS, WITH_LOOKUP)}
+            for name in (CONFIDENCE_ONLY, OURS, WITH_LOOKUP):
+                rules[name] = speed(run(adaptive_rule(name, calibrations), texts, cost, as_one), cost)
             fixed = [speeds[f"fixed {window}"] for window in range(DEPTH + 1)]
-            thrifty = rules[OURS] | {"told_costs_times": 1.0}
-            for factor in THRIFT:
-                told = CostModel(cost.cost_ratio * factor, cost.verification_cost * factor)
-                slower = adaptive(OURS, told)
-                if slower["tokens_per_cost"] < fixed[COMPARED_FIXED]["tokens_per_cost"]:
-                    break
-                if slower["wasted"] < thrifty["wasted"]:
-                    thrifty = slower | {"told_costs_times": factor}
-            limit = speed([clairvoyant(table, cost) for table in these], cost)
+            least_speed = fixed[COMPARED_FIXED]["tokens_per_cost"]
+            thrifty = most_thrifty(adaptive_rule(OURS, calibrations), rules[OURS], texts, cost, as_one, least_speed)
+            limit = speed([clairvoyant(table, cost) for table in texts], cost)
             results.append(
                 describe_result(workload, cost_name, cost, fixed, rules, limit)
                 | {"thrifty": thrifty, "entropy_stop_threshold": threshold}
             )
     calibration = {"greedy": calibrations[OURS], "confidence_alone": calibrations[CONFIDENCE_ONLY]}
-    found = {"results": results, "summary": summarise(results), "waste_at_speed_of_fixed_8": waste_at_speed(results)}
-    return found, calibration
+    summary = {"summary": summarise(results), "waste_at_speed_of_fixed_8": waste_at_speed(results)}
+    return {"results": results, **summary}, calibration
+
+
+def adaptive_rule(name: str, calibrations: Mapping[str, dict[str, Any]]) -> MakeRule:
+    """The adaptive rule called `name`; look-up is beyond the clairvoyant, which has the drafter's tokens alone."""
+    lookup = name == WITH_LOOKUP
+    calibration = {"greedy": calibrations[OURS if lookup else name]}
+    return partial(make_window_rule, "kl", DEPTH, calibration=calibration, lookup=lookup)
+
+
+def most_thrifty(
+    make_rule: MakeRule,
+    as_told: dict[str, float],
+    tables: Sequence[DraftTable],
+    cost: CostModel,
+    as_one: bool,
+    least_speed: float,
+) -> dict[str, float]:
+    """The speed with the least waste among true costs (`as_told`) and higher ones, while it is `least_speed`."""
+    thrifty = as_told | {"told_costs_times": 1.0}
+    for factor in THRIFT:
+        told = CostModel(cost.cost_ratio * factor, cost.verification_cost * factor)
+        slower = speed(run(make_rule, tables, told, as_one), cost)
+        if slower["tokens_per_cost"] < least_speed:
+            break
+        if slower["wasted"] < thrifty["wasted"]:
+            thrifty = slower | {"told_costs_times": factor}
+    return thrifty
+
+
+def describe_workload(tables: Sequence[DraftTable]) -> dict[str, Any]:
+    """What the texts of a workload are like: their size, how well they are drafted, how much they repeat."""
+    tokens = sum(table.tokens for table in tables)
+    return {
+        "prompts": len(tables),
+        "tokens": tokens,
+        "mean_accepted_of_16": sum(int(table.accepted.sum()) for table in tables) / max(tokens, 1),
+        "repeated_8grams": repeated_ngrams([table.text.tolist() for table in tables], 8),
+    }
 
 
 def describe_result(
@@ -153,10 +166,10 @@ def describe_result(
     speeds = [one["tokens_per_cost"] for one in fixed]
     best = max(speeds)
     described = {}
-    for name, found in rules.items():
-        gain = found["tokens_per_cost"] - best
+    for name, rule_speed in rules.items():
+        gain = rule_speed["tokens_per_cost"] - best
         way = gain / (limit["tokens_per_cost"] - best) if limit["tokens_per_cost"] > best else 0.0
-        described[name] = found | {"over_best_fixed": gain / best, "way_to_clairvoyant": way}
+        described[name] = rule_speed | {"over_best_fixed": gain / best, "way_to_clairvoyant": way}
     return {
         "workload": workload,
         "cost": cost_name,
@@ -272,7 +285,7 @@ def live_check(
     stored = drafter.config.calibration
     drafter.config.calibration = {"greedy": calibration}
     given = asdict(costs)
-    found: dict[str, Any] = {}
+    checks: dict[str, Any] = {}
     try:
         for name, chosen in settings.items():
             same_text = same_rounds = 0
@@ -293,7 +306,7 @@ def live_check(
                 same_rounds += _rounds(traces[0]) == _rounds(replayed)
                 all_replayed.append(replayed)
                 all_live.append(traces[0])
-            found[name] = {
+            checks[name] = {
                 "texts": len(tables),
                 "same_text": same_text,
                 "same_rounds": same_rounds,
@@ -302,7 +315,7 @@ def live_check(
             }
     finally:
         drafter.config.calibration = stored
-    return found
+    return checks
 
 
 def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
@@ -312,13 +325,13 @@ def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
 # -- how it is shown
 
 
-def format_study(found: dict[str, Any]) -> str:
+def format_study(findings: dict[str, Any]) -> str:
     """A line for each workload and cost, and what they come to."""
     lines = [
         f"{'workload':<14} {'costs':<12} {'best fixed':>11} {'fixed 8':>8} {'ours':>6} {'gain':>7} {'clairv.':>8} "
         f"{'of the way':>10} {'waste':>6} {'fixed 8':>8}"
     ]
-    for result in found["results"]:
+    for result in findings["results"]:
         ours, eight = result["rules"][OURS], result["fixed"][COMPARED_FIXED]
         best = f"{result['best_fixed_tokens_per_cost']:.2f} ({result['best_fixed_window']})"
         lines.append(
@@ -329,18 +342,18 @@ def format_study(found: dict[str, Any]) -> str:
         )
     lines.append("")
     lines.append(f"{'rule':<34} {'worst':>8} {'mean':>7} {'mixed, each cost':>28} {'of the way':>11}")
-    for name, total in found["summary"].items():
+    for name, total in findings["summary"].items():
         mixed = " ".join(f"{gain:+.1%}" for gain in total["mixed_over_best_single_fixed"])
         lines.append(
             f"{name:<34} {total['worst_over_best_fixed']:>+8.1%} {total['mean_over_best_fixed']:>+7.1%} {mixed:>28} "
             f"{total['mean_way_to_clairvoyant']:>11.0%}"
         )
-    if WITH_LOOKUP in found["summary"]:
+    if WITH_LOOKUP in findings["summary"]:
         lines.append(
             "With look-up the text's own tokens are drafted too, which fixed windows and the clairvoyant do without: "
             "they cost no draft step, and nothing at all where verification is free."
         )
-    waste = found["waste_at_speed_of_fixed_8"]
+    waste = findings["waste_at_speed_of_fixed_8"]
     lines.append(
         f"wasted drafts over those of fixed 8, at no less than its speed: {waste['mean']:.2f} in the mean, "
         f"{waste['worst']:.2f} at worst"
@@ -348,10 +361,10 @@ def format_study(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def speed_panels(found: dict[str, Any], cost_name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def speed_panels(findings: dict[str, Any], cost_name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """For [`plot_curves`]: tokens per cost over the fixed window, with the rules as level lines."""
     panels = {}
-    for result in found["results"]:
+    for result in findings["results"]:
         if result["cost"] != cost_name:
             continue
         ends = (0.0, float(DEPTH))

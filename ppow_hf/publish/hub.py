@@ -1,8 +1,8 @@
 """A drafter's repository: what it holds, and how it gets to the Hub in one commit, whole or not at all.
 
-Knows files and the Hub; loads no weights and computes nothing. What is pushed runs without this package: the drafter's
-own modules travel with it, and `custom_generate/generate.py` holds the repository's name. Large files go by LFS or
-by Xet, as the client chooses; the tests speak LFS (HF_HUB_DISABLE_XET=1), and the way by Xet is untested.
+Knows files and the Hub; loads weights only to check them. What is pushed runs without this package: the drafter's own
+modules travel with it, and `custom_generate/generate.py` holds the repository's name. Large files go by LFS or by Xet,
+as the client chooses; the tests speak LFS (HF_HUB_DISABLE_XET=1), and the way by Xet is untested.
 """
 
 import errno
@@ -15,8 +15,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.weights import safetensors_header
+from ..data.weights import brief, safetensors_header
 from ..measure.provenance import public_name
+from ..measure.redaction import redact_record, redact_text
+from ..runtime.modeling_ppow import PPOWDrafter
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -29,6 +31,14 @@ PUSHED_FILES = (
     "training_arguments.json", "training_log.json", "provenance.json", "benchmark*.json", "acceptance*.json",
     "LICENSE", "*.png",
 )  # fmt: skip
+RECORDS = ("training_arguments.json", "training_log.json", "provenance.json", "benchmark*.json", "acceptance*.json")
+TEXTS = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "LICENSE",
+)
 AUTO_MAP = {"AutoConfig": "configuration_ppow.PPOWDrafterConfig", "AutoModel": "modeling_ppow.PPOWDrafter"}
 GENERATE = "custom_generate/generate.py"
 # Weights of an earlier push that would lie beside the new ones, and what Trainer pickles.
@@ -67,17 +77,24 @@ def repository_files(
         revision (`str`, *optional*): branch or tag that `custom_generate` loads the drafter from.
         card: what [`drafter_card`] cannot know from measurements (`license`, `language`, ...).
 
-    Raises `FileNotFoundError` or `ValueError` for a folder that holds no whole drafter.
+    Secrets are left out of records and texts, also where an older version wrote them.
+
+    Raises `FileNotFoundError` or `ValueError` for a folder that holds no whole drafter, or a link out of it.
     """
     from .model_card import drafter_card
 
     folder = Path(folder)
-    config = _drafter_config(folder)
+    _check_links(folder)
+    config = redact_record(_drafter_config(folder))
     _check_weights(folder)
+    try:
+        PPOWDrafter.from_pretrained(folder)
+    except Exception as error:  # whatever transformers and safetensors raise for the files that lie there
+        raise ValueError(f"folder: the drafter in {str(folder)!r} cannot be loaded: {brief(error)}") from error
     files: dict[str, bytes | Path] = {
-        path.name: path
+        path.name: _without_secrets(path)
         for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUSHED_FILES)
+        if path.is_file() and _matches(path.name, PUSHED_FILES)
     }
     config = {**config, "auto_map": AUTO_MAP, "target_name_or_path": public_name(config.get("target_name_or_path"))}
     files["config.json"] = _json(config)
@@ -91,23 +108,33 @@ def repository_files(
         files[module.name] = module
     files[GENERATE] = generate_script(repository, revision).encode()
     on_hub = None if Path(repository).is_absolute() else repository
-    files["README.md"] = str(drafter_card(folder, repository=on_hub, **card)).encode()
+    files["README.md"] = redact_text(str(drafter_card(folder, repository=on_hub, **card))).encode()
     return dict(sorted(files.items()))
 
 
 def write_repository(folder: str | Path, output_dir: str | Path, **card: Any) -> Path:
     """Write what [`push_folder`] would push to `output_dir`, from where it runs without this package too.
 
-    `custom_generate` loads the drafter by the folder's path, so write it again after moving it.
+    `custom_generate` loads the drafter by the folder's path, so write it again after moving it. Nothing is changed in
+    `output_dir` before all of it lies on the disk.
     """
     output_dir = Path(output_dir).resolve()
-    for name, content in repository_files(folder, str(output_dir), **card).items():
-        path = output_dir / name
-        data = content.read_bytes() if isinstance(content, Path) else content
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(path.name + ".part")
-        staged.write_bytes(data)
-        staged.replace(path)
+    files = repository_files(folder, str(output_dir), **card)
+    made = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=output_dir, prefix=".write-") as staging:
+            for name, content in files.items():
+                staged = Path(staging, name)
+                staged.parent.mkdir(parents=True, exist_ok=True)
+                staged.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+            for name in files:
+                (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                Path(staging, name).replace(output_dir / name)
+    except OSError:
+        if made and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+        raise
     return output_dir
 
 
@@ -371,13 +398,55 @@ def _remedy(error: BaseException, name: str) -> str:
 # -- what is checked before anything is sent
 
 
-def _drafter_config(folder: Path) -> dict[str, Any]:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise `ValueError` for a file to be read that is a link to somewhere else; a snapshot's links are its own."""
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: there is no folder {str(folder)!r}.")
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # in the Hub's cache: models--user--name/snapshots/COMMIT -> ../../blobs
+        root = root.parent.parent
+    for path in sorted(folder.iterdir()):
+        read = _matches(path.name, (*PUSHED_FILES, "config.json", "README.md"))
+        if read and path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ValueError(
+                f"folder: {path.name} in {str(folder)!r} is a link to a file outside of it, which would be published. "
+                "Put the file itself there, or remove the link."
+            )
+
+
+def _without_secrets(path: Path) -> bytes | Path:
+    """The file, or its content without the secrets; weights, pictures and vocabularies are taken as they are."""
+    if _matches(path.name, RECORDS):
+        record = _read_json(path)
+        redacted = redact_record(record)
+        return path if redacted == record else _json(redacted)
+    if path.name in TEXTS:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        redacted = redact_text(text)
+        return path if redacted == text else redacted.encode()
+    return path
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"folder: {path.name} in {str(path.parent)!r} is no JSON ({error}). Write it again, or remove it."
+        ) from error
+
+
+def _drafter_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"folder: {str(folder)!r} has no config.json. Pass one that save_pretrained wrote.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"folder: config.json in {str(folder)!r} holds a {type(config).__name__}, not an object.")
     if config.get("model_type") != "ppow_drafter":
         raise ValueError(
             f"folder: {str(folder)!r} holds a model of type {config.get('model_type')!r}, not a PPOWDrafter. Pass a "
@@ -391,7 +460,7 @@ def _check_weights(folder: Path) -> None:
     names = [path.name for path in folder.glob("*.safetensors")]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        wanted = _weight_files(index)
     else:
         wanted = {"model.safetensors"}
     missing = sorted(wanted - set(names))
@@ -407,6 +476,14 @@ def _check_weights(folder: Path) -> None:
                 f"folder: {name} in {str(folder)!r} is damaged: {size} bytes, and its header announces "
                 f"{header['bytes'] + max(ends, default=0)}. Save the drafter again."
             )
+
+
+def _weight_files(index: Path) -> set[str]:
+    found = _read_json(index)
+    named = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"folder: {index.name} in {str(index.parent)!r} names no files. Save the drafter again.")
+    return set(named.values())
 
 
 def _check_name(argument: str, name: str) -> None:

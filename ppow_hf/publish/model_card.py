@@ -11,12 +11,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.weights import safetensors_header
 from ..measure.provenance import is_hub_name, public_name
+from ..measure.redaction import redact_record
 from ..tiny import is_embedded
 
 if TYPE_CHECKING:
@@ -60,12 +62,13 @@ def drafter_card(
     folder = Path(folder)
     config = _read(folder / "config.json")
     target = public_name(config.get("target_name_or_path"))
-    name = repository or folder.resolve().name
+    name = _plain(repository or folder.resolve().name)
     embedded = repository is not None and is_embedded(repository)
     declared = {**(EMBEDDED_FACTS if embedded else {}), **_declared(folder)}
-    benchmarks = [one for path in sorted(folder.glob("benchmark*.json")) for one in _as_list(_read(path))]
-    acceptance = [_read(path) for path in sorted(folder.glob("acceptance*.json"))]
-    results = eval_results(acceptance, target)
+    benchmarks = [(path, one) for path in sorted(folder.glob("benchmark*.json")) for one in _as_list(_read(path))]
+    acceptance = [(path, _read(path)) for path in sorted(folder.glob("acceptance*.json"))]
+    acceptance_parts = [_part(path, _acceptance_part, one) for path, one in acceptance]
+    results = [result for path, one in acceptance for result in _part(path, eval_results, [one], target)]
     own_tags = ["speculative-decoding", "draft-model", "ppow", config["architecture"], f"arxiv:{ARXIV}"]
     if repository is not None and not embedded:
         own_tags.append("custom_generate")
@@ -83,7 +86,7 @@ def drafter_card(
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=name.split("/")[-1],
+        title=_cell(name.split("/")[-1]),
         what=ARCHITECTURES[config["architecture"]],
         target_link=_link(target),
         parameters=_parameters(folder),
@@ -92,8 +95,8 @@ def drafter_card(
         fingerprint=_fingerprint(config),
         curves=(folder / "training.png").is_file(),
         windows_plot=(folder / "windows.png").is_file(),
-        acceptance=[_acceptance_part(one) for one in acceptance],
-        benchmarks=[_benchmark_part(one, target) for one in benchmarks],
+        acceptance=acceptance_parts,
+        benchmarks=[_part(path, _benchmark_part, one, target) for path, one in benchmarks],
         licence=licence_note or _licence(license or declared.get("license"), embedded),
         limits=list(limits),
         **_training(folder, config),
@@ -147,14 +150,14 @@ def _training(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     log = _read(folder / "training_log.json", default=[])
     arguments = _read(folder / "training_arguments.json", default={})
     provenance = _read(folder / "provenance.json", default={})
-    runs = _runs(log)
-    stages = _stages(log, runs)
+    runs = _part(folder / "training_log.json", _runs, log)
+    stages = _part(folder / "training_log.json", _stages, log, runs)
     return {
         "objectives": _objectives([name for name, _ in runs]),
         "stages": stages,
-        "evaluation": _evaluation(arguments, config),
+        "evaluation": _part(folder / "training_arguments.json", _evaluation, arguments, config),
         "verdict": " ".join(filter(None, [_plateau(runs), _verdict(stages, log, arguments)])),
-        "provenance_rows": _provenance_rows(provenance, runs),
+        "provenance_rows": _part(folder / "provenance.json", _provenance_rows, provenance, runs),
     }
 
 
@@ -173,7 +176,7 @@ Runs = list[tuple[str, list[dict[str, Any]]]]
 def _runs(log: list[dict[str, Any]]) -> Runs:
     """The stages of training in their order, an objective and its rows each; one may come back later."""
     named = [row for row in log if "objective" in row]
-    return [(name, list(rows)) for name, rows in itertools.groupby(named, key=lambda row: row["objective"])]
+    return [(_cell(name), list(rows)) for name, rows in itertools.groupby(named, key=lambda row: row["objective"])]
 
 
 def _stages(log: list[dict[str, Any]], runs: Runs) -> list[dict[str, Any]]:
@@ -253,7 +256,7 @@ def _provenance_rows(provenance: dict[str, Any], runs: Runs) -> list[tuple[str, 
             before = last
         rows.append(("steps", ", ".join(parts)))
     if provenance.get("command"):
-        rows.append(("command", f"`{_cell(provenance['command'])}`"))
+        rows.append(("command", _code(provenance["command"])))
     for label, key in (
         ("temperatures of the target's texts, in turn", "text_temperatures"),
         ("what was minimised, in turn", "objectives"),
@@ -262,13 +265,15 @@ def _provenance_rows(provenance: dict[str, Any], runs: Runs) -> list[tuple[str, 
         ("source revision", "git_revision"),
     ):
         if provenance.get(key):
-            rows.append((label, f"`{provenance[key]}`"))
+            rows.append((label, _code(provenance[key])))
     if provenance.get("seeds"):
-        rows.append(("seeds", ", ".join(f"{name} {value}" for name, value in provenance["seeds"].items())))
+        rows.append(
+            ("seeds", ", ".join(f"{_cell(name)} {_cell(value)}" for name, value in provenance["seeds"].items()))
+        )
     if provenance.get("machine"):
         rows.append(("machine", _machine(provenance["machine"])))
     if provenance.get("versions"):
-        rows.append(("versions", _versions(provenance["versions"])))
+        rows.append(("versions", _named(provenance["versions"])))
     return rows
 
 
@@ -276,9 +281,10 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
     longest = max((len(row["acceptance_by_position"]) for row in measurement["rows"]), default=0)
     return {
         "conditions": (
-            f"Target `{measurement['target']}` in {measurement['dtype']}, {measurement['max_new_tokens']} new tokens "
-            f"behind each prompt, seed {measurement['seed']}, on {_machine(measurement['machine'])}; "
-            f"{_versions(measurement['versions'])}. Made with `{measurement['command']}`."
+            f"Target {_code(measurement['target'])} in {_cell(measurement['dtype'])}, "
+            f"{measurement['max_new_tokens']:d} new tokens behind each prompt, seed {measurement['seed']:d}, on "
+            f"{_machine(measurement['machine'])}; {_named(measurement['versions'])}. Made with "
+            f"{_code(measurement['command'])}."
         ),
         "positions": list(range(1, longest + 1)),
         "rows": [
@@ -286,7 +292,7 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
                 "workload": _cell(row["workload"]),
                 "temperature": f"{row['temperature']:g}",
                 "window": _window(row),
-                "prompts": row["prompts"],
+                "prompts": _cell(row["prompts"]),
                 "acceptance_length": f"{row['acceptance_length']:.2f}",
                 "tokens_per_target_forward": f"{row['tokens_per_target_forward']:.2f}",
                 "wasted": _share(row["wasted"]),
@@ -306,7 +312,7 @@ def _half_precision(divergence: dict[str, Any] | None) -> str:
     """One sentence of greedy outputs in half precision against plain generation's; "" where it was not measured."""
     if divergence is None:
         return ""
-    dtype, prompts, differing = divergence["dtype"], divergence["prompts"], divergence["differing"]
+    dtype, prompts, differing = _cell(divergence["dtype"]), int(divergence["prompts"]), int(divergence["differing"])
     if not differing:
         return f"In {dtype} none of {prompts} greedy outputs differs from plain `generate`'s."
     opening = (
@@ -330,16 +336,16 @@ def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any
         sampling += f", batches of {result['batch_size']}"
     return {
         "conditions": (
-            f"{workload}arget `{result.get('target') or target or 'unknown'}` in {result['dtype']}, "
-            f"{result['prompts']} prompts, {result['max_new_tokens']} tokens each, {sampling}, on "
-            f"{_machine(result['machine'])}; {_versions(result['versions'])}. Cost ratio {result['cost_ratio']:.3f} "
+            f"{workload}arget {_code(result.get('target') or target or 'unknown')} in {_cell(result['dtype'])}, "
+            f"{result['prompts']:d} prompts, {result['max_new_tokens']:d} tokens each, {sampling}, on "
+            f"{_machine(result['machine'])}; {_named(result['versions'])}. Cost ratio {result['cost_ratio']:.3f} "
             f"(draft step {1e3 * result['draft_step_seconds']:.2f} ms, target forward "
-            f"{1e3 * result['target_forward_seconds']:.2f} ms). Made with `{result['command']}`."
+            f"{1e3 * result['target_forward_seconds']:.2f} ms). Made with {_code(result['command'])}."
         ),
-        "verdict": verdict(result),
+        "verdict": _text(verdict(result)),
         "rows": [
             {
-                "name": row["name"],
+                "name": _cell(row["name"]),
                 "tokens_per_second": f"{row['tokens_per_second']:.1f}",
                 "ratio": f"{row['ratio_to_plain']:.2f}",
                 "interval": " to ".join(f"{end:.2f}" for end in row.get("ratio_interval") or []),
@@ -355,7 +361,8 @@ def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any
 
 def _usage(name: str, folder: Path, repository: str | None, target: str | None, config: dict[str, Any]) -> str:
     embedded = repository is not None and is_embedded(repository)
-    shown = name if repository is not None else folder.name
+    target = None if target is None else _plain(target)
+    shown = name if repository is not None else _plain(folder.name)
     target_text = f"tiny.target_path({target!r})" if target and is_embedded(target) else repr(target or "TARGET")
     drafter_text = f"tiny.drafter_path({shown!r})" if embedded else repr(shown)
     imports = "from ppow_hf import PPOWDrafter, tiny" if embedded else "from ppow_hf import PPOWDrafter"
@@ -387,13 +394,14 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
         method, algorithm = "eagle3", "EAGLE3"
     else:
         method, algorithm = "draft_model", "STANDALONE"
-    served = target or "TARGET"
+    served = shlex.quote(_plain(target or "TARGET"))
     if is_embedded(served):
         served = f'"$(python -c \'from ppow_hf import tiny; print(tiny.target_path("{served}"))\')"'
+    exported = shlex.quote(shown)
     speculative = json.dumps({"method": method, "model": "exported", "num_speculative_tokens": 5})
     text += (
         "\n### vLLM\n\n"
-        f"```bash\nppow export {shown} --format vllm --output-dir exported\n"
+        f"```bash\nppow export {exported} --format vllm --output-dir exported\n"
         f"vllm serve {served} --speculative-config '{speculative}'\n```\n"
     )
     if algorithm is not None:
@@ -408,7 +416,7 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
 
 def _fingerprint(config: dict[str, Any]) -> str:
     fingerprint = config.get("target_vocabulary_fingerprint")
-    return f" (vocabulary fingerprint `{fingerprint}`)" if fingerprint else ""
+    return f" (vocabulary fingerprint {_code(fingerprint)})" if fingerprint else ""
 
 
 def _licence(license: str | None, embedded: bool) -> str:
@@ -416,7 +424,7 @@ def _licence(license: str | None, embedded: bool) -> str:
         from ..tiny.cards import LICENCE_NOTE
 
         return LICENCE_NOTE
-    return f"The weights are released under `{license}`; the target has its own licence." if license else ""
+    return f"The weights are released under {_code(license)}; the target has its own licence." if license else ""
 
 
 # -- cells
@@ -425,22 +433,25 @@ def _licence(license: str | None, embedded: bool) -> str:
 def _link(target: str | None) -> str:
     if target is None:
         return "a target that has no name"
-    return f"[{target}](https://huggingface.co/{target})" if is_hub_name(target) else f"`{target}`"
+    return f"[{target}](https://huggingface.co/{target})" if is_hub_name(target) else _code(target)
 
 
 def _machine(machine: dict[str, Any]) -> str:
     if machine["device"] != "cpu" and machine.get("gpu"):
-        return machine["gpu"]
-    return f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['memory_gib']:g} GiB"
+        return _cell(machine["gpu"])
+    cores = f"{_cell(machine['threads'])} of {_cell(machine['cores'])} cores"
+    return f"{_cell(machine['processor'])}, {cores}, {machine['memory_gib']:g} GiB"
 
 
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _named(versions: dict[str, str]) -> str:
+    return ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in versions.items())
 
 
 def _window(row: dict[str, Any]) -> str:
     return (
-        f"fixed {row['max_window']}" if row["window"] == "fixed" else f"{row['window']}, at most {row['max_window']}"
+        f"fixed {row['max_window']:d}"
+        if row["window"] == "fixed"
+        else f"{_cell(row['window'])}, at most {row['max_window']:d}"
     )
 
 
@@ -448,8 +459,39 @@ def _share(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.0%}"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _plain(text: Any) -> str:
+    """One line without backticks and quotes, which would end a code span, a string, or a code block."""
+    return " ".join(re.sub("[`'\"]", "", str(text)).split())
+
+
+def _text(text: Any) -> str:
+    """A value inside a sentence: one line, nothing of it read as HTML."""
+    return " ".join(str(text).replace("`", "'").split()).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _cell(text: Any) -> str:
+    """A value inside a table or a sentence: nothing of it read as HTML, as a link, or as the end of a cell."""
+    escaped = _text(text)
+    for mark in "|[]":
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped
+
+
+def _code(text: Any) -> str:
+    """A value as code: one line, which no backtick ends and no bar divides."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split()).replace('|', chr(92) + '|')}`"
+
+
+def _part(path: Path, make: Callable[..., Any], *values: Any) -> Any:
+    """`make(*values)`; where the record of `path` has another shape, an error that names the file."""
+    try:
+        return make(*values)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"folder: {path.name} in {str(path.parent)!r} is no record that ppow wrote: {what}. Measure again, or "
+            "remove it."
+        ) from error
 
 
 def _parameters(folder: Path) -> str:
@@ -482,4 +524,15 @@ def _as_list(result: Any) -> list[dict[str, Any]]:
 def _read(path: Path, default: Any = None) -> Any:
     if default is not None and not path.is_file():
         return default
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = redact_record(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"folder: {path.name} in {str(path.parent)!r} is no JSON ({error}). Write it again, or remove it."
+        ) from error
+    if default is not None and not isinstance(record, type(default)):
+        raise ValueError(
+            f"folder: {path.name} in {str(path.parent)!r} holds a {type(record).__name__}, not a "
+            f"{type(default).__name__} as ppow writes it. Write it again, or remove it."
+        )
+    return record

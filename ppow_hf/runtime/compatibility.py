@@ -39,6 +39,15 @@ def check_mode(mode: GenerationMode) -> None:
         )
 
 
+def check_layers(layer_ids: Sequence[int] | None, num_layers: int, argument: str = "assistant_model") -> None:
+    """Raise `ValueError` for states of layers that the target does not have."""
+    if layer_ids and max(layer_ids) > num_layers:
+        raise ValueError(
+            f"{argument}: this drafter reads the target's layers {list(layer_ids)}, but the target has {num_layers}. "
+            "Use a drafter trained for this target."
+        )
+
+
 def check_processors(logits_processor: Sequence[Any]) -> None:
     """Raise `ValueError` for a logits processor that counts its calls as tokens of the output."""
     for processor in logits_processor:
@@ -78,11 +87,7 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
             f"target's have {text.hidden_size}. Use a drafter trained for this target"
             f"{' (this one was for ' + config.target_name_or_path + ')' if config.target_name_or_path else ''}."
         )
-    if config.target_layer_ids and max(config.target_layer_ids) > text.num_hidden_layers:
-        raise ValueError(
-            f"assistant_model: this eagle drafter reads the target's layers {config.target_layer_ids}, but the target "
-            f"has {text.num_hidden_layers}. Use a drafter trained for this target."
-        )
+    check_layers(config.target_layer_ids, text.num_hidden_layers)
     warn_of_other_target(config, target.config._name_or_path, tokenizer)
 
 

@@ -134,10 +134,12 @@ class PPOWDrafterConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs,
     ):
-        if isinstance(draft_config, dict):
+        if isinstance(draft_config, dict) and "model_type" in draft_config:
             draft_config = AutoConfig.for_model(**draft_config)
         elif draft_config is None:
             draft_config = AutoConfig.for_model("llama", num_hidden_layers=1, vocab_size=vocab_size)
+        if not isinstance(draft_config, PreTrainedConfig):
+            raise ValueError(f"draft_config: {draft_config!r} is no configuration of a model, with its model_type.")
         self.architecture = architecture
         self.draft_config: Any = draft_config
         self.vocab_size = vocab_size
@@ -174,6 +176,45 @@ class PPOWDrafterConfig(PreTrainedConfig):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
         self.check_window(self.max_window)
+        self.check_layers()
+        self.check_sizes()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers', but `ValueError` for the configuration of another model."""
+        given = config_dict.get("model_type", cls.model_type)
+        if given != cls.model_type:
+            raise ValueError(f"model_type: a {given!r} given, not a drafter ({cls.model_type!r}). Pass a drafter.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def check_sizes(self) -> None:
+        """Raise `ValueError` for sizes that are no positive whole numbers, and for fields of another kind."""
+        for name in ("vocab_size", "draft_vocab_size", "target_hidden_size", "context_length"):
+            value = getattr(self, name)
+            if name != "vocab_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size: {self.draft_vocab_size} given, and the target has {self.vocab_size} tokens only. "
+                "Give fewer, or leave it out."
+            )
+        fitted = self.calibration
+        if fitted is not None and not (isinstance(fitted, dict) and all(isinstance(v, dict) for v in fitted.values())):
+            raise ValueError("calibration: it is not what training fits. Remove it, or calibrate again.")
+
+    def check_layers(self) -> None:
+        """Raise `ValueError` for layer ids that no target can have, or not as many as the architecture reads."""
+        ids, count = self.target_layer_ids, {"eagle": 3, "medusa": 1, "standalone": 0}[self.architecture]
+        if ids is None:
+            return
+        whole = isinstance(ids, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if not whole or min(ids, default=0) < 0 or len(ids) != count:
+            raise ValueError(
+                f"target_layer_ids: {ids!r} given; a {self.architecture} drafter reads {count} of the target's "
+                "states, numbered from 0."
+            )
 
     @property
     def longest_window(self) -> int | None:

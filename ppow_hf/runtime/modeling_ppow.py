@@ -360,6 +360,36 @@ class PPOWDrafter(PreTrainedModel):
     # -- making one
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but `ValueError` where weights are missing, left over, of another shape, or not finite."""
+        kwargs["ignore_mismatched_sizes"] = True  # named below with the rest, where transformers points to a table
+        drafter, found = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        problems = loading_problems(found) + drafter.weight_problems()
+        if problems:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} is no whole drafter: {'; '.join(problems)}. Save or download "
+                "it again."
+            )
+        return (drafter, found) if output_loading_info else drafter
+
+    def weight_problems(self) -> list[str]:
+        """What is wrong with the weights as they are: numbers that are not finite, a damaged draft vocabulary."""
+        broken = [
+            name
+            for name, tensor in self.named_parameters()
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all())
+        ]
+        problems = [f"infinite or undefined numbers in {shortened_list(broken)}"] if broken else []
+        kept = self.kept_tokens
+        if kept is not None and not kept.is_meta:
+            inside = bool((kept[1:] > kept[:-1]).all()) and int(kept[0]) >= 0 and int(kept[-1]) < len(self.t2d)
+            if not inside or self.t2d.nonzero()[:, 0].tolist() != kept.tolist():
+                problems.append("d2t and t2d name no ascending tokens of the target's vocabulary, or not the same")
+        return problems
+
+    @classmethod
     def from_target(
         cls,
         target: PreTrainedModel,
@@ -381,6 +411,8 @@ class PPOWDrafter(PreTrainedModel):
                 transformer (`num_hidden_layers`, `intermediate_size`, ...).
         """
         check_settings(architecture=architecture)
+        if isinstance(target, PPOWDrafter):
+            raise ValueError("target: a PPOWDrafter given; pass the causal language model that it is to draft for.")
         if architecture != "eagle" and draft_vocab_size is not None:
             raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
         text = target.config.get_text_config()
@@ -453,6 +485,24 @@ class PPOWDrafter(PreTrainedModel):
             # The highest of the three states passes through at the start: what the target's own head reads is near.
             draft.fc.weight.mul_(0.1)
             draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+
+
+def shortened_list(names: list[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def loading_problems(found: dict[str, Any]) -> list[str]:
+    """What transformers' loading report says went wrong, in words."""
+    mismatched = [name if isinstance(name, str) else name[0] for name in found["mismatched_keys"]]
+    kinds = {
+        "missing weights": sorted(found["missing_keys"]),
+        "weights of another model": sorted(found["unexpected_keys"]),
+        "weights of another shape": sorted(mismatched),
+        "errors": list(found.get("error_msgs") or []),
+    }
+    return [f"{kind}: {shortened_list(names)}" for kind, names in kinds.items() if names]
 
 
 def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:

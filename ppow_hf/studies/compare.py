@@ -45,7 +45,7 @@ def train(
 ) -> BudgetTrainer:
     """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up.
 
-    `settings` are training arguments, with `later` as in [`CompareConfig`].
+    `settings` are training arguments, with `later` as in [`CompareConfig`]; without `muon` all is trained by AdamW.
     """
     later = dict(settings.get("later", {}))
     share = later.pop("from", 1.0)
@@ -55,6 +55,7 @@ def train(
         "cost_ratio": 0.12,
         "per_device_train_batch_size": 8,
         "adam_beta2": 0.95,
+        "muon": 0.0,
         "logging_steps": 5,
         "report_to": [],
         "save_strategy": "no",

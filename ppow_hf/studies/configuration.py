@@ -37,7 +37,7 @@ class CompareConfig:
         start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start; not with `drafter`.
         budgets (`dict`): `tokens` (target-forward tokens) and `seconds`, one or both.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
-        training (`dict`): training arguments of every recipe.
+        training (`dict`): training arguments of every recipe; without `muon` there, AdamW trains all parameters.
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
             `regenerate_temperature` there says how the target writes that recipe's text; the others' is of T = 0.
             `later` there is a dict of arguments that take the place of the recipe's own once the share `from` of the

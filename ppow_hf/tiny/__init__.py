@@ -1,4 +1,4 @@
-"""Where the embedded default pair lies: two tiny targets and the drafters made for the first.
+"""Where the embedded default pair lies: a tiny target and the drafters made for it.
 
 Knows folders only; imports nothing heavy, so that the command line can ask it before anything is loaded.
 """
@@ -6,7 +6,7 @@ Knows folders only; imports nothing heavy, so that the command line can ask it b
 from pathlib import Path
 
 _ROOT = Path(__file__).parent
-_TARGETS = {"tiny": "llama", "tiny-llama": "llama", "tiny-qwen3": "qwen3"}
+_TARGETS = {"tiny": "llama", "tiny-llama": "llama"}
 _DRAFTERS = {"tiny-eagle": "eagle", "tiny-standalone": "standalone"}
 _TARGET_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _DRAFTER_FILES = ("config.json", "model.safetensors")
@@ -16,7 +16,7 @@ EMBEDDED_NAMES = (*_TARGETS, *_DRAFTERS)
 
 
 def target_path(name: str = "tiny") -> Path:
-    """Folder of an embedded target with its tokenizer: `"tiny"` (Llama architecture) or `"tiny-qwen3"`.
+    """Folder of the embedded target, `"tiny"` (Llama architecture), with its tokenizer.
 
     Raises `ValueError` for another name, `FileNotFoundError` (with what is missing and how to make it) when its files
     are not there.

@@ -15,13 +15,12 @@ import torch
 
 from ..data.regeneration import regenerate
 from ..data.sequences import SequenceDataset, all_positions
-from ..measure import (
-    provenance,
-)
+from ..measure import provenance
 from ..publish.model_card import write_drafter_card
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
+from ..training.objectives import parse_objective
 from ..training.optimizers import make_optimizer
 from .corpus import SourceFile, excerpts, standard_library
 from .recipe import bfloat16_pays
@@ -54,9 +53,7 @@ class Stage:
 def text_temperatures(architecture: str) -> list[float]:
     """At which temperatures, in turn, the target writes what a drafter is trained on.
 
-    Eagle: every other text is sampled, which won 8% where drafts are sampled and lost nothing that could be told from
-    noise in greedy chains (`model_cards/results/compare_stdlib_time`). Others: T = 0, since the text verifies the
-    windows of their PPOW stage.
+    Eagle: every other text is sampled. Others: T = 0, since the text verifies the windows of their PPOW stage.
     """
     return [0.0, 1.0] if architecture == "eagle" else [0.0]
 
@@ -138,24 +135,19 @@ def train_stage(
 
 
 def default_stages(seconds: float, architecture: str, decay: float = 1.0, started: bool = False) -> list[Stage]:
-    """What came out best for each architecture (see `model_cards/results`).
+    """The stages that a drafter of an `architecture` is trained in.
 
-    Eagle: supervised, unrolled for three steps behind every prefix, which learns a window's first tokens fast, and
-    then TV + 0.3 KL on what decoding visits, as deep as its windows. A new drafter has half of the time for each, one
-    that is `started` 70% for the first; going on with PPOW won nothing over going on so. Others: supervised for 70% of
-    the time, then PPOW with windows verified by the target's text; one that is `started`, which PPOW left as it was,
-    only supervised. Losses along the text train hidden matrices by Muon. `decay` is that of the last one of them.
+    Eagle: the trainer's default objective. Others: supervised for 70% of the time, then PPOW with windows verified by
+    the target's text, by AdamW; a drafter that is `started` is trained supervised alone. `decay` is that of the last
+    phase along the text.
     """
-    muon = {"muon": 2.0}
-    if architecture != "eagle":
-        alone = Stage("supervised", seconds, 2e-3, muon, decay)
-        return [alone] if started else [replace(alone, seconds=0.7 * seconds), Stage("ppow", 0.3 * seconds, 1e-4, {})]
-    share, end = (0.7, 6e-4) if started else (0.5, 1e-3)  # the second begins at the rate that the first ends at
-    every = {"unroll_steps": 3, "text_weighting": "decay", **muon}
-    return [
-        Stage("supervised", share * seconds, 2e-3, every, 1 / share),
-        Stage("tv + 0.3*kl", (1 - share) * seconds, end, {"unroll_steps": None, **muon}, decay),
-    ]
+    if architecture == "eagle":
+        last_phase = 1 - parse_objective(PPOWTrainingArguments.objective, 0.1, 1.0)[-1].start
+        return [Stage(PPOWTrainingArguments.objective, seconds, 2e-3, {}, 1 - last_phase * (1 - decay))]
+    alone = Stage("supervised", seconds, 2e-3, {}, decay)
+    if started:
+        return [alone]
+    return [replace(alone, seconds=0.7 * seconds), Stage("ppow", 0.3 * seconds, 1e-4, {"muon": 0.0})]
 
 
 def in_turn(objectives: Iterable[str]) -> str:
@@ -185,48 +177,29 @@ def make_drafter(
     drafter itself, is gone on with and its log continued; another `seed` gives other training data. The held-out
     prompts are always the same. `settings` are PPOWTrainingArguments of all stages.
     """
-    from ..training.trainer import draw_curves
-
     output_dir = Path(output_dir)
     files = standard_library()
+    held_in, held_out = ([file for file in files if file.held_out is side] for side in (False, True))
     temperatures = text_temperatures(architecture)
-    train_data = target_text(
-        target, tokenizer, [f for f in files if not f.held_out], sequences, seed, cache_dir, temperatures
-    )
-    eval_data = target_text(target, tokenizer, [f for f in files if f.held_out], eval_prompts, 0, cache_dir)
+    train_data = target_text(target, tokenizer, held_in, sequences, seed, cache_dir, temperatures)
+    eval_data = target_text(target, tokenizer, held_out, eval_prompts, 0, cache_dir)
     log: list[dict] = []
     if start is None:
         drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
     else:
-        kept = Path(start, "supervised").is_dir()
-        drafter = PPOWDrafter.from_pretrained(Path(start, "supervised") if kept else start, dtype=torch.float32)
-        rows = json.loads(Path(start, "training_log.json").read_text())
-        log = [row for row in rows if row["objective"] != "ppow" or not kept]
-    steps_before = log[-1]["step"] if log else 0
+        drafter, log = load_start(start)
     stages = default_stages(seconds, architecture, decay=0.75, started=start is not None)
     for stage in stages:
         folder = output_dir / stage.kind
         history = train_stage(
-            drafter,
-            target,
-            tokenizer,
-            stage,
-            train_data,
-            eval_data,
-            folder,
-            seed,
-            eval_prompts=eval_prompts,
+            drafter, target, tokenizer, stage, train_data, eval_data, folder, seed, eval_prompts=eval_prompts,
             **settings,
-        )
+        )  # fmt: skip
+        steps_before = log[-1]["step"] if log else 0
         log += [{**row, "step": row["step"] + steps_before, "objective": stage.objective} for row in history]
-        steps_before = log[-1]["step"]
         save_drafter(drafter, tokenizer, folder)
     save_drafter(drafter, tokenizer, output_dir)
-    rows = ",\n".join(json.dumps(row) for row in provenance.shortened(log))
-    (output_dir / "training_log.json").write_text(f"[\n{rows}\n]\n")
-    draw_curves(
-        log, output_dir / "training.png", title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}"
-    )
+    write_log(log, output_dir, title=f"{architecture} drafter: {in_turn(row['objective'] for row in log)}")
     origin = provenance.describe(
         drafter.device,
         command,
@@ -239,6 +212,26 @@ def make_drafter(
     (output_dir / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
     write_drafter_card(output_dir, f"tiny-{architecture}" if target_name == "tiny" else None)
     return drafter
+
+
+def load_start(folder: str | Path) -> tuple[PPOWDrafter, list[dict]]:
+    """The drafter to go on with, in float32, and the log of the stages that made it.
+
+    Its supervised stage where that was kept, else the drafter itself.
+    """
+    kept = Path(folder, "supervised").is_dir()
+    drafter = PPOWDrafter.from_pretrained(Path(folder, "supervised") if kept else folder, dtype=torch.float32)
+    rows = json.loads(Path(folder, "training_log.json").read_text())
+    return drafter, [row for row in rows if row["objective"] != "ppow" or not kept]
+
+
+def write_log(log: list[dict], folder: Path, title: str) -> None:
+    """Write training_log.json, one row a line, and draw it as training.png."""
+    from ..training.trainer import draw_curves
+
+    rows = ",\n".join(json.dumps(row) for row in provenance.shortened(log))
+    (folder / "training_log.json").write_text(f"[\n{rows}\n]\n")
+    draw_curves(log, folder / "training.png", title=title)
 
 
 def save_drafter(drafter: PPOWDrafter, tokenizer, folder: str | Path) -> None:

@@ -33,6 +33,7 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 1024
 WORTH_COMPILING = 50  # optimizer steps
+EVAL_ROWS = 24  # of the held-out texts, for the loss during training
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
@@ -80,8 +81,7 @@ QWEN3_RECIPE = TargetRecipe(family="qwen3", num_layers=8, intermediate_size=384,
 
 
 def recipe_of(family: str, hidden_size: int | None = None, **changes: Any) -> TargetRecipe:
-    """The recipe of the embedded target of a family, `"llama"` or `"qwen3"`; what is not `None` takes the place of
-    the recipe's own.
+    """The recipe of a target of a family, `"llama"` or `"qwen3"`; what is not `None` replaces the recipe's own.
 
     With `hidden_size`, a multiple of twice the head's size, heads and the feed-forward layers grow in proportion.
     Raises `ValueError` for another.
@@ -128,6 +128,14 @@ def token_stream(files: list[SourceFile], tokenizer: PreTrainedTokenizerFast) ->
     encoded = tokenizer([file.text for file in files], add_special_tokens=False)["input_ids"]
     pieces = [torch.tensor([tokenizer.bos_token_id, *ids], dtype=torch.int32) for ids in encoded]
     return torch.cat(pieces)
+
+
+def spread_rows(stream: torch.Tensor, most: int | None = None) -> torch.Tensor:
+    """A stream `[tokens]` as rows `[n, 1024]`; where there are more than `most`, so many evenly spread ones."""
+    rows = stream[: len(stream) // CONTEXT_LENGTH * CONTEXT_LENGTH].view(-1, CONTEXT_LENGTH).long()
+    if most is not None and len(rows) > most:
+        rows = rows[torch.linspace(0, len(rows) - 1, most).long()]
+    return rows
 
 
 class StepBatches(Dataset):
@@ -246,10 +254,7 @@ def bfloat16_pays(device: str) -> bool:
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, files: list[SourceFile], max_chunks: int | None = None) -> float:
     """Held-out bits per byte: total negative log2-likelihood over the files' UTF-8 bytes, in rows of 1,024 tokens."""
-    stream = token_stream(files, tokenizer)
-    rows = stream[: len(stream) // CONTEXT_LENGTH * CONTEXT_LENGTH].view(-1, CONTEXT_LENGTH).long()
-    if max_chunks is not None and len(rows) > max_chunks:
-        rows = rows[torch.linspace(0, len(rows) - 1, max_chunks).long()]
+    rows = spread_rows(token_stream(files, tokenizer), max_chunks)
     nats, byte_count = 0.0, 0
     for row in rows.split(4):
         loss = model(input_ids=row.to(model.device), labels=row.to(model.device), use_cache=False).loss
@@ -267,8 +272,6 @@ def make_target(
     Checkpoints lie under `output_dir/checkpoints`; a second call with the same folder resumes from the last one.
     Writes bfloat16 safetensors, tokenizer, `recipe.json`, `training_log.json` and `loss.png`.
     """
-    from ..measure.plots import plot_curves
-
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -280,22 +283,50 @@ def make_target(
 
     set_seed(recipe.seed)
     model = build_target(recipe, tokenizer.bos_token_id, tokenizer.pad_token_id)
-    stream = token_stream(held_in, tokenizer)
-    evaluation_stream = token_stream(held_out, tokenizer)
-    for side, tokens in (("held in", stream), ("held out", evaluation_stream)):
-        if len(tokens) < CONTEXT_LENGTH:
+    train_stream, eval_stream = token_stream(held_in, tokenizer), token_stream(held_out, tokenizer)
+    for side, stream in (("held in", train_stream), ("held out", eval_stream)):
+        if len(stream) < CONTEXT_LENGTH:
             raise ValueError(
-                f"texts: {len(tokens)} tokens {side} are less than one row of {CONTEXT_LENGTH}. Pass more texts."
+                f"texts: {len(stream)} tokens {side} are less than one row of {CONTEXT_LENGTH}. Pass more texts."
             )
-    evaluation_rows = evaluation_stream[: len(evaluation_stream) // 1024 * 1024].view(-1, 1024).long()
-    picked = evaluation_rows[torch.linspace(0, len(evaluation_rows) - 1, min(24, len(evaluation_rows))).long()]
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(held_in)} held-in texts with "
-        f"{len(stream):,} tokens; {len(held_out)} held-out texts with {len(evaluation_stream):,} tokens",
+        f"{len(train_stream):,} tokens; {len(held_out)} held-out texts with {len(eval_stream):,} tokens",
         flush=True,
     )
-    arguments = TrainingArguments(
-        output_dir=str(output_dir / "checkpoints"),
+    arguments = target_arguments(recipe, output_dir / "checkpoints", device)
+    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    clock = ProcessorTimeLimit(recipe, checkpoint)
+    trainer = make_target_trainer(model, recipe, arguments, train_stream, spread_rows(eval_stream, EVAL_ROWS), clock)
+    started = time.time()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model = trainer.model.eval()
+    report = {
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_in_tokens": len(train_stream),
+        "tokens_seen": trainer.state.global_step * recipe.tokens_per_step,
+        "steps": trainer.state.global_step,
+        "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, max_chunks=200),
+        "held_out_bits_per_byte_rows": 200,
+        "corpus": "stdlib" if texts is None else "texts",
+        "corpus_fingerprint": corpus_fingerprint(files),
+        "processor_hours": clock.used() / 3600,
+        "wall_minutes_last_session": (time.time() - started) / 60,
+    }
+    write_target(output_dir, model, report, trainer.state.log_history)
+    prompts = function_prompts(held_out, 4, seed=recipe.seed) if texts is None else openings(held_out, 4)
+    samples = continuations(model.float(), tokenizer, prompts)
+    write_target_card(output_dir, samples)
+    print(json.dumps(report, indent=2))
+    print("\n\n".join(f"{prompt}>>>{completion}" for prompt, completion in samples))
+    return output_dir
+
+
+def target_arguments(recipe: TargetRecipe, checkpoints: Path, device: str) -> TrainingArguments:
+    """How the Trainer trains a target of this recipe."""
+    return TrainingArguments(
+        output_dir=str(checkpoints),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=4,
@@ -315,58 +346,57 @@ def make_target(
         prediction_loss_only=True,
         dataloader_num_workers=0,
     )
-    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    clock = ProcessorTimeLimit(recipe, checkpoint)
+
+
+def make_target_trainer(
+    model: Any,
+    recipe: TargetRecipe,
+    arguments: TrainingArguments,
+    train_stream: torch.Tensor,
+    eval_rows: torch.Tensor,
+    clock: ProcessorTimeLimit,
+) -> TargetTrainer:
+    """The trainer on a stream `[tokens]`, evaluated on rows `[n, 1024]`, compiled where that is worth its time."""
     trainer = TargetTrainer(
         model=model,
         args=arguments,
-        train_dataset=StepBatches(stream, recipe),
-        eval_dataset=[{"input_ids": row, "labels": row} for row in picked],
+        train_dataset=StepBatches(train_stream, recipe),
+        eval_dataset=[{"input_ids": row, "labels": row} for row in eval_rows],
         data_collator=_collate,
         callbacks=[clock],
     )
     trainer.recipe = recipe
     # Without torch.compile training takes 1.6 times as long on a CPU; compiling takes a minute, and g++ there.
-    if recipe.max_steps >= WORTH_COMPILING and (shutil.which("g++") or device == "cuda"):
+    if recipe.max_steps >= WORTH_COMPILING and (shutil.which("g++") or not arguments.use_cpu):
         trainer.compiled = torch.compile(model, dynamic=False)
-    started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    model = trainer.model.eval()
-    report = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "held_in_tokens": len(stream),
-        "tokens_seen": trainer.state.global_step * recipe.tokens_per_step,
-        "steps": trainer.state.global_step,
-        "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, max_chunks=200),
-        "held_out_bits_per_byte_rows": 200,
-        "corpus": "stdlib" if texts is None else "texts",
-        "corpus_fingerprint": corpus_fingerprint(files),
-        "processor_hours": clock.used() / 3600,
-        "wall_minutes_last_session": (time.time() - started) / 60,
-    }
+    return trainer
+
+
+def write_target(output_dir: Path, model: Any, report: dict[str, Any], log: list[dict]) -> None:
+    """Write weights (the model is bfloat16 then), recipe.json, training_log.json and loss.png."""
+    from ..measure.plots import plot_curves
+
     model.config.use_cache = model.generation_config.use_cache = True  # Trainer had turned it off for training
     model.to(torch.bfloat16).save_pretrained(output_dir)
     (output_dir / "recipe.json").write_text(json.dumps(report, indent=2) + "\n")
-    (output_dir / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    (output_dir / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     plot_curves(
-        {"loss": [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]},
-        {"held-out loss": [(r["step"], r["eval_loss"]) for r in trainer.state.log_history if "eval_loss" in r]},
+        {"loss": [(row["step"], row["loss"]) for row in log if "loss" in row]},
+        {"held-out loss": [(row["step"], row["eval_loss"]) for row in log if "eval_loss" in row]},
         output_dir / "loss.png",
-        title=f"{recipe.family} target, nats per token",
+        title=f"{report['recipe']['family']} target, nats per token",
     )
-    model.float()
+
+
+def continuations(model: Any, tokenizer: Any, prompts: list[str]) -> list[tuple[str, str]]:
+    """The last 96 tokens of each prompt, and what the model writes behind them, 96 tokens at T = 0."""
     samples = []
-    prompts = function_prompts(held_out, 4, seed=recipe.seed) if texts is None else openings(held_out, 4)
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -96:].long()
         ids = ids.to(model.device)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False)
         samples.append((tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :])))
-    write_target_card(output_dir, samples)
-    print(json.dumps(report, indent=2))
-    print("\n\n".join(f"{prompt}>>>{completion}" for prompt, completion in samples))
-    return output_dir
+    return samples
 
 
 def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,46 @@
 """Arguments of PPOWTrainer, each with its source. Knows numbers and their ranges only."""
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
 
 from ..measure.evaluation import EVALUATION_METRICS
-from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, objective_text, parse_objective
+from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
 
-GROUP_REWARDS = ("own", "best", "marginal")
+logger = logging.get_logger(__name__)
+
+MUON = 2.0  # the default of `muon` where Muon can be used
+FIRST_UNROLL_STEPS = 3  # the default of `unroll_steps` in a phase that another one follows
+
+ACCEPTED = {"verify_with": ("auto", "target"), "text_weighting": (None, "decay", "visited")}
+AT_LEAST = {
+    "max_window": (1, "draft tokens (K)"),
+    "num_rollouts": (1, "windows of a group (G)"),
+    "num_prefixes": (1, "prefixes of a sequence (N)"),
+    "num_iterations": (1, "gradient steps"),
+    "unroll_steps": (1, "draft steps"),
+    "per_device_train_batch_size": (1, "sequences"),
+    "per_device_eval_batch_size": (1, "prompts"),
+    "gradient_accumulation_steps": (1, "batches"),
+    "regenerate_batch_size": (1, "prompts"),
+    "max_length": (4, "tokens"),
+    "max_new_tokens": (1, "tokens"),
+    "chunk_size": (1, "positions"),
+    "verify_tokens": (1, "tokens"),
+    "eval_prompts": (0, "prompts"),
+    "eval_prompt_length": (1, "tokens"),
+    "eval_new_tokens": (1, "tokens"),
+}
+POSITIVE = ("rollout_temperature", "unroll_decay", "proximity_threshold", "clip_range")
+NOT_NEGATIVE = (
+    "target_temperature", "ce_weight", "kl_weight", "speedup_weight", "throughput_weight", "proximity_weight",
+    "kl_coef", "text_kl_coef", "adaw_start",
+)  # fmt: skip
 
 
 @dataclass
@@ -17,128 +48,150 @@ class PPOWTrainingArguments(TrainingArguments):
     r"""
     Arguments of [`PPOWTrainer`], besides those of transformers' `TrainingArguments`.
 
+    The defaults are one recipe for an eagle drafter: texts that the target writes, half of them at T = 0 and half at
+    T = 1; three unrolled steps behind every prefix for the first 70% of the training, then TV and KL on the windows
+    that decoding visits; hidden matrices trained by Muon.
+
     Args:
         > Parameters that control what is trained
 
-        objective (`str`, *optional*, defaults to `"supervised; 0.7: tv + 0.3*kl"`):
-            What is minimised; the default came out best in our comparisons. A name, a weighted sum (`"0.3*kl + tv"`;
-            in Python also `{"kl": 0.3, "tv": 1.0}`), or a schedule of them (`"kl; 0.5: 0.3*kl + tv"`: the second one
-            from half of the training on).
-            Along the text, for every token: `"ce"` -log Q(text); `"kl"` KL(P||Q); `"tv"` TV(P, Q); `"lk"` -log alpha
-            [2602.23881]; `"lk_hybrid"` KL and TV mixed by alpha [2602.23881; mixed position by position: ours];
-            `"expected_length"` minus the share of a window that is kept, in expectation over what the drafter draws at
-            `rollout_temperature`: the policy gradient of a window's accepted tokens without sampling one, as a window
-            that goes on is on the text [ours]; of windows of `unroll_steps` (eagle) or `max_window` tokens;
-            `"supervised"` the first two by their weights below, what continued supervised training (CST) goes on with.
-            Along windows that the drafter drafts, verified by the target: `"ppow"` reinforcement learning on windows
-            with the rewards and anchors below [paper]; `"token_rl"` a token's reward is its own agreement with the
-            target [ours]; `"reinforce"` the accepted tokens from each token on, up to the first rejection, against the
-            group's other windows [ours]; `"expected_acceptance"` the expected accepted tokens, exact over each next
-            token [ours]; `"opd"`, `"opd_reverse"` on-policy distillation, KL(P||Q) or KL(Q||P) [2605.29343; which
-            positions: ours]. Terms of the text that stand beside these follow the text behind the chosen prefixes.
+        objective (`str` or `dict[str, float]`, *optional*, defaults to `"supervised; 0.7: tv + 0.3*kl"`):
+            Loss to minimize. One of:
+
+            - the name of a term below;
+            - a weighted sum of terms: `"0.3*kl + tv"`, in Python also `{"kl": 0.3, "tv": 1.0}`;
+            - a schedule of phases: `"kl; 0.5: 0.3*kl + tv"` minimizes the second sum from half of the training on.
+
+            Terms along the text, for every learned token:
+
+            - `"ce"`: -log Q(token).
+            - `"kl"`: KL(P||Q).
+            - `"supervised"`: `ce_weight` * ce + `kl_weight` * kl.
+            - `"tv"`: total variation TV(P, Q) [2211.17192].
+            - `"lk"`: -log of the acceptance rate [2602.23881].
+            - `"expected_length"`: minus the expected share of a window that is accepted, in closed form along the
+              text [ours].
+
+            Terms along windows that the drafter drafts and the target verifies:
+
+            - `"ppow"`: clipped policy gradient of window rewards, with KL anchors [paper].
+            - `"token_rl"`: policy gradient in which a token's reward is its own acceptance [ours].
+            - `"opd"`: on-policy distillation, KL(P||Q) up to the first rejected token [2605.29343].
+
+            Terms along the text that stand beside these follow the text behind the windows' prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether an eagle drafter's token embeddings are trained; as in EAGLE-3 they stay the target's.
+            Whether to train an eagle drafter's token embeddings. By default they stay the target's [EAGLE-3].
 
         > Parameters that control the data
 
-        max_length (`int`, *optional*, defaults to `256`): tokens in a training sequence.
-        packing (`bool`, *optional*, defaults to `True`): whether `text` rows are joined and cut into full sequences.
-        regenerate (`bool`, *optional*, defaults to `False`):
-            Whether the target writes the completions itself first. Drafters must learn the target's own text.
-        regenerate_temperature (`float` or `list[float]`, *optional*, defaults to `0.0`):
-            At which temperature it writes; of several, prompts take one after the other in turn. Text at T = 0 teaches
-            greedy decoding, `[0.0, 1.0]` sampling too; windows are verified by the text only where all of it is T = 0.
-        max_new_tokens (`int`, *optional*, defaults to `128`), regenerate_batch_size (`int`, *optional*, defaults to
-            `16`): tokens of a completion, and prompts completed at once.
+        max_length (`int`, *optional*, defaults to `256`):
+            Maximum number of tokens in a training sequence.
+        packing (`bool`, *optional*, defaults to `True`):
+            Whether to join `text` rows and cut them into sequences of `max_length` tokens.
+        regenerate (`bool`, *optional*):
+            Whether the target writes the completions. By default it does for rows with a `prompt` or `messages`, in
+            place of completions in the data, and `text` rows are trained on as they are. `True` also writes behind
+            the beginning of each `text` row. `False` trains on the completions in the data.
+        regenerate_temperature (`float` or `list[float]`, *optional*, defaults to `[0.0, 1.0]`):
+            Temperature at which the target writes. Several take turns, prompt by prompt [ours].
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Maximum number of tokens that the target writes behind a prompt.
+        regenerate_batch_size (`int`, *optional*, defaults to `16`):
+            Number of prompts that the target completes at once.
 
-        > Parameters of the supervised objective
+        > Parameters that control the terms along the text
 
-        ce_weight (`float`, *optional*, defaults to `0.1`), kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weights of -log Q(text) and of KL(P||Q) [ours].
+        ce_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of `ce` in `supervised` [ours].
+        kl_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of `kl` in `supervised` [ours].
         unroll_steps (`int`, *optional*):
-            Draft steps that an eagle drafter is unrolled on its own features (EAGLE-3's training-time test); `None`:
-            `max_window`, so that what is drafted was learned. Fewer are faster, for the beginning of a training: one
-            that had only seen 3 kept little behind them, and 10 in its last part raised that like PPOW did [ours].
-        unroll_decay (`float`, *optional*, defaults to `0.9`): weight of each further step.
+            Number of draft steps an eagle drafter is unrolled on its own features (training-time test [EAGLE-3]).
+            Defaults to 3 in a phase that another one follows, and to `max_window` in the last one and for
+            `expected_length` [ours].
+        unroll_decay (`float`, *optional*, defaults to `0.9`):
+            Weight of each unrolled step relative to the one before it, with `text_weighting="decay"` [ours].
         text_weighting (`str`, *optional*):
-            What counts in the terms along the text of an eagle or medusa drafter: `"visited"`, only what decoding it
-            would draft with the drafter as it is, rounds beginning where others end: as deep as it gets, for less than
-            half the work; or `"decay"`, windows behind every prefix, their steps by `unroll_decay` [ours].
-            `expected_length`, which weighs steps itself, is of the whole windows that decoding begins, in tokens kept,
-            or of those behind every prefix, in shares of a window. `None`: `"visited"`, but `"decay"` where it is
-            among the terms. Not of the terms beside windows' ones, which follow the windows' prefixes.
-        lk_decay (`float`, *optional*, defaults to `3.0`):
-            How fast `lk_hybrid` goes from KL to TV as acceptance rises [2602.23881; its value is ours].
+            Tokens of an eagle or medusa drafter's unrolled windows that are learned: `"decay"`, all of the windows
+            behind every prefix, weighted by `unroll_decay`; `"visited"`, only those that decoding the text would
+            draft. Defaults to `"decay"` in a phase that another one follows and for `expected_length`, and to
+            `"visited"` elsewhere [ours].
 
-        > Parameters of the objectives on drafted windows
+        > Parameters that control the terms along drafted windows
 
-        max_window (`int`, *optional*, defaults to `10`): tokens in a window, K [paper].
-        num_rollouts (`int`, *optional*, defaults to `8`): windows drafted from each chosen prefix, G [paper].
-        num_prefixes (`int`, *optional*, defaults to `8`): prefixes chosen from each sequence, N [ours].
+        max_window (`int`, *optional*, defaults to `10`):
+            Number of tokens in a window, K [paper].
+        num_rollouts (`int`, *optional*, defaults to `8`):
+            Number of windows drafted from each chosen prefix, G [paper].
+        num_prefixes (`int`, *optional*, defaults to `8`):
+            Number of prefixes chosen from each sequence, N [ours].
         rollout_temperature (`float`, *optional*, defaults to `0.3`):
-            Temperature at which the drafter drafts; the literal method drafts at 1.0 [paper], which raised sampled and
-            lowered greedy acceptance in our study [ours].
+            Temperature of the drafter [ours]; 1.0 in the literal method [paper].
         target_temperature (`float`, *optional*, defaults to `0.0`):
-            0: a draft token is kept if it is the target's choice; above 0: by rejection sampling.
-        verify_text_as_written (`bool`, *optional*, defaults to `False`):
-            Whether the windows that decoding a text visits, and `expected_length`, are at the text's own temperature:
-            text that the target wrote at T = 0 is kept where it is the drafter's choice, other text as rejection
-            sampling at T = 1 keeps drafts that are drawn at 1 [ours]. `False`: all of it is verified at
-            `target_temperature`, which must be 0 where this is `True`.
+            Temperature used for verification. `0` accepts a draft token if it is the target's argmax; above `0`,
+            rejection sampling.
         verify_with (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: on text that the target wrote at T = 0, drafts are verified by that text, with no further forward
-            of the target, where nothing beyond a window's first rejected token is asked for (`target_temperature=0`
-            and `proximity_weight=0`, or an objective without that reward) [ours]; `"target"`: always by the target.
-        speedup_weight (`float`, *optional*, defaults to `1.0`): weight of k / (k * gamma + 1) [paper].
-        throughput_weight (`float`, *optional*, defaults to `0.0`): weight of (k + 1) / (K * gamma + 1) [ours].
-        group_reward (`str`, *optional*, defaults to `"own"`):
-            `"own"`: a window earns what it yields alone [paper]; for decoders that verify `candidate_group` windows at
-            once and keep the longest: `"best"`, every window earns what the best of its candidates yields, and
-            `"marginal"`, what its candidates would lose without it [ours].
-        candidate_group (`int`, *optional*):
-            Windows verified at once, C; divides `num_rollouts`, and `None` means all of them [ours].
-        expected_reward (`bool`, *optional*, defaults to `False`):
-            At T > 0, rewards averaged over the target's verdicts, given the drafted tokens (Rao-Blackwell), in place
-            of those of one sampled verdict [ours].
-        on_policy_positions (`str`, *optional*, defaults to `"reached"`):
-            Tokens of drafted windows that `opd` and `opd_reverse` learn: up to the first rejected one, or `"all"`
-            [ours].
+            What verifies the windows: `"target"`, a forward of the target over all of them; `"auto"`, the text itself
+            where the target wrote it at T = 0 and no term asks for more (`target_temperature=0`, and
+            `proximity_weight=0` with `ppow`), else the target [ours].
+        speedup_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the reward k / (k * gamma + 1) of k accepted tokens [paper].
+        throughput_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the reward (k + 1) / (K * gamma + 1) [ours].
         proximity_weight (`float`, *optional*, defaults to `0.0`):
-            eta; the literal method has the reward [paper], here with 0.5 [ours]. At 0 windows may need no forward of
-            the target, see `verify_with`: for equal target-forward tokens that won more in our comparison [ours].
-        proximity_threshold (`float`, *optional*, defaults to `5.0`): epsilon in nats [paper; its value is ours].
-        advantages (`str`, *optional*, defaults to `"standardized"`): or `"leave_one_out"`.
-        clip_range (`float`, *optional*, defaults to `0.2`): PPO's clip [paper; its value is ours].
-        num_iterations (`int`, *optional*, defaults to `1`): gradient steps on each batch of rollouts.
+            Reward eta of a window without accepted tokens that the target finds likely [paper]; 0.5 in the literal
+            method [ours].
+        proximity_threshold (`float`, *optional*, defaults to `5.0`):
+            Nats epsilon by which such a window may be less likely than the target's own [paper; its value is ours].
+        clip_range (`float`, *optional*, defaults to `0.2`):
+            PPO's clip [paper; its value is ours].
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of gradient steps on each batch of rollouts.
         kl_coef (`float`, *optional*, defaults to `0.1`):
-            Weight of KL(P||Q) to the target along the drafted windows [paper; its value is ours].
+            Weight of KL(P||Q) along the drafted windows in `ppow` [paper; its value is ours].
         text_kl_coef (`float`, *optional*, defaults to `1.0`):
-            Weight of KL(P||Q) along the text; 0 in the literal method, 1 in our study's best variant [ours].
+            Weight of KL(P||Q) along the text in `ppow` [ours]; 0 in the literal method [paper].
         adaw_start (`float`, *optional*, defaults to `0.3`):
-            Share of the steps in which prefixes are chosen uniformly, before ADAW [paper; its value is ours]. 1 turns
-            ADAW off.
-        cost_ratio (`float`, *optional*): gamma of the rewards; measured at the start where it is not given.
+            Share of the training after which ADAW chooses the prefixes; before, they are chosen uniformly [paper; its
+            value is ours]. `1` turns ADAW off.
+        cost_ratio (`float`, *optional*):
+            Cost of a draft step in target forwards, gamma in the rewards. Measured before training by default.
 
-        > Parameters of the optimizer, beside the Trainer's own
+        > Parameters that control the optimizer
 
-        muon (`float`, *optional*, defaults to `0.0`):
-            Above 0, hidden matrices are trained by Muon, which orthogonalises their momentum, their steps this many
-            times the size of AdamW's at `learning_rate`, and the rest by AdamW. 2 won most in our comparison [ours].
-            Not with `optim`, FSDP or DeepSpeed.
+        learning_rate (`float`, *optional*, defaults to `2e-3`):
+            Initial learning rate [ours]. It suits the terms along the text; use `1e-4` for `ppow`.
+        adam_beta2 (`float`, *optional*, defaults to `0.95`):
+            AdamW's beta2 [ours].
+        warmup_steps (`float`, *optional*, defaults to `10`):
+            Number of warm-up steps, or below 1 their share of the training [ours].
+        muon (`float`, *optional*):
+            Learning rate of the hidden matrices, which Muon (Jordan 2024) trains, relative to `learning_rate`; `0`
+            trains all parameters by AdamW. Defaults to 2.0 [ours], and to 0.0 with another `optim`, FSDP or DeepSpeed,
+            which Muon cannot be combined with.
 
-        > Parameters that control memory and evaluation
+        > Parameters that control memory
 
-        chunk_size (`int`, *optional*, defaults to `1024`): positions whose vocabulary-wide tensors are held at once.
-        verify_tokens (`int`, *optional*, defaults to `4096`): draft tokens of a sequence in one packed target forward.
-        eval_prompts (`int`, *optional*, defaults to `16`): held-out prompts that are decoded at each evaluation,
-            `per_device_eval_batch_size` of them at once.
-        eval_prompt_length (`int`, *optional*, defaults to `96`): tokens of a prompt taken from a `text` row.
-        eval_new_tokens (`int`, *optional*, defaults to `64`): tokens decoded behind each.
-        calibrate_at_end (`bool`, *optional*, defaults to `True`): whether training ends by fitting the window rule.
-        metric_for_best_model (`str`, *optional*): the metric that says which checkpoint is best;
-            `"eval_acceptance_length"` where one is needed and none is given.
-        greater_is_better (`bool`, *optional*): whether more of that metric is better; by default not for
-            `"eval_kl"`, `"eval_wasted"` and `"eval_repeated_8grams"`.
+        chunk_size (`int`, *optional*, defaults to `1024`):
+            Number of positions whose vocabulary-wide tensors are held at once.
+        verify_tokens (`int`, *optional*, defaults to `4096`):
+            Maximum number of draft tokens of a sequence in one forward of the target.
+
+        > Parameters that control evaluation
+
+        eval_prompts (`int`, *optional*, defaults to `16`):
+            Number of held-out prompts that are decoded, `per_device_eval_batch_size` of them at once.
+        eval_prompt_length (`int`, *optional*, defaults to `96`):
+            Number of tokens of a prompt taken from a `text` row.
+        eval_new_tokens (`int`, *optional*, defaults to `64`):
+            Number of tokens decoded behind each prompt.
+        calibrate_at_end (`bool`, *optional*, defaults to `True`):
+            Whether to fit the window rule to the held-out prompts after training [ours].
+        metric_for_best_model (`str`, *optional*):
+            Metric that chooses the best checkpoint. Defaults to `"eval_acceptance_length"` where one is needed.
+        greater_is_better (`bool`, *optional*):
+            Whether a larger metric is better. Defaults to `False` for `"eval_kl"`, `"eval_wasted"` and
+            `"eval_repeated_8grams"`, else to `True`.
     """
 
     objective: str = field(
@@ -151,48 +204,54 @@ class PPOWTrainingArguments(TrainingArguments):
     train_embeddings: bool = field(default=False, metadata={"help": "Train an eagle drafter's token embeddings too."})
     max_length: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
     packing: bool = field(default=True, metadata={"help": "Join text rows and cut them into full sequences."})
-    regenerate: bool = field(default=False, metadata={"help": "Let the target write the completions first."})
-    regenerate_temperature: list[float] = field(
-        default_factory=lambda: [0.0], metadata={"help": "Temperature of those completions; several: in turn."}
+    regenerate: bool | None = field(
+        default=None,
+        metadata={"help": "Let the target write the completions; by default for rows with a prompt or messages."},
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion of regenerate."})
+    regenerate_temperature: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "Temperature of those completions; several: in turn."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion that the target writes."})
     regenerate_batch_size: int = field(default=16, metadata={"help": "Prompts completed at once."})
     ce_weight: float = field(default=0.1, metadata={"help": "Weight of -log Q(text) (supervised)."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(P||Q) (supervised)."})
     unroll_steps: int | None = field(
-        default=None, metadata={"help": "Unrolled draft steps of an eagle drafter (supervised); None: max_window."}
+        default=None,
+        metadata={"help": "Unrolled draft steps of an eagle drafter; by default 3, and max_window in the last phase."},
     )
     unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
     text_weighting: str | None = field(
-        default=None, metadata={"help": "'visited': what decoding would draft; 'decay': every window."}
+        default=None,
+        metadata={
+            "help": "'decay': every window; 'visited': what decoding would draft. By default 'decay', and 'visited' "
+            "in the last phase."
+        },
     )
-    lk_decay: float = field(default=3.0, metadata={"help": "How fast lk_hybrid goes from KL to TV."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})
     rollout_temperature: float = field(default=0.3, metadata={"help": "Temperature of drafting; literal: 1.0."})
     target_temperature: float = field(default=0.0, metadata={"help": "0: greedy verification, else sampling."})
-    verify_text_as_written: bool = field(
-        default=False, metadata={"help": "Verify text at the temperature it was written at, along the text."}
-    )
     verify_with: str = field(default="auto", metadata={"help": "'auto': by the target's own text where it can be."})
     speedup_weight: float = field(default=1.0, metadata={"help": "Weight of k/(k*gamma+1) [paper]."})
     throughput_weight: float = field(default=0.0, metadata={"help": "Weight of (k+1)/(K*gamma+1) [ours]."})
-    group_reward: str = field(default="own", metadata={"help": "'own' [paper], 'best' or 'marginal' of candidates."})
-    candidate_group: int | None = field(default=None, metadata={"help": "Windows verified at once; None: all."})
-    expected_reward: bool = field(default=False, metadata={"help": "Rewards averaged over verdicts (T > 0)."})
-    on_policy_positions: str = field(default="reached", metadata={"help": "'reached' or 'all' (opd)."})
     proximity_weight: float = field(default=0.0, metadata={"help": "eta of the proximity reward; literal: 0.5."})
     proximity_threshold: float = field(default=5.0, metadata={"help": "epsilon of the proximity reward, nats."})
-    advantages: str = field(default="standardized", metadata={"help": "'standardized' or 'leave_one_out'."})
     clip_range: float = field(default=0.2, metadata={"help": "PPO's clip."})
     num_iterations: int = field(default=1, metadata={"help": "Gradient steps on each batch of rollouts."})
     kl_coef: float = field(default=0.1, metadata={"help": "Weight of KL to the target along drafted windows."})
     text_kl_coef: float = field(default=1.0, metadata={"help": "Weight of KL to the target along the text."})
     adaw_start: float = field(default=0.3, metadata={"help": "Share of steps before ADAW; 1: never."})
-    cost_ratio: float | None = field(default=None, metadata={"help": "gamma of the rewards; None: measured."})
-    muon: float = field(
-        default=0.0, metadata={"help": "Train hidden matrices by Muon; size of its steps in AdamW's. 0: AdamW alone."}
+    cost_ratio: float | None = field(default=None, metadata={"help": "gamma of the rewards; by default measured."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate; 1e-4 suits ppow."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2."})
+    warmup_steps: float = field(default=10, metadata={"help": "Warm-up steps; below 1, their share of the training."})
+    muon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of hidden matrices, trained by Muon, relative to learning_rate; 0: AdamW alone. By "
+            "default 2.0, and 0 with another optim, FSDP or DeepSpeed."
+        },
     )
     chunk_size: int = field(default=1024, metadata={"help": "Positions held vocabulary-wide at once."})
     verify_tokens: int = field(default=4096, metadata={"help": "Draft tokens in one packed target forward."})
@@ -205,6 +264,22 @@ class PPOWTrainingArguments(TrainingArguments):
         metadata={"help": 'Evaluation metric; "eval_acceptance_length" where one is needed and none is given.'},
     )
     greater_is_better: bool | None = field(default=None, metadata={"help": "Follows metric_for_best_model."})
+
+    def __post_init__(self):
+        # What the trainer's own data path needs; a drafter's forward takes none of the data's columns by name.
+        self.remove_unused_columns = False
+        self.dataloader_drop_last = True
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
+            self.ddp_find_unused_parameters = False
+        self._choose_best_metric()
+        super().__post_init__()
+        if isinstance(self.objective, dict):
+            self.objective = objective_text(self.objective)
+        if isinstance(self.regenerate_temperature, int | float):
+            self.regenerate_temperature = [float(self.regenerate_temperature)]
+        self._check_ranges()
+        self._check_windows()
+        self._choose_muon()
 
     def _choose_best_metric(self) -> None:
         """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""
@@ -223,107 +298,88 @@ class PPOWTrainingArguments(TrainingArguments):
         if self.greater_is_better is None:
             self.greater_is_better = EVALUATION_METRICS[names[0]]
 
-    def __post_init__(self):
-        # What the trainer's own data path needs; a drafter's forward takes none of the data's columns by name.
-        self.remove_unused_columns = False
-        self.dataloader_drop_last = True
-        if getattr(self, "ddp_find_unused_parameters", None) is None:
-            self.ddp_find_unused_parameters = False
-        self._choose_best_metric()
-        super().__post_init__()
-        if isinstance(self.objective, dict):
-            self.objective = objective_text(self.objective)
-        if self.text_weighting is None:
-            self.text_weighting = "decay" if self._uses(("expected_length",)) else "visited"
-        if isinstance(self.regenerate_temperature, int | float):
-            self.regenerate_temperature = [float(self.regenerate_temperature)]
-        self.weights_at(0.0)
-        for name, accepted in (
-            ("advantages", ("standardized", "leave_one_out")),
-            ("group_reward", GROUP_REWARDS),
-            ("on_policy_positions", ("reached", "all")),
-            ("verify_with", ("auto", "target")),
-            ("text_weighting", ("decay", "visited")),
-        ):
+    def _check_ranges(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} given; a finite number is needed.")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise ValueError(f"{name}: {getattr(self, name)} given; training takes at least one step.")
+        for name, accepted in ACCEPTED.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {list(accepted)}.")
-        for name, least, meaning in (
-            ("max_window", 1, "draft tokens (K)"),
-            ("num_rollouts", 2 if self._uses(GROUP_TERMS) else 1, "windows of a group (G), which are compared"),
-            ("num_prefixes", 1, "prefixes of a sequence (N)"),
-            ("num_iterations", 1, "gradient steps"),
-            ("unroll_steps", 1, "draft steps"),
-            ("max_length", 4, "tokens"),
-            ("max_new_tokens", 1, "tokens"),
-            ("chunk_size", 1, "positions"),
-            ("verify_tokens", 1, "tokens"),
-            ("eval_prompts", 0, "prompts"),
-            ("eval_prompt_length", 1, "tokens"),
-            ("eval_new_tokens", 1, "tokens"),
-        ):
-            if (given := getattr(self, name)) is not None and given < least:
+        for name, (least, meaning) in AT_LEAST.items():
+            given = getattr(self, name)
+            if given is not None and given < least:
                 raise ValueError(f"{name}: {given} given; at least {least} {meaning} are needed.")
-        for name in ("rollout_temperature", "unroll_decay", "lk_decay", "proximity_threshold", "clip_range"):
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must be above 0.")
-        for name in (
-            "target_temperature", "ce_weight", "kl_weight", "speedup_weight",
-            "throughput_weight", "proximity_weight", "kl_coef", "text_kl_coef", "adaw_start", "muon",
-        ):  # fmt: skip
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must not be negative.")
-        if self.verify_text_as_written and self.target_temperature > 0:
-            raise ValueError(
-                f"verify_text_as_written: True and target_temperature={self.target_temperature} given; leave out one: "
-                "all text is verified at one temperature, or each at its own."
-            )
         if not self.regenerate_temperature or min(self.regenerate_temperature) < 0:
             raise ValueError(
                 f"regenerate_temperature: {self.regenerate_temperature} given; pass numbers that are not negative."
             )
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
-        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
-        if self.muon and (self.fsdp or self.deepspeed or "true" in map(str.lower, launched)):
-            raise ValueError("muon: it orthogonalises whole matrices, which FSDP and DeepSpeed split. Leave it out.")
-        if self.muon and self.optim != type(self).optim:
+
+    def _check_windows(self) -> None:
+        """What the objective's terms on drafted windows need."""
+        if self._uses(GROUP_TERMS) and self.num_rollouts < 2:
             raise ValueError(
-                f"muon: given with optim={getattr(self.optim, 'value', self.optim)!r}. Leave one of them out."
+                f"num_rollouts: {self.num_rollouts} given; {self.objective!r} compares the windows of a group (G). "
+                "Pass at least 2."
             )
         if self.uses_rollouts and self.max_length <= self.max_window:
             raise ValueError(
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
             )
-        self._check_groups()
 
-    def _check_groups(self) -> None:
-        if self.group_reward == "own":
-            if self.candidate_group is not None:
-                raise ValueError('candidate_group: without effect with group_reward="own"; give "best" or "marginal".')
-            return
-        size = self.num_rollouts if self.candidate_group is None else self.candidate_group
-        if size < 1 or self.num_rollouts % size or (self.group_reward == "best" and size == self.num_rollouts):
-            raise ValueError(
-                f"candidate_group: {size} candidates given with num_rollouts={self.num_rollouts} and "
-                f"group_reward={self.group_reward!r}. It must divide num_rollouts, and leave something to compare: "
-                "less than num_rollouts with 'best'."
-            )
-        if self.expected_reward:
-            raise ValueError("expected_reward: the best of a group is taken from sampled verdicts; leave it out.")
+    def _choose_muon(self) -> None:
+        """Muon by default where it can be used; raises where it is asked for and cannot."""
+        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
+        obstacle = None
+        if self.fsdp or self.deepspeed or "true" in map(str.lower, launched):
+            obstacle = "FSDP or DeepSpeed, which split the matrices that it orthogonalizes"
+        elif self.optim != type(self).optim:
+            obstacle = f"optim={getattr(self.optim, 'value', self.optim)!r}"
+        if self.muon is None:
+            self.muon = MUON if obstacle is None else 0.0
+            if obstacle is not None:
+                logger.warning(f"muon: not used, since it cannot be combined with {obstacle}.")
+        elif self.muon < 0:
+            raise ValueError(f"muon: {self.muon} given; it must not be negative.")
+        elif self.muon > 0 and obstacle is not None:
+            raise ValueError(f"muon: {self.muon} given, and it cannot be combined with {obstacle}. Leave it out.")
 
     # -- the objective
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The objective's phases, in their order."""
+        return parse_objective(self.objective, self.ce_weight, self.kl_weight)
+
     def weights_at(self, progress: float) -> dict[str, float]:
         """The terms minimised at a share of the training, with their weights."""
-        phases = parse_objective(self.objective, self.ce_weight, self.kl_weight)
-        return dict([phase for phase in phases if phase.start <= progress][-1].weights)
+        return dict([phase for phase in self.phases if phase.start <= progress][-1].weights)
 
-    def anchors(self, weights: dict[str, float]) -> dict[str, float]:
+    def unrolling_at(self, progress: float) -> tuple[int, str]:
+        """Steps that an eagle drafter is unrolled along the text at a share of the training, and `text_weighting`."""
+        steps, weighting = self.max_window, "visited"
+        if "expected_length" in self.weights_at(progress):
+            weighting = "decay"
+        elif progress < self.phases[-1].start:
+            steps, weighting = min(FIRST_UNROLL_STEPS, self.max_window), "decay"
+        return self.unroll_steps or steps, self.text_weighting or weighting
+
+    def anchors(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The terms along the text among `weights`; `ppow` brings its own, KL(P||Q) by `text_kl_coef`."""
         anchors = {name: weight for name, weight in weights.items() if name in TEXT_TERMS}
-        own = weights.get("ppow", 0.0) * self.text_kl_coef
-        if own > 0:
-            anchors["kl"] = anchors.get("kl", 0.0) + own
+        ppow_anchor = weights.get("ppow", 0.0) * self.text_kl_coef
+        if ppow_anchor > 0:
+            anchors["kl"] = anchors.get("kl", 0.0) + ppow_anchor
         return {name: weight for name, weight in anchors.items() if weight > 0}
 
     @property
@@ -332,5 +388,4 @@ class PPOWTrainingArguments(TrainingArguments):
         return self._uses(WINDOW_TERMS)
 
     def _uses(self, terms: tuple[str, ...]) -> bool:
-        phases = parse_objective(self.objective, self.ce_weight, self.kl_weight)
-        return any(name in terms for phase in phases for name in phase.weights)
+        return any(name in terms for phase in self.phases for name in phase.weights)

@@ -3,6 +3,7 @@
 Knows folders and files; knows nothing about models.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ import tempfile
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MANIFEST = "complete.json"
 STATE = "ppow_state.json"
@@ -29,8 +33,8 @@ def check_writable(output_dir: str | Path) -> None:
 
 
 def seal_checkpoint(staged: Path, final: Path) -> None:
-    """Write the list of a staged checkpoint's files, make all of it safe on disk, and put it in its place."""
-    files = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
+    """Write the hashes of a staged checkpoint's files, make all of it safe on disk, and put it in its place."""
+    files = {str(p.relative_to(staged)): file_hash(p) for p in staged.rglob("*") if p.is_file()}
     (staged / MANIFEST).write_text(json.dumps(files, indent=1))
     for path in staged.rglob("*"):
         if path.is_file():
@@ -41,8 +45,14 @@ def seal_checkpoint(staged: Path, final: Path) -> None:
     os.replace(staged, final)
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_complete(checkpoint: str | Path) -> None:
-    """Raise `ValueError` when a checkpoint's files are missing or of another size than when it was written."""
+    """Raise `ValueError` when a checkpoint's files are missing or other than when it was written."""
     folder = Path(checkpoint)
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -51,29 +61,37 @@ def check_complete(checkpoint: str | Path) -> None:
             "to its end. Pass another, or True to take the last complete one."
         )
     try:
-        sizes = dict(json.loads(manifest.read_text()))
+        hashes = dict(json.loads(manifest.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"resume_from_checkpoint: {MANIFEST} in {str(folder)!r} is damaged ({error}). Pass another checkpoint, or "
             "True to take the last complete one."
         ) from error
-    for name, size in sizes.items():
+    for name, written in hashes.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        found: str | None
+        if not path.is_file():
+            found = "missing"
+        elif isinstance(written, int):  # the size alone, as earlier versions wrote
+            found = None if path.stat().st_size == written else "of another size than when it was written"
+        else:
+            found = None if file_hash(path) == written else "other than when it was written"
+        if found is not None:
             raise ValueError(
-                f"resume_from_checkpoint: {name} in {str(folder)!r} is damaged ({found}, {size} bytes written). Pass "
-                "another checkpoint, or True to take the last complete one."
+                f"resume_from_checkpoint: {name} in {str(folder)!r} is damaged: it is {found}. Pass another "
+                "checkpoint, or True to take the last complete one."
             )
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step in `output_dir`, or `None`."""
+    """The complete checkpoint with the highest step in `output_dir`, or `None`; a warning for each passed over."""
     folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
         try:
             check_complete(folder)
-        except ValueError:
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix("resume_from_checkpoint: ").partition(" Pass another")[0]
+            logger.warning(f"{folder.name} is passed over: {reason}")
             continue
         return str(folder)
     return None

@@ -1,11 +1,14 @@
 """Whether a drafter, a target, a tokenizer and data belong together: clear errors before anything is computed."""
 
+import math
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import (
+    check_layers,
     check_width,
 )
 from ..runtime.configuration_ppow import vocabulary_fingerprint
@@ -13,14 +16,22 @@ from ..runtime.modeling_ppow import (
     PPOWDrafter,
 )
 from .arguments import PPOWTrainingArguments
+from .target import FrozenTarget
 
 
-def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together."""
+def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any) -> None:
+    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or the arguments to another."""
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
             f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
             "PPOWDrafter.from_target(target)."
+        )
+    if not isinstance(args, PPOWTrainingArguments):
+        raise ValueError(f"args: a {type(args).__name__} given; PPOWTrainer needs PPOWTrainingArguments.")
+    if isinstance(target, PPOWDrafter) or not isinstance(target, nn.Module):
+        raise ValueError(
+            f"target_model: a {type(target).__name__} given, not a target. Pass the causal language model that the "
+            "drafter drafts for."
         )
     config, text = drafter.config, target.config.get_text_config()
     width = target.get_output_embeddings().weight.shape[0]
@@ -30,6 +41,9 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
             f"target_model: its hidden size is {text.hidden_size}, and this eagle drafter reads states of "
             f"{config.target_hidden_size}. Use the target it was made for, or make a drafter with from_target."
         )
+    check_layers(config.target_layer_ids, text.num_hidden_layers, "model")
+    if problems := drafter.weight_problems():
+        raise ValueError(f"model: it cannot be trained: {'; '.join(problems)}. Load or make it again.")
     if tokenizer is None:
         return
     if len(tokenizer) > width:
@@ -45,6 +59,15 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
+def check_token_ids(sequences: SequenceDataset, width: int) -> None:
+    """Raise `ValueError` for token ids that the target does not have."""
+    if sequences.largest_token_id >= width:
+        raise ValueError(
+            f"train_dataset: it holds the token id {sequences.largest_token_id}, and the target has 0 to {width - 1}. "
+            "Prepare the data with the target's own tokenizer."
+        )
+
+
 def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:
     """Raise `ValueError` when a training sequence is longer than `max_length` or than the models' context."""
     longest = max(len(sequences[index]["input_ids"]) for index in range(len(sequences)))
@@ -57,4 +80,25 @@ def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, conte
         raise ValueError(
             f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target "
             f"take {context_length} (max_position_embeddings). Lower max_length."
+        )
+
+
+def check_reach(target: FrozenTarget, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when drafted windows would be longer than a target with sliding windows attends."""
+    if args.uses_rollouts and (target.sliding_window or math.inf) < args.max_length + args.max_window:
+        raise ValueError(
+            f"max_length: the target attends to the last {target.sliding_window} tokens only, fewer than "
+            f"max_length + max_window = {args.max_length + args.max_window}. Lower max_length."
+        )
+
+
+def check_batch(sequences: SequenceDataset, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when the sequences do not fill one batch."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.uses_rollouts and args.num_iterations > 1:  # such batches are repeated whole
+        batch *= args.gradient_accumulation_steps
+    if len(sequences) < batch:
+        raise ValueError(
+            f"train_dataset: {len(sequences)} sequences of up to {args.max_length} tokens do not fill one batch of "
+            f"{batch}. Give more data, or lower max_length or per_device_train_batch_size."
         )

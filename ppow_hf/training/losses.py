@@ -1,32 +1,30 @@
 """An objective's weighted terms on a batch: along the text, and along the windows that the drafter drafted.
 
-Puts the pure functions of objectives.py and rewards.py on features and rollouts; returns a loss and what is logged.
-Knows nothing about optimizers, steps or processes.
+A training step reads from top to bottom: the drafter's forward over a batch, the loss on its features, and what that
+is made of. Puts the pure functions of objectives.py and rewards.py on features and rollouts; returns a loss and what
+is logged. Knows nothing about optimizers, steps or processes.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from ..runtime.acceptance import entropy
-from ..runtime.modeling_ppow import PPOWDrafter
+from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .objectives import (
     clipped_policy_loss,
     cross_entropy,
-    expected_acceptance_loss,
     expected_length_gradients,
     forward_kl,
     keep_probabilities,
-    lk_hybrid,
     negative_log_acceptance,
-    reverse_kl,
     sum_over_chunks,
     total_variation,
     visit_probabilities,
 )
-from .rewards import position_advantages, return_to_go
+from .rewards import position_advantages
 from .rollout import Rollout
 from .target import FrozenTarget, TargetEncoding
 from .window_sampling import text_windows
@@ -34,120 +32,57 @@ from .window_sampling import text_windows
 Loss = tuple[torch.Tensor, dict[str, float]]
 
 
-def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
-    """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
-    goal = target.logits(sources)
-    kept = drafter.kept_tokens
-    if kept is not None:
-        goal = goal[..., kept]
-    width = min(draft.shape[-1], goal.shape[-1])
-    return draft[..., :width], goal[..., :width]
+# -- along the text
 
 
-def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
-    """Token ids of the target as ids of the draft vocabulary; -100 where it has no such token."""
-    kept = drafter.kept_tokens
-    if kept is not None:
-        places = torch.searchsorted(kept, labels).clamp_max(len(kept) - 1)
-        return torch.where(kept[places] == labels, places, -100)
-    return torch.where(labels < width, labels, -100)
-
-
-def text_terms(
-    names,
-    draft: torch.Tensor,
-    goal: torch.Tensor,
-    labels: torch.Tensor,
-    args: PPOWTrainingArguments,
-    by_length: torch.Tensor | None = None,
-    greedy: torch.Tensor | None = None,
-    goal_rows: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
-
-    With `goal_rows` `[R]` a row's target logits are `goal[goal_rows]`: rows may share them. `by_length` `[R, 2]`
-    weighs what `expected_length` is made of, see [`length_weights`], and `greedy` is as in [`greedy_text`].
-    """
-
-    @functools.cache
-    def goals() -> torch.Tensor:
-        return goal if goal_rows is None else goal[goal_rows]
-
-    def lengthening() -> torch.Tensor:
-        assert by_length is not None
-        temperatures = args.rollout_temperature, args.target_temperature
-        kept, followed = keep_probabilities(goals(), draft, labels, *temperatures, greedy)
-        # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
-        return -(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach()))
-
-    functions = {
-        "ce": lambda: cross_entropy(draft, labels),
-        "kl": lambda: forward_kl(goal, draft, goal_rows),
-        "tv": lambda: total_variation(goals(), draft),
-        "lk": lambda: negative_log_acceptance(goals(), draft),
-        "lk_hybrid": lambda: lk_hybrid(goals(), draft, args.lk_decay),
-        "expected_length": lengthening,
-    }
-    return torch.stack([functions[name]() for name in names])
-
-
-@torch.no_grad()
-def length_weights(
+def text_objective(
+    model: Any,
     drafter: PPOWDrafter,
     target: FrozenTarget,
     args: PPOWTrainingArguments,
-    learned: torch.Tensor,
-    features: torch.Tensor,
-    sources: torch.Tensor,
-    labels: torch.Tensor,
-    greedy: torch.Tensor | None,
-    places: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
-    of a window that is kept, [`expected_length`] over its length.
+    weights: Mapping[str, float],
+    inputs: Mapping[str, torch.Tensor],
+    encoding: TargetEncoding,
+    steps: int,
+    weighting: str,
+) -> Loss:
+    """Sum over the text's tokens of the weighted terms, of windows of `steps` tokens (see `text_weighting`).
 
-    `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of that; of features along the text (J = 1)
-    every `max_window` in a row are a window. The other arguments are of the rows; with `places` `[R]`, ascending,
-    their sources are `sources[places]`.
+    `model` is the `drafter`, perhaps wrapped for several processes.
     """
-    rows = []
-    for start in range(0, len(features), args.chunk_size):
-        part = slice(start, start + args.chunk_size)
-        draft = drafter.draft_logits(features[part]).float()
-        if places is None:
-            draft, goal = paired_logits(drafter, target, draft, sources[part])
-        else:  # rows of one place share its target logits
-            own_places, goal_rows = torch.unique_consecutive(places[part], return_inverse=True)
-            draft, goal = paired_logits(drafter, target, draft, sources[own_places])
-            goal = goal[goal_rows]
-        own = draft_labels(drafter, labels[part], draft.shape[-1])
-        temperatures = args.rollout_temperature, args.target_temperature
-        both = keep_probabilities(goal, draft, own, *temperatures, None if greedy is None else greedy[part])
-        rows.append(torch.stack(both, -1))
-    order = torch.arange(len(features), device=features.device) if order is None else order
-    windows = torch.zeros(*learned.shape, 2, device=features.device)
-    windows[learned] = torch.cat([windows[:0, 0, 0], *rows])[order.argsort()]
-    window, count = learned.shape[2], learned.shape[1]
-    if window > 1:
-        weights = torch.stack(expected_length_gradients(*windows.unbind(-1)), -1)
-    else:
-        window = args.max_window
-        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, window - 1))
-        by_window = torch.stack(expected_length_gradients(*along.unfold(1, window, 1).unbind(2)), -1)
-        weights = torch.zeros_like(along)
-        for offset in range(window):
-            weights[:, offset : offset + count] += by_window[:, :, offset]
-        weights = weights[:, :count, None]
-    return weights[learned][order] / window
+    input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
+    prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
+    windows: dict[str, Any] = {}
+    visited: torch.Tensor | None = None
+    if steps > 1:
+        if weighting == "visited":
+            prefixes, visited = visited_windows(drafter, target, args, inputs, encoding, steps)
+            if "expected_length" not in weights:  # which is of whole windows
+                windows["goes_on"] = goes_on_within(visited)
+        windows |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
+    metrics: dict[str, float] = {}
+
+    def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
+        features = output.window_features if windows else output.features[:, first:-1, None]  # type: ignore[index]
+        loss, text_metrics = text_loss(
+            drafter, target, args, weights, features, prefixes, inputs, encoding.sources, visited
+        )
+        metrics.update(text_metrics)
+        return loss
+
+    output = model(
+        input_ids=input_ids,
+        target_states=encoding.states,
+        attention_mask=inputs["attention_mask"],
+        loss_function=loss_function,
+        **windows,
+    )
+    return output.loss, metrics
 
 
-def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, steps: int) -> torch.Tensor:
-    """Which of the text's `steps` tokens behind `prefixes` `[B, M]` are learned, `[B, M, steps]`."""
-    length = inputs["input_ids"].shape[1]
-    places = prefixes[..., None] + 1 + torch.arange(steps, device=prefixes.device)
-    learned = inputs["loss_mask"].gather(1, places.clamp_max(length - 1).flatten(1)).view(places.shape)
-    return learned & (places < length)
+def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`goes_on` of [`PPOWDrafter.unroll`] for windows that are drafted as far as `followed` `[B, M, K]` bool."""
+    return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
 
 
 @torch.no_grad()
@@ -162,39 +97,27 @@ def visited_windows(
     """The windows of `steps` tokens that decoding the text would draft: their prefixes `[B, M]`, and which of their
     tokens it would come to, `[B, M, steps]`. Rows with fewer windows have ones that nothing comes to [ours].
 
-    Rounds begin at the first prefix and behind each other. At `target_temperature` 0, or of [`greedy_text`], a token
-    is kept if it is the drafter's choice; else as rejection sampling keeps the text's token, by lot. Where nothing is
-    learned, nothing is kept.
+    Rounds begin at the first prefix and behind each other. At `target_temperature` 0 a token is kept if it is the
+    drafter's choice; above 0 as rejection sampling keeps the text's token, by lot. Where nothing is learned, nothing
+    is kept.
     """
     input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
     prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
     texts = text_windows(input_ids, prefixes, steps + 1)
     learned = learned_windows(inputs, prefixes, steps)
     kept = torch.zeros(learned.shape, device=input_ids.device)
-    greedy, temperatures = greedy_text(inputs, args), (args.rollout_temperature, args.target_temperature)
-    by_lot = args.target_temperature > 0 or greedy is not None
-    if greedy is None:
-        greedy = torch.full_like(inputs["loss_mask"], args.target_temperature == 0)
-    else:
-        temperatures = 1.0, 1.0
 
     def keeps(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         verdicts = torch.zeros_like(windows, dtype=torch.bool)
         asked = learned[:, :, j] & (kept[:, :, j - 1] > 0) if j else learned[:, :, 0]
-        row, place = asked.gather(1, windows).nonzero(as_tuple=True)
-        own = windows[row, place]
-        for part in torch.arange(len(row), device=row.device).split(args.chunk_size):
-            here = row[part], own[part]
-            draft = drafter.draft_logits(features[row[part], place[part]]).float()
-            ends = prefixes[here] + j
-            labels = draft_labels(drafter, texts[:, :, j][here], draft.shape[-1])
-            found = draft.argmax(-1) == labels
-            if by_lot:
-                drawn = ~greedy[row[part], ends + 1]
-                draft, goal = paired_logits(drafter, target, draft, encoding.sources[row[part], ends])
-                chances = keep_probabilities(goal, draft, labels, *temperatures)[1]
-                found = torch.where(drawn, torch.rand_like(chances) < chances, found)
-            verdicts[row[part], place[part]] = found
+        rows, columns = asked.gather(1, windows).nonzero(as_tuple=True)
+        for part in torch.arange(len(rows), device=rows.device).split(args.chunk_size):
+            row, column = rows[part], columns[part]
+            window = windows[row, column]
+            sources = encoding.sources[row, prefixes[row, window] + j]
+            verdicts[row, column] = text_kept(
+                drafter, target, args, features[row, column], sources, texts[row, window, j]
+            )
         kept[:, :, j].scatter_(1, windows, verdicts.to(kept))
         return verdicts
 
@@ -208,9 +131,22 @@ def visited_windows(
     return prefixes.gather(1, chosen), visited.gather(1, chosen[..., None].expand(-1, -1, steps))
 
 
-def greedy_text(inputs: Mapping[str, torch.Tensor], args: PPOWTrainingArguments) -> torch.Tensor | None:
-    """Which tokens `[B, S]` are verified at T = 0, where texts are verified as they were written; else `None`."""
-    return inputs["target_written"] if args.verify_text_as_written else None
+def text_kept(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    features: torch.Tensor,
+    sources: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Whether the text's `tokens` `[R]` are drafted and kept, `[R]` bool; above T = 0 by lot."""
+    draft = drafter.draft_logits(features).float()
+    labels = draft_labels(drafter, tokens, draft.shape[-1])
+    if args.target_temperature == 0:
+        return draft.argmax(-1) == labels
+    draft, goal = paired_logits(drafter, target, draft, sources)
+    followed = keep_probabilities(goal, draft, labels, args.rollout_temperature, args.target_temperature)[1]
+    return torch.rand_like(followed) < followed
 
 
 def text_loss(
@@ -230,99 +166,203 @@ def text_loss(
     `expected_length` is of whole windows: the share of them that is kept, or of those that anything of is visited the
     kept tokens, so that all terms of visited windows are sums over the text.
     """
-    input_ids = inputs["input_ids"]
-    steps = torch.arange(features.shape[2], device=input_ids.device)
-    places = prefixes[..., None] + steps  # the prefix that ends where step j's distribution begins
-    learned = learned_windows(inputs, prefixes, features.shape[2])
-    names = list(weights)
-    of_windows = "expected_length" in names
-    whole = torch.tensor([name == "expected_length" for name in names], device=input_ids.device)
-    of_steps = (args.unroll_decay**steps).expand(places.shape) / (args.unroll_decay**steps).sum()
+    names, steps = list(weights), features.shape[2]
+    of_windows = torch.tensor([name == "expected_length" for name in names], device=features.device)
+    learned = learned_windows(inputs, prefixes, steps)
+    decays = args.unroll_decay ** torch.arange(steps, device=features.device)
+    step_weights = decays.expand(learned.shape) / decays.sum()
     if visited is not None:
-        learned, of_steps = learned & (visited.any(-1, keepdim=True) if of_windows else visited), visited.float()
-    coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
-    # Steps of different prefixes that end at one place are learned together: they share the target's distribution.
-    numbers = torch.arange(len(input_ids), device=input_ids.device)[:, None, None] * input_ids.shape[1] + places
-    numbered = numbers[learned]
-    order = numbered.argsort()
-    flat_sources = sources.flatten(0, 1)
-    of_rows = features[learned][order], numbered[order], input_ids.flatten()[numbered[order] + 1]
-    greedy = greedy_text(inputs, args)
-    greedy = None if greedy is None else greedy.flatten()[numbered[order] + 1]
-    of_steps, by_length = of_steps[learned][order], None
-    if of_windows:
-        along, here, labels = of_rows[0].detach(), of_rows[1], of_rows[2]
-        by_length = length_weights(drafter, target, args, learned, along, flat_sources, labels, greedy, here, order)
-        by_length = by_length * (1 if visited is None else features.shape[2])
+        learned = learned & (visited.any(-1, keepdim=True) if "expected_length" in weights else visited)
+        step_weights = visited.float()
+    coefficients = torch.tensor(list(weights.values()), device=features.device)
+    places, order = places_in_batch(inputs["input_ids"], prefixes, learned)
+    labels, flat_sources = inputs["input_ids"].flatten()[places + 1], sources.flatten(0, 1)
+    features, step_weights = features[learned][order], step_weights[learned][order]
+    is_first = (learned.nonzero()[:, 2] == 0)[order]
+    by_length = None
+    if "expected_length" in weights:
+        kept = keep_rows(drafter, target, args, features.detach(), flat_sources, labels, places)
+        by_length = length_weights(kept, learned, args.max_window, order) * (1 if visited is None else steps)
 
-    def chunk(features, numbers, labels, of_steps, is_first, by_length, greedy):
-        own_places, goal_rows = torch.unique_consecutive(numbers, return_inverse=True)
+    def chunk(features, places, labels, step_weights, is_first, by_length):
+        source_places, goal_rows = torch.unique_consecutive(places, return_inverse=True)
         draft = drafter.draft_logits(features).float()
-        draft, goal = paired_logits(drafter, target, draft, flat_sources[own_places])
+        draft, goal = paired_logits(drafter, target, draft, flat_sources[source_places])
         labels = draft_labels(drafter, labels, draft.shape[-1])
-        terms = text_terms(names, draft, goal, labels, args, by_length, greedy, goal_rows)
-        loss = (coefficients[:, None] * terms * torch.where(whole[:, None], 1, of_steps)).sum()
+        terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
+        loss = (coefficients[:, None] * terms * torch.where(of_windows[:, None], 1, step_weights)).sum()
         with torch.no_grad():
-            draft, goal, noted = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
+            draft, goal, first_terms = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
             agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
-            kl = noted[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
-            noted = torch.where(whole, terms.sum(-1), noted.sum(-1))
-            sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *noted])
+            kl = first_terms[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
+            sums = torch.where(of_windows, terms.sum(-1), first_terms.sum(-1))
+            sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *sums])
         return torch.cat([loss[None], sums])
 
-    totals = sum_over_chunks(
-        chunk,
-        args.chunk_size,
-        drafter.parameters(),
-        *of_rows,
-        of_steps,
-        (learned.nonzero()[:, 2] == 0)[order],
-        by_length,
-        greedy,
-    )
-    kl, agreed, count, *values = totals[1:].detach().tolist()
-    metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, values, strict=True))
+    rows = features, places, labels, step_weights, is_first, by_length
+    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *rows)
+    kl, agreed, count, *sums = totals[1:].detach().tolist()
+    metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, sums, strict=True))
     return totals[0], {name: value / max(count, 1) for name, value in metrics.items()}
 
 
-def window_text_loss(
+def places_in_batch(
+    input_ids: torch.Tensor, prefixes: torch.Tensor, learned: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places `[R]` among the batch's B * S tokens of the prefixes that `learned` `[B, M, J]` steps extend, ascending,
+    and their order `[R]` among the learned steps.
+
+    Steps of different windows that end at one place lie side by side: they share the target's distribution.
+    """
+    steps = torch.arange(learned.shape[2], device=input_ids.device)
+    starts = torch.arange(len(input_ids), device=input_ids.device)[:, None, None] * input_ids.shape[1]
+    places = (starts + (prefixes[..., None] + steps))[learned]
+    order = places.argsort()
+    return places[order], order
+
+
+def text_terms(
+    names: Iterable[str],
+    draft: torch.Tensor,
+    goal: torch.Tensor,
+    labels: torch.Tensor,
+    args: PPOWTrainingArguments,
+    by_length: torch.Tensor | None = None,
+    goal_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
+
+    With `goal_rows` `[R]` a row's target logits are `goal[goal_rows]`: rows may share them. `by_length` `[R, 2]`
+    weighs what `expected_length` is made of, see [`length_weights`].
+    """
+    row_goal = goal
+    if goal_rows is not None and {"tv", "lk", "expected_length"} & set(names):
+        row_goal = goal[goal_rows]
+    terms = []
+    for name in names:
+        if name == "ce":
+            terms.append(cross_entropy(draft, labels))
+        elif name == "kl":
+            terms.append(forward_kl(goal, draft, goal_rows))
+        elif name == "tv":
+            terms.append(total_variation(row_goal, draft))
+        elif name == "lk":
+            terms.append(negative_log_acceptance(row_goal, draft))
+        else:
+            assert by_length is not None
+            temperatures = args.rollout_temperature, args.target_temperature
+            kept, followed = keep_probabilities(row_goal, draft, labels, *temperatures)
+            # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
+            terms.append(-(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach())))
+    return torch.stack(terms)
+
+
+@torch.no_grad()
+def keep_rows(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    features: torch.Tensor,
+    sources: torch.Tensor,
+    labels: torch.Tensor,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[`keep_probabilities`] of each row, `[R, 2]`; with `places` `[R]`, ascending, sources are `sources[places]`."""
+    rows = [torch.zeros(0, 2, device=features.device)]
+    for start in range(0, len(features), args.chunk_size):
+        part = slice(start, start + args.chunk_size)
+        draft = drafter.draft_logits(features[part]).float()
+        if places is None:
+            draft, goal = paired_logits(drafter, target, draft, sources[part])
+        else:  # rows of one place share its target logits
+            source_places, goal_rows = torch.unique_consecutive(places[part], return_inverse=True)
+            draft, goal = paired_logits(drafter, target, draft, sources[source_places])
+            goal = goal[goal_rows]
+        part_labels = draft_labels(drafter, labels[part], draft.shape[-1])
+        temperatures = args.rollout_temperature, args.target_temperature
+        rows.append(torch.stack(keep_probabilities(goal, draft, part_labels, *temperatures), -1))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def length_weights(
+    kept: torch.Tensor, learned: torch.Tensor, max_window: int, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
+    of a window that is kept, [`expected_length`] over its length.
+
+    `kept` `[R, 2]` as of [`keep_rows`]. `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of
+    that; of features along the text (J = 1) every `max_window` in a row are a window.
+    """
+    order = torch.arange(len(kept), device=kept.device) if order is None else order
+    windows = torch.zeros(*learned.shape, 2, device=kept.device)
+    windows[learned] = kept[order.argsort()]
+    window, count = learned.shape[2], learned.shape[1]
+    if window > 1:
+        weights = torch.stack(expected_length_gradients(*windows.unbind(-1)), -1)
+    else:
+        window = max_window
+        along = torch.nn.functional.pad(windows[:, :, 0], (0, 0, 0, window - 1))
+        by_window = torch.stack(expected_length_gradients(*along.unfold(1, window, 1).unbind(2)), -1)
+        weights = torch.zeros_like(along)
+        for offset in range(window):
+            weights[:, offset : offset + count] += by_window[:, :, offset]
+        weights = weights[:, :count, None]
+    return weights[learned][order] / window
+
+
+# -- along drafted windows
+
+
+def window_objective(
+    model: Any,
     drafter: PPOWDrafter,
     target: FrozenTarget,
     args: PPOWTrainingArguments,
     weights: Mapping[str, float],
-    features: torch.Tensor,
-    chosen: torch.Tensor,
-    has_prefix: torch.Tensor,
     inputs: Mapping[str, torch.Tensor],
-    sources: torch.Tensor,
+    encoding: TargetEncoding,
+    rollout: Rollout,
 ) -> Loss:
-    """The text's terms along the learned text behind the prefixes `[B, N]`, divided by N * K; sum over sequences."""
-    input_ids = inputs["input_ids"]
-    length = input_ids.shape[1]
-    places = chosen[..., None] + torch.arange(features.shape[2], device=chosen.device)
-    next_places = (places + 1).clamp_max(length - 1)
-    real = inputs["loss_mask"].gather(1, next_places.flatten(1)).view(places.shape)
-    real = real & (places + 1 < length) & has_prefix[:, None, None]
-    rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(places.shape)[real]
-    names = list(weights)
-    coefficients = torch.tensor(list(weights.values()), device=input_ids.device)
-    of_rows = features[real], sources[rows, places[real]], input_ids[rows, next_places[real]]
-    greedy, by_length = greedy_text(inputs, args), None
-    greedy = None if greedy is None else greedy[rows, next_places[real]]
-    if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
-        by_length = length_weights(drafter, target, args, real, of_rows[0].detach(), *of_rows[1:], greedy)
-        by_length = by_length * features.shape[2]
+    """Sum over the batch's sequences of the weighted terms, each averaged over the sequence's windows.
 
-    def chunk(features, sources, labels, by_length, greedy):
-        draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
-        labels = draft_labels(drafter, labels, draft.shape[-1])
-        sums = text_terms(names, draft, goal, labels, args, by_length, greedy).sum(-1)
-        return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
+    `model` is the `drafter`, perhaps wrapped for several processes.
+    """
+    count = rollout.prefixes.shape[1]
+    chosen = rollout.prefixes[:, :: args.num_rollouts]
+    prefixes, draft_ids, anchors = rollout.prefixes, rollout.draft_ids, args.anchors(weights)
+    if anchors:  # the same forward follows the text behind the chosen prefixes too
+        prefixes = torch.cat([prefixes, chosen], dim=1)
+        texts = text_windows(inputs["input_ids"], chosen, args.max_window)
+        draft_ids = torch.cat([draft_ids, texts], dim=1)
+    followed = torch.ones_like(draft_ids, dtype=torch.bool)
+    followed[:, :count] = rollout.learned  # nothing is learned behind a window's first rejected token
+    metrics: dict[str, float] = {}
 
-    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *of_rows, by_length, greedy)
-    count = max(int(real.sum()), 1)
-    metrics = {f"text_{name}": value / count for name, value in zip(names, totals[1:].tolist(), strict=True)}
-    return totals[0] / (chosen.shape[1] * features.shape[2]), metrics
+    def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
+        features = output.window_features
+        assert features is not None
+        loss, window_metrics = window_loss(drafter, target, args, weights, features[:, :count], rollout)
+        metrics.update(window_metrics)
+        if anchors:
+            anchor, text_metrics = window_text_loss(
+                drafter, target, args, anchors, features[:, count:], chosen, rollout.has_prefix, inputs,
+                encoding.sources,
+            )  # fmt: skip
+            metrics.update(text_metrics)
+            loss = loss + anchor
+        return loss
+
+    output = model(
+        input_ids=inputs["input_ids"],
+        target_states=encoding.states,
+        attention_mask=inputs["attention_mask"],
+        prefixes=prefixes,
+        draft_ids=draft_ids,
+        loss_function=loss_function,
+        goes_on=goes_on_within(followed),
+    )
+    return output.loss, metrics
 
 
 def window_loss(
@@ -338,76 +378,124 @@ def window_loss(
     Learned are tokens up to and including the first rejected one. Divided by N * G * K, so that every sequence weighs
     the same and long windows are not favoured. `ppow` brings KL(P||Q) by `kl_coef`.
     """
-    reached = rollout.learned
-    windows, window = rollout.draft_ids.shape[1:]
-    distils = [name for name in ("opd", "opd_reverse") if name in weights]
-    rows = reached
-    if distils and args.on_policy_positions == "all":
-        rows = rollout.has_prefix[:, None, None].expand(reached.shape)
-    policies = [name for name in ("ppow", "token_rl", "reinforce") if name in weights]
-    advantages = torch.stack([_advantages(name, rollout, args) for name in policies], -1) if policies else None
-    kept = torch.arange(window, device=reached.device) < rollout.accepted[..., None]
-    kept_after = torch.nn.functional.pad(return_to_go(rollout.acceptance)[..., 1:], (0, 1))
-    old = None if rollout.old_log_probs is None else rollout.old_log_probs[rows]
-    kept_log_probs: list[torch.Tensor] = []
-    names = [*policies, *distils, *(["expected_acceptance"] if "expected_acceptance" in weights else [])]
-    coefficients = torch.tensor([weights[name] for name in names], device=reached.device)
+    learned, (windows, window) = rollout.learned, rollout.draft_ids.shape[1:]
+    policies = [name for name in ("ppow", "token_rl") if name in weights]
+    names = [*policies, *(["opd"] if "opd" in weights else [])]
+    coefficients = torch.tensor([weights[name] for name in names], device=learned.device)
+    advantages = [token_advantages(name, rollout, args.num_rollouts)[learned] for name in policies]
+    old_log_probs = None if rollout.old_log_probs is None else rollout.old_log_probs[learned]
+    new_log_probs: list[torch.Tensor] = []
 
-    def chunk(features, sources, tokens, reached, advantages, old, kept, kept_after, choices):
-        own = drafter.draft_logits(features).float()
-        logits = drafter.to_target_width(own, target.vocab_size)
+    def chunk(features, sources, tokens, old_log_probs, advantages):
+        draft = drafter.draft_logits(features).float()
+        logits = drafter.to_target_width(draft, target.vocab_size)
         log_probs = (logits / args.rollout_temperature).log_softmax(-1)
-        chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
-        if old is None:
-            kept_log_probs.append(chosen.detach())
-        before = chosen.detach() if old is None else old
-        draft, goal = paired_logits(drafter, target, own, sources)
+        token_log_probs = log_probs.gather(-1, tokens[:, None])[:, 0]
+        if old_log_probs is None:
+            old_log_probs = token_log_probs.detach()
+            new_log_probs.append(old_log_probs)
+        draft, goal = paired_logits(drafter, target, draft, sources)
         kl = forward_kl(goal, draft)
-        sums: list[torch.Tensor] = []
-        clipped = torch.zeros_like(reached)
+        sums, clipped = [], torch.zeros_like(tokens, dtype=torch.bool)
         for number, name in enumerate(policies):
-            policy, here = clipped_policy_loss(chosen, before, advantages[:, number], args.clip_range)
-            clipped = clipped | here
-            extra = args.kl_coef * kl if name == "ppow" else 0.0
-            sums.append(((policy + extra) * reached).sum())
-        for name in distils:
-            sums.append((kl if name == "opd" else reverse_kl(goal, draft)).sum())
-        if "expected_acceptance" in weights:
-            verifier = torch.nn.functional.one_hot(choices, log_probs.shape[-1]).to(log_probs)
-            if args.target_temperature > 0:
-                verifier = (target.logits(sources) / args.target_temperature).softmax(-1)
-            loss = expected_acceptance_loss(verifier, log_probs, tokens, kept, kept_after)
-            sums.append((loss * reached).sum())
+            policy, policy_clipped = clipped_policy_loss(
+                token_log_probs, old_log_probs, advantages[:, number], args.clip_range
+            )
+            clipped = clipped | policy_clipped
+            sums.append((policy + (args.kl_coef * kl if name == "ppow" else 0.0)).sum())
+        if "opd" in weights:
+            sums.append(kl.sum())
         with torch.no_grad():
-            noted = torch.stack([kl, clipped.float(), entropy(log_probs)]) * reached
-        return torch.cat([(coefficients * torch.stack(sums)).sum()[None], noted.sum(-1)])
+            logged = torch.stack([kl, clipped.float(), entropy(log_probs)])
+        return torch.cat([(coefficients * torch.stack(sums)).sum()[None], logged.sum(-1)])
 
     totals = sum_over_chunks(
         chunk,
         args.chunk_size,
         drafter.parameters(),
-        features[rows],
-        rollout.target_sources[rows],
-        rollout.draft_ids[rows],
-        reached[rows],
-        None if advantages is None else advantages[rows],
-        old,
-        kept[rows],
-        kept_after[rows],
-        rollout.target_choices[rows],
+        features[learned],
+        rollout.target_sources[learned],
+        rollout.draft_ids[learned],
+        old_log_probs,
+        torch.stack(advantages, -1) if advantages else None,
     )
     if rollout.old_log_probs is None and args.num_iterations > 1:
-        rollout.old_log_probs = torch.zeros(reached.shape, device=reached.device)
-        rollout.old_log_probs[rows] = torch.cat(kept_log_probs)[: int(rows.sum())]
-    count = max(int(reached.sum()), 1)
+        rollout.old_log_probs = torch.zeros(learned.shape, device=learned.device)
+        rollout.old_log_probs[learned] = torch.cat(new_log_probs)[: int(learned.sum())]
+    count = max(int(learned.sum()), 1)
     metrics = dict(zip(("kl", "clip_fraction", "entropy"), (totals[1:] / count).tolist(), strict=True))
     return totals[0] / (windows * window), metrics
 
 
-def _advantages(name: str, rollout: Rollout, args: PPOWTrainingArguments) -> torch.Tensor:
+def token_advantages(name: str, rollout: Rollout, num_rollouts: int) -> torch.Tensor:
     """What a term's policy gradient weighs each token with, `[B, M, K]`."""
     if name == "ppow":
         return rollout.advantages[..., None].expand(rollout.learned.shape)
-    values = rollout.acceptance if name == "token_rl" else return_to_go(rollout.acceptance)
-    by_group = (values.unflatten(1, (-1, args.num_rollouts)), rollout.learned.unflatten(1, (-1, args.num_rollouts)))
-    return position_advantages(*by_group).flatten(1, 2)
+    groups = (part.unflatten(1, (-1, num_rollouts)) for part in (rollout.verdicts, rollout.learned))
+    return position_advantages(*groups).flatten(1, 2)
+
+
+def window_text_loss(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    weights: Mapping[str, float],
+    features: torch.Tensor,
+    chosen: torch.Tensor,
+    has_prefix: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    sources: torch.Tensor,
+) -> Loss:
+    """The text's terms along the learned text behind the prefixes `[B, N]`, divided by N * K; sum over sequences."""
+    count, window = chosen.shape[1], features.shape[2]
+    learned = learned_windows(inputs, chosen, window) & has_prefix[:, None, None]
+    places = (chosen[..., None] + torch.arange(window, device=chosen.device))[learned]
+    rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(learned.shape)[learned]
+    features, sources, labels = features[learned], sources[rows, places], inputs["input_ids"][rows, places + 1]
+    names = list(weights)
+    coefficients = torch.tensor(list(weights.values()), device=chosen.device)
+    by_length = None
+    if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
+        kept = keep_rows(drafter, target, args, features.detach(), sources, labels)
+        by_length = length_weights(kept, learned, args.max_window) * window
+
+    def chunk(features, sources, labels, by_length):
+        draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
+        labels = draft_labels(drafter, labels, draft.shape[-1])
+        sums = text_terms(names, draft, goal, labels, args, by_length).sum(-1)
+        return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
+
+    rows_of_chunks = features, sources, labels, by_length
+    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *rows_of_chunks)
+    tokens = max(int(learned.sum()), 1)
+    metrics = {f"text_{name}": total / tokens for name, total in zip(names, totals[1:].tolist(), strict=True)}
+    return totals[0] / (count * window), metrics
+
+
+# -- what both share
+
+
+def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, steps: int) -> torch.Tensor:
+    """Which of the text's `steps` tokens behind `prefixes` `[B, M]` are learned, `[B, M, steps]`."""
+    length = inputs["input_ids"].shape[1]
+    places = prefixes[..., None] + 1 + torch.arange(steps, device=prefixes.device)
+    learned = inputs["loss_mask"].gather(1, places.clamp_max(length - 1).flatten(1)).view(places.shape)
+    return learned & (places < length)
+
+
+def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources: torch.Tensor):
+    """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
+    goal, kept = target.logits(sources), drafter.kept_tokens
+    if kept is not None:
+        goal = goal[..., kept]
+    width = min(draft.shape[-1], goal.shape[-1])
+    return draft[..., :width], goal[..., :width]
+
+
+def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
+    """Token ids of the target as ids of the draft vocabulary; -100 where it has no such token."""
+    kept = drafter.kept_tokens
+    if kept is not None:
+        places = torch.searchsorted(kept, labels).clamp_max(len(kept) - 1)
+        return torch.where(kept[places] == labels, places, -100)
+    return torch.where(labels < width, labels, -100)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-TEXT_TERMS = ("ce", "kl", "tv", "lk", "lk_hybrid", "expected_length")
-WINDOW_TERMS = ("ppow", "token_rl", "reinforce", "expected_acceptance", "opd", "opd_reverse")
-GROUP_TERMS = ("ppow", "token_rl", "reinforce")  # those that compare the windows of a group
+TEXT_TERMS = ("ce", "kl", "tv", "lk", "expected_length")
+WINDOW_TERMS = ("ppow", "token_rl", "opd")
+GROUP_TERMS = ("ppow", "token_rl")  # those that compare the windows of a group
 NAMES = ("supervised", *TEXT_TERMS, *WINDOW_TERMS)
 
 
@@ -55,8 +55,8 @@ def parse_objective(objective: str | Mapping[str, float], ce_weight: float, kl_w
             if not weight > 0:
                 raise ValueError(f"objective: {name} has the weight {weight}; weights must be above 0.")
             expanded = {"ce": ce_weight, "kl": kl_weight} if name == "supervised" else {name: 1.0}
-            for expanded_name, own in expanded.items():
-                weights[expanded_name] = weights.get(expanded_name, 0.0) + weight * own
+            for expanded_name, factor_of_name in expanded.items():
+                weights[expanded_name] = weights.get(expanded_name, 0.0) + weight * factor_of_name
         phases.append(Phase(start, weights))
     return tuple(phases)
 
@@ -112,10 +112,10 @@ class _ChunkedSum(torch.autograd.Function):
                 part = function(*chunk)
                 loss = part[0]
             if loss.requires_grad:
-                found = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
-                for kept, leaf, gradient in zip(row_gradients, leaves, found, strict=False):
-                    kept.append(torch.zeros_like(leaf) if gradient is None else gradient)
-                for number, gradient in enumerate(found[len(leaves) :]):
+                chunk_gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
+                for parts, leaf, gradient in zip(row_gradients, leaves, chunk_gradients, strict=False):
+                    parts.append(torch.zeros_like(leaf) if gradient is None else gradient)
+                for number, gradient in enumerate(chunk_gradients[len(leaves) :]):
                     if gradient is not None:
                         before = gradients[number]
                         gradients[number] = gradient if before is None else before.add_(gradient)
@@ -147,12 +147,6 @@ def forward_kl(
     return negative_entropy - (probs * draft).sum(-1)
 
 
-def reverse_kl(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
-    """KL(Q||P) in nats `[R]`, as [`forward_kl`]. A token that the target never takes counts as one of e^-30."""
-    target, draft = target_logits.float().log_softmax(-1), draft_logits.float().log_softmax(-1)
-    return (draft.exp() * (draft - target.clamp_min(-30.0))).masked_fill(draft == -torch.inf, 0.0).sum(-1)
-
-
 def total_variation(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
     """TV(P, Q) `[R]`: the probability that a token drawn from Q is rejected at T = 1 (Leviathan et al. 2211.17192)."""
     return 0.5 * (target_logits.float().softmax(-1) - draft_logits.float().softmax(-1)).abs().sum(-1)
@@ -162,17 +156,6 @@ def negative_log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Ten
     """-log alpha `[R]`, alpha = sum_x min(P(x), Q(x)): the LK loss (2602.23881), TV's gradient divided by alpha."""
     alpha = torch.minimum(target_logits.float().softmax(-1), draft_logits.float().softmax(-1)).sum(-1)
     return -alpha.clamp_min(1e-12).log()
-
-
-def lk_hybrid(target_logits: torch.Tensor, draft_logits: torch.Tensor, decay: float = 3.0) -> torch.Tensor:
-    """lambda * KL(P||Q) + (1 - lambda) * TV(P, Q) `[R]`, lambda = exp(-decay * alpha), without a gradient.
-
-    KL leads where hardly anything is accepted, TV where most is: the hybrid LK loss (2602.23881); lambda of each
-    position by itself [ours].
-    """
-    variation = total_variation(target_logits, draft_logits)
-    mix = (-decay * (1 - variation.detach())).exp()
-    return mix * forward_kl(target_logits, draft_logits) + (1 - mix) * variation
 
 
 def cross_entropy(draft_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -190,40 +173,12 @@ def clipped_policy_loss(
     return -torch.minimum(unclipped, clipped), clipped < unclipped
 
 
-def expected_acceptance_loss(
-    target_probs: torch.Tensor,
-    draft_log_probs: torch.Tensor,
-    tokens: torch.Tensor,
-    kept: torch.Tensor,
-    kept_after: torch.Tensor,
-) -> torch.Tensor:
-    """Loss `[R]` whose gradient, summed over the reached tokens of sampled windows, is without bias that of minus the
-    expected number of accepted tokens [ours].
-
-    A window x_1..x_K is drafted and kept up to x_j with probability prod_i min(P, Q)(x_i). At a reached position the
-    sum over what could have been drawn there is exact (Rao-Blackwell); what comes behind is sampled.
-
-    Args:
-        target_probs, draft_log_probs (`torch.Tensor` of shape `(R, V)`): P that verifies, and log Q that drafted.
-        tokens (`torch.LongTensor` of shape `(R,)`): the drafted tokens, drawn from Q.
-        kept (`torch.BoolTensor` of shape `(R,)`): whether the target kept them.
-        kept_after (`torch.Tensor` of shape `(R,)`): how many further tokens of the window it kept.
-    """
-    draft_probs = draft_log_probs.exp()
-    alpha = torch.minimum(target_probs, draft_probs).sum(-1)
-    log_prob = draft_log_probs.gather(-1, tokens[:, None])[:, 0]
-    # min(P, Q)(x) has a gradient only where it is Q(x).
-    grows = kept & (log_prob.detach().exp() < target_probs.gather(-1, tokens[:, None])[:, 0])
-    return -(alpha + kept_after * torch.where(grows, log_prob, torch.zeros_like(log_prob)))
-
-
 def keep_probabilities(
     target_logits: torch.Tensor,
     draft_logits: torch.Tensor,
     labels: torch.Tensor,
     draft_temperature: float,
     target_temperature: float,
-    greedy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities `[R]` each that a token drafted behind the text is kept, and that it is the text's own and kept.
 
@@ -231,21 +186,16 @@ def keep_probabilities(
     choice: Q(choice), and the same where the choice is the text's token, else 0. Above 0 it is kept by rejection
     sampling: sum_x min(P, Q)(x), and min(1, Q/P) of the text's token, which makes a mean over text that the target
     drew one over accepted drafts. Behind a negative label, a token that the drafter cannot propose, nothing is
-    followed, and at T = 0 nothing is kept. With `greedy` `[R]` bool a row's temperatures are those of its text:
-    `draft_temperature` and 0 where it is true, 1 and 1 elsewhere.
+    followed, and at T = 0 nothing is kept.
     """
-    if greedy is not None:
-        both = (keep_probabilities(target_logits, draft_logits, labels, *t) for t in ((draft_temperature, 0), (1, 1)))
-        kept, followed = (torch.where(greedy, at_zero, at_one) for at_zero, at_one in zip(*both, strict=True))
-        return kept, followed
     draft = (draft_logits.float() / draft_temperature).softmax(-1)
     known, labels = labels >= 0, labels.clamp_min(0)[:, None]
-    own = draft.gather(-1, labels)[:, 0]
+    label_probs = draft.gather(-1, labels)[:, 0]
     if target_temperature == 0:
         choices = target_logits.argmax(-1, keepdim=True)
-        return draft.gather(-1, choices)[:, 0] * known, own * (known & (choices == labels)[:, 0])
+        return draft.gather(-1, choices)[:, 0] * known, label_probs * (known & (choices == labels)[:, 0])
     goal = (target_logits.float() / target_temperature).softmax(-1)
-    followed = (own / goal.gather(-1, labels)[:, 0].clamp_min(1e-9)).clamp_max(1.0)
+    followed = (label_probs / goal.gather(-1, labels)[:, 0].clamp_min(1e-9)).clamp_max(1.0)
     return torch.minimum(goal, draft).sum(-1), followed * known
 
 

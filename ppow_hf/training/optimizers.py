@@ -117,7 +117,7 @@ def muon_groups(model: nn.Module) -> list[dict]:
     ]
 
 
-def make_optimizer(model: nn.Module, args: TrainingArguments, muon: float = 0.0) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: TrainingArguments, muon: float | None = None) -> torch.optim.Optimizer:
     """The optimizer of all that is trained in `model`, with the arguments' rates: AdamW, or with `muon` above 0
     [`Muon`], whose matrices' learning rate is that many times the others'."""
     settings = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.provenance import public_name, write_provenance
+from ..measure.redaction import redact_record
 
 PICKLED_ARGUMENTS = "training_args.bin"
 
@@ -38,9 +39,9 @@ def write_records(trainer: Any, folder: str | Path) -> None:
 
 
 def arguments_as_json(args: Any) -> dict[str, Any]:
-    """All training arguments: tokens left out, of paths only the last part."""
+    """All training arguments: without secrets, of paths only the last part."""
     without_tokens = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
-    return json.loads(json.dumps(_without_paths(without_tokens), default=str))
+    return redact_record(json.loads(json.dumps(_without_paths(without_tokens), default=str)))
 
 
 def _without_paths(value: Any) -> Any:

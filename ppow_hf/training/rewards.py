@@ -37,46 +37,6 @@ def proximity_reward(
     return scale * (near & (accepted == 0)).float()
 
 
-def count_probabilities(acceptance: torch.Tensor) -> torch.Tensor:
-    """Probabilities of k = 0..K accepted tokens `[..., K + 1]` from those of each token, given all before `[..., K]`.
-
-    Rewards averaged with them stand in place of a sampled verdict (Rao-Blackwell) [ours].
-    """
-    ones = torch.ones_like(acceptance[..., :1])
-    return torch.cat([ones, acceptance.cumprod(-1)], -1) * torch.cat([1 - acceptance, ones], -1)
-
-
-def candidate_rewards(rewards: torch.Tensor, size: int, kind: str) -> torch.Tensor:
-    """Rewards `[..., G]` of windows that are verified `size` at a time, the longest kept [ours].
-
-    `"best"`: each window gets the best reward of its candidates; `"marginal"`: what its candidates would lose without
-    it, 0 but for a best one that has no equal. Each `size` windows in a row are candidates of one round.
-    """
-    sets = rewards.unflatten(-1, (-1, size))
-    best = sets.amax(-1, keepdim=True)
-    if kind == "best":
-        return best.expand_as(sets).flatten(-2)
-    if kind != "marginal":
-        raise ValueError(f"group_reward: {kind!r} is not one of ['own', 'best', 'marginal'].")
-    if size == 1:
-        return rewards
-    without = torch.stack([sets[..., [i for i in range(size) if i != m]].amax(-1) for m in range(size)], dim=-1)
-    return (best - without).flatten(-2)
-
-
-def return_to_go(acceptance: torch.Tensor) -> torch.Tensor:
-    """Tokens kept from each position on, given that it was reached: sum_{i>=j} prod_{l=j..i} a_l.
-
-    `acceptance` `[..., K]` holds verdicts (0, 1) or probabilities of each token given all before it.
-    """
-    values = torch.zeros_like(acceptance)
-    behind = torch.zeros_like(acceptance[..., 0])
-    for j in reversed(range(acceptance.shape[-1])):
-        behind = acceptance[..., j] * (1 + behind)
-        values[..., j] = behind
-    return values
-
-
 def position_advantages(values: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
     """Values `[..., G, K]` minus the mean of the group's other windows that reached the position; 0 without any.
 
@@ -88,20 +48,15 @@ def position_advantages(values: torch.Tensor, reached: torch.Tensor) -> torch.Te
     return torch.where(reached & (others > 0), values - baseline, torch.zeros_like(values))
 
 
-def group_advantages(rewards: torch.Tensor, kind: str = "standardized", epsilon: float = 1e-4) -> torch.Tensor:
-    """Group-relative advantages `[..., G]` of rewards `[..., G]`; 0 in a group whose rewards are all equal.
+def group_advantages(rewards: torch.Tensor, epsilon: float = 1e-4) -> torch.Tensor:
+    """Group-relative advantages (r - mean) / (std + epsilon) `[..., G]` of rewards `[..., G]` [paper].
 
-    `"standardized"`: (r - mean) / (std + epsilon) [paper]; `"leave_one_out"`: r minus the mean of the others.
+    They are 0 in a group whose rewards are all equal.
     """
-    size = rewards.shape[-1]
     centred = rewards - rewards.mean(-1, keepdim=True)
     # The mean of equal numbers can be a rounding off, which a standard deviation near zero would blow up.
     centred = centred.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)
-    if kind == "standardized":
-        return centred / (rewards.std(-1, keepdim=True, unbiased=False) + epsilon)
-    if kind == "leave_one_out":
-        return centred * size / (size - 1) if size > 1 else torch.zeros_like(rewards)
-    raise ValueError(f"advantages: {kind!r} is not one of ['standardized', 'leave_one_out'].")
+    return centred / (rewards.std(-1, keepdim=True, unbiased=False) + epsilon)
 
 
 def groups_without_spread(rewards: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,6 @@ from ..runtime.acceptance import (
 )
 from ..runtime.modeling_ppow import PPOWDrafter
 from .rewards import (
-    candidate_rewards,
-    count_probabilities,
     group_advantages,
     proximity_reward,
     speedup_reward,
@@ -50,9 +48,7 @@ class Rollout:
         target_sources (`torch.Tensor` of shape `(B, M, K, H)`): what the target's logits are computed from.
         rewards (`dict[str, torch.Tensor]`): each part and `total`, `(B, N, G)`.
         has_prefix (`torch.BoolTensor` of shape `(B,)`): false for sequences without anything to learn.
-        acceptance (`torch.Tensor` of shape `(B, M, K)`):
-            Each token's verdict given all before it, 0 or 1; its probability with `expected_reward`.
-        target_choices (`torch.LongTensor` of shape `(B, M, K)`): the target's likeliest token at each position.
+        verdicts (`torch.Tensor` of shape `(B, M, K)`): 1 where a token is kept given all before it, else 0.
         old_log_probs (`torch.Tensor` of shape `(B, M, K)`, *optional*): of the policy that drafted.
     """
 
@@ -64,8 +60,7 @@ class Rollout:
     target_sources: torch.Tensor
     rewards: dict[str, torch.Tensor]
     has_prefix: torch.Tensor
-    acceptance: torch.Tensor
-    target_choices: torch.Tensor
+    verdicts: torch.Tensor
     old_log_probs: torch.Tensor | None = None
 
 
@@ -88,25 +83,23 @@ def text_judges(args, weights, inputs, first_prefix: int, context_length: int | 
 
     Where the target wrote the text at T = 0, its choice behind any part of it is the text's next token: a draft is
     kept as far as it is the text, and what the target says up to the first rejection is known from reading the text.
-    So no window is read by the target, unless something is asked about what it says beyond: the proximity reward, or
-    `on_policy_positions="all"`. Every sequence must have a whole window of such text behind an eligible prefix.
+    So no window is read by the target, unless the proximity reward asks what it says beyond. Every sequence must have
+    a whole window of such text behind an eligible prefix.
     """
     if args.verify_with == "target" or args.target_temperature > 0:
         return False
     if "ppow" in weights and args.proximity_weight > 0:
-        return False
-    if {"opd", "opd_reverse"} & set(weights) and args.on_policy_positions == "all":
         return False
     return bool(written_prefixes(inputs, first_prefix, args.max_window, context_length).any(-1).all())
 
 
 def written_prefixes(inputs, first_prefix: int, window: int, context_length: int | None) -> torch.Tensor:
     """Of the eligible prefixes `[B, S]`, those with a whole window behind them that the target wrote at T = 0."""
-    ours = inputs["loss_mask"] & inputs["target_written"]
-    whole = torch.zeros_like(ours)
-    if ours.shape[1] > window:
-        whole[:, : ours.shape[1] - window] = ours.unfold(1, window, 1)[:, 1:].all(-1)
-    return whole & eligible_prefixes(ours, first_prefix, window, context_length)
+    written = inputs["loss_mask"] & inputs["target_written"]
+    whole = torch.zeros_like(written)
+    if written.shape[1] > window:
+        whole[:, : written.shape[1] - window] = written.unfold(1, window, 1)[:, 1:].all(-1)
+    return whole & eligible_prefixes(written, first_prefix, window, context_length)
 
 
 @torch.no_grad()
@@ -117,77 +110,95 @@ def collect_rollout(
     `by_text` (see [`text_judges`]), from prefixes with text of the target's behind them."""
     was_training = drafter.training
     drafter.eval()
-    loss_mask, indices = inputs["loss_mask"], inputs["index"]
-    window, groups, prefixes_wanted = args.max_window, args.num_rollouts, args.num_prefixes
     features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states, inputs["attention_mask"])
-    context = drafter.config.context_length
-    first = drafter.draft_model.first_prefix
-    if by_text:
-        eligible = written_prefixes(inputs, first, window, context)
+    chosen, has_prefix = choose_starts(drafter, target, features, encoding, inputs, args, step, adaptive, by_text)
+    prefixes = chosen.repeat_interleave(args.num_rollouts, dim=1)
+    texts = text_windows(inputs["input_ids"], prefixes, args.max_window) if by_text else None
+    draws = keyed_uniforms(args.seed, step, inputs["index"], (prefixes.shape[1], args.max_window), "draft")
+    try:
+        draft_ids, draft_probs = draft_windows(
+            drafter, target.vocab_size, features, cache, prefixes, draws, args.rollout_temperature, texts
+        )
+    except FloatingPointError as error:
+        raise ValueError(
+            f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its weights "
+            "and dtype; the last checkpoint is untouched."
+        ) from error
+    if texts is not None:
+        sources = text_sources(encoding, prefixes, args.max_window)
+        verdicts, log_probs = (draft_ids == texts).float(), torch.zeros(texts.shape, device=texts.device)
+        accepted = greedy_accepted_counts(draft_ids, texts)
     else:
-        eligible = eligible_prefixes(loss_mask, first, window, context)
+        sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
+        choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
+        if args.target_temperature > 0:
+            accept = keyed_uniforms(args.seed, step, inputs["index"], tuple(draft_ids.shape[1:]), "accept")
+            verdicts = (accept < verify_probs / draft_probs).float()
+            accepted = rejection_accepted_counts(draft_ids, draft_probs, verify_probs, accept)
+        else:
+            verdicts, accepted = (draft_ids == choices).float(), greedy_accepted_counts(draft_ids, choices)
+    by_group = accepted.unflatten(1, (-1, args.num_rollouts)), log_probs.unflatten(1, (-1, args.num_rollouts))
+    rewards = window_rewards(target, encoding, inputs, chosen, *by_group, args, cost_ratio, proximity=not by_text)
+    advantages = group_advantages(rewards["total"]).flatten(1)
+    learned = first_rejection_mask(accepted, args.max_window) & has_prefix[:, None, None]
+    drafter.train(was_training)
+    return Rollout(prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix, verdicts)
+
+
+def choose_starts(drafter, target, features, encoding, inputs, args, step, adaptive, by_text):
+    """The prefixes `[B, N]` that windows start from, and whether each sequence has any `[B]` bool."""
+    limits = drafter.draft_model.first_prefix, args.max_window, drafter.config.context_length
+    eligible = written_prefixes(inputs, *limits) if by_text else eligible_prefixes(inputs["loss_mask"], *limits)
     priorities = None
     if adaptive:
         divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
-        priorities = window_priorities(divergence, window, inputs["attention_mask"])
-    length = loss_mask.shape[1]
+        priorities = window_priorities(divergence, args.max_window, inputs["attention_mask"])
     # Drawn for the longest possible row, so that the numbers do not depend on how a batch was padded.
-    uniforms = keyed_uniforms(args.seed, step, indices, (args.max_length,), "prefixes")[:, :length]
-    chosen, has_prefix = choose_prefixes(eligible, uniforms, prefixes_wanted, priorities)
-    prefixes = chosen.repeat_interleave(groups, dim=1)
-    draws = keyed_uniforms(args.seed, step, indices, (prefixes_wanted * groups, window), "draft")
-    draft_ids = torch.zeros(*prefixes.shape, window, dtype=torch.long, device=prefixes.device)  # [B, M, K]
-    draft_probs = torch.ones(draft_ids.shape, device=prefixes.device)
-    texts = text_windows(inputs["input_ids"], prefixes, window) if by_text else None
+    uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "prefixes")
+    return choose_prefixes(eligible, uniforms[:, : eligible.shape[1]], args.num_prefixes, priorities)
+
+
+def draft_windows(
+    drafter: PPOWDrafter,
+    vocab_size: int,
+    features: torch.Tensor,
+    cache,
+    prefixes: torch.Tensor,
+    draws: torch.Tensor,
+    temperature: float,
+    texts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens drafted behind `prefixes` `[B, M]` and their probabilities, `[B, M, K]` each.
+
+    `draws` `[B, M, K]` in [0, 1) decide the tokens. With `texts` `[B, M, K]` nothing is drafted behind a token that
+    differs from the text. Raises `FloatingPointError` where the drafter's logits are not finite.
+    """
+    draft_ids = torch.zeros(draws.shape, dtype=torch.long, device=prefixes.device)
+    draft_probs = torch.ones(draws.shape, device=prefixes.device)
 
     def choose(j: int, current: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        logits = drafter.compute_logits(current, target.vocab_size).float()
-        probs = (logits / args.rollout_temperature).softmax(-1)
+        logits = drafter.compute_logits(current, vocab_size).float()
+        probs = (logits / temperature).softmax(-1)
         if not bool(torch.isfinite(probs).all()):
-            raise ValueError(
-                f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its "
-                "weights and dtype; the last checkpoint is untouched."
-            )
+            raise FloatingPointError("the drafter's logits are not finite")
         tokens = sample_from_uniform(probs, draws[:, :, j].gather(1, windows))
         draft_ids[:, :, j].scatter_(1, windows, tokens)
         draft_probs[:, :, j].scatter_(1, windows, probs.gather(-1, tokens[..., None])[..., 0])
         return tokens
 
-    def kept(j: int, _, windows: torch.Tensor) -> torch.Tensor:
+    def on_the_text(j: int, _, windows: torch.Tensor) -> torch.Tensor:
         assert texts is not None
         return (draft_ids[:, :, j] == texts[:, :, j]).gather(1, windows)
 
-    # Behind a token that the text rejects nothing is looked at, so nothing is drafted.
-    drafter.unroll(features, cache, prefixes, choose, window, kept if by_text else None)
-    if texts is not None:
-        choices = texts
-        flat = (prefixes[..., None] + torch.arange(window, device=prefixes.device)).flatten(1)
-        sources = encoding.sources.gather(1, flat[..., None].expand(-1, -1, encoding.sources.shape[-1]))
-        sources = sources.unflatten(1, texts.shape[1:])
-        log_probs = torch.zeros(texts.shape, device=prefixes.device)
-    else:
-        sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
-        choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
-    if args.target_temperature > 0:
-        accept = keyed_uniforms(args.seed, step, indices, tuple(draft_ids.shape[1:]), "accept")
-        accepted = rejection_accepted_counts(draft_ids, draft_probs, verify_probs, accept)
-        acceptance = (verify_probs / draft_probs).clamp_max(1.0)
-        if not args.expected_reward:
-            acceptance = (accept < verify_probs / draft_probs).float()
-    else:
-        accepted = greedy_accepted_counts(draft_ids, choices)
-        acceptance = (draft_ids == choices).float()
-    rewards = window_rewards(
-        target, encoding, inputs, chosen, accepted.unflatten(1, (-1, groups)),
-        acceptance.unflatten(1, (-1, groups)), log_probs.unflatten(1, (-1, groups)), args, cost_ratio,
-        proximity=not by_text,
-    )  # fmt: skip
-    advantages = group_advantages(rewards["total"], args.advantages).flatten(1)
-    learned = first_rejection_mask(accepted, window) & has_prefix[:, None, None]
-    drafter.train(was_training)
-    return Rollout(
-        prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix, acceptance, choices
-    )
+    drafter.unroll(features, cache, prefixes, choose, draws.shape[2], None if texts is None else on_the_text)
+    return draft_ids, draft_probs
+
+
+def text_sources(encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+    """What the target's logits along the text behind `prefixes` `[B, M]` are computed from, `[B, M, K, H]`."""
+    places = (prefixes[..., None] + torch.arange(window, device=prefixes.device)).flatten(1)
+    sources = encoding.sources.gather(1, places[..., None].expand(-1, -1, encoding.sources.shape[-1]))
+    return sources.unflatten(1, (prefixes.shape[1], window))
 
 
 def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_size: int):
@@ -208,38 +219,21 @@ def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_si
     return tuple(torch.cat(parts).view(draft_ids.shape) for parts in (choices, log_probs, probs))
 
 
-def window_rewards(
-    target, encoding, inputs, chosen, accepted, acceptance, log_probs, args, cost_ratio, proximity=True
-):
-    """Each weighted part of the reward and their `total`, `[B, N, G]` (METHOD: speedup, throughput, proximity).
-
-    `accepted` `[B, N, G]` are sampled verdicts' counts; `acceptance` `[B, N, G, K]` are each token's probabilities
-    where `expected_reward` is on, whose rewards are averaged over all verdicts. Without `proximity` that part is 0.
-    """
-    window = args.max_window
-    expected = args.expected_reward and args.target_temperature > 0
-    counts = torch.arange(window + 1, device=accepted.device) if expected else accepted
-    parts = {
-        "speedup": args.speedup_weight * speedup_reward(counts, cost_ratio),
-        "throughput": args.throughput_weight * throughput_reward(counts, window, cost_ratio),
+def window_rewards(target, encoding, inputs, chosen, accepted, log_probs, args, cost_ratio, proximity=True):
+    """Each weighted part of the reward and their `total`, `[B, N, G]`, from the accepted counts `[B, N, G]` and the
+    target's log P of the drafted tokens `[B, N, G, K]`. Without `proximity` that part is 0."""
+    rewards = {
+        "speedup": args.speedup_weight * speedup_reward(accepted, cost_ratio),
+        "throughput": args.throughput_weight * throughput_reward(accepted, args.max_window, cost_ratio),
     }
-    if expected:
-        probabilities = count_probabilities(acceptance)
-        parts = {name: (probabilities * values).sum(-1) for name, values in parts.items()}
-    if args.group_reward != "own":
-        size = args.candidate_group or args.num_rollouts
-        parts = {name: candidate_rewards(values, size, args.group_reward) for name, values in parts.items()}
-    parts["proximity"] = torch.zeros_like(parts["speedup"])
-    if proximity and args.proximity_weight > 0 and (expected or bool((accepted == 0).any())):
-        greedy = greedy_log_probs(target, encoding, inputs, chosen, window, args.chunk_size)
-        missed = torch.zeros_like(accepted) if expected else accepted
-        parts["proximity"] = proximity_reward(
-            missed, greedy, log_probs.sum(-1), args.proximity_weight, args.proximity_threshold
+    rewards["proximity"] = torch.zeros_like(rewards["speedup"])
+    if proximity and args.proximity_weight > 0 and bool((accepted == 0).any()):
+        greedy = greedy_log_probs(target, encoding, inputs, chosen, args.max_window, args.chunk_size)
+        rewards["proximity"] = proximity_reward(
+            accepted, greedy, log_probs.sum(-1), args.proximity_weight, args.proximity_threshold
         )
-        if expected:
-            parts["proximity"] = parts["proximity"] * (1 - acceptance[..., 0])
-    parts["total"] = parts["speedup"] + parts["throughput"] + parts["proximity"]
-    return parts
+    rewards["total"] = rewards["speedup"] + rewards["throughput"] + rewards["proximity"]
+    return rewards
 
 
 def greedy_log_probs(target: FrozenTarget, encoding, inputs, chosen, window: int, chunk_size: int) -> torch.Tensor:

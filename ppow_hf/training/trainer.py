@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,30 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import RandomSampler, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..data.regeneration import regenerate
-from ..data.sequences import SequenceDataset, collate_sequences, prepare_sequences
-from ..measure.calibration import (
-    calibrate,
-)
-from ..measure.costs import (
-    measure_costs,
-)
-from ..measure.evaluation import (
-    decode,
-    evaluation_metrics,
-    report,
-)
+from ..data.sequences import SequenceDataset, collate_sequences
+from ..measure.calibration import calibrate
+from ..measure.costs import measure_costs
+from ..measure.evaluation import decode, evaluation_metrics, report
 from ..measure.plots import plot_curves
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
-from .checks import check_lengths, check_pair
-from .losses import text_loss, visited_windows, window_loss, window_text_loss
+from .checks import check_batch, check_lengths, check_pair, check_reach, check_token_ids
+from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
+from .preparation import evaluation_sequences, training_sequences
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
-from .target import FrozenTarget, TargetEncoding
-from .window_sampling import text_windows
+from .run_folder import check_same_run, is_saved, lock_folder, run_record
+from .target import FrozenTarget
 
 logger = logging.get_logger(__name__)
 
@@ -69,8 +62,9 @@ class PPOWTrainer(Trainer):
         model ([`PPOWDrafter`]): the drafter.
         target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
-        train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to
-            JSON Lines, or a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer.
+        train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
+            a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
+            completes rows with a `prompt` or `messages`, see `regenerate`.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
     """
@@ -92,7 +86,7 @@ class PPOWTrainer(Trainer):
         optimizers: tuple = (None, None),
         **kwargs,
     ):
-        check_pair(model, target_model, processing_class)
+        check_pair(model, target_model, processing_class, args)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         self.target_model = target_model
@@ -100,28 +94,20 @@ class PPOWTrainer(Trainer):
             target_model.to(args.device)
         self.target = FrozenTarget(target_model, model.config.target_layer_ids)
         model.config.check_window(args.max_window)
-        if args.uses_rollouts and (self.target.sliding_window or math.inf) < args.max_length + args.max_window:
-            raise ValueError(
-                f"max_length: the target attends to the last {self.target.sliding_window} tokens only, fewer than "
-                f"max_length + max_window = {args.max_length + args.max_window}. Lower max_length."
-            )
+        check_reach(self.target, args)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
         if model.config.architecture == "eagle" and not args.train_embeddings:
             model.draft_model.embed_tokens.requires_grad_(False)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
-        train_sequences = self._prepare(train_dataset, processing_class, args, "train_dataset")
-        eval_sequences = self._prepare_evaluation(eval_dataset, processing_class, args)
+        train_sequences = None
+        if train_dataset is not None:
+            train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
+        eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
         if train_sequences is not None:
+            check_token_ids(train_sequences, target_model.get_output_embeddings().weight.shape[0])
             check_lengths(train_sequences, args, model.config.context_length)
-            batch = args.per_device_train_batch_size * args.world_size
-            if args.uses_rollouts and args.num_iterations > 1:  # such batches are repeated whole
-                batch *= args.gradient_accumulation_steps
-            if len(train_sequences) < batch:
-                raise ValueError(
-                    f"train_dataset: {len(train_sequences)} sequences of up to {args.max_length} tokens do not fill "
-                    f"one batch of {batch}. Give more data, or lower max_length or per_device_train_batch_size."
-                )
+            check_batch(train_sequences, args)
         super().__init__(
             model=model,
             args=args,
@@ -141,56 +127,37 @@ class PPOWTrainer(Trainer):
         self._micro_step = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
+        self._run_record: dict[str, Any] = {}
+        self.already_finished = False  # whether the last call of train found its run at its end
         self.add_callback(CurvesCallback())
 
     def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None and self.args.muon:
+        if self.optimizer is None and self.args.muon and self.optimizer_cls_and_kwargs is None:
             self.optimizer = make_optimizer(self.accelerator.unwrap_model(self.model), self.args, self.args.muon)
         return super().create_optimizer(*args, **kwargs)
-
-    def _prepare(self, source, tokenizer, args, argument) -> SequenceDataset | None:
-        if source is None or isinstance(source, SequenceDataset):
-            if source is not None and len(source) == 0:
-                raise ValueError(f"{argument}: it holds no sequences. Pass data.")
-            return source
-        if args.regenerate:
-            return regenerate(
-                source,
-                self.target_model,
-                tokenizer,
-                max_length=args.max_length,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.regenerate_temperature,
-                batch_size=args.regenerate_batch_size,
-                seed=args.seed,
-                argument=argument,
-                across_processes=args.world_size > 1,
-            )
-        return prepare_sequences(source, tokenizer, args.max_length, packing=args.packing, argument=argument)
-
-    def _prepare_evaluation(self, source, tokenizer, args) -> SequenceDataset | dict[str, SequenceDataset] | None:
-        """`source` may be several datasets by name."""
-        if not isinstance(source, Mapping):
-            return self._prepare(source, tokenizer, args, "eval_dataset")
-        if not source or None in source.values():
-            raise ValueError(f"eval_dataset: {source} given; pass data under each name.")
-        prepared = {}
-        for name, part in source.items():
-            sequences = self._prepare(part, tokenizer, args, f"eval_dataset[{name!r}]")
-            assert sequences is not None
-            prepared[name] = sequences
-        return prepared
 
     # -- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer's; `resume_from_checkpoint=True` takes the last complete checkpoint, or starts without one."""
+        """As Trainer's; `resume_from_checkpoint=True` takes the last complete checkpoint, or starts without one.
+
+        A run that is finished is not trained further: its drafter is loaded, and `already_finished` is true.
+        """
         if self.train_dataset is None:
             raise ValueError("train_dataset: None given; training needs data.")
+        with lock_folder(self.args.output_dir) if self.args.should_save else nullcontext():
+            return self._train_alone(resume_from_checkpoint, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
+        """[`train`], with no other training in the folder."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
+        self.already_finished = False
+        self._run_record = run_record(self.args, self.train_dataset.fingerprint)
+        if resume_from_checkpoint:
+            check_same_run(resume_from_checkpoint, self._run_record)
         if resume_from_checkpoint and self.args.cost_ratio is None:
             self.cost_ratio = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["cost_ratio"]
         by_steps = self.args.uses_rollouts and self.args.save_strategy == "steps"
@@ -202,8 +169,12 @@ class PPOWTrainer(Trainer):
         self._micro_step = 0
         self._rollouts.clear()
         self._metrics.clear()
-        self._measure_cost_ratio()
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = self._end_of_run(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.already_finished:
+            return result
+        if result is None:
+            self._measure_cost_ratio()
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.calibrate_at_end and self.eval_dataset is not None and self.args.eval_prompts > 0:
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
@@ -214,6 +185,27 @@ class PPOWTrainer(Trainer):
                 )
             self.accelerator.wait_for_everyone()
         return result
+
+    def _end_of_run(self, checkpoint: str | bool) -> TrainOutput | None:
+        """Load the drafter of a run whose last step was taken, from `output_dir` if it was saved; `None` before it."""
+        state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
+        by_epochs = self.args.max_steps <= 0
+        if state.epoch < self.args.num_train_epochs if by_epochs else state.global_step < self.args.max_steps:
+            return None
+        self.state = state
+        self.already_finished = is_saved(self.args.output_dir, state.global_step)
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        found = PPOWDrafter.from_pretrained(self.args.output_dir if self.already_finished else best or checkpoint)
+        drafter = self.accelerator.unwrap_model(self.model)
+        drafter.load_state_dict(found.state_dict())
+        if self.already_finished:
+            drafter.config.calibration, drafter.config.max_window = found.config.calibration, found.config.max_window
+            logger.warning(
+                f"The training in {self.args.output_dir} is finished: {state.global_step} steps were taken, and "
+                "nothing is changed. Raise max_steps or num_train_epochs to go on, or train in another folder."
+            )
+        losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
+        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     def _measure_cost_ratio(self) -> None:
         """gamma, measured on the main process unless given or resumed, and the same on all."""
@@ -246,108 +238,43 @@ class PPOWTrainer(Trainer):
         return (loss, PPOWDrafterOutput(loss=loss)) if return_outputs else loss
 
     def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        weights = self.args.weights_at(self.progress)
-        rolled_out = any(name in WINDOW_TERMS for name in weights)
-        drafter = self.accelerator.unwrap_model(model)
-        limits = drafter.draft_model.first_prefix, drafter.config.context_length
-        by_text = rolled_out and text_judges(self.args, weights, inputs, *limits)
-        if rolled_out and self.args.world_size > 1:  # all or none: a sharded target's forwards must not be one's alone
-            agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
-            by_text = bool(agreed.all())
-        verifies = rolled_out and not by_text
-        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=verifies)
-        if rolled_out:
-            loss = self._window_objective(model, inputs, encoding, weights, by_text)
-            loss = loss / (len(inputs["index"]) * self.args.world_size)
+        args, drafter = self.args, self.accelerator.unwrap_model(model)
+        weights = args.weights_at(self.progress)
+        drafts_windows = any(name in WINDOW_TERMS for name in weights)
+        by_text = drafts_windows and self._verified_by_text(drafter, weights, inputs)
+        with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
+        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=with_cache)
+        if drafts_windows:
+            rollout = self._next_rollout(drafter, inputs, encoding, by_text)
+            loss, metrics = window_objective(
+                model, drafter, self.target, args, weights, inputs, encoding, rollout
+            )  # fmt: skip
+            count = len(inputs["index"]) * args.world_size
+            loss = loss / count
             if self.model.training:
                 loss = loss / self.current_gradient_accumulation_steps
         else:
             self._rollouts.clear()
             self._micro_step += int(self.model.training)
-            loss = self._text_objective(model, inputs, encoding, weights)
-            items = num_items_in_batch
-            if items is None:
-                items = (inputs["labels"] != -100).sum()
-            loss = loss / items
-        return loss * self.args.world_size
-
-    def _text_objective(self, model, inputs, encoding: TargetEncoding, weights) -> torch.Tensor:
-        """Sum over positions of the weighted terms along the text, averaged over unrolled steps (eagle, medusa)."""
-        input_ids = inputs["input_ids"]
-        drafter = self.accelerator.unwrap_model(model)
-        first = drafter.draft_model.first_prefix
-        prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-        # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
-        unrolled = {"eagle": self.args.unroll_steps or self.args.max_window, "medusa": self.args.max_window}
-        steps = unrolled.get(drafter.config.architecture, 1)
-        call: dict[str, Any] = {}
-        visited: torch.Tensor | None = None
-        if steps > 1:
-            if self.args.text_weighting == "visited":
-                prefixes, found = visited_windows(drafter, self.target, self.args, inputs, encoding, steps)
-                visited = found
-                if "expected_length" not in weights:  # which is of whole windows
-                    call["goes_on"] = lambda j, _, windows: found[:, :, j + 1].gather(1, windows)
-            call |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
-
-        def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
-            features = output.window_features if call else output.features[:, first:-1, None]
-            loss, metrics = text_loss(
-                drafter, self.target, self.args, weights, features, prefixes, inputs, encoding.sources, visited
+            steps, weighting = args.unrolling_at(self.progress)
+            # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
+            steps = {"eagle": steps, "medusa": args.max_window}.get(drafter.config.architecture, 1)
+            loss, metrics = text_objective(
+                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting
             )
-            self._note(metrics)
-            return loss
+            items = num_items_in_batch
+            loss = loss / ((inputs["labels"] != -100).sum() if items is None else items)
+        self._note(metrics)
+        return loss * args.world_size
 
-        return model(
-            input_ids=input_ids,
-            target_states=encoding.states,
-            attention_mask=inputs["attention_mask"],
-            loss_function=loss_function,
-            **call,
-        ).loss
-
-    def _window_objective(self, model, inputs, encoding: TargetEncoding, weights, by_text: bool) -> torch.Tensor:
-        """Sum over the batch's sequences of the weighted terms, each averaged over the sequence's windows."""
-        drafter = self.accelerator.unwrap_model(model)
-        rollout, slot = self._next_rollout(drafter, inputs, encoding, by_text)
-        count = rollout.prefixes.shape[1]
-        chosen = rollout.prefixes[:, :: self.args.num_rollouts]
-        prefixes, draft_ids = rollout.prefixes, rollout.draft_ids
-        anchors = self.args.anchors(weights)
-        if anchors:  # the same forward follows the text behind the chosen prefixes too
-            prefixes = torch.cat([prefixes, chosen], dim=1)
-            texts = text_windows(inputs["input_ids"], chosen, self.args.max_window)
-            draft_ids = torch.cat([draft_ids, texts], dim=1)
-        goes_on = None
-        if not ({"opd", "opd_reverse"} & set(weights) and self.args.on_policy_positions == "all"):
-            followed = torch.ones_like(draft_ids, dtype=torch.bool)
-            followed[:, :count] = rollout.learned  # nothing is learned behind a window's first rejected token
-
-            def goes_on(j: int, _, windows: torch.Tensor) -> torch.Tensor:
-                return followed[:, :, j + 1].gather(1, windows)
-
-        def loss_function(drafter: PPOWDrafter, output: Any) -> torch.Tensor:
-            along = output.window_features
-            loss, metrics = window_loss(drafter, self.target, self.args, weights, along[:, :count], rollout)
-            self._note(metrics)
-            if anchors:
-                anchor, metrics = window_text_loss(
-                    drafter, self.target, self.args, anchors, along[:, count:], chosen, rollout.has_prefix, inputs,
-                    encoding.sources,
-                )  # fmt: skip
-                self._note(metrics)
-                loss = loss + anchor
-            return loss
-
-        return model(
-            input_ids=inputs["input_ids"],
-            target_states=encoding.states,
-            attention_mask=inputs["attention_mask"],
-            prefixes=prefixes,
-            draft_ids=draft_ids,
-            loss_function=loss_function,
-            goes_on=goes_on,
-        ).loss
+    def _verified_by_text(self, drafter, weights, inputs) -> bool:
+        """Whether the text verifies this batch's windows, on every process or on none."""
+        limits = drafter.draft_model.first_prefix, drafter.config.context_length
+        by_text = text_judges(self.args, weights, inputs, *limits)
+        if self.args.world_size > 1:  # a sharded target's forwards must not be one process's alone
+            agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
+            by_text = bool(agreed.all())
+        return by_text
 
     def _note(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -358,7 +285,7 @@ class PPOWTrainer(Trainer):
         """Share of the training that is done, which decides when ADAW begins."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def _next_rollout(self, drafter, inputs, encoding, by_text: bool) -> tuple[Rollout, int | None]:
+    def _next_rollout(self, drafter, inputs, encoding, by_text: bool) -> Rollout:
         """This micro-batch's rollouts: new ones, or those kept for a further gradient step."""
         accumulation = self.args.gradient_accumulation_steps
         place = self._micro_step % (accumulation * self.args.num_iterations)
@@ -366,7 +293,7 @@ class PPOWTrainer(Trainer):
         if self.model.training:
             self._micro_step += 1
         if place >= accumulation and slot in self._rollouts:
-            return self._rollouts[slot], slot
+            return self._rollouts[slot]
         started, tokens_before = time.perf_counter(), self.target.forward_tokens
         adaptive = self.progress >= self.args.adaw_start
         assert self.cost_ratio is not None
@@ -381,18 +308,19 @@ class PPOWTrainer(Trainer):
             )
         self._rollouts[slot] = rollout
         seconds = time.perf_counter() - started
-        metrics = self._metrics
-        for name in ("total", "speedup", "throughput", "proximity"):
-            key = "reward/mean" if name == "total" else f"reward/{name}"
-            metrics[key].append(rollout.rewards[name].mean().item())
-        metrics["reward/std"].append(rollout.rewards["total"].std().item())
-        metrics["accepted_length"].append(rollout.accepted.float().mean().item() + 1)
-        metrics["groups_without_spread"].append(groups_without_spread(rollout.rewards["total"]).item())
-        metrics["verified_tokens_per_second"].append(rollout.draft_ids.numel() / seconds)
-        metrics["target_forward_tokens"].append(self.target.forward_tokens - tokens_before)
-        metrics["adaw"].append(float(adaptive))
-        metrics["verified_by_text"].append(float(by_text))
-        return rollout, slot
+        parts = ("speedup", "throughput", "proximity")
+        self._note({
+            **{f"reward/{name}": rollout.rewards[name].mean().item() for name in parts},
+            "reward/mean": rollout.rewards["total"].mean().item(),
+            "reward/std": rollout.rewards["total"].std().item(),
+            "accepted_length": rollout.accepted.float().mean().item() + 1,
+            "groups_without_spread": groups_without_spread(rollout.rewards["total"]).item(),
+            "verified_tokens_per_second": rollout.draft_ids.numel() / seconds,
+            "target_forward_tokens": self.target.forward_tokens - tokens_before,
+            "adaw": float(adaptive),
+            "verified_by_text": float(by_text),
+        })  # fmt: skip
+        return rollout
 
     # -- evaluation
 
@@ -403,8 +331,8 @@ class PPOWTrainer(Trainer):
             item = data[index]
             learned = item["loss_mask"].nonzero()[:, 0]
             start = int(learned[0]) if len(learned) else len(item["input_ids"])
-            if start <= 1:
-                start = min(self.args.eval_prompt_length, len(item["input_ids"]) - 1)
+            if len(learned) and start <= 1:
+                start = max(min(self.args.eval_prompt_length, len(item["input_ids"]) - 1), 1)
             prompts.append(item["input_ids"][:start].tolist())
             if len(prompts) == self.args.eval_prompts:
                 break
@@ -425,7 +353,7 @@ class PPOWTrainer(Trainer):
         """
         given: Any = self.eval_dataset
         if eval_dataset is not None:
-            given = self._prepare_evaluation(eval_dataset, self.processing_class, self.args)
+            given = evaluation_sequences(eval_dataset, self.processing_class, self.args)
         if given is None:
             raise ValueError("eval_dataset: None given; evaluation decodes prompts taken from it.")
         return self._evaluate_parts(by_name(given), metric_key_prefix)
@@ -559,7 +487,8 @@ class PPOWTrainer(Trainer):
         if self.args.should_save:
             if moved:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            (staged / STATE).write_text(json.dumps({"cost_ratio": self.cost_ratio}))
+            state = {"cost_ratio": self.cost_ratio, "run": self._run_record}
+            (staged / STATE).write_text(json.dumps(state, indent=1))
             seal_checkpoint(staged, final)
             shutil.rmtree(run_dir / ".staging", ignore_errors=True)
             rotate_checkpoints(

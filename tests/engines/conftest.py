@@ -1,6 +1,7 @@
 """The embedded pair, held-out prompts and a real vLLM in an environment of its own (see make_environment.sh)."""
 
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -115,6 +116,10 @@ def exported(tmp_path_factory):
         if (name, format) not in made:
             folder = tmp_path_factory.mktemp("exports") / f"{name}-{format}"
             export_drafter(drafter, folder, format, target_name="tiny")
+            if format == "speculators":  # which names the embedded target without its folder
+                config = json.loads((folder / "config.json").read_text())
+                config["speculators_config"]["verifier"]["name_or_path"] = str(tiny.target_path())
+                (folder / "config.json").write_text(json.dumps(config))
             made[name, format] = folder
         return made[name, format]
 

@@ -1,0 +1,119 @@
+"""`ppow measure`: acceptance for each position and workload, which a drafter's card shows.
+
+Knows arguments and files; the counting is in metrics/ and measure/divergence.py.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from ..data.models import (
+    STDLIB_PROMPT_TOKENS,
+    add_models,
+    check_options,
+    ensure_file_writable,
+    load_drafter,
+    load_pair,
+    load_prompts,
+    load_target,
+    parse_workload,
+)
+from ..data.sources import DATA_HELP
+
+
+def register(subparsers: Any) -> None:
+    """Add the parser of `ppow measure`."""
+    parser = subparsers.add_parser(
+        "measure",
+        help="measure acceptance per position and per workload for the card",
+        description="Decode prompts and write the acceptance per position, workload, window rule and temperature as "
+        "acceptance.json, which the card shows when it lies in the drafter's folder.",
+    )
+    add_models(parser)
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        metavar="[NAME=]DATA",
+        help=f"a workload, may be given several times: {DATA_HELP}; a .txt file; or stdlib for functions of the "
+        f"standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: stdlib)",
+    )
+    parser.add_argument("--num-prompts", type=int, default=20, help="prompts of each (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens behind each (default: %(default)s)")
+    parser.add_argument("--temperature", default="0", help="temperatures, with commas between (default: %(default)s)")
+    parser.add_argument(
+        "--window", default="fixed,kl", help="window rules, with commas between (default: %(default)s)"
+    )
+    parser.add_argument("--max-window", type=int, metavar="N", help="longest window (default: the drafter's own)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--half-precision",
+        choices=["bfloat16", "float16"],
+        help="also count greedy outputs that differ from plain generate's in this number format, and tell near-ties "
+        "from errors (default: --dtype, where it is one of these)",
+    )
+    parser.add_argument("--json", required=True, metavar="FILE", help="the result, such as DIR/acceptance.json")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Decode the prompts, write what was counted, and print it in short."""
+    check_options(arguments, "num_prompts", "max_new_tokens")
+    ensure_file_writable(arguments.json, "--json")
+    temperatures = _temperatures(arguments.temperature)
+    sources = dict(parse_workload(text) for text in arguments.prompts or ["stdlib"])
+    target, tokenizer, drafter = load_pair(arguments)
+    workloads = {}
+    for name, source in sources.items():
+        prompts = load_prompts(source, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+        workloads[name] = [ids[0].tolist() for ids in prompts]
+    from ..measure.benchmark_report import write_benchmark
+    from ..metrics import measure_acceptance
+
+    result = measure_acceptance(
+        target,
+        drafter,
+        workloads,
+        temperatures=temperatures,
+        windows=arguments.window.split(","),
+        max_window=arguments.max_window,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        target_name=arguments.target,
+        command=arguments.command,
+    )
+    every_prompt = [prompt for prompts in workloads.values() for prompt in prompts]
+    half_precision = _half_precision(arguments, target, drafter, every_prompt)
+    if half_precision is not None:
+        result["half_precision"] = half_precision
+    write_benchmark(result, arguments.json)
+    for row in result["rows"]:
+        print(json.dumps({name: row[name] for name in ("workload", "temperature", "window", "acceptance_length")}))
+    if half_precision is not None:
+        print(json.dumps({name: value for name, value in half_precision.items() if name != "first_differences"}))
+    return 0
+
+
+def _half_precision(
+    arguments: argparse.Namespace, target: Any, drafter: Any, prompts: list[list[int]]
+) -> dict[str, Any] | None:
+    """[`measure_divergence`] of the pair, loaded again where it has another number format; `None` in float32."""
+    from ..measure.divergence import HALF_PRECISION, measure_divergence
+
+    if arguments.half_precision is None and target.dtype not in HALF_PRECISION:
+        return None
+    if arguments.half_precision not in (None, str(target.dtype).removeprefix("torch.")):
+        target = load_target(arguments.target, "--target", arguments.half_precision, arguments.device)
+        drafter = load_drafter(arguments.drafter, "--drafter", arguments.half_precision, arguments.device)
+    settings = {"max_window": arguments.max_window} if arguments.max_window else {}
+    return measure_divergence(target, drafter, prompts, arguments.max_new_tokens, **settings)
+
+
+def _temperatures(text: str) -> list[float]:
+    """`--temperature` as numbers."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--temperature: {text!r} given; pass numbers with commas between, such as 0,1.") from error
+    if not all(0 <= value < float("inf") for value in values):
+        raise ValueError(f"--temperature: {text!r} given; 0 (greedy) or positive numbers are needed.")
+    return values

@@ -1,0 +1,175 @@
+"""`ppow train`: a drafter for one's own target and data.
+
+Knows arguments, files and what the trainer is made of; its arguments are those of dataclasses, read by transformers'
+parser, so that every [`PPOWTrainingArguments`] is an option.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..data.models import (
+    MODEL_HELP,
+    TARGET_HELP,
+    check_tokenizer,
+    ensure_writable,
+    load_drafter,
+    load_target,
+    load_tokenizer,
+)
+from ..data.sources import check_source
+
+if TYPE_CHECKING:
+    from ..runtime.modeling_ppow import PPOWDrafter
+
+
+@dataclasses.dataclass
+class ScriptArguments:
+    """What `ppow train` is given beside the training arguments.
+
+    Args:
+        target (`str`): the target model: a folder, a name on the Hub, or an embedded model.
+        train_data (`str`): training data: a JSON Lines or text file, or a dataset as `NAME[/CONFIG][@SPLIT]`.
+        eval_data (`list[str]`, *optional*): held-out data of the same kind; several as `NAME=SOURCE`.
+        drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
+        architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
+        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
+        target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
+        resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
+    """
+
+    target: str = dataclasses.field(metadata={"help": f"The target model: {TARGET_HELP}."})
+    train_data: str = dataclasses.field(
+        metadata={
+            "help": "Training data with text, prompt, prompt and completion, or messages: a .jsonl file, or a dataset "
+            "as NAME[/CONFIG][@SPLIT]; :COLUMN behind it names a column of prompts."
+        }
+    )
+    eval_data: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Held-out data of the same kind; several as NAME=SOURCE."}
+    )
+    drafter: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": f"The drafter to go on training: {MODEL_HELP}. Without it a new one is made from the target."
+        },
+    )
+    architecture: str = dataclasses.field(
+        default="eagle",
+        metadata={"help": "Architecture of a new drafter.", "choices": ["eagle", "standalone", "medusa"]},
+    )
+    draft_vocab_size: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Size of a new eagle drafter's own vocabulary; by default it is the target's."},
+    )
+    target_dtype: str = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "Number format the target is loaded in; auto is float32 on a CPU and the model's own on a GPU.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    resume: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Go on from the last complete checkpoint in the output folder, if there is one."},
+    )
+
+
+def register(subparsers: Any) -> None:
+    """List `ppow train` among the commands; [`parse`] reads its arguments."""
+    subparsers.add_parser(
+        "train", add_help=False, help="train a drafter on your own data (ppow train --help lists its arguments)"
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The words behind `ppow train` as `script` ([`ScriptArguments`]) and `training` ([`PPOWTrainingArguments`])."""
+    from transformers import HfArgumentParser
+
+    from ..training import PPOWTrainingArguments
+
+    parser = HfArgumentParser(
+        [ScriptArguments, PPOWTrainingArguments],
+        prog="ppow train",
+        description="Train a drafter for a target on your own data, supervised or with PPOW.",
+    )
+    script, training = parser.parse_args_into_dataclasses(args=list(argv))
+    return argparse.Namespace(script=script, training=training)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load or make the drafter, train it, and save it."""
+    from transformers import set_seed
+
+    from ..training import PPOWTrainer
+    from ..training.preparation import training_sequences
+
+    script, training = arguments.script, arguments.training
+    ensure_writable(training.output_dir, "--output_dir")
+    check_source(script.train_data, "--train_data")
+    eval_sources = evaluation_sources(script.eval_data or [])
+    set_seed(training.seed)  # which draws a new drafter's weights
+    device = str(training.device)
+    dtype = None if script.target_dtype == "auto" else script.target_dtype
+    target = load_target(script.target, "--target", dtype, device)
+    tokenizer = load_tokenizer(script.target, "--target")
+    train_data: Any = script.train_data
+    if script.drafter is not None:
+        drafter = load_drafter(script.drafter, "--drafter", "float32", device)
+        check_tokenizer(drafter, tokenizer, "--drafter")
+    else:
+        token_counts = None
+        if script.draft_vocab_size is not None:
+            train_data = training_sequences(train_data, target, tokenizer, training, "--train_data")
+            token_counts = train_data.count_tokens(target.get_output_embeddings().weight.shape[0])
+        drafter = new_drafter(script, target, tokenizer, token_counts)
+    trainer = PPOWTrainer(
+        model=drafter,
+        target_model=target,
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=eval_sources,
+        processing_class=tokenizer,
+    )
+    resume: bool | str | None = training.resume_from_checkpoint
+    if script.resume or resume in ("auto", "true", "True"):
+        resume = True  # the last complete one, or a new start where there is none
+    trainer.train(resume_from_checkpoint=resume)
+    if not trainer.already_finished:
+        trainer.save_model()
+    trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
+    return 0
+
+
+def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
+    """`--eval_data`: one `SOURCE`, or several `NAME=SOURCE` by name; raises where one cannot be read."""
+    named: dict[str, str] = {}
+    for text in given:
+        name, _, source = text.rpartition("=")
+        check_source(source, "--eval_data")
+        if not name and len(given) == 1:
+            return source
+        if not name or name in named:
+            raise ValueError(f"--eval_data: {text!r} has no name of its own; pass several as NAME=FILE.")
+        named[name] = source
+    return named or None
+
+
+def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any, token_counts: Any = None) -> "PPOWDrafter":
+    """An untrained float32 drafter for `target`, as the arguments describe it.
+
+    `token_counts` (`[vocab_size]`, of the training data) choose the tokens of a reduced draft vocabulary.
+    """
+    from ..runtime.configuration_ppow import vocabulary_fingerprint
+    from ..runtime.modeling_ppow import PPOWDrafter
+
+    drafter = PPOWDrafter.from_target(
+        target,
+        script.architecture,
+        draft_vocab_size=script.draft_vocab_size,
+        token_counts=token_counts,
+        target_vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
+        target_name_or_path=script.target,
+    )
+    return drafter.float()

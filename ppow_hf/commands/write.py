@@ -1,0 +1,182 @@
+"""`ppow write`: the target writes the texts that its drafter will be trained on."""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..data.models import (
+    TARGET_HELP,
+    check_positive,
+    ensure_file_writable,
+    load_config,
+    load_target,
+    load_tokenizer,
+    resolve,
+)
+from ..data.sources import DATA_HELP, check_source
+from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow write`."""
+    parser = commands.add_parser(
+        "write",
+        help="have the target write training texts",
+        description="The target completes prompts, or answers chats turn by turn; the rows are training data as they "
+        "are. Run again with the same file, it goes on where it was.",
+    )
+    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompts",
+        metavar="DATA",
+        help=f"{DATA_HELP}; or a .txt file with one prompt a line. Of messages all the user's turns are asked",
+    )
+    prompts.add_argument(
+        "--self-prompted", type=int, metavar="N", help="an instruct target writes the user's turns of N chats too"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .jsonl file to write or to go on with")
+    parser.add_argument("--chat", action="store_true", help="ask each prompt as a user's turn of a chat")
+    parser.add_argument("--num-prompts", type=int, help="prompts taken, from the first on (default: all)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="0 takes the likeliest token, above it samples; of several, prompts take them in turn (default: 0)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, help="tokens of the longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="prompts of a batch, or requests to a server at once (default: 8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="number format of the target (default: float32 on a CPU, the model's own on a GPU and in vLLM)",
+    )
+    parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--engine", choices=["vllm"], help="write with this engine, in an environment of its own")
+    where.add_argument(
+        "--server", metavar="URL", help="write with an OpenAI-compatible server; its key is read from OPENAI_API_KEY"
+    )
+    parser.add_argument(
+        "--engine-python",
+        metavar="FILE",
+        help=f"the interpreter of the engine's own environment (default: ${PYTHON_VARIABLE})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`ppow write`."""
+    _check(arguments)
+    from tqdm.auto import tqdm
+
+    from ..data.sequences import chat_template_of
+    from ..data.writing import read_conversations, self_prompted, write_texts
+
+    tokenizer = load_tokenizer(arguments.target, "--target")
+    if arguments.self_prompted:
+        conversations = self_prompted(arguments.self_prompted, arguments.temperature, tokenizer, arguments.seed)
+    else:
+        conversations, duplicates = read_conversations(
+            arguments.prompts, arguments.temperature, chat=arguments.chat, count=arguments.num_prompts
+        )
+        if duplicates:
+            print(f"{duplicates} prompts left out: repeated or empty", file=sys.stderr)
+        if any(one.pending for one in conversations):
+            chat_template_of(tokenizer, "--prompts")
+    file = _open_file(arguments)
+    left = [one for one in conversations if one.key not in file.done]
+    if len(left) < len(conversations):
+        print(f"{len(conversations) - len(left)} of {len(conversations)} are written already", file=sys.stderr)
+    if not left:
+        return 0
+    with _writer(arguments, tokenizer, len(file.done)) as writer, tqdm(total=len(conversations)) as bar:
+        written = write_texts(conversations, writer, tokenizer, file, arguments.seed, bar.update)
+    print(describe(written, file))
+    return 0
+
+
+def describe(written: Any, file: Any) -> str:
+    """What was kept, what was dropped and why, and the speed."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in written.dropped.most_common())
+    dropped = f"; dropped: {reasons} ({file.dropped_path.name})" if reasons else "; none dropped"
+    return (
+        f"{written.rows} rows from {written.conversations} prompts{dropped}; {written.tokens} tokens in "
+        f"{written.seconds:.1f} s ({written.tokens_per_second:.1f} tokens/s); {file.path} now has {file.rows} rows"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("num_prompts", "self_prompted", "max_new_tokens", "batch_size"):
+        if getattr(arguments, name) is not None:
+            check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    for temperature in arguments.temperature:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"--temperature: {temperature} given; 0 (greedy) or a positive number is needed.")
+    if Path(arguments.output).suffix != ".jsonl":
+        raise ValueError(f"--output: {arguments.output!r} given; the name of a .jsonl file is needed.")
+    ensure_file_writable(arguments.output, "--output")
+    if arguments.prompts is not None:
+        check_source(arguments.prompts, "--prompts")
+    if arguments.engine:
+        vllm_python(arguments.engine_python)
+
+
+def _open_file(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from ..data.writing import TextFile
+    from ..measure.provenance import describe, public_name
+
+    settings = {
+        "target": public_name(arguments.target),
+        "self_prompted": arguments.self_prompted is not None,
+        "temperature": arguments.temperature,
+        "max_new_tokens": arguments.max_new_tokens,
+        "seed": arguments.seed,
+        "writer": "server" if arguments.server else arguments.engine or "transformers",
+    }
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TextFile(Path(arguments.output), settings, describe(device, arguments.command))
+
+
+def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int) -> Any:
+    """A context manager of what writes."""
+    from ..data.regeneration import end_token_ids
+    from ..serving import text_writers
+
+    if arguments.engine is None and arguments.server is None:
+        target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
+        return nullcontext(
+            text_writers.TransformersWriter(target, tokenizer, arguments.max_new_tokens, arguments.batch_size)
+        )
+    config, generation_config = load_config(arguments.target, "--target")
+    context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if arguments.server is not None:
+        return nullcontext(
+            text_writers.ServerWriter(
+                arguments.server,
+                arguments.target,
+                tokenizer,
+                arguments.max_new_tokens,
+                context_length,
+                arguments.batch_size,
+            )
+        )
+    return text_writers.VLLMWriter(
+        resolve(arguments.target),
+        tokenizer,
+        end_token_ids(generation_config or config.get_text_config(), tokenizer),
+        arguments.max_new_tokens,
+        arguments.engine_python,
+        dtype=arguments.dtype or "auto",
+        seed=arguments.seed + done,  # the engine's, which begins anew: else it would write again what it wrote before
+    )

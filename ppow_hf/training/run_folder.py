@@ -1,0 +1,98 @@
+"""The folder of a training: one training in it at a time, what its checkpoints were trained with, and its end.
+
+Knows files and settings; knows nothing about models.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from .checkpoints import STATE
+
+try:
+    import fcntl
+except ImportError:  # Windows: trainings in one folder are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+
+LOCK = ".training.lock"
+# Of the Trainer's own arguments those that decide what is learned; how long it goes on may change.
+LEARNING = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
+)  # fmt: skip
+# Of PPOWTrainingArguments those that do not: they hold memory, measure, or are measured.
+FREE = (
+    "chunk_size", "verify_tokens", "eval_prompts", "eval_prompt_length", "eval_new_tokens", "calibrate_at_end",
+    "cost_ratio", "regenerate_batch_size",
+)  # fmt: skip
+
+
+@contextmanager
+def lock_folder(output_dir: str | Path) -> Iterator[None]:
+    """Keep other trainings out of `output_dir`; the lock of a process that died holds nobody back.
+
+    Raises `ValueError` naming the lock's file and the process that holds it.
+    """
+    path = Path(output_dir) / LOCK
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"output_dir: {file.read().strip() or 'another process'} is training in {str(output_dir)!r} and holds "
+                f"{str(path)!r}. Wait until it ends, or pass another folder."
+            ) from None
+        except OSError as error:
+            logger.warning(f"{path}: this file system has no locks ({error}); start no second training in its folder.")
+        file.truncate(0)
+        file.write(f"process {os.getpid()}\n")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def run_record(args: Any, data_fingerprint: str) -> dict[str, Any]:
+    """What decides what a training learns: its data, and the arguments that a resume must not change."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = [field.name for field in dataclasses.fields(args) if field.name not in inherited and field.name not in FREE]
+    record = {name: getattr(args, name) for name in (*LEARNING, *own)}
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    record |= {"train_dataset (fingerprint)": data_fingerprint, "sequences of a step on all devices": batch}
+    return json.loads(json.dumps(record, default=str))
+
+
+def check_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:
+    """Raise `ValueError` where the [`run_record`] of a checkpoint differs, saying in what."""
+    stored = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8")).get("run", {})
+    different = [
+        f"{name} was {stored[name]!r} and is {record[name]!r}"
+        for name in stored
+        if name in record and stored[name] != record[name]
+    ]
+    if different:
+        raise ValueError(
+            f"resume_from_checkpoint: {str(checkpoint)!r} was trained otherwise: {'; '.join(different)}. Give what it "
+            "was trained with, or start in another output_dir."
+        )
+
+
+def is_saved(output_dir: str | Path, step: int) -> bool:
+    """Whether the drafter of `step`, the last one, lies in `output_dir` with its log, as a finished run leaves it."""
+    folder = Path(output_dir)
+    try:
+        log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config, dict) and log[-1]["step"] >= step and any(folder.glob("*.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
