@@ -9,45 +9,22 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 from transformers import GenerationMixin, LogitsProcessorList
-from transformers.generation import LogitsProcessor
-from transformers.generation.configuration_utils import GenerationMode
 
-from .candidate_generator import KLAdaptiveCandidateGenerator
-from .runtime.compatibility import check_call, check_processors, common_context_length, target_width
-from .runtime.configuration_ppow import warn_of_other_target
+from .candidate_generator import KLAdaptiveCandidateGenerator, PendingTokenVerifier
+from .runtime.compatibility import (
+    check_call,
+    check_inputs,
+    check_mode,
+    check_processors,
+    common_context_length,
+    target_width,
+)
 from .runtime.generation import DrafterView, SpeculativeDecoding
 from .runtime.modeling_ppow import PPOWDrafter
 
 SUPPORTED = "transformers>=5.17,<6"
-
-
-class PendingTokenVerifier(LogitsProcessor):
-    """Verifies a drawn token that would end the generation, at the position where the target's own token is drawn.
-
-    The token x was drawn from Q. With P now known, the draw there is made to be x with probability min(1, P(x)/Q(x))
-    and a draw from norm(max(P - Q, 0)) otherwise, which together are distributed as P. Last of a call's processors.
-    """
-
-    def __init__(self, generator: KLAdaptiveCandidateGenerator):
-        self.generator = generator
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        pending = self.generator.pending
-        if pending is None or input_ids.shape[1] != pending[0]:
-            return scores
-        _, token, draft_probs = pending
-        target_probs = scores.softmax(-1)
-        draft_probs = draft_probs.to(target_probs)
-        ratio = target_probs[0, token] / draft_probs[0, token]
-        if bool(torch.rand((), device=scores.device) < ratio):
-            decided = torch.full_like(scores, -torch.inf)
-            decided[0, token] = 0.0
-            return decided
-        residual = (target_probs - draft_probs).clamp_min(0.0)
-        return residual.log() if bool(residual.sum() > 0) else scores
 
 
 OURS = (PPOWDrafter, DrafterView)
@@ -66,11 +43,7 @@ def _assisted_decoding(original, self, *args, **kwargs):
     drafter: Any = call.get("assistant_model")
     if not isinstance(drafter, OURS):
         return original(self, *args, **kwargs)
-    embeddings = call.get("model_kwargs", {}).get("inputs_embeds")
-    if call["input_ids"].shape[1] == 0 or embeddings is not None:
-        raise ValueError(
-            "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave out assistant_model."
-        )
+    check_inputs(call["input_ids"], call.get("model_kwargs", {}).get("inputs_embeds"))
     check_processors(call["logits_processor"])
     view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
     parts = [call[name] for name in ("logits_processor", "stopping_criteria", "generation_config")]
@@ -90,13 +63,8 @@ def _validate_generation_mode(original, self, generation_mode, generation_config
     drafter = generation_mode_kwargs.get("assistant_model")
     if not isinstance(drafter, OURS):
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
-    check_call(self, drafter, generation_config)
-    warn_of_other_target(drafter.config, tokenizer=generation_mode_kwargs.get("tokenizer"))
-    if generation_mode != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            "assistant_model: speculative decoding works with greedy search and sampling, not with "
-            f"{generation_mode}. Leave out assistant_model, or the options that select that mode."
-        )
+    check_call(self, drafter, generation_config, generation_mode_kwargs.get("tokenizer"))
+    check_mode(generation_mode)
     # The stock check compares configurations and refuses padded vocabularies; ours has been made.
     others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
     return original(self, generation_mode, generation_config, others)

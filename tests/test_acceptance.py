@@ -8,31 +8,24 @@ from itertools import product
 
 import pytest
 import torch
+from acceptance_references import greedy_accepted_group
 from torch import Tensor
 
 from ppow_hf.runtime.acceptance import (
-    acceptance_probability,
-    chain_parents,
     confidence,
     divergence_priority,
     entropy,
-    expected_accepted,
     first_rejection_mask,
     greedy_accepted_counts,
-    greedy_accepted_group,
     greedy_accepted_path,
-    group_parents,
     kl_divergence,
     likeliest_tokens,
-    longest_of_group,
+    pending_token_scores,
     rejection_accepted_counts,
     rejection_sample_chain,
-    rejection_sample_tree,
     residual_distribution,
     sample_from_uniform,
     total_variation,
-    tree_attention_mask,
-    tree_depths,
 )
 
 LARGEST_FLOAT32_BELOW_ONE = 1 - 2**-24
@@ -74,11 +67,10 @@ def test_what_window_rules_look_at(dtype):
 
 def test_divergences_equal_plain_loops():
     target, draft = random_probs(3, 2, 7, seed=0), random_probs(3, 2, 7, seed=1)
-    alphas, variations = acceptance_probability(target, draft), total_variation(target, draft)
+    variations = total_variation(target, draft)
     divergences, entropies = kl_divergence(target.log(), draft.log()), entropy(target.log())
     for i, j in product(range(3), range(2)):
         p, q = target[i, j].tolist(), draft[i, j].tolist()
-        assert alphas[i, j].item() == pytest.approx(math.fsum(map(min, p, q)))
         assert variations[i, j].item() == pytest.approx(1 - math.fsum(map(min, p, q)))
         assert divergences[i, j].item() == pytest.approx(
             math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
@@ -90,15 +82,14 @@ def test_pinsker_bounds_acceptance_from_below():
     for sharpness in (0.01, 0.3, 1.0, 5.0):
         target, draft = (random_probs(400, 6, seed=seed, sharpness=sharpness) for seed in (2, 3))
         bound = 1 - (kl_divergence(target.log(), draft.log()).clamp(min=0) / 2).sqrt()
-        assert (acceptance_probability(target, draft) >= bound - 1e-12).all()
+        assert (1 - total_variation(target, draft) >= bound - 1e-12).all()
 
 
 def test_divergences_of_equal_and_of_disjoint_distributions():
     probs = random_probs(5, 9, seed=4)
     assert kl_divergence(probs.log(), probs.log()).eq(0).all() and total_variation(probs, probs).eq(0).all()
-    torch.testing.assert_close(acceptance_probability(probs, probs), torch.ones(5, dtype=torch.float64))
     left, right = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.0, 1.0])
-    assert acceptance_probability(left, right) == 0 and total_variation(left, right) == 1
+    assert total_variation(left, right) == 1
     assert kl_divergence(left.log(), right.log()) == math.inf
 
 
@@ -160,35 +151,9 @@ def test_divergence_priority_is_confidence_times_kl():
 
 def test_half_precision_is_computed_in_float32():
     target, draft = random_probs(32, 500, seed=7).bfloat16(), random_probs(32, 500, seed=8).bfloat16()
-    alphas = acceptance_probability(target, draft)
-    assert alphas.dtype == torch.float32
-    torch.testing.assert_close(alphas.double(), torch.minimum(target.double(), draft.double()).sum(-1))
-
-
-def test_expected_accepted_equals_geometric_sum_and_loop():
-    for alpha, window in product((0.0, 0.3, 0.9), (1, 4, 10)):
-        closed_form = alpha * (1 - alpha**window) / (1 - alpha)
-        alphas = torch.full((window,), alpha, dtype=torch.float64)
-        assert expected_accepted(alphas).item() == pytest.approx(closed_form)
-    alphas = torch.tensor([0.9, 0.5, 1.0, 0.0, 0.7])
-    assert expected_accepted(alphas).item() == pytest.approx(0.9 + 0.45 + 0.45)
-    assert expected_accepted(torch.ones(3)).item() == 3 and expected_accepted(torch.ones(2, 0)).tolist() == [0, 0]
-
-
-def test_expected_accepted_is_the_mean_of_sampled_counts():
-    draft_probs, target_probs = random_probs(4, 5, seed=9), random_probs(5, 5, seed=10)
-    samples = 20_000
-    alphas = acceptance_probability(target_probs[:4], draft_probs)
-    draft_ids = torch.multinomial(draft_probs, samples, replacement=True, generator=generator(11)).T  # [samples, 4]
-    counts = rejection_accepted_counts(
-        draft_ids,
-        draft_probs.expand(samples, 4, 5).gather(-1, draft_ids[..., None])[..., 0],
-        target_probs[:4].expand(samples, 4, 5).gather(-1, draft_ids[..., None])[..., 0],
-        torch.rand(samples, 4, generator=generator(12)),
-    ).double()
-    assert counts.mean().item() == pytest.approx(
-        expected_accepted(alphas).item(), abs=4 * counts.std().item() / math.sqrt(samples)
-    )
+    variations = total_variation(target, draft)
+    assert variations.dtype == torch.float32
+    torch.testing.assert_close(variations.double(), (target.double() - draft.double()).abs().sum(-1) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,22 +207,6 @@ def test_first_rejection_mask_includes_the_first_rejected_token():
         [[True, False, False], [True, True, False]],
         [[True, True, True], [True, True, True]],
     ]
-
-
-def test_longest_of_group_is_the_first_of_the_longest():
-    counts, index = longest_of_group(torch.tensor([[1, 3, 3], [0, 0, 0], [2, 1, 4]]))
-    assert counts.tolist() == [3, 0, 4] and index.tolist() == [1, 0, 2]
-    with pytest.raises(ValueError, match="accepted_counts"):
-        longest_of_group(torch.zeros(2, 0, dtype=torch.long))
-
-
-def test_greedy_group_equals_a_loop():
-    drafted = torch.randint(2, (50, 4, 5), generator=generator(16))
-    chosen = torch.randint(2, (50, 4, 5), generator=generator(17))
-    counts, index = greedy_accepted_group(drafted, chosen)
-    for row in range(50):
-        lengths = [slow_leading_agreements(drafted[row, c].tolist(), chosen[row, c].tolist()) for c in range(4)]
-        assert counts[row] == max(lengths) and index[row] == lengths.index(max(lengths))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,6 +410,17 @@ def test_certain_target_makes_rejection_sampling_greedy():
     assert next_ids.equal(choices.gather(1, counts[:, None])[:, 0])
 
 
+def test_a_pending_token_and_what_replaces_it_are_distributed_as_the_target():
+    draft_probs, target_probs = random_probs(6, seed=60), random_probs(6, seed=61)
+    law = torch.zeros(6, dtype=torch.float64)
+    for token in range(6):
+        kept = (target_probs[token] / draft_probs[token]).clamp(max=1)
+        for uniform, weight in ((kept - 1e-9, kept), (kept + 1e-9, 1 - kept)):
+            scores = pending_token_scores(target_probs.log()[None], token, draft_probs[None], uniform)
+            law += draft_probs[token] * weight * scores[0].softmax(-1)
+    torch.testing.assert_close(law, target_probs)
+
+
 def test_chain_names_the_missing_bonus_row():
     with pytest.raises(ValueError, match="target_probs: shape .*one row more"):
         rejection_sample_chain(
@@ -479,31 +439,6 @@ def random_parents(nodes: int, seed: int) -> list[int]:
 
 def slow_ancestors(node: int, parents: list[int]) -> list[int]:
     return [] if parents[node] == -1 else [*slow_ancestors(parents[node], parents), parents[node]]
-
-
-def test_tree_mask_and_depths_equal_a_recursion():
-    for seed in range(10):
-        parents = random_parents(12, seed)
-        mask, depths = tree_attention_mask(torch.tensor(parents)), tree_depths(torch.tensor(parents))
-        for node in range(12):
-            ancestors = slow_ancestors(node, parents)
-            assert mask[node].nonzero().flatten().tolist() == [*ancestors, node]
-            assert depths[node] == len(ancestors)
-
-
-def test_chain_and_group_parents():
-    assert chain_parents(4).tolist() == [-1, 0, 1, 2] and chain_parents(0).tolist() == []
-    assert group_parents(3, 2).tolist() == [-1, 0, -1, 2, -1, 4]
-    assert group_parents(2, 0).tolist() == [] and group_parents(0, 2).tolist() == []
-    assert tree_attention_mask(chain_parents(5)).equal(torch.ones(5, 5).tril().bool())
-    assert tree_depths(group_parents(3, 4)).tolist() == [0, 1, 2, 3] * 3
-    assert tree_attention_mask(chain_parents(0)).shape == (0, 0)
-
-
-def test_parents_after_their_children_are_refused():
-    for parents in ([0], [-1, 2, 0], [-2]):
-        with pytest.raises(ValueError, match="parents: .*before its children"):
-            tree_attention_mask(torch.tensor(parents))
 
 
 def test_greedy_path_is_the_longest_of_all_paths():
@@ -530,7 +465,15 @@ def test_greedy_path_prefers_the_longer_of_duplicate_siblings():
         torch.tensor([7, 7, 3]), torch.tensor([-1, -1, 1]), torch.tensor(7), torch.tensor([3, 3, 9])
     )
     assert path == [1, 2]
-    assert greedy_accepted_path(torch.tensor([]), chain_parents(0), 7, torch.tensor([])) == []
+    empty = torch.tensor([], dtype=torch.long)
+    assert greedy_accepted_path(empty, empty, 7, empty) == []
+
+
+def test_parents_after_their_children_are_refused():
+    for parents in ([0], [-1, 2, 0], [-2]):
+        nodes = torch.zeros(len(parents), dtype=torch.long)
+        with pytest.raises(ValueError, match="parents: .*before its children"):
+            greedy_accepted_path(nodes, torch.tensor(parents), 0, nodes)
 
 
 def test_greedy_path_of_a_group_is_the_greedy_group():
@@ -538,135 +481,8 @@ def test_greedy_path_of_a_group_is_the_greedy_group():
     chosen = torch.randint(2, (30, 3, 4), generator=generator(81))
     chosen[:, :, 0] = chosen[:, :1, 0]  # after the context the target has one choice
     counts, index = greedy_accepted_group(drafted, chosen)
+    parents = torch.tensor([-1, 0, 1, 2, -1, 4, 5, 6, -1, 8, 9, 10])  # three chains side by side
     for row in range(30):
         node_choices = chosen[row].roll(-1, dims=-1).flatten()  # a node's choice is the next position's
-        path = greedy_accepted_path(drafted[row].flatten(), group_parents(3, 4), int(chosen[row, 0, 0]), node_choices)
+        path = greedy_accepted_path(drafted[row].flatten(), parents, int(chosen[row, 0, 0]), node_choices)
         assert path == [int(index[row]) * 4 + step for step in range(int(counts[row]))]
-
-
-def exact_sibling_law(draft_probs: Tensor, claimed_draft_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """Law of the first token with three siblings, every draw and verdict enumerated.
-
-    For the two distributions below all thresholds of verdicts are multiples of 1/2 and of the last draw multiples of
-    1/9, so middles of the cells integrate the uniforms exactly.
-    """
-    law = torch.zeros(4, dtype=torch.float64)
-    for tokens in product(range(4), repeat=3):
-        weight = math.prod(draft_probs[sibling, token].item() for sibling, token in enumerate(tokens))
-        if weight == 0:
-            continue
-        for verdicts in product((0.25, 0.75), repeat=3):
-            for cell in range(9):
-                path, next_id = rejection_sample_tree(
-                    torch.tensor(tokens),
-                    torch.tensor([-1, -1, -1]),
-                    claimed_draft_probs,
-                    target_probs,
-                    torch.full((3, 4), 0.25, dtype=torch.float64),
-                    torch.tensor(verdicts, dtype=torch.float64),
-                    (cell + 0.5) / 9,
-                )
-                law[tokens[path[0]] if path else next_id] += weight / 8 / 9
-    return law
-
-
-def test_siblings_reproduce_the_target_exactly_and_a_wrong_draft_distribution_does_not():
-    draft_probs = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64).expand(3, 4)
-    target_probs = torch.tensor([0.25, 0.5, 0.0, 0.25], dtype=torch.float64)
-    law = exact_sibling_law(draft_probs, draft_probs, target_probs)
-    torch.testing.assert_close(law, target_probs, rtol=0, atol=1e-12)
-    wrong_law = exact_sibling_law(draft_probs, draft_probs.roll(1, dims=-1), target_probs)
-    assert (wrong_law - target_probs).abs().max() > 0.02
-
-
-def test_a_chosen_candidate_beside_drawn_siblings_reproduces_the_target_exactly():
-    certain = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # the drafter's greedy token, not drawn
-    drawn = torch.tensor([0.0, 0.5, 0.25, 0.25], dtype=torch.float64)
-    draft_probs = torch.stack([certain, drawn, certain])
-    target_probs = torch.tensor([0.5, 0.125, 0.25, 0.125], dtype=torch.float64)  # then (0, 1/4, 1/2, 1/4)
-    law = exact_sibling_law(draft_probs, draft_probs, target_probs)
-    torch.testing.assert_close(law, target_probs, rtol=0, atol=1e-12)
-
-
-def sampled_tree_fits(wrong_draft_probs: bool, samples: int = 3000) -> bool:
-    """Chi-square test of the first two tokens (V = 4): three siblings, two children under the first two of them."""
-    parents = torch.tensor([-1, -1, -1, 0, 0, 1, 1])
-    p1, p2, p3 = (random_probs(*shape, 4, seed=90 + len(shape), sharpness=0.8) for shape in ((), (4,), (4, 4)))
-    q1, q2 = (random_probs(*shape, 4, seed=95 + len(shape), sharpness=0.8) for shape in ((), (4,)))
-    draws = torch.rand(samples, 16, generator=generator(99), dtype=torch.float64)
-    roots = sample_from_uniform(q1.expand(samples, 3, 4), draws[:, :3])  # [samples, 3]
-    child_probs = q2[roots[:, [0, 0, 1, 1]]]  # [samples, 4, V]
-    children = sample_from_uniform(child_probs, draws[:, 3:7])
-    tokens = torch.cat([roots, children], dim=1)
-    draft_probs = torch.cat([q1.expand(samples, 3, 4), child_probs], dim=1)
-    claimed = draft_probs.roll(1, dims=-1) if wrong_draft_probs else draft_probs
-    target_probs = torch.cat([p2[roots], p3[roots[:, [0, 0, 1, 1]], children]], dim=1)
-    counts = [0] * 16
-    for row in range(samples):
-        path, next_id = rejection_sample_tree(
-            tokens[row], parents, claimed[row], p1, target_probs[row], draws[row, 7:14], draws[row, 14]
-        )
-        generated = [int(tokens[row, node]) for node in path] + [next_id]
-        if len(generated) == 1:
-            generated.append(int(sample_from_uniform(p2[next_id], draws[row, 15])))
-        counts[generated[0] * 4 + generated[1]] += 1
-    return fits(counts, (p1[:, None] * p2).flatten().tolist())
-
-
-def test_sampled_tree_follows_the_target_and_a_wrong_draft_distribution_does_not():
-    assert sampled_tree_fits(wrong_draft_probs=False)
-    assert not sampled_tree_fits(wrong_draft_probs=True)
-
-
-def test_tree_that_is_a_chain_equals_the_chain():
-    draft_probs, target_probs = random_probs(100, 4, 5, seed=110), random_probs(100, 5, 5, seed=111)
-    draft_ids = torch.randint(5, (100, 4), generator=generator(112))
-    uniforms = torch.rand(100, 5, generator=generator(113))
-    counts, next_ids = rejection_sample_chain(draft_ids, draft_probs, target_probs, uniforms[:, :4], uniforms[:, 4])
-    for row in range(100):
-        path, next_id = rejection_sample_tree(
-            draft_ids[row],
-            chain_parents(4),
-            draft_probs[row],
-            target_probs[row, 0],
-            target_probs[row, 1:],
-            uniforms[row, :4],
-            uniforms[row, 4],
-        )
-        assert path == list(range(int(counts[row]))) and next_id == next_ids[row]
-
-
-def test_siblings_are_tried_in_the_order_of_their_indices():
-    path, _ = rejection_sample_tree(
-        torch.tensor([2, 1, 0]),
-        torch.tensor([-1, -1, -1]),
-        torch.full((3, 3), 1 / 3),
-        torch.tensor([0.4, 0.6, 0.0]),
-        torch.full((3, 3), 1 / 3),
-        torch.tensor([0.0, 0.5, 0.0]),
-        0.5,
-    )
-    assert path == [1]  # token 2 is impossible, token 1 comes next, token 0 is not reached
-
-
-def test_tree_without_nodes_draws_from_the_target():
-    empty = torch.zeros(0)
-    path, next_id = rejection_sample_tree(
-        empty.long(), empty.long(), torch.zeros(0, 3), torch.tensor([0.2, 0.3, 0.5]), torch.zeros(0, 3), empty, 0.4
-    )
-    assert path == [] and next_id == 1
-
-
-def test_tree_with_a_certain_target_is_greedy():
-    for seed in range(30):
-        parents = torch.tensor(random_parents(8, seed))
-        tokens = torch.randint(3, (8,), generator=generator(seed))
-        choices = torch.randint(3, (9,), generator=generator(1000 + seed))
-        path, next_id = rejection_sample_tree(
-            tokens, parents, torch.full((8, 3), 1 / 3), torch.eye(3)[choices[8]], torch.eye(3)[choices[:8]],
-            torch.rand(8, generator=generator(seed)), LARGEST_FLOAT32_BELOW_ONE,
-        )  # fmt: skip
-        assert all(tokens[node] == (choices[parents[node]] if parents[node] >= 0 else choices[8]) for node in path)
-        end = path[-1] if path else -1
-        assert next_id == choices[end]
-        assert not any(int(parents[node]) == end and tokens[node] == next_id for node in range(8))

@@ -7,6 +7,7 @@ import shutil
 import numpy
 import pytest
 import torch
+from acceptance_references import greedy_accepted_group
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -15,7 +16,6 @@ from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.provenance import shortened
 from ppow_hf.measure.window_study import draft_table
-from ppow_hf.runtime.acceptance import greedy_accepted_group
 from ppow_hf.studies.compare import (
     Comparison,
     plateau_gain,

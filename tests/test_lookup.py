@@ -11,8 +11,8 @@ from test_batches import alone, assert_rows, make_drafter, noisy_copy, ragged, t
 from test_sampling import chi_square_p_value
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from ppow_hf import PPOWDrafter, PPOWDrafterConfig, candidate_generator
-from ppow_hf.runtime import acceptance, rows
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig
+from ppow_hf.runtime import acceptance, draft_window
 from ppow_hf.runtime import generation as loop
 from ppow_hf.runtime.draft_session import DraftSession
 from ppow_hf.runtime.lookup import (
@@ -365,9 +365,8 @@ def test_sampled_continuations_are_distributed_as_the_targets(small_vocab_target
 
 def test_keeping_tokens_from_the_text_as_if_drawn_evenly_fails_the_check(small_vocab_target, monkeypatch):
     even = lambda tokens, width, device: torch.zeros(len(tokens), width)  # noqa: E731
-    monkeypatch.setattr(rows, "one_hot_scores", even)
+    monkeypatch.setattr(draft_window, "one_hot_scores", even)
     assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop=True) < ALPHA
-    monkeypatch.setattr(candidate_generator, "one_hot_scores", even)
     assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop=False, runs=1000) < ALPHA
 
 

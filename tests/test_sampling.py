@@ -13,8 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import ppow_hf.hook as candidate_generator
 from ppow_hf import PPOWDrafter
-from ppow_hf.candidate_generator import KLAdaptiveCandidateGenerator
-from ppow_hf.hook import PendingTokenVerifier
+from ppow_hf.candidate_generator import KLAdaptiveCandidateGenerator, PendingTokenVerifier
 
 VOCABULARY = 6
 LENGTH = 4  # joint distribution of so many tokens

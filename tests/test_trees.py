@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from acceptance_references import rejection_sample_tree
 from test_batches import (
     ARCHITECTURES,
     COSTS,
@@ -26,7 +27,6 @@ from ppow_hf.runtime import trees
 from ppow_hf.runtime.acceptance import (
     rejection_sample_chain,
     rejection_sample_distinct_trees,
-    rejection_sample_tree,
     residual_distribution,
     sample_from_uniform,
 )

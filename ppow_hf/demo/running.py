@@ -15,9 +15,12 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..runtime.acceptance import greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
-from ..runtime.compatibility import common_context_length, target_width
+from ..runtime.compatibility import (
+    common_context_length,
+    target_width,
+)
 from ..runtime.draft_session import cache_argument
-from ..runtime.draft_window import SessionSource, WindowDraft, draft_windows
+from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..runtime.windowing import FixedWindow, OnlineCosts
@@ -201,19 +204,24 @@ class FixedShadow:
             self.session.observe(unread, states, self.observed)
             self.observed, self.states = len(self.ids), None
 
-    def _draft(self, window: int) -> tuple[list[int], list[torch.Tensor]]:
+    def _draft(self, longest: int) -> tuple[list[int], list[torch.Tensor]]:
         """Tokens, and the distributions `[V]` that they were drawn from."""
         record = RoundTrace(0, 0, [])
-        source = SeededSource(
+        rule = FixedWindow(longest, OnlineCosts())
+        window = Window(rule, record, longest, lambda draft_ids: draft_ids[-1] in self.eos_ids)
+        distributions = DrafterDistributions(
             self.session,
-            lambda logits: self._process(logits[:1], record.draft_ids),
-            self.do_sample,
+            lambda logits, drafts: self._process(logits, drafts[0]),
+            self._draw if self.do_sample else None,
             looks=False,
         )
-        source.generator = self.generator
-        rule = FixedWindow(window, OnlineCosts())
-        draft_windows([WindowDraft(0, rule, window, record)], source, self.eos_ids.__contains__)
-        return record.draft_ids, [scores[0].softmax(-1) for scores in source.kept_scores]
+        draft_windows([window], distributions)
+        return record.draft_ids, [scores[0].softmax(-1) for scores in distributions.scores]
+
+    def _draw(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """`[1, V]` -> `[1, 1]`, by the row's own random numbers."""
+        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(log_probs.device)
+        return sample_from_uniform(log_probs.exp(), uniform)[:, None]
 
     def _verify(self, drafts: list[int]) -> torch.Tensor:
         """The target's processed scores behind the last token and behind each drafted one, `[W + 1, V]`."""
@@ -254,18 +262,6 @@ class FixedShadow:
         if states is not None:
             self.states = states if self.states is None else torch.cat([self.states, states], dim=1)
         return outputs.logits[0].float()
-
-
-class SeededSource(SessionSource):
-    """A [`SessionSource`] with a random generator of its own: the run beside it draws what it would alone."""
-
-    generator: torch.Generator
-
-    def _draw(self) -> torch.Tensor:
-        if not self.do_sample:
-            return super()._draw()
-        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(self.scores.device)
-        return sample_from_uniform(self.scores.softmax(-1), uniform)[:, None]
 
 
 class _Stopped(Exception):

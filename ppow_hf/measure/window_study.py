@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from ..runtime.acceptance import kl_divergence, likeliest_tokens
-from ..runtime.draft_window import Sight, WindowDraft, draft_windows
+from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..runtime.windowing import CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
@@ -88,67 +88,76 @@ def draft_table(
     if len(text) < 1:
         raise ValueError("text: it is empty; at least the target's first token is needed.")
     ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(target.device)
-    before, length = prompt.shape[1], ids.shape[1]
     layers = drafter.config.target_layer_ids
     outputs = target(ids, output_hidden_states=bool(layers))
     target_log_probs = outputs.logits[0].float().log_softmax(-1)
-    _check_greedy(target_log_probs[before - 1 : -1], ids[0, before:], target.dtype)
+    _check_written(target_log_probs, ids, prompt.shape[1], target.dtype)
     states = collect_target_states(outputs.hidden_states, layers)
-    states = None if states is None else states.to(drafter.device)
-    first, width = drafter.draft_model.first_prefix, target_log_probs.shape[-1]
-    features, cache = drafter.prefix_features(ids.to(drafter.device), states)
-    committed = length - first
-
-    names = ("ids", "max_probability", "second", "entropy", "kl")
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for start in range(before, length - 1, PREFIXES_AT_ONCE):
-        prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
-        drawn: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
-
-        def look(j: int, here: torch.Tensor, _, prefixes=prefixes, drawn=drawn) -> torch.Tensor:
-            log_probs = drafter.compute_logits(here[0], width).float().log_softmax(-1)
-            places = (prefixes[0] + j).clamp_max(length - 1)
-            there = target_log_probs[places.to(target_log_probs.device)].to(here.device)
-            first, second, entropies, likeliest = likeliest_tokens(log_probs).unbind(-1)
-            seen = likeliest.long(), first, second, entropies, kl_divergence(there, log_probs)
-            for name, column in zip(names, seen, strict=True):
-                drawn[name].append(column)
-            return likeliest.long()[None]
-
-        drafter.unroll(features, cache, prefixes, look, depth)
-        cache = drafter.draft_model.cropped(cache, committed)
-        for name, values in drawn.items():
-            columns[name].append(torch.stack(values, dim=1).cpu())
-    found = {
-        name: torch.cat(values).numpy() if values else numpy.zeros((0, depth)) for name, values in columns.items()
-    }
+    columns = _draft_everywhere(drafter, ids, states, target_log_probs, prompt.shape[1], depth)
     continuation = numpy.asarray(text)
     padded = numpy.concatenate([continuation, numpy.full(depth, -1)])
     windows = numpy.lib.stride_tricks.sliding_window_view(padded[1:], depth)[: len(text) - 1]
-    kept = numpy.cumprod(found["ids"] == windows, axis=1)
-    accepted = kept.sum(axis=1)
-    known = numpy.arange(depth) <= accepted[:, None]
+    accepted = numpy.cumprod(columns["ids"] == windows, axis=1).sum(axis=1)
+    verified = numpy.arange(depth) <= accepted[:, None]
     return DraftTable(
         prompt[0].cpu().numpy(),
         continuation,
-        found["ids"],
-        found["max_probability"],
-        found["second"],
-        found["entropy"],
-        numpy.where(known, found["kl"], math.nan),
+        columns["ids"],
+        columns["max_probability"],
+        columns["second_probability"],
+        columns["entropy"],
+        numpy.where(verified, columns["kl"], math.nan),
         accepted,
         max_new_tokens,
         eos_of(target),
     )
 
 
-def _check_greedy(target_log_probs: torch.Tensor, text: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless each token of `text` `[N]` is the likeliest of its row `[N, V]`, near ties apart."""
-    margin = target_log_probs.amax(-1) - target_log_probs.gather(-1, text[:, None])[:, 0]
+def _check_written(target_log_probs: torch.Tensor, ids: torch.Tensor, before: int, dtype: torch.dtype) -> None:
+    """Raise `ValueError` where a token of `ids` `[1, n + N]` behind the first `before` is not the target's choice."""
+    target_log_probs = target_log_probs[before - 1 : -1]
+    written = target_log_probs.gather(-1, ids[0, before:, None])[:, 0]
     tolerance = NEAR_TIE if dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
-    if bool((margin > tolerance).any()):
-        place = int((margin > tolerance).nonzero()[0])
+    other = target_log_probs.amax(-1) - written > tolerance
+    if bool(other.any()):
+        place = int(other.nonzero()[0])
         raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
+
+
+def _draft_everywhere(
+    drafter: Any,
+    ids: torch.Tensor,
+    states: torch.Tensor | None,
+    target_log_probs: torch.Tensor,
+    before: int,
+    depth: int,
+) -> dict[str, numpy.ndarray]:
+    """Greedy drafts of `depth` tokens from every prefix of `ids` `[1, n + N]` behind the first `before` tokens.
+
+    Columns `[N - 1, depth]` by name: the tokens, what [`likeliest_tokens`] says, and KL(P||Q) in nats.
+    """
+    length, width = ids.shape[1], target_log_probs.shape[-1]
+    states = None if states is None else states.to(drafter.device)
+    features, cache = drafter.prefix_features(ids.to(drafter.device), states)
+    names = ("ids", "max_probability", "second_probability", "entropy", "kl")
+    chunks: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for start in range(before, length - 1, PREFIXES_AT_ONCE):
+        prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
+        steps: list[tuple[torch.Tensor, ...]] = []
+
+        def look(j: int, draft_features: torch.Tensor, _, prefixes=prefixes, steps=steps) -> torch.Tensor:
+            log_probs = drafter.compute_logits(draft_features[0], width).float().log_softmax(-1)
+            places = (prefixes[0] + j).clamp_max(length - 1)
+            target_here = target_log_probs[places.to(target_log_probs.device)].to(draft_features.device)
+            first, second, entropies, likeliest = likeliest_tokens(log_probs).unbind(-1)
+            steps.append((likeliest.long(), first, second, entropies, kl_divergence(target_here, log_probs)))
+            return likeliest.long()[None]
+
+        drafter.unroll(features, cache, prefixes, look, depth)
+        cache = drafter.draft_model.cropped(cache, length - drafter.draft_model.first_prefix)
+        for name, values in zip(names, zip(*steps, strict=True), strict=True):
+            chunks[name].append(torch.stack(values, dim=1).cpu())
+    return {name: torch.cat(values).numpy() if values else numpy.zeros((0, depth)) for name, values in chunks.items()}
 
 
 def eos_of(target: Any) -> frozenset[int]:
@@ -205,26 +214,24 @@ def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int)
 # -- rules on the table
 
 
-class TableSource:
-    """A row of a [`DraftTable`] as the [`DraftSource`] of a round: what the drafter would say, without it."""
+class RecordedDistributions:
+    """What a table knows of the distributions behind one of its prefixes, for [`draft_windows`]."""
 
-    def __init__(self, table: DraftTable, row: int, looks: bool):
-        self.table, self.row, self.looks, self.position = table, row, looks, 0
+    def __init__(self, table: DraftTable, committed: int, looks: bool):
+        row = committed - 1
+        self.draft_ids, self.looks, self.position = table.draft_ids[row].tolist(), looks, 0
+        self.columns = [column[row] for column in table.looked_at]
 
-    def look(self) -> list[Sight] | None:
+    def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
         if not self.looks:
             return None
-        first, second, entropy = (column[self.row, self.position].item() for column in self.table.looked_at)
-        return [Sight(first, second, entropy, int(self.table.draft_ids[self.row, self.position]))]
+        return [[*(column[self.position].item() for column in self.columns), self.draft_ids[self.position]]]
 
-    def draw(self) -> list[int]:
-        return [int(self.table.draft_ids[self.row, self.position])]
-
-    def keep(self) -> None:
-        self.position += 1
+    def draw(self) -> Sequence[int]:
+        return [self.draft_ids[self.position]]
 
     def advance(self) -> None:
-        pass
+        self.position += 1
 
 
 def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> GenerationTrace:
@@ -233,35 +240,34 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
     With `record` a fixed window, which needs no look at the distributions, leaves features and divergences too.
     """
     looks = record or type(rule) is not FixedWindow
-    looks_up = record or isinstance(rule, KLAdaptiveWindow)
+    reads = record or isinstance(rule, KLAdaptiveWindow)
     trace = GenerationTrace(rounds=[RoundTrace(0, 0, [])])  # the target's forward over the prompt
     committed, read = 1, 0
-    whole = [*table.prompt.tolist(), *table.text.tolist()]
+    tokens = [*table.prompt.tolist(), *table.text.tolist()]
     while committed < len(table.text):
-        row, one_round = committed - 1, RoundTrace(0, 0, [])
-        if looks_up:
-            there = len(table.prompt) + committed
-            rule.read(whole[read:there])
-            read = there
-        longest = min(rule.start(table.room(committed)), table.draft_ids.shape[1])
-        window = WindowDraft(0, rule, longest, one_round)
-        draft_windows([window], TableSource(table, row, looks), table.eos_token_ids.__contains__, keeps_end=False)
-        own = len(one_round.draft_ids)
-        own_accepted = min(int(table.accepted[row]), own)
-        if looks:
-            one_round.kl = table.kl[row, : min(own_accepted + 1, own)].tolist()
-        tokens = [] if window.ended else rule.look_up(one_round.draft_ids, table.room(committed))
-        tokens = list(itertools.takewhile(lambda token: token not in table.eos_token_ids, tokens))
-        one_round.draft_ids += tokens
-        one_round.window, one_round.looked_up = own + len(tokens), len(tokens)
-        behind = table.text[committed + own :].tolist() if own_accepted == own else []
-        kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, behind, strict=False)))
-        one_round.accepted = own_accepted + kept
-        rule.update(own, one_round.draft_steps, own_accepted, one_round.kl)
-        rule.update_looked_up(len(tokens), kept)
+        if reads:
+            rule.read(tokens[read : len(table.prompt) + committed])
+            read = len(table.prompt) + committed
+        one_round = _replay_round(rule, table, committed, looks)
         trace.rounds.append(one_round)
         committed += one_round.accepted + 1
     return trace
+
+
+def _replay_round(rule: WindowRule, table: DraftTable, committed: int, looks: bool) -> RoundTrace:
+    one_round, room = RoundTrace(0, 0, []), table.room(committed)
+    limit = min(rule.start(room), table.draft_ids.shape[1])
+    window = Window(rule, one_round, limit, lambda draft_ids: draft_ids[-1] in table.eos_token_ids, keeps_end=False)
+    if limit > 0:
+        draft_windows([window], RecordedDistributions(table, committed, looks))
+    drawn = one_round.window
+    window.look_up(room)
+    accepted = min(int(table.accepted[committed - 1]), drawn)
+    if accepted == drawn:
+        following = zip(one_round.draft_ids[drawn:], table.text[committed + drawn :].tolist(), strict=False)
+        accepted += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], following))
+    learn_from_verdict(rule, one_round, accepted, table.kl[committed - 1].tolist() if looks else [])
+    return one_round
 
 
 def clairvoyant(table: DraftTable, costs: CostModel) -> GenerationTrace:

@@ -1,11 +1,11 @@
-"""Acceptance of drafted tokens as pure functions on tensors: chains, groups and trees, at T = 0 and at T > 0.
+"""Acceptance of drafted tokens as pure functions on tensors: chains and trees, at T = 0 and at T > 0.
 
 The same functions serve training, evaluation and decoding, so that what is measured is what is served. Knows token
 ids, probabilities and uniform random numbers; knows nothing about models, caches, text or random generators: every
 random number is an argument.
 
-Shapes: `...` stands for any leading batch dimensions, W for the window, V for the vocabulary, C for the candidates of
-a group, N for the nodes of a tree. P is the target's distribution, Q the drafter's: exactly the one that the draft
+Shapes: `...` stands for any leading batch dimensions, W for the window, V for the vocabulary, N for the nodes of a
+tree. P is the target's distribution, Q the drafter's: exactly the one that the draft
 token was drawn from, after every logits processor. Half precision is computed in float32.
 """
 
@@ -18,15 +18,6 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 # How close two distributions are
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def acceptance_probability(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """Probability alpha that a token drawn from Q is kept: sum_x min(P(x), Q(x)) = 1 - TV(P, Q).
-
-    `[..., V]`, `[..., V]` -> `[...]`. Differentiable. Source: Leviathan et al. 2211.17192, corollary 3.6.
-    """
-    _require_shape("draft_probs", draft_probs, target_probs.shape, "the shape of target_probs")
-    return torch.minimum(_at_least_float32(target_probs), _at_least_float32(draft_probs)).sum(-1)
 
 
 def total_variation(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
@@ -94,15 +85,6 @@ def divergence_priority(target_log_probs: Tensor, draft_log_probs: Tensor, vocab
     certainty = confidence(target_log_probs, vocab_size)
     divergence = kl_divergence(target_log_probs, draft_log_probs)
     return certainty * divergence.masked_fill(certainty == 0, 0.0)  # 0 * inf would be NaN
-
-
-def expected_accepted(acceptance_probs: Tensor) -> Tensor:
-    """Expected number of accepted draft tokens, sum_j prod_{i<=j} alpha_i, the bonus token not counted.
-
-    `acceptance_probs` `[..., W]` holds each position's probability of being kept, given that all before it were kept.
-    Returns `[...]`, differentiable; 0 for W = 0. Source: Leviathan et al. 2211.17192, equation 1, unequal alphas.
-    """
-    return _at_least_float32(acceptance_probs).cumprod(-1).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,71 +232,30 @@ def rejection_sample_chain(
     return accepted_counts, sample_from_uniform(next_probs, next_uniforms)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Groups: several windows for one prefix, the longest kept
-# ---------------------------------------------------------------------------------------------------------------------
+def pending_token_scores(target_scores: Tensor, token: int, draft_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Scores `[1, V]` that a token drawn from Q is verified by where the target's own token is drawn.
 
+    With probability min(1, P(x) / Q(x)) they are certain of the `token` x, else those of norm(max(P - Q, 0)): what is
+    drawn from them is distributed as P.
 
-def longest_of_group(accepted_counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The longest accepted prefix of C candidates and its index, the first of the longest.
-
-    `[..., C]` -> counts `[...]`, indices `[...]`. Lossless at T = 0 only: at T > 0 the longest of several sampled
-    windows is not distributed as P; verify them as a tree with `rejection_sample_tree`.
+    Args:
+        target_scores (`[1, V]`): logarithms of P, up to a constant.
+        draft_probs (`[1, V]`): Q.
+        uniform (`[]`): random number in [0, 1).
     """
-    if accepted_counts.shape[-1] == 0:
-        raise ValueError("accepted_counts: a group without candidates given. Pass [..., C] with C at least 1.")
-    best_index = accepted_counts.argmax(-1)  # the first of equal maxima
-    return accepted_counts.gather(-1, best_index.unsqueeze(-1)).squeeze(-1), best_index
-
-
-def greedy_accepted_group(
-    draft_ids: Tensor, target_choices: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`greedy_accepted_counts` of each candidate, then `longest_of_group`.
-
-    `[..., C, W]`, `[..., C, W]`, *optional* `[..., C, W]` bool -> counts `[...]`, indices `[...]`.
-    """
-    return longest_of_group(greedy_accepted_counts(draft_ids, target_choices, valid))
+    target_probs = target_scores.softmax(-1)
+    draft_probs = draft_probs.to(target_probs)
+    if bool(uniform < target_probs[0, token] / draft_probs[0, token]):
+        certain = torch.full_like(target_scores, -torch.inf)
+        certain[0, token] = 0.0
+        return certain
+    residual = (target_probs - draft_probs).clamp_min(0.0)
+    return residual.log() if bool(residual.sum() > 0) else target_scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Trees: node i holds token_ids[i] and follows node parents[i], which comes before it; -1 is the context
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def chain_parents(window: int) -> Tensor:
-    """Parents `[W]` of one chain: -1, 0, 1, ..."""
-    return group_parents(1, window)
-
-
-def group_parents(candidates: int, window: int) -> Tensor:
-    """Parents `[C * W]` of C chains side by side, candidate by candidate: node c * W + j is token j of candidate c."""
-    if candidates < 0 or window < 0:
-        raise ValueError(f"candidates, window: {candidates}, {window} given. Pass numbers that are 0 or more.")
-    parents = torch.arange(-1, candidates * window - 1)
-    return parents.masked_fill((parents + 1) % max(window, 1) == 0, -1)
-
-
-def tree_depths(parents: Tensor) -> Tensor:
-    """Depth of each node, 0 for the children of the context: `[N]` -> `[N]` int64. A node's position id is the
-    context's length plus its depth."""
-    return tree_attention_mask(parents).sum(-1) - 1
-
-
-def tree_attention_mask(parents: Tensor) -> Tensor:
-    """`mask[i, j]` is True where node i attends to node j: itself and its ancestors. `[N]` -> bool `[N, N]`.
-
-    Every node attends to the whole context as well, which is not part of the mask.
-    """
-    _require_tree(parents)
-    nodes = torch.arange(len(parents), device=parents.device)
-    mask = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
-    ancestors = parents.long()
-    while bool((below_context := ancestors >= 0).any()):  # once per level
-        nodes, ancestors = nodes[below_context], ancestors[below_context]
-        mask[nodes, ancestors] = True
-        ancestors = parents.long()[ancestors]
-    return mask
 
 
 def greedy_accepted_path(
@@ -351,63 +292,6 @@ def greedy_accepted_path(
     return path[::-1]
 
 
-def rejection_sample_tree(
-    token_ids: Tensor,
-    parents: Tensor,
-    draft_probs: Tensor,
-    root_target_probs: Tensor,
-    node_target_probs: Tensor,
-    uniforms: Tensor,
-    next_uniform: float | Tensor,
-) -> tuple[list[int], int]:
-    """One round of lossless verification of a tree: the tokens of the path and the one after it are distributed as P.
-
-    At each node the children are tried in the order of their indices: child x is kept if u < P(x) / Q(x); after a
-    rejection P becomes norm(max(P - Q, 0)) for the next child. When all are rejected the next token is drawn from what
-    P has become, at a node without children from P.
-
-    Args:
-        token_ids (`[N]`): the drafted token of each node.
-        parents (`[N]`): the node that each follows, -1 for the context.
-        draft_probs (`[N, V]`): the distribution Q that each node's own token was drawn from. Siblings are drawn
-            independently, with replacement; they may have different Q (a candidate that was not drawn but chosen, such
-            as the drafter's greedy token, has all its mass on that token). Neither their number nor their order may
-            depend on the tokens drawn. For siblings drawn without replacement see `rejection_sample_distinct_trees`.
-        root_target_probs (`[V]`): P after the context.
-        node_target_probs (`[N, V]`): P after each node.
-        uniforms (`[N]`): random numbers in [0, 1), one verdict each.
-        next_uniform (`float`): random number in [0, 1) for the token after the path.
-
-    Returns the path's node indices, from the context outwards, and the next token id. Source: SpecInfer 2305.09781,
-    section 4.3 (multi-step speculative sampling); unequal Q among siblings [ours].
-    """
-    _require_tree(parents)
-    nodes, vocabulary = len(parents), root_target_probs.shape[-1]
-    _require_shape("token_ids", token_ids, (nodes,), "the shape of parents")
-    _require_shape("draft_probs", draft_probs, (nodes, vocabulary), "[N, V]")
-    _require_shape("root_target_probs", root_target_probs, (vocabulary,), "[V]")
-    _require_shape("node_target_probs", node_target_probs, (nodes, vocabulary), "[N, V]")
-    _require_shape("uniforms", uniforms, (nodes,), "the shape of parents")
-    tokens = token_ids.tolist()
-    children: dict[int, list[int]] = {}
-    for node, parent in enumerate(parents.tolist()):
-        children.setdefault(parent, []).append(node)
-
-    path: list[int] = []
-    probs = _at_least_float32(root_target_probs)
-    to_try = list(children.get(-1, []))
-    while to_try:
-        node = to_try.pop(0)
-        if bool(_accepts(probs[tokens[node]], draft_probs[node, tokens[node]], uniforms[node])):
-            path.append(node)
-            probs = _at_least_float32(node_target_probs[node])
-            to_try = list(children.get(node, []))
-        else:
-            probs = residual_distribution(probs, draft_probs[node])
-    next_uniform = torch.as_tensor(next_uniform, dtype=uniforms.dtype, device=probs.device)
-    return path, int(sample_from_uniform(probs, next_uniform))
-
-
 def rejection_sample_distinct_trees(
     token_ids: Tensor,
     parents: Tensor,
@@ -417,7 +301,7 @@ def rejection_sample_distinct_trees(
     uniforms: Tensor,
     next_uniforms: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rejection_sample_tree` for siblings drawn from one Q without replacement, and for a batch of trees at once.
+    """One round of lossless verification of trees whose siblings were drawn from one Q without replacement.
 
     At each node the children are tried in the order they were drawn. Child x is kept if u < P(x) / Q(x); after a
     rejection P becomes norm(max(P - Q, 0)) and Q loses x: norm(Q without x) is what the next sibling was drawn from,

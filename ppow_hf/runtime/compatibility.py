@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation import (
+    GenerationMode,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -19,6 +21,21 @@ def check_width(draft_width: int, target_width: int) -> None:
         raise ValueError(
             f"assistant_model: the drafter's vocabulary has {draft_width} tokens and the target's {target_width}. "
             "They can differ by padding (at most 512 tokens and 1%), not by this much: use a drafter of this target."
+        )
+
+
+def check_inputs(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> None:
+    """Raise `ValueError` for a prompt that is not given as tokens."""
+    if embeddings is not None or input_ids.shape[1] == 0:
+        raise ValueError("inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave it out.")
+
+
+def check_mode(mode: GenerationMode) -> None:
+    """Raise `ValueError` for a way of generating that verifies no drafts."""
+    if mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode}. Leave out "
+            "assistant_model, or the options that select that mode."
         )
 
 
@@ -46,7 +63,7 @@ def check_processors(logits_processor: Sequence[Any]) -> None:
                 )
 
 
-def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -> None:
+def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, tokenizer: Any = None) -> None:
     """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed."""
     config = drafter.config
     text = target.config.get_text_config()
@@ -71,7 +88,7 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -
             f"{' (this one was for ' + config.target_name_or_path + ')' if config.target_name_or_path else ''}."
         )
     check_layers(config.target_layer_ids, text.num_hidden_layers)
-    warn_of_other_target(config, target.config._name_or_path)
+    warn_of_other_target(config, target.config._name_or_path, tokenizer)
 
 
 def target_width(target: Any) -> int:

@@ -164,19 +164,18 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         kwargs.setdefault("tie_word_embeddings", bool(getattr(draft_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
-        check_settings(architecture=architecture)
-        check_settings(
-            window=window,
-            max_window=max_window,
-            cost_ratio=cost_ratio,
-            verification_cost=verification_cost,
-            lookup=lookup,
-        )
-        call_settings(self, {"lookup": lookup})
-        for name, value in (("medusa_heads", medusa_heads), ("medusa_layers", medusa_layers)):
+        self._check()
+
+    def _check(self) -> None:
+        check_settings(architecture=self.architecture)
+        names = ("window", "max_window", "cost_ratio", "verification_cost", "lookup")
+        check_settings(**{name: getattr(self, name) for name in names})
+        call_settings(self, {"lookup": self.lookup})
+        for name in ("medusa_heads", "medusa_layers"):
+            value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
-        self.check_window(max_window)
+        self.check_window(self.max_window)
         self.check_layers()
         self.check_sizes()
 

@@ -125,8 +125,8 @@ class DraftSession:
             start = self._position if isinstance(self._position, int) else self._position[:, None]
             positions = (ahead + start).expand(len(feature), -1)
             self._places, self._places_from = draft.embed_positions(positions), drafted
-        here = self._places[:, drafted - self._places_from :][:, :1]
-        return here if count == 1 else here.expand(-1, count, *here.shape[2:])
+        place = self._places[:, drafted - self._places_from :][:, :1]
+        return place if count == 1 else place.expand(-1, count, *place.shape[2:])
 
     @torch.inference_mode()
     def observe(
@@ -150,16 +150,16 @@ class DraftSession:
         allowed: torch.Tensor | None
         if visible is None and self._visible is None:
             allowed = causal_allowed(length, past, device) if length > 1 else None
-            own = torch.arange(length, device=device)[None].expand(batch, -1)
+            steps = torch.arange(length, device=device)[None].expand(batch, -1)  # [B, L] from a row's first token
         else:
             visible = torch.ones_like(tokens, dtype=torch.bool) if visible is None else visible
             seen = visible.new_ones(batch, past) if self._visible is None else self._visible
             self._visible = torch.cat([seen, visible], dim=1)
             itself = torch.eye(length, past + length, dtype=torch.bool, device=device).roll(past, dims=1)
             allowed = (causal_allowed(length, past, device) & self._visible[:, None, None]) | itself
-            own = (visible.long().cumsum(1) - 1).clamp_min(0)
+            steps = (visible.long().cumsum(1) - 1).clamp_min(0)
         start = first_position if isinstance(first_position, int) else first_position[:, None]
-        positions = (own + start - draft.first_prefix).clamp_min(0)
+        positions = (steps + start - draft.first_prefix).clamp_min(0)
         features, self._cache = draft.encode(self._readable(tokens), target_states, self._cache, positions, allowed)
         self._committed += length
         self._feature, self._places = features[:, -1:], None
@@ -245,23 +245,23 @@ class UnreadTokens:
         self,
         tokens: torch.Tensor,
         states: torch.Tensor | None,
-        own: torch.Tensor | None,
+        visible: torch.Tensor | None,
         start: int | torch.Tensor,
     ):
         self.tokens, self.states = tokens, states  # [B, L], [B, L, 3*h]
-        self.own = own  # [B, L] False at padding; None where there is none
-        self.start = start  # position of the first token, one for all rows where own is None
+        self.visible = visible  # [B, L] False at padding; None where there is none
+        self.start = start  # position of the first token, one for all rows where visible is None
 
     def add(self, tokens: torch.Tensor, states: torch.Tensor | None, counts: torch.Tensor, most: int) -> None:
         """The `counts` `[B]` + 1 (at most `most` + 1) first of each row of `tokens` were committed."""
-        if self.own is not None:
+        if self.visible is not None:
             shift = torch.arange(most + 1, device=counts.device) - (most - counts)[:, None]  # [B, most + 1]
-            own, source = shift >= 0, shift.clamp_min(0)
+            visible, source = shift >= 0, shift.clamp_min(0)
             tokens = tokens.gather(1, source)
             if states is not None:
                 source = source.to(states.device)
                 states = states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
-            self.own = torch.cat([self.own, own], dim=1)
+            self.visible = torch.cat([self.visible, visible], dim=1)
         else:
             tokens = tokens[:, : most + 1]
             states = None if states is None else states[:, : most + 1]
@@ -274,17 +274,17 @@ class UnreadTokens:
         """Let the drafter read it all."""
         device = session.drafter.device
         states = None if self.states is None else self.states.to(device)
-        own = None if self.own is None else self.own.to(device)
+        visible = None if self.visible is None else self.visible.to(device)
         start = self.start if isinstance(self.start, int) else self.start.to(device)
-        session.observe(self.tokens.to(device), states, start, own)
-        read = self.tokens.shape[1] if self.own is None else self.own.sum(1)
+        session.observe(self.tokens.to(device), states, start, visible)
+        read = self.tokens.shape[1] if self.visible is None else self.visible.sum(1)
         self.start = self.start + read
         self.tokens, self.states = self.tokens[:, :0], None
-        self.own = None if self.own is None else self.own[:, :0]
+        self.visible = None if self.visible is None else self.visible[:, :0]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows `[B']` alone."""
         self.tokens = self.tokens[rows]
         self.states = None if self.states is None else self.states[rows.to(self.states.device)]
-        self.own = None if self.own is None else self.own[rows]
+        self.visible = None if self.visible is None else self.visible[rows]
         self.start = self.start if isinstance(self.start, int) else self.start[rows]

@@ -1,191 +1,280 @@
-"""Drafts windows, token by token: ask the rule, look at the distribution, draw, stop.
+"""One round's windows drafted: look at the drafter's distribution, ask the window rule, draw, stop.
 
-Everyone who drafts a chain calls [`draft_windows`]. Knows window rules, a source of distributions and the records of
-rounds; knows nothing about targets and verification.
+The decoding loop, the candidate generator, the vLLM proposer, the demo and the window study all draft by
+[`draft_windows`]. Knows rules, records and the drafter's distributions; knows no target and no caches.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .acceptance import likeliest_tokens
-from .trace import RoundTrace
-from .windowing import KLAdaptiveWindow, WindowRule
+from .draft_session import DraftSession, UnreadTokens
+from .trace import GenerationTrace, RoundTrace
+from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 
-class Sight(NamedTuple):
-    """What a rule sees of a distribution: its two largest probabilities, its entropy in nats, its likeliest token."""
+class Distributions(Protocol):
+    """Where the distributions along the windows of B rows come from, one position after the other."""
 
-    max_probability: float
-    second_probability: float
-    entropy: float
-    likeliest: int
+    def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
+        """Of each row what [`likeliest_tokens`] says of the distribution behind its draft tokens; `None`: unseen."""
 
-
-class DraftSource(Protocol):
-    """Where the distributions of a round come from: a drafter's session, or a table of what one would say."""
-
-    def look(self) -> list[Sight] | None:
-        """Each row's distribution at the next position; `None` where no rule needs to see it."""
-
-    def draw(self) -> list[int] | None:
-        """Each row's token from the distribution last looked at; `None` where it stays on the device."""
-
-    def keep(self) -> None:
-        """The token last drawn became part of some row's window."""
+    def draw(self) -> Sequence[int] | None:
+        """A token of each row's distribution; `None` where tokens stay on the device."""
 
     def advance(self) -> None:
-        """Go on to the distribution behind the token last drawn: a draft step."""
+        """Go on to the distributions behind the drawn tokens."""
 
 
-@dataclass
-class WindowDraft:
+@dataclass(eq=False)
+class Window:
     """One row's window while it is drafted.
 
     Args:
-        row (`int`): its place among the rows of the source.
-        rule ([`WindowRule`]): decides how far it goes.
-        limit (`int`): most tokens; 0 drafts nothing.
-        record ([`RoundTrace`]): gets draft steps, tokens, features and estimated acceptances.
-        length (`int`): tokens drafted; `record.draft_ids` may stay empty, where tokens stay on the device.
-        ended (`bool`): whether the token drawn last ends the text.
+        rule ([`WindowRule`]): the row's.
+        record ([`RoundTrace`]): the round's; gets the draft tokens, steps, features and estimates.
+        limit (`int`): most tokens that are drafted; 0 for none.
+        ends_text (`Callable`, *optional*): whether the last of a list of draft tokens ends the text. By default never.
+        keeps_end (`bool`, *optional*, defaults to `True`):
+            Whether a token that ends the text is the window's last; else the window ends before it.
+        end_token (`int`, *optional*): the token that was drawn and left out because it ends the text.
     """
 
-    row: int
     rule: WindowRule
-    limit: int
     record: RoundTrace
-    length: int = 0
-    ended: bool = False
-    features: list[float] | None = field(default=None, repr=False)
+    limit: int
+    ends_text: Callable[[list[int]], bool] = field(default=lambda draft_ids: False)
+    keeps_end: bool = True
+    end_token: int | None = None
 
-    def includes(self, sights: list[Sight] | None) -> bool:
-        """Whether to draw at the next position. Nothing can be drawn from a distribution of NaN."""
+    def __post_init__(self):
+        self.drafting = self.limit > 0
+        self.ended = False  # whether the text ends in this window, or right behind it
+        self._features: list[float] | None = None
+
+    def consider(self, looked: Sequence[float] | None) -> None:
+        """Ask the rule whether a token is drawn from the next distribution; where unseen (`None`), one is."""
+        if not self.drafting:
+            return
         self.record.draft_steps += 1
-        if sights is None:
-            return True
-        sight = sights[self.row]
-        if not sight.max_probability > 0:
-            return False
-        self.features = self.rule.describe(*sight, self.record.draft_ids)
-        return self.rule.include(self.length, self.features)
+        if looked is None:
+            return
+        first, second, entropy, likeliest = looked
+        self._features = self.rule.describe(first, second, entropy, int(likeliest), self.record.draft_ids)
+        # NaN is not above 0: nothing can be drawn from such a distribution.
+        self.drafting = first > 0 and self.rule.include(self.record.window, self._features)
 
-    def add(self, tokens: list[int] | None, ends: Callable[[int], bool], keeps_end: bool) -> bool:
-        """Take the drawn token; `False` where it ends the text and is left out."""
-        if tokens is not None:
-            self.ended = ends(tokens[self.row])
-            if self.ended and not keeps_end:
-                return False
-            self.record.draft_ids.append(tokens[self.row])
-        if self.features is not None:
-            self.record.features.append(self.features)
+    def take(self, token: int | None) -> None:
+        """Append the token drawn there (`None` where it stays on the device), and decide whether drafting goes on."""
+        if not self.drafting:
+            return
+        record = self.record
+        if token is None:
+            record.window += 1
+        elif not self._append(token):
+            self.end_token, self.drafting = token, False
+            return
+        if self._features is not None:
+            record.features.append(self._features)
             if isinstance(self.rule, KLAdaptiveWindow):
-                self.record.acceptance_probabilities.append(self.rule.acceptance_probability(self.features))
-        self.length += 1
+                record.acceptance_probabilities.append(self.rule.acceptance_probability(self._features))
+        self.drafting = (
+            not self.ended
+            and record.window < self.limit
+            and self.rule.go_on(record.window)
+            and not self.rule.prefers_text(record.draft_ids)
+        )
+
+    def look_up(self, room: int) -> None:
+        """Append the tokens that the rule takes from the text, up to `room` tokens in the window; no draft steps.
+
+        They follow from the tokens before them, so that nothing is drawn, and one that ends the text can be left out.
+        """
+        if self.ended:
+            return
+        for token in self.rule.look_up(self.record.draft_ids, room):
+            if not self._append(token):
+                return
+            self.record.looked_up += 1
+            if self.ended:
+                return
+
+    def _append(self, token: int) -> bool:
+        """Whether `token` belongs to the window, which it is appended to then."""
+        self.ended = self.ends_text([*self.record.draft_ids, token])
+        if self.ended and not self.keeps_end:
+            return False
+        self.record.draft_ids.append(token)
+        self.record.window += 1
         return True
 
-    def goes_on(self) -> bool:
-        """Whether another draft step is worth its cost."""
-        if self.ended or self.length >= self.limit or not self.rule.go_on(self.length):
-            return False
-        return not self.rule.prefers_text(self.record.draft_ids)
+
+def draft_windows(windows: Sequence[Window], distributions: Distributions) -> None:
+    """Draft the windows of B rows side by side, until no row wants another token."""
+    while True:
+        looked = distributions.look([window.record.draft_ids for window in windows])
+        for row, window in enumerate(windows):
+            window.consider(None if looked is None else looked[row])
+        if not any(window.drafting for window in windows):
+            return
+        tokens = distributions.draw()
+        for row, window in enumerate(windows):
+            window.take(None if tokens is None else tokens[row])
+        if not any(window.drafting for window in windows):
+            return
+        distributions.advance()
 
 
-def draft_windows(
-    windows: Sequence[WindowDraft], source: DraftSource, ends: Callable[[int], bool], keeps_end: bool = True
-) -> None:
-    """Draft each row's window until no rule wants another token.
+def draw_tokens(log_probs: torch.Tensor) -> torch.Tensor:
+    """A token of each row, `[B, V]` -> `[B, 1]`; any token of a row that is NaN."""
+    return torch.multinomial(log_probs.exp().nan_to_num(1.0), 1)
+
+
+class DrafterDistributions:
+    """The [`Distributions`] of a drafter behind what its session has read.
 
     Args:
-        windows (`Sequence[WindowDraft]`): the rows; those with a limit of 0 draft nothing.
-        source ([`DraftSource`]): gives the distributions and draws from them.
-        ends (`Callable`): whether a token ends the text.
-        keeps_end (`bool`, *optional*, defaults to `True`): whether such a token is the window's last, or left out.
-    """
-    active = [window for window in windows if window.limit > 0]
-    while active:
-        sights = source.look()
-        active = [window for window in active if window.includes(sights)]
-        if not active:
-            return
-        tokens = source.draw()
-        active = [window for window in active if window.add(tokens, ends, keeps_end)]
-        if not active:
-            return
-        source.keep()
-        active = [window for window in active if window.goes_on()]
-        if active:
-            source.advance()
-
-
-class SessionSource:
-    """The distributions of a drafter's session, behind everything that it has observed.
-
-    Args:
-        session ([`DraftSession`]): the drafter's side of the call.
-        process (`Callable`): draft logits `[B, V]` in float32 -> the scores `[B, V]` that are drawn from.
-        do_sample (`bool`): draw from the scores, or take their likeliest token.
-        looks (`bool`, *optional*, defaults to `True`): whether any rule needs to see the distributions.
-        reads_tokens (`bool`, *optional*, defaults to `True`): whether tokens come to the host without a look.
-        draws_ahead (`bool`, *optional*, defaults to `False`):
-            Draw before the rules are asked, so that one wait for the device brings both. [`draft_windows`] drops the
-            token where a rule says no.
-
-    Attributes:
-        drawn, kept_scores (`list[torch.Tensor]`): of each position of the windows, `[B, 1]` and `[B, V]`.
-        steps (`int`): distributions computed.
+        session ([`DraftSession`]): has read everything committed.
+        process (`Callable`): logits `[B, V]` in float32 and each row's draft tokens before them -> scores `[B, V]`.
+        draw (`Callable`, *optional*): log-probabilities `[B, V]` -> tokens `[B, 1]`. The likeliest by default.
+        looks (`bool`, *optional*, defaults to `True`): whether the distributions are looked at.
+        draws_first (`bool`, *optional*, defaults to `False`):
+            Whether a token is drawn for every row before the rules are asked, so that a device is waited for once.
+        on_host (`bool`, *optional*, defaults to `True`): whether tokens are wanted on the host though nothing looks.
     """
 
     def __init__(
         self,
-        session: Any,
-        process: Callable[[torch.Tensor], torch.Tensor],
-        do_sample: bool,
+        session: DraftSession,
+        process: Callable[[torch.Tensor, Sequence[list[int]]], torch.Tensor],
+        draw: Callable[[torch.Tensor], torch.Tensor] | None = None,
         looks: bool = True,
-        reads_tokens: bool = True,
-        draws_ahead: bool = False,
+        draws_first: bool = False,
+        on_host: bool = True,
     ):
-        self.session, self.process, self.do_sample = session, process, do_sample
-        self.looks, self.reads_tokens, self.draws_ahead = looks, reads_tokens, draws_ahead
-        self.drawn: list[torch.Tensor] = []
-        self.kept_scores: list[torch.Tensor] = []
+        self.session, self.process, self._draw = session, process, draw
+        self.looks, self.draws_first, self.on_host = looks, draws_first, on_host
+        self.tokens: list[torch.Tensor] = []  # [B, 1] of each position that was drafted
+        self.scores: list[torch.Tensor] = []  # [B, V] that they were drawn from
         self.steps = 1
         self._logits = session.first_logits()
 
-    def look(self) -> list[Sight] | None:
-        self.scores = self.process(self._logits.float())
-        self.log_probs = self.scores.log_softmax(-1)
-        self._looked = likeliest_tokens(self.log_probs) if self.looks else None
-        self._tokens: list[int] | None = None
-        if self._looked is None:
+    def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
+        self._scores = self.process(self._logits.float(), drafts)
+        self._token: torch.Tensor | None = None
+        self._token_ids: list[int] | None = None
+        if not self.looks:
             return None
-        if not self.draws_ahead:
-            return [Sight(first, second, doubt, int(id)) for first, second, doubt, id in self._looked.tolist()]
-        self.token = self._draw()
-        rows = torch.cat([self._looked, self.token.to(self._looked)], dim=-1).tolist()
-        self._tokens = [int(row[4]) for row in rows]
-        return [Sight(first, second, doubt, int(id)) for first, second, doubt, id, _ in rows]
+        self.log_probs = self._scores.log_softmax(-1)
+        looked = likeliest_tokens(self.log_probs)  # [B, 4]
+        if self._draw is None:
+            self._token = looked[:, 3:].long()
+        elif self.draws_first:
+            self._token = self._draw(self.log_probs)
+            looked = torch.cat([looked, self._token.to(looked)], dim=-1)
+        rows = looked.tolist()
+        if self._token is not None:
+            self._token_ids = [int(row[-1]) for row in rows]
+        return [row[:4] for row in rows]
 
-    def draw(self) -> list[int] | None:
-        if self._tokens is None:
-            self.token = self._draw()
-            if self.looks or self.reads_tokens:
-                self._tokens = self.token[:, 0].tolist()
-        return self._tokens
-
-    def keep(self) -> None:
-        self.drawn.append(self.token)
-        self.kept_scores.append(self.scores)
+    def draw(self) -> Sequence[int] | None:
+        token, token_ids = self._token, self._token_ids
+        if token is None and self._draw is None:
+            token = self._scores.argmax(-1, keepdim=True)
+        elif token is None:
+            token = self._draw(self.log_probs if self.looks else self._scores.log_softmax(-1))  # type: ignore[misc]
+        if token_ids is None and (self.looks or self.on_host):
+            token_ids = token[:, 0].tolist()
+        self.tokens.append(token)
+        self.scores.append(self._scores)
+        return token_ids
 
     def advance(self) -> None:
-        token = self.token.to(self._logits.device)
-        self._logits = self.session.next_logits(token, len(self.drawn) - 1)
+        token = self.tokens[-1].to(self._logits.device)
+        self._logits = self.session.next_logits(token, len(self.tokens) - 1)
         self.steps += 1
 
-    def _draw(self) -> torch.Tensor:
-        """Tokens `[B, 1]`."""
-        if self.do_sample:
-            return torch.multinomial(self.log_probs.exp().nan_to_num(1.0), 1)
-        return self.scores.argmax(-1, True) if self._looked is None else self._looked[:, 3:].long()
+
+def read_and_draft(
+    unread: UnreadTokens,
+    session: DraftSession,
+    windows: Sequence[Window],
+    costs: OnlineCosts,
+    *args: Any,
+    **options: Any,
+) -> DrafterDistributions:
+    """Let the drafter read what was committed, draft `windows` and measure the draft step.
+
+    Reading the prompt is no draft step; reading the last round's tokens makes the first one. `args` and `options` are
+    those of [`DrafterDistributions`] behind the session.
+    """
+    started = time.perf_counter()
+    first_read = session.is_empty
+    unread.read(session)
+    if first_read:
+        started = time.perf_counter()
+    distributions = DrafterDistributions(session, *args, **options)
+    draft_windows(windows, distributions)
+    costs.observe_drafting(distributions.steps - first_read, time.perf_counter() - started)
+    return distributions
+
+
+def learn_from_verdict(rule: WindowRule, record: RoundTrace, accepted: int, kl: Sequence[float] = ()) -> None:
+    """Tell a rule, and the round's record, that `accepted` of the window's tokens were kept.
+
+    `kl` holds KL(P||Q) in nats at the drafter's positions, of which those that were verified count.
+    """
+    drawn = record.window - record.looked_up
+    drawn_accepted = min(accepted, drawn)
+    record.accepted = accepted
+    record.kl = list(kl[: min(accepted + 1, drawn)])
+    rule.update(drawn, record.draft_steps, drawn_accepted, record.kl)
+    rule.update_looked_up(record.looked_up, accepted - drawn_accepted)
+
+
+def record_costs(trace: GenerationTrace, rule: WindowRule) -> None:
+    """Note in a call's trace what its rule takes drafting to cost, and whether it pays."""
+    costs = rule.costs.model
+    trace.speculation_pays = rule.pays
+    trace.cost_ratio, trace.verification_cost = costs.cost_ratio, costs.verification_cost
+
+
+# -- tokens looked up in the text, as drafts
+
+
+def one_hot_scores(tokens: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
+    """Scores `[n, V]` of distributions that are certain of one token each: tokens looked up, not drawn."""
+    scores = torch.full((len(tokens), width), -torch.inf, device=device)
+    return scores.scatter(1, torch.tensor(tokens, dtype=torch.long, device=device)[:, None], 0.0)
+
+
+def with_looked_up_scores(
+    windows: Sequence[Window], drawn_scores: list[torch.Tensor], width: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Scores of whole windows, W of `[B, V]`: the drafter's, and certainty of each token that was looked up.
+
+    Whether a token is looked up follows from the tokens before it, so that output verified by these is distributed
+    as P.
+    """
+    if not any(window.record.looked_up for window in windows):
+        return drawn_scores
+    length = max(window.record.window for window in windows)
+    scores = [position_scores.clone() for position_scores in drawn_scores]
+    scores += [torch.zeros(len(windows), width, device=device) for _ in range(length - len(scores))]
+    for row, window in enumerate(windows):
+        drawn = window.record.window - window.record.looked_up
+        certain = one_hot_scores(window.record.draft_ids[drawn:], width, device)
+        for position, row_scores in enumerate(certain, start=drawn):
+            scores[position][row] = row_scores
+    return scores
+
+
+def padded_drafts(windows: Sequence[Window], device: torch.device) -> torch.Tensor:
+    """Draft tokens `[B, W]`, zeros behind a row's own."""
+    longest = max(len(window.record.draft_ids) for window in windows)
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in (window.record.draft_ids for window in windows)]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(windows), longest)

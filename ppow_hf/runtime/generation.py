@@ -13,29 +13,31 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from .acceptance import (
-    greedy_accepted_counts,
-    greedy_accepted_path,
-    kl_divergence,
-    rejection_sample_chain,
-)
-from .compatibility import check_call, check_processors, common_context_length, target_width
+from .acceptance import greedy_accepted_counts, kl_divergence, rejection_sample_chain
+from .compatibility import check_call, check_inputs, check_processors, common_context_length, target_width
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
 from .draft_session import UnreadTokens
-from .draft_window import SessionSource, WindowDraft, draft_windows
-from .rows import Endings, Row, ScoreProcessing, append_looked_up, visible_tokens
+from .draft_window import (
+    Window,
+    draw_tokens,
+    learn_from_verdict,
+    padded_drafts,
+    read_and_draft,
+    record_costs,
+    with_looked_up_scores,
+)
+from .rows import Endings, Row, ScoreProcessing, visible_tokens
 from .target_session import COMPACT_AT, TargetSession
 from .trace import GenerationTrace, RoundTrace
-from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, grow_trees, lay_out, sampled_paths
+from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, greedy_path, grow_trees, lay_out, sampled_paths
 from .windowing import (
     MAX_KL,
     FixedWindow,
     KLAdaptiveWindow,
-    OnlineCosts,
     WindowRule,
     make_adaptive_rule,
+    make_costs,
     make_window_rule,
-    stored_costs,
 )
 
 TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
@@ -139,22 +141,39 @@ class SpeculativeDecoding:
 
 
 @dataclass
+class DraftedChains:
+    """The chains of a round.
+
+    Args:
+        draft_ids (`[B, W]`): the draft tokens, those from the text included.
+        valid (`[B, W]` bool): which of them belong to a row's window; the others fill it up.
+        scores: W of `[B, V]` that they are verified by (where sampling).
+        drawn_scores: of `[B, V]`, the drafter's alone.
+    """
+
+    draft_ids: torch.Tensor
+    valid: torch.Tensor
+    scores: list[torch.Tensor]
+    drawn_scores: list[torch.Tensor]
+
+
+@dataclass
 class Verdict:
     """What a round's target forward said, row by row, as chains: a tree's accepted path stands for its row.
 
     Args:
-        drafts (`list[list[int]]`): the drafted tokens, of which the first `kept` were accepted.
-        states (`[B, T, 3*h]`, *optional*): the target's, of the last committed token and the drafted ones behind it.
-        columns (`int`): columns that the forward added to the target's cache, the kept ones in front.
-        kept (`list[int]`), following (`list[int]`): accepted tokens, and the token behind them.
-        logits, scores: of each row, `[at least kept + 1, V]`.
+        drafts (`list[list[int]]`): the draft tokens, of which the first `accepted_counts` were accepted.
+        states (`[B, T, 3*h]`, *optional*): the target's, of the last committed token and the draft tokens behind it.
+        columns (`int`): columns that the forward added to the target's cache, the accepted ones in front.
+        accepted_counts (`list[int]`), next_ids (`list[int]`): accepted tokens, and the token behind them.
+        logits, scores: of each row, `[at least accepted + 1, V]`.
     """
 
     drafts: list[list[int]]
     states: torch.Tensor | None
     columns: int
-    kept: list[int]
-    following: list[int]
+    accepted_counts: list[int]
+    next_ids: list[int]
     logits: Any
     scores: Any
 
@@ -175,23 +194,32 @@ class SpeculativeCall:
     ):
         check_call(target, view, generation_config)
         check_processors(logits_processor)
-        if model_kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError("inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids instead.")
+        check_outputs(generation_config)
+        check_inputs(input_ids, model_kwargs.pop("inputs_embeds", None))
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"streamer: {len(input_ids)} prompts given, but a streamer shows one. Pass one prompt.")
-        for name in ("output_hidden_states", "output_attentions"):
-            if generation_config.return_dict_in_generate and getattr(generation_config, name):
-                raise ValueError(
-                    f"{name}: this loop returns scores and logits, but neither hidden states nor attentions. Leave it "
-                    "out, or generate without a drafter."
-                )
         self.view, self.config = view, view.drafter.config
-        self.input_ids, self.streamer = input_ids, streamer
+        self.input_ids, self.device, self.streamer = input_ids, input_ids.device, streamer
         self.do_sample = bool(generation_config.do_sample)
         self.process = ScoreProcessing(logits_processor, input_ids)
         context_length = common_context_length(target.config, self.config)
         self.endings = Endings(stopping_criteria, generation_config, input_ids, context_length)
 
+        settings = call_settings(self.config, view.settings)
+        self.costs = make_costs(settings["cost_ratio"], settings["verification_cost"], self.config.calibration)
+        self.lookup, self.trees = settings["lookup"], view.settings.get("tree_nodes") is not None
+        self.target = self._open_target(target, generation_config, model_kwargs)
+        self.session = view.drafter.start_session(target_width(target))
+        self.rows = self._make_rows(settings)
+        self.tree_rules = {row.place: self._tree_rule(row.rule) for row in self.rows} if self.trees else {}
+        # Whether the rules, or the trace, look at the drafter's distributions.
+        self.looks = view.record or any(type(row.rule) is not FixedWindow for row in self.rows)
+        self.everyone = list(self.rows)
+        view.last_traces = [row.trace for row in self.rows]
+        view.last_trace = view.drafter.last_trace = view.last_traces[0]
+        view.drafter.last_traces = view.last_traces
+
+    def _open_target(self, target: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> TargetSession:
         mask = model_kwargs.pop("attention_mask", None)
         model_kwargs.pop("position_ids", None)
         cache = model_kwargs.pop("cache", None)
@@ -201,56 +229,35 @@ class SpeculativeCall:
             for name, value in model_kwargs.items()
             if value is not None and name not in ("use_cache", "cache_position", "logits_to_keep")
         }
-        settings = self._settings()
-        self.trees, self.lookup = settings["tree_nodes"] is not None, settings["lookup"]
-        self.target = TargetSession(
+        return TargetSession(
             target,
             self.config.target_layer_ids,
-            input_ids,
-            visible_tokens(input_ids, mask, getattr(generation_config, "_mask_length", None)),
+            self.input_ids,
+            visible_tokens(self.input_ids, mask, getattr(generation_config, "_mask_length", None)),
             old_name_cache if cache is None else cache,
             extra_inputs,
             self.trees,
         )
-        self.ragged = self.target.ragged
-        self.session = view.drafter.start_session(target_width(target))
-        self.rows = self._make_rows(settings)
-        self.everyone = list(self.rows)
-        view.last_traces = [row.trace for row in self.rows]
-        view.last_trace = view.drafter.last_trace = view.last_traces[0]
-        view.drafter.last_traces = view.last_traces
-
-    def _settings(self) -> dict[str, Any]:
-        given = self.view.settings
-        branches = given.get("tree_branches", TREE_BRANCHES)
-        trees = {"tree_nodes": given.get("tree_nodes"), "tree_branches": branches}
-        return call_settings(self.config, given) | trees
 
     def _make_rows(self, settings: dict[str, Any]) -> list[Row]:
-        prior = stored_costs(self.config.calibration)
-        self.costs = OnlineCosts(settings["cost_ratio"], settings["verification_cost"], prior)
-        self.tree_rules: dict[int, TreeRule] = {}
+        window, calibration = settings["window"], self.config.calibration
         rows = []
         paddings = (~self.target.visible).sum(1).tolist()
         for place, (ids, padding) in enumerate(zip(self.input_ids.tolist(), paddings, strict=True)):
             rule = make_window_rule(
-                settings["window"],
-                settings["max_window"],
-                self.costs,
-                self.config.calibration,
-                self.do_sample,
-                self.lookup,
+                window, settings["max_window"], self.costs, calibration, self.do_sample, self.lookup
             )
-            rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=settings["window"])))
-            if self.trees:
-                nodes, branches = settings["tree_nodes"], settings["tree_branches"]
-                estimates = (
-                    rule
-                    if isinstance(rule, KLAdaptiveWindow)
-                    else make_adaptive_rule(rule.max_window, self.costs, self.config.calibration, self.do_sample)
-                )
-                self.tree_rules[place] = TreeRule(rule, estimates, self.costs, nodes, branches, self.do_sample)
+            rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=window)))
         return rows
+
+    def _tree_rule(self, rule: WindowRule) -> TreeRule:
+        nodes = self.view.settings["tree_nodes"]
+        branches = self.view.settings.get("tree_branches", TREE_BRANCHES)
+        if isinstance(rule, KLAdaptiveWindow):
+            estimates = rule
+        else:
+            estimates = make_adaptive_rule(rule.max_window, self.costs, self.config.calibration, self.do_sample)
+        return TreeRule(rule, estimates, self.costs, nodes, branches, self.do_sample)
 
     # -- the loop
 
@@ -276,45 +283,44 @@ class SpeculativeCall:
             self._commit(row, [token], logits[i], scores[i])
         first, past = self.view.drafter.draft_model.first_prefix, self.target.past
         if first:  # eagle: the token behind each state; the row's own first token has no state before it
-            read = torch.cat([self.input_ids[:, past:], tokens], dim=1)[:, 1:]
+            unread_ids = torch.cat([self.input_ids[:, past:], tokens], dim=1)[:, 1:]
             visible = visible[:, past:]
-            own = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)[:, 1:] & visible
+            readable = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)[:, 1:] & visible
         else:
-            read = torch.cat([self.input_ids, tokens], dim=1)
-            own = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)
-        self.unread = UnreadTokens(read, states, own if self.ragged else None, past + 1 if first else 0)
+            unread_ids = torch.cat([self.input_ids, tokens], dim=1)
+            readable = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)
+        self.unread = UnreadTokens(
+            unread_ids, states, readable if self.target.ragged else None, past + 1 if first else 0
+        )
         self._drop_finished()
 
     def _round(self) -> None:
+        """Draft for each row, verify all in one target forward, commit what was accepted and one token more."""
         started = time.perf_counter()
-        longest = 0
         for row in self.rows:
             row.rule.read(row.ids[row.read :])
             row.read = len(row.ids)
-            row.room = self.endings.room(row)
+            row.room = self.endings.room_of(row)
             row.limit = row.rule.start(row.room)
-            longest = max(longest, row.limit)
             row.trace.rounds.append(RoundTrace(0, 0, []))
-        verdict = self._tree(started) if self.trees and longest else self._chain(longest, started)
-        costs = self.costs.model
-        kept, committed = verdict.kept, []
-        for i, row in enumerate(self.rows):
-            row.trace.speculation_pays = row.rule.pays
-            row.trace.cost_ratio, row.trace.verification_cost = costs.cost_ratio, costs.verification_cost
-            tokens = [*verdict.drafts[i][: kept[i]], verdict.following[i]]
-            count = self._commit(row, tokens, verdict.logits[i], verdict.scores[i])
-            kept[i] = min(kept[i], count - 1)  # behind a row's end nothing is read any more
-            committed.append(tokens[: kept[i] + 1])
-        most = max(kept)
-        counts = torch.tensor(kept, device=self.input_ids.device)
-        self.target.keep(verdict.columns, counts, most)
-        read = [tokens + [0] * (most + 1 - len(tokens)) for tokens in committed]
-        self.unread.add(torch.tensor(read, device=self.input_ids.device), verdict.states, counts, most)
+        drafts_trees = self.trees and any(row.limit for row in self.rows)
+        verdict = self._tree_round(started) if drafts_trees else self._chain_round(started)
+        self._keep(verdict, self._commit_rows(verdict))
         records = [row.trace.rounds[-1] for row in self.rows]
         self._drop_finished()
         seconds = time.perf_counter() - started
         for record in records:
             record.seconds = seconds
+
+    def _commit_rows(self, verdict: Verdict) -> list[list[int]]:
+        """Each row's committed tokens; behind a row's end nothing is read any more, its last token included."""
+        committed = []
+        for i, (row, accepted) in enumerate(zip(self.rows, verdict.accepted_counts, strict=True)):
+            record_costs(row.trace, row.rule)
+            tokens = [*verdict.drafts[i][:accepted], verdict.next_ids[i]]
+            count = self._commit(row, tokens, verdict.logits[i], verdict.scores[i])
+            committed.append(tokens[:count])
+        return committed
 
     def _commit(self, row: Row, tokens: list[int], logits: torch.Tensor, scores: torch.Tensor) -> int:
         committed = self.endings.commit(row, tokens, logits, scores)
@@ -324,6 +330,14 @@ class SpeculativeCall:
         record.accepted = min(record.accepted, committed)
         return committed
 
+    def _keep(self, verdict: Verdict, committed: list[list[int]]) -> None:
+        """Leave in the target's cache what was committed, and let the drafter read it before it drafts next."""
+        most = max(map(len, committed)) - 1
+        counts = torch.tensor([len(tokens) - 1 for tokens in committed], device=self.device)
+        self.target.keep(verdict.columns, counts, most)
+        padded = [tokens + [0] * (most + 1 - len(tokens)) for tokens in committed]
+        self.unread.add(torch.tensor(padded, device=self.device), verdict.states, counts, most)
+
     def _drop_finished(self) -> None:
         staying = [i for i, row in enumerate(self.rows) if not row.finished]
         if not staying:
@@ -331,7 +345,7 @@ class SpeculativeCall:
             return
         if len(staying) < len(self.rows):
             self.rows = [self.rows[i] for i in staying]
-            rows = torch.tensor(staying, device=self.input_ids.device)
+            rows = torch.tensor(staying, device=self.device)
             self.target.keep_rows(rows)
             if not self.session.is_empty:
                 self.session.keep_rows(rows.to(self.view.drafter.device))
@@ -342,78 +356,65 @@ class SpeculativeCall:
 
     # -- a round that drafts chains
 
-    def _chain(self, longest: int, started: float) -> Verdict:
-        batch, device = len(self.rows), self.input_ids.device
-        if longest:
-            draft_ids, draft_scores, valid = self._draft()
-        else:
-            draft_ids = self.input_ids.new_zeros(batch, 0)
-            draft_scores, valid = [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        own_scores = draft_scores
-        if self.lookup:
-            width = self.session.width if self.do_sample else None
-            draft_ids, draft_scores, valid = append_looked_up(
-                self.rows, draft_ids, draft_scores, valid, self.endings.eos, width
-            )
-        window = draft_ids.shape[1]
+    def _chain_round(self, started: float) -> Verdict:
+        chains = self._draft_chains()
+        window = chains.draft_ids.shape[1]
         drafted = time.perf_counter()
 
-        last = torch.tensor([[row.ids[-1]] for row in self.rows], device=device)
-        logits, states = self.target.read_window(torch.cat([last, draft_ids], dim=1), valid)
-        drafts = draft_ids.tolist()
+        last_ids = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.device)
+        logits, states = self.target.read_window(torch.cat([last_ids, chains.draft_ids], dim=1), chains.valid)
+        drafts = chains.draft_ids.tolist()
         scores = self.process(logits, self.rows, lambda i, t: drafts[i][:t])
         if self.do_sample:
-            counts, following = self._verify_sampled(draft_ids, draft_scores, scores, valid)
+            counts, next_ids = self._verify_sampled(chains, scores)
         else:
             choices = scores.argmax(-1)
-            counts = greedy_accepted_counts(draft_ids, choices[:, :window], valid)
-            following = choices.gather(1, counts[:, None])[:, 0]
-        divergences = self._divergences(scores, own_scores)
-        kept, nexts = counts.tolist(), following.tolist()
+            counts = greedy_accepted_counts(chains.draft_ids, choices[:, :window], chains.valid)
+            next_ids = choices.gather(1, counts[:, None])[:, 0]
+        kls = self._chain_divergences(chains, scores)
+        accepted_counts, following = counts.tolist(), next_ids.tolist()
         verified = time.perf_counter()
 
-        own_windows = valid.sum(1).tolist()
-        for i, row in enumerate(self.rows):
+        for row, draft, accepted, row_kls in zip(self.rows, drafts, accepted_counts, kls, strict=True):
             record = row.trace.rounds[-1]
-            record.window, record.accepted, record.draft_ids = own_windows[i], kept[i], drafts[i][: own_windows[i]]
+            record.draft_ids = draft[: record.window]
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
-            own_tokens = record.window - record.looked_up
-            own_kept = min(kept[i], own_tokens)
-            if divergences is not None:
-                record.kl = divergences[i][: min(kept[i] + 1, own_tokens)]
-            row.rule.update(own_tokens, record.draft_steps, own_kept, record.kl)
-            row.rule.update_looked_up(record.looked_up, kept[i] - own_kept)
+            learn_from_verdict(row.rule, record, accepted, row_kls)
         self.costs.observe_verification(window, verified - drafted)
-        return Verdict(drafts, states, window + 1, kept, nexts, logits, scores)
+        return Verdict(drafts, states, window + 1, accepted_counts, following, logits, scores)
 
-    def _draft(self) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Draft tokens `[B, W]`, their processed logits (W of `[B, V]`) and which are a row's own `[B, W]`."""
-        started = time.perf_counter()
-        first_read = self.session.is_empty
-        self.unread.read(self.session)
-        if first_read:
-            started = time.perf_counter()  # reading the prompt is no draft step
-        batch, device = len(self.rows), self.input_ids.device
-        records = [row.trace.rounds[-1] for row in self.rows]
-        windows = [WindowDraft(i, row.rule, row.limit, records[i]) for i, row in enumerate(self.rows)]
-        source = SessionSource(
-            self.session,
-            lambda logits: self.process(logits.to(device)[:, None], self.rows, lambda i, t: records[i].draft_ids)[
-                :, 0
-            ],
-            self.do_sample,
-            looks=any(type(row.rule) is not FixedWindow for row in self.rows) or self.view.record,
-            reads_tokens=not self.process.memoryless,
-            draws_ahead=True,
-        )
-        draft_windows(windows, source, self.endings.eos.__contains__)
-        if not first_read or source.steps > 1:
-            self.costs.observe_drafting(source.steps - first_read, time.perf_counter() - started)
-        if not source.drawn:
-            return self.input_ids.new_zeros(batch, 0), [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        lengths = torch.tensor([window.length for window in windows], device=device)
-        valid = torch.arange(len(source.drawn), device=device) < lengths[:, None]
-        return torch.cat(source.drawn, dim=1), source.kept_scores, valid
+    def _draft_chains(self) -> DraftedChains:
+        """Each row's window from the drafter, and behind it from the text where look-up is on."""
+        eos = self.endings.eos if self.looks else set()  # unseen, a chain ends by its length alone
+        windows = [
+            Window(row.rule, row.trace.rounds[-1], row.limit, lambda draft_ids: draft_ids[-1] in eos)
+            for row in self.rows
+        ]
+        tokens, drawn_scores = [self.input_ids.new_zeros(len(self.rows), 0)], []
+        if any(row.limit for row in self.rows):
+            distributions = read_and_draft(
+                self.unread,
+                self.session,
+                windows,
+                self.costs,
+                lambda logits, drafts: self.process.behind(logits, self.rows, drafts),
+                draw_tokens if self.do_sample else None,
+                self.looks,
+                draws_first=True,
+                on_host=not self.process.memoryless,
+            )
+            tokens, drawn_scores = tokens + distributions.tokens, distributions.scores
+        draft_ids, scores = torch.cat(tokens, dim=1), drawn_scores
+        if self.lookup:
+            for row, window in zip(self.rows, windows, strict=True):
+                window.look_up(row.room)
+            if any(window.record.looked_up for window in windows):
+                draft_ids = padded_drafts(windows, self.device)
+                if self.do_sample:
+                    scores = with_looked_up_scores(windows, drawn_scores, self.session.width, self.device)
+        lengths = torch.tensor([window.record.window for window in windows], device=self.device)
+        valid = torch.arange(draft_ids.shape[1], device=self.device) < lengths[:, None]
+        return DraftedChains(draft_ids, valid, scores, drawn_scores)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         """`[B, 1, V]` -> `[B, 1]`."""
@@ -421,60 +422,49 @@ class SpeculativeCall:
             return torch.multinomial(scores[:, 0].softmax(-1), 1)
         return scores[:, 0].argmax(-1, keepdim=True)
 
-    def _verify_sampled(self, draft_ids, draft_scores, scores, valid) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, window = draft_ids.shape
-        draft_probs = (
-            torch.stack(draft_scores, dim=1).softmax(-1) if window else scores.new_zeros(batch, 0, scores.shape[-1])
-        )
+    def _verify_sampled(self, chains: DraftedChains, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, window = chains.draft_ids.shape
+        if window:
+            draft_probs = torch.stack(chains.scores, dim=1).softmax(-1)
+        else:
+            draft_probs = scores.new_zeros(batch, 0, scores.shape[-1])
         uniforms = torch.rand(batch, window + 1, device=scores.device, dtype=torch.float64)
         return rejection_sample_chain(
-            draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], valid
+            chains.draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], chains.valid
         )
 
-    def _divergences(self, scores: torch.Tensor, draft_scores: list[torch.Tensor]) -> list[list[float]] | None:
-        """KL(P||Q) in nats at each drafted position."""
-        if not draft_scores or (not self.view.record and all(type(row.rule) is FixedWindow for row in self.rows)):
-            return None
-        return divergences(scores[:, : len(draft_scores)], torch.stack(draft_scores, dim=1)).tolist()
+    def _chain_divergences(self, chains: DraftedChains, scores: torch.Tensor) -> list[list[float]]:
+        """KL(P||Q) in nats at each position that the drafter drafted; none where nothing looks at them."""
+        if not chains.drawn_scores or not self.looks:
+            return [[] for _ in self.rows]
+        draft_scores = torch.stack(chains.drawn_scores, dim=1)
+        return divergences(scores[:, : len(chains.drawn_scores)], draft_scores).tolist()
 
     # -- a round that drafts trees
 
-    def _tree(self, started: float) -> Verdict:
-        rules = [self.tree_rules[row.place] for row in self.rows]
-        device = self.input_ids.device
-        first_read = self.session.is_empty
-        self.unread.read(self.session)
-        begun = time.perf_counter() if first_read else started  # reading the prompt is no draft step
-        grown = grow_trees(
-            self.session,
-            rules,
-            [row.limit for row in self.rows],
-            lambda logits, paths: self.process(
-                logits.to(device), self.rows, lambda i, t: paths[i][t] if t < len(paths[i]) else []
-            ),
-            self.endings.eos,
-        )
-        trees, levels = grown.trees, len(grown.level_scores)
+    def _tree_round(self, started: float) -> Verdict:
+        grown = self._grow_trees(started)
+        trees = grown.trees
         drafted = time.perf_counter()
-        self.costs.observe_drafting(levels - first_read, drafted - begun)
 
-        tokens, depths, seen = lay_out(trees, [row.ids[-1] for row in self.rows], device)
+        tokens, depths, seen = lay_out(trees, [row.ids[-1] for row in self.rows], self.device)
         logits, states = self.target.read_tree(tokens, depths, seen)
         scores = self.process(
             logits, self.rows, lambda i, t: trees[i].path_tokens(t - 1) if 0 < t <= len(trees[i].tokens) else []
         )
         if self.do_sample:
-            verdicts = sampled_paths(grown, tokens, scores)
+            ends = sampled_paths(grown, tokens, scores)
         else:
             choices = scores.argmax(-1)
-            verdicts = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
-        kls = [self._path_divergences(grown, i, path, scores[i]) for i, (path, _) in enumerate(verdicts)]
+            ends = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
+        paths, next_ids = [path for path, _ in ends], [token for _, token in ends]
+        kls = [self._path_divergences(grown, i, path, scores[i]) for i, path in enumerate(paths)]
         verified = time.perf_counter()
 
-        for i, (row, tree, rule) in enumerate(zip(self.rows, trees, rules, strict=True)):
-            path, record = verdicts[i][0], row.trace.rounds[-1]
+        for row, tree, path, row_kls in zip(self.rows, trees, paths, kls, strict=True):
+            record, rule = row.trace.rounds[-1], self.tree_rules[row.place]
             record.window, record.accepted, record.draft_ids = len(tree.tokens), len(path), tree.tokens
-            record.parents, record.kl = tree.parents, kls[i]
+            record.parents, record.kl = tree.parents, row_kls
             record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             rule.update(record.draft_steps, record.window, record.accepted)
@@ -482,24 +472,52 @@ class SpeculativeCall:
             if rule.estimates is not row.rule:
                 update_window_rule(rule.estimates, tree, path, record)
         self.costs.observe_verification(tokens.shape[1] - 1, verified - drafted)
+        return self._as_chains(trees, paths, next_ids, logits, scores, states)
 
-        # As chains: the accepted path stands for its row, in the caches too.
-        most = max(len(path) for path, _ in verdicts)
-        padded = [[*path, *range(len(path), most)] for path, _ in verdicts]
-        paths = torch.tensor(padded, dtype=torch.long, device=device).view(len(trees), most)
-        self.target.gather_paths(tokens.shape[1] - 1, paths)
-        order = torch.nn.functional.pad(paths + 1, (1, 0))  # [B, most + 1], the last committed token first
+    def _grow_trees(self, started: float) -> GrownTrees:
+        first_read = self.session.is_empty
+        self.unread.read(self.session)
+        begun = time.perf_counter() if first_read else started  # reading the prompt is no draft step
+        grown = grow_trees(
+            self.session,
+            [self.tree_rules[row.place] for row in self.rows],
+            [row.limit for row in self.rows],
+            lambda logits, paths: self.process(
+                logits.to(self.device), self.rows, lambda i, t: paths[i][t] if t < len(paths[i]) else []
+            ),
+            self.endings.eos,
+        )
+        self.costs.observe_drafting(len(grown.level_scores) - first_read, time.perf_counter() - begun)
+        return grown
+
+    def _as_chains(
+        self,
+        trees: list[DraftTree],
+        paths: list[list[int]],
+        next_ids: list[int],
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        states: torch.Tensor | None,
+    ) -> Verdict:
+        """The accepted path of each tree stands for its row, in the target's cache too."""
+        most = max(map(len, paths))
+        padded = [[*path, *range(len(path), most)] for path in paths]
+        nodes = torch.tensor(padded, dtype=torch.long, device=self.device).view(len(trees), most)
+        columns = scores.shape[1]
+        self.target.gather_paths(columns - 1, nodes)
+        order = torch.nn.functional.pad(nodes + 1, (1, 0))  # [B, most + 1], the last committed token first
         if states is not None:
             index = order.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
             states = states.gather(1, index)
+        records = self.endings.records
         return Verdict(
-            drafts=[[tree.tokens[node] for node in path] for tree, (path, _) in zip(trees, verdicts, strict=True)],
+            drafts=[[tree.tokens[node] for node in path] for tree, path in zip(trees, paths, strict=True)],
             states=states,
-            columns=tokens.shape[1],
-            kept=[len(path) for path, _ in verdicts],
-            following=[following for _, following in verdicts],
-            logits=[logits[i, order[i]] for i in range(len(trees))] if self.endings.records else logits,
-            scores=[scores[i, order[i]] for i in range(len(trees))] if self.endings.records else scores,
+            columns=columns,
+            accepted_counts=[len(path) for path in paths],
+            next_ids=next_ids,
+            logits=[logits[i, order[i]] for i in range(len(trees))] if records else logits,
+            scores=[scores[i, order[i]] for i in range(len(trees))] if records else scores,
         )
 
     def _path_divergences(self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor) -> list[float]:
@@ -510,15 +528,14 @@ class SpeculativeCall:
         return divergences(scores[[node + 1 for node in nodes]], grown.draft_scores(i, nodes)).tolist()
 
 
-def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
-    """Accepted path of a tree at T = 0 and the token behind it.
-
-    `tokens`, `choices` `[N + 1 or more]` begin with the context's.
-    """
-    nodes = len(tree.tokens)
-    parents = torch.tensor(tree.parents, dtype=torch.long)
-    path = greedy_accepted_path(tokens[1 : nodes + 1], parents, choices[0], choices[1 : nodes + 1])
-    return path, int(choices[path[-1] + 1 if path else 0])
+def check_outputs(generation_config: GenerationConfig) -> None:
+    """Raise `ValueError` where a call wants something back that this loop does not keep."""
+    for name in ("output_hidden_states", "output_attentions"):
+        if generation_config.return_dict_in_generate and getattr(generation_config, name):
+            raise ValueError(
+                f"{name}: this loop returns scores and logits, but neither hidden states nor attentions. Leave it "
+                "out, or generate without a drafter."
+            )
 
 
 def update_window_rule(rule: WindowRule, tree: DraftTree, path: list[int], record: RoundTrace) -> None:
@@ -536,8 +553,8 @@ def update_window_rule(rule: WindowRule, tree: DraftTree, path: list[int], recor
 
 def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> torch.Tensor:
     """KL(P||Q) in nats of scores `[..., V]` each: `[...]`, brought into [0, MAX_KL]."""
-    found = kl_divergence(target_scores.log_softmax(-1), draft_scores.log_softmax(-1))
-    return found.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
+    nats = kl_divergence(target_scores.log_softmax(-1), draft_scores.log_softmax(-1))
+    return nats.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
 
 
 SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")

@@ -235,8 +235,8 @@ class PPOWDrafter(PreTrainedModel):
                 allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
                 cache = cache.of_windows(order) if apart else cache
             if not apart:
-                own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
-                allowed = torch.cat([allowed, own], dim=-1)
+                itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
+                allowed = torch.cat([allowed, itself], dim=-1)
             places = draft.embed_positions(positions + 1 + j)
             current, cache = draft.advance(tokens, current, cache, places, allowed)
             along.append((windows, current))
@@ -413,70 +413,30 @@ class PPOWDrafter(PreTrainedModel):
         check_settings(architecture=architecture)
         if isinstance(target, PPOWDrafter):
             raise ValueError("target: a PPOWDrafter given; pass the causal language model that it is to draft for.")
-        text = target.config.get_text_config()
-        vocab_size = target.get_output_embeddings().weight.shape[0]
-        own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
-        settings = {name: overrides.pop(name) for name in list(overrides) if name in own_fields}
         if architecture != "eagle" and draft_vocab_size is not None:
             raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
-        if architecture == "standalone":
-            given = overrides.pop("draft_config", None)
-            draft_config = copy.deepcopy(given if given is not None else text)
-            draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
-            if given is None:
-                overrides.setdefault("num_hidden_layers", 1)
-                draft_config.vocab_size = vocab_size
-            check_width(draft_config.vocab_size, vocab_size)
-        else:
-            if overrides.get("tie_word_embeddings"):
-                raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
-            draft_config = eagle_layer_config(text, vocab_size)
-        for name, value in overrides.items():
-            if not hasattr(draft_config, name):
-                raise ValueError(
-                    f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the "
-                    "drafter's own transformer."
-                )
-            setattr(draft_config, name, value)
-        if getattr(draft_config, "layer_types", None):
-            draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
-        layers = settings.pop("target_layer_ids", None)
+        text = target.config.get_text_config()
+        vocab_size = target.get_output_embeddings().weight.shape[0]
+        config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
+        settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
+        draft_config = draft_config_for(architecture, text, vocab_size, overrides)
         if architecture == "medusa":
             settings.setdefault("medusa_heads", settings.get("max_window", PPOWDrafterConfig().max_window))
             settings.setdefault("max_window", settings["medusa_heads"])
-            if layers not in (None, [text.num_hidden_layers]):
-                raise ValueError(
-                    f"target_layer_ids: {layers} given, but medusa heads read the target's last state, "
-                    f"[{text.num_hidden_layers}]. Leave it out."
-                )
-            layers = [text.num_hidden_layers]
-        layers = layers or default_target_layers(text.num_hidden_layers)
-        if architecture == "eagle" and (
-            len(layers) != 3 or not 0 <= min(layers) <= max(layers) < text.num_hidden_layers
-        ):
-            raise ValueError(
-                f"target_layer_ids: {layers} must be three ids from 0 to {text.num_hidden_layers - 1}, the states "
-                "behind so many of the target's layers."
-            )
+        layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), text.num_hidden_layers)
+        lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
         config = PPOWDrafterConfig(
             architecture=architecture,
             draft_config=draft_config,
             vocab_size=vocab_size,
             draft_vocab_size=draft_vocab_size,
             target_hidden_size=text.hidden_size,
-            target_layer_ids=list(layers) if architecture != "standalone" else None,
+            target_layer_ids=layers,
             **{
                 "target_name_or_path": target.config._name_or_path or None,
                 "target_revision": getattr(target.config, "_commit_hash", None),
                 "target_model_type": text.model_type,
-                "context_length": min(
-                    (
-                        length
-                        for c in (text, draft_config)
-                        if (length := getattr(c, "max_position_embeddings", None)) is not None
-                    ),
-                    default=None,
-                ),
+                "context_length": min((length for length in lengths if length is not None), default=None),
                 **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
                 **settings,
             },
@@ -504,9 +464,9 @@ class PPOWDrafter(PreTrainedModel):
             embeddings[:rows] = source[:rows].to(embeddings)
         head = target.get_output_embeddings().weight
         if isinstance(draft, StandaloneDrafter):
-            own = draft.model.get_output_embeddings().weight
-            if own is not embeddings and own.shape == head.shape:
-                own.copy_(head.to(own))
+            draft_head = draft.model.get_output_embeddings().weight
+            if draft_head is not embeddings and draft_head.shape == head.shape:
+                draft_head.copy_(head.to(draft_head))
             return
         kept = torch.arange(self.config.vocab_size)
         if self.d2t is not None:
@@ -551,6 +511,55 @@ def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:
     if surplus > 0:
         return logits[..., :width]
     return nn.functional.pad(logits, (0, -surplus), value=-torch.inf) if surplus else logits
+
+
+def draft_config_for(architecture: str, text_config, vocab_size: int, overrides: dict[str, Any]):
+    """The configuration of a new drafter's own transformer, `overrides` being fields of it.
+
+    A standalone drafter's is the target's with one layer, or the `draft_config` among the overrides.
+    """
+    if architecture == "standalone":
+        given = overrides.pop("draft_config", None)
+        draft_config = copy.deepcopy(given if given is not None else text_config)
+        draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
+        if given is None:
+            overrides.setdefault("num_hidden_layers", 1)
+            draft_config.vocab_size = vocab_size
+        check_width(draft_config.vocab_size, vocab_size)
+    else:
+        if overrides.get("tie_word_embeddings"):
+            raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
+        draft_config = eagle_layer_config(text_config, vocab_size)
+    for name, value in overrides.items():
+        if not hasattr(draft_config, name):
+            raise ValueError(
+                f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the "
+                "drafter's own transformer."
+            )
+        setattr(draft_config, name, value)
+    if getattr(draft_config, "layer_types", None):
+        draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
+    return draft_config
+
+
+def target_layers_for(architecture: str, given: list[int] | None, num_layers: int) -> list[int] | None:
+    """The target's states that a new drafter reads, of a target with `num_layers` layers."""
+    if architecture == "standalone":
+        return None
+    if architecture == "medusa":
+        if given not in (None, [num_layers]):
+            raise ValueError(
+                f"target_layer_ids: {given} given, but medusa heads read the target's last state, [{num_layers}]. "
+                "Leave it out."
+            )
+        return [num_layers]
+    layers = given or default_target_layers(num_layers)
+    if len(layers) != 3 or not 0 <= min(layers) <= max(layers) < num_layers:
+        raise ValueError(
+            f"target_layer_ids: {layers} must be three ids from 0 to {num_layers - 1}, the states behind so many of "
+            "the target's layers."
+        )
+    return list(layers)
 
 
 def eagle_layer_config(text_config, vocab_size: int):

@@ -1,7 +1,7 @@
 """The rows of a generation call: what each has written, how its scores are processed, where it ends.
 
-Knows logits processors and stopping criteria, and shows a row to them as it would be alone; adds to a row's drafts
-what its window rule draws from its text. Knows no models and no caches.
+Knows logits processors and stopping criteria, and shows a row to them as it would be alone. Knows no models and no
+caches.
 """
 
 import copy
@@ -95,34 +95,75 @@ class ScoreProcessing:
         scores = logits.clone()
         for i, row in enumerate(rows):
             for t in range(length):
-                own = torch.tensor([row.ids + drafted(i, t)], device=self.input_ids.device)
-                padded = torch.cat([self.input_ids[row.place : row.place + 1, : row.padding], own], dim=1)
-                here = scores[i, t : t + 1]
+                ids = torch.tensor([row.ids + drafted(i, t)], device=self.input_ids.device)
+                padded_ids = torch.cat([self.input_ids[row.place : row.place + 1, : row.padding], ids], dim=1)
+                position_scores = scores[i, t : t + 1]
                 for processor in self._processors_of(row):
-                    here = processor(padded if isinstance(processor, LENGTH_ONLY) else own, here)
-                scores[i, t] = here[0]
+                    seen_ids = padded_ids if isinstance(processor, LENGTH_ONLY) else ids
+                    position_scores = processor(seen_ids, position_scores)
+                scores[i, t] = position_scores[0]
         return scores
+
+    def behind(self, logits: torch.Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -> torch.Tensor:
+        """Processed scores of logits `[B, V]` that stand behind each row's ids and its draft tokens."""
+        return self(logits.to(self.input_ids.device)[:, None], rows, lambda i, t: drafts[i])[:, 0]
 
     def _processors_of(self, row: Row) -> list[Any]:
         """The call's processors; one that was told of each row's padding gets a copy that knows of none."""
         if row.place not in self._of_row:
-            own = []
+            copies = []
             for processor in self.processors:
                 ignored = getattr(processor, "prompt_ignore_length", None)
                 if isinstance(ignored, torch.Tensor):
                     processor = copy.copy(processor)
                     processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
-                own.append(processor)
-            self._of_row[row.place] = own
+                copies.append(processor)
+            self._of_row[row.place] = copies
         return self._of_row[row.place]
 
 
-class Endings:
-    """Where rows end, and how long a window still fits.
+class StopConditions:
+    """Where texts end, and how long a window still fits.
 
     Length and end-of-sequence tokens are read from the criteria, since a caller's own take the place of the
-    configuration's; any other criterion is asked after each committed token, with the row's own tokens `[1, n]`.
+    configuration's. Any other criterion is asked with a text's own tokens `[1, n]`.
+
+    Args:
+        criteria (`Sequence`), generation_config (`GenerationConfig`): the call's.
+        context_length (`int`, *optional*): longest sequence that target and drafter can both take.
     """
+
+    def __init__(self, criteria: Sequence[Any], generation_config: GenerationConfig, context_length: int | None):
+        self.context_length = context_length
+        self.eos = {t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()}
+        self.others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+        self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
+
+    def room(self, max_window: int, length: int, own_length: int) -> int:
+        """Longest window that fits behind `length` tokens, `own_length` of which are not padding.
+
+        Its round commits one token more, and the target must be able to read it.
+        """
+        room = max_window
+        if self.max_length is not None:
+            room = min(room, self.max_length - length - 1)
+        if self.context_length is not None:
+            room = min(room, self.context_length - own_length)
+        return max(room, 0)
+
+    def met_by(self, ids: torch.Tensor, draft_ids: list[int]) -> bool:
+        """Whether the last of `draft_ids`, behind `ids` `[1, n]`, ends the text; its length is not asked about."""
+        if draft_ids[-1] in self.eos:
+            return True
+        if not self.others:
+            return False
+        ids = behind(ids, draft_ids)
+        return any(bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in self.others)
+
+
+class Endings(StopConditions):
+    """Where the rows of a batch end, and what is returned of them."""
 
     def __init__(
         self,
@@ -131,22 +172,14 @@ class Endings:
         input_ids: torch.Tensor,
         context_length: int | None,
     ):
-        self.generation_config, self.context_length = generation_config, context_length
+        super().__init__(criteria, generation_config, context_length)
+        self.generation_config = generation_config
         self.device, self.prompt_length = input_ids.device, input_ids.shape[1]
-        self.eos = {t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()}
-        self.others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
         self.records = bool(generation_config.return_dict_in_generate)
 
-    def room(self, row: Row) -> int:
-        """Longest window that fits: its round commits one token more, and the target must be able to read it."""
-        room = row.rule.max_window
-        if self.max_length is not None:
-            room = min(room, self.max_length - self.prompt_length - row.new_tokens - 1)
-        if self.context_length is not None:
-            room = min(room, self.context_length - len(row.ids))
-        return max(room, 0)
+    def room_of(self, row: Row) -> int:
+        """Longest window that fits behind a row."""
+        return self.room(row.rule.max_window, self.prompt_length + row.new_tokens, len(row.ids))
 
     def commit(self, row: Row, tokens: list[int], logits: torch.Tensor, scores: torch.Tensor) -> int:
         """Append tokens up to the first that ends the row; returns how many. `logits`, `scores` `[n, V]` are theirs.
@@ -203,54 +236,9 @@ def _by_token(rows: Sequence[list[torch.Tensor]], longest: int) -> tuple[torch.T
     return tuple(torch.stack([row[t] if t < len(row) else nothing for row in rows]) for t in range(longest))
 
 
-def one_hot_scores(tokens: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
-    """Scores `[n, V]` of distributions that are certain of one token each: tokens looked up, not drawn."""
-    scores = torch.full((len(tokens), width), -torch.inf, device=device)
-    return scores.scatter(1, torch.tensor(tokens, dtype=torch.long, device=device)[:, None], 0.0)
-
-
-def append_looked_up(
-    rows: Sequence[Row],
-    draft_ids: torch.Tensor,
-    draft_scores: list[torch.Tensor],
-    valid: torch.Tensor,
-    eos: set[int],
-    width: int | None,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """The drafts of a round, with tokens from the text behind each row's own; these take no draft step.
-
-    Args:
-        draft_ids (`[B, W]`), valid (`[B, W]` bool), draft_scores (W of `[B, V]`): what the drafter drafted.
-        eos (`set[int]`): tokens that end a text, and a draft.
-        width (`int`, *optional*):
-            V, where the drafts will be verified by their distributions: a looked-up token's is certain of it. Whether
-            a token is looked up follows from the tokens before it, so that the output stays distributed as P.
-
-    Returns the three with the looked-up tokens (without `width` the scores are the drafter's); the rows' records say
-    how many there are.
-    """
-    own = valid.sum(1).tolist()
-    drafts = [ids[:count] for ids, count in zip(draft_ids.tolist(), own, strict=True)]
-    for row, draft in zip(rows, drafts, strict=True):
-        ended = bool(draft) and draft[-1] in eos
-        for token in [] if ended else row.rule.look_up(draft, row.room):
-            draft.append(token)
-            if token in eos:
-                break
-    lengths = [len(draft) for draft in drafts]
-    for row, length, count in zip(rows, lengths, own, strict=True):
-        row.trace.rounds[-1].looked_up = length - count
-    if lengths == own:
-        return draft_ids, draft_scores, valid
-    window, device = max(lengths), draft_ids.device
-    if width is not None:
-        draft_scores = [scores.clone() for scores in draft_scores]
-        draft_scores += [torch.zeros(len(rows), width, device=device) for _ in range(window - len(draft_scores))]
-        for i, draft in enumerate(drafts):
-            for place, scores in enumerate(one_hot_scores(draft[own[i] :], width, device), start=own[i]):
-                draft_scores[place][i] = scores
-    padded = torch.tensor([draft + [0] * (window - len(draft)) for draft in drafts], device=device)
-    return padded, draft_scores, torch.arange(window, device=device) < torch.tensor(lengths, device=device)[:, None]
+def behind(input_ids: torch.Tensor, draft_ids: list[int]) -> torch.Tensor:
+    """`input_ids` `[1, n]` with draft tokens behind them, `[1, n + W]`."""
+    return torch.cat([input_ids, input_ids.new_tensor([draft_ids])], dim=-1)
 
 
 def visible_tokens(input_ids: torch.Tensor, mask: torch.Tensor | None, left_out: int | None) -> torch.Tensor:

@@ -166,9 +166,9 @@ class TargetSession:
         if not self.by_position:
             return seen.long()
         length, columns = positions.shape[1], seen.shape[1]
-        own = torch.arange(columns - length, columns, device=self.device)
-        behind = torch.arange(columns, device=self.device) <= own[:, None]
-        return self._masks(behind[None] & seen[:, None], positions, seen.long().cumsum(1) - 1)
+        new_columns = torch.arange(columns - length, columns, device=self.device)
+        causal = torch.arange(columns, device=self.device) <= new_columns[:, None]
+        return self._masks(causal[None] & seen[:, None], positions, seen.long().cumsum(1) - 1)
 
     def _masks(self, allowed: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor) -> Any:
         """Additive masks of the columns `[B, T, columns]` that new tokens may see, for each kind of layer."""
@@ -244,3 +244,28 @@ class TargetSession:
         if surplus > 0:
             self.cache.crop(-surplus)
         return self.cache
+
+
+def unread_prompt(
+    input_ids: torch.Tensor, model_kwargs: dict[str, Any], mask_length: int | None
+) -> dict[str, torch.Tensor]:
+    """The prompt's part that a cache handed to `generate` does not hold, as inputs of the target's first forward.
+
+    Plain decoding cuts the prompt like this; the assisted loop of transformers (5.17 to 5.23) feeds it all again.
+    `mask_length` is the length of a mask of ones that was left out of `model_kwargs`.
+    """
+    cache, length = model_kwargs.get("cache", model_kwargs.get("past_key_values")), input_ids.shape[1]
+    mask = model_kwargs.get("attention_mask")
+    mask_length = mask.shape[-1] if mask is not None else mask_length or length
+    if mask_length != length:
+        raise ValueError(
+            f"input_ids: {length} tokens given with an attention_mask of {mask_length}. With past_key_values, "
+            "pass the whole sequence as input_ids, tokens in the cache included: the drafter has not read them."
+        )
+    past = cache.get_seq_length() if cache is not None else 0
+    if not 0 < past < length:
+        return {}
+    along = ("position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
+    parts = {name: model_kwargs[name] for name in along if model_kwargs.get(name) is not None}
+    parts = {name: value[..., past:] for name, value in parts.items() if value.shape[-1] == length}
+    return {"input_ids": input_ids[:, past:]} | parts

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .acceptance import entropy, rejection_sample_distinct_trees
+from .acceptance import entropy, greedy_accepted_path, rejection_sample_distinct_trees
 from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
@@ -193,6 +193,89 @@ class GrownTrees:
         return torch.stack(scores) if scores else self.level_scores[0].new_zeros(0, self.level_scores[0].shape[-1])
 
 
+@dataclass
+class LevelCandidates:
+    """What the distributions of a level offer, as nested lists.
+
+    Args:
+        looked (`[B, k, 4]`): the two highest probabilities, the entropy in nats, the likeliest token.
+        tokens, probabilities (`[B, k, b]`): b candidates: the most probable ones, or drawn without replacement, in
+            the order of drawing.
+    """
+
+    looked: list
+    tokens: list
+    probabilities: list
+
+
+class GrowingTrees:
+    """The trees of a batch while they grow, level by level.
+
+    `frontiers` holds each row's nodes that are expanded next, and `columns` those of the drafter's cache (behind what
+    was committed) that a node follows.
+    """
+
+    def __init__(self, rules: Sequence[TreeRule], limits: Sequence[int], end_tokens: set[int]):
+        self.rules, self.limits, self.end_tokens = rules, limits, end_tokens
+        self.trees = [DraftTree() for _ in rules]
+        self.frontiers = [[CONTEXT] if limit else [] for limit in limits]
+        self.columns: list[dict[int, list[int]]] = [{CONTEXT: []} for _ in rules]
+        self.level = self.past = 0  # levels, and columns of the trees so far
+
+    def paths(self) -> list[list[list[int]]]:
+        """The draft tokens before each distribution of this level."""
+        return [
+            [tree.path_tokens(node) for node in nodes] for tree, nodes in zip(self.trees, self.frontiers, strict=True)
+        ]
+
+    def expand(self, row: int, candidates: LevelCandidates) -> list[int]:
+        """Add the children of a row's frontier that are worth a node; returns the row's next frontier."""
+        tree, rule = self.trees[row], self.rules[row]
+        offers: list[tuple[float, int, int, int]] = []  # minus the reach, place among siblings, place, parent
+        for place, node in enumerate(self.frontiers[row]):
+            first, second, entropy_, likeliest = candidates.looked[row][place]
+            if not first > 0:  # NaN: nothing to draw from
+                continue
+            features = rule.rule.describe(first, second, entropy_, int(likeliest), tree.path_tokens(node))
+            tree.expanded[node], tree.features[node] = (self.level, place), features
+            reach = 1.0 if node == CONTEXT else tree.reach[node]
+            probabilities = candidates.probabilities[row][place]
+            worths = rule.child_worth(probabilities, features)
+            for sibling, (probability, worth) in enumerate(zip(probabilities, worths, strict=True)):
+                if probability > 0 and rule.worth_a_node(reach * worth):
+                    offers.append((-reach * worth, sibling, place, node))
+        offers.sort()
+        if rule.sampling:  # siblings come in the order they were drawn, since their worth falls in it
+            offers = offers[: rule.nodes - len(tree.tokens)]
+        tokens = candidates.tokens[row]
+        added = [tree.add(tokens[place][sibling], node, -negative) for negative, sibling, place, node in offers]
+        best = [node for node in added if tree.tokens[node] not in self.end_tokens][: rule.branches]
+        goes_on = self.level + 1 < self.limits[row] and not (rule.sampling and len(tree.tokens) >= rule.nodes)
+        return best if goes_on and rule.worth_a_level([tree.reach[node] for node in best]) else []
+
+    def next_level(self, frontiers: list[list[int]]) -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
+        """Go on to the given frontiers, of at most k nodes.
+
+        Returns their tokens and their parents' places in the level before, `[B, k]` with 0 where a row has fewer, and
+        which of the trees' columns, theirs included, each one follows, bool `[B, k, n + k]`.
+        """
+        width = max(map(len, frontiers))
+        tokens, parents = [], []
+        seen = torch.zeros(len(self.trees), width, self.past + width, dtype=torch.bool)
+        seen[:, :, self.past :] = torch.eye(width, dtype=torch.bool)
+        for row, (tree, frontier) in enumerate(zip(self.trees, frontiers, strict=True)):
+            place_before = {node: place for place, node in enumerate(self.frontiers[row])}
+            blanks = [0] * (width - len(frontier))
+            tokens.append([tree.tokens[node] for node in frontier] + blanks)
+            parents.append([place_before[tree.parents[node]] for node in frontier] + blanks)
+            for place, node in enumerate(frontier):
+                columns_before = self.columns[row][tree.parents[node]]
+                seen[row, place, columns_before] = True
+                self.columns[row][node] = [*columns_before, self.past + place]
+        self.frontiers, self.past, self.level = frontiers, self.past + width, self.level + 1
+        return tokens, parents, seen
+
+
 def grow_trees(
     session: Any,
     rules: Sequence[TreeRule],
@@ -209,81 +292,38 @@ def grow_trees(
             (fewer than k places in rows with a narrower tree) -> scores.
         end_tokens (`set[int]`): tokens behind which nothing is drafted.
     """
-    branches, sampling = rules[0].branches, rules[0].sampling
-    trees = [DraftTree() for _ in rules]
     for rule, limit in zip(rules, limits, strict=True):
         rule.start(limit)
-    frontiers = [[CONTEXT] if limit else [] for limit in limits]
-    columns: list[dict[int, list[int]]] = [{CONTEXT: []} for _ in rules]  # of the drafter's cache that a node follows
-    past = level = 0  # columns of the tree so far, levels
+    growing = GrowingTrees(rules, limits, end_tokens)
     level_scores = []
     logits = session.first_logits()[:, None]
     while True:
-        paths = [[tree.path_tokens(node) for node in nodes] for tree, nodes in zip(trees, frontiers, strict=True)]
-        scores = process(logits.float(), paths)
+        scores = process(logits.float(), growing.paths())
         level_scores.append(scores)
-        highest, modes, entropies, drawn, drawn_probabilities = _candidates(scores, branches, sampling)
-        frontiers_before, frontiers = frontiers, []
-        for i, rule in enumerate(rules):
-            tree, offers = trees[i], []
-            for place, node in enumerate(frontiers_before[i]):
-                (first, second), likeliest = highest[i][place], int(modes[i][place])
-                if not first > 0:  # NaN: nothing to draw from
-                    continue
-                features = rule.rule.describe(first, second, entropies[i][place], likeliest, tree.path_tokens(node))
-                tree.expanded[node], tree.features[node] = (level, place), features
-                reach = 1.0 if node == CONTEXT else tree.reach[node]
-                probabilities = drawn_probabilities[i][place]
-                worths = rule.child_worth(probabilities, features)
-                for j, (probability, worth) in enumerate(zip(probabilities, worths, strict=True)):
-                    if probability > 0 and rule.worth_a_node(reach * worth):
-                        offers.append((-reach * worth, j, place, node))
-            offers.sort()
-            if sampling:  # siblings come in the order they were drawn, since their worth falls in it
-                offers = offers[: rule.nodes - len(tree.tokens)]
-            added = [tree.add(drawn[i][place][j], node, -negative) for negative, j, place, node in offers]
-            best = [node for node in added if tree.tokens[node] not in end_tokens][:branches]
-            goes_on = level + 1 < limits[i] and not (sampling and len(tree.tokens) >= rule.nodes)
-            frontiers.append(best if goes_on and rule.worth_a_level([tree.reach[node] for node in best]) else [])
-        width = max(map(len, frontiers))
-        if not width:
+        candidates = _candidates(scores, rules[0].branches, rules[0].sampling)
+        frontiers = [growing.expand(row, candidates) for row in range(len(rules))]
+        if not any(frontiers):
             break
-        tokens, parents, seen = [], [], torch.zeros(len(rules), width, past + width, dtype=torch.bool)
-        seen[:, :, past:] = torch.eye(width, dtype=torch.bool)
-        for i, frontier in enumerate(frontiers):
-            place_before = {node: place for place, node in enumerate(frontiers_before[i])}
-            blanks = [0] * (width - len(frontier))
-            tokens.append([trees[i].tokens[node] for node in frontier] + blanks)
-            parents.append([place_before[trees[i].parents[node]] for node in frontier] + blanks)
-            for place, node in enumerate(frontier):
-                before = columns[i][trees[i].parents[node]]
-                seen[i, place, before] = True
-                columns[i][node] = [*before, past + place]
-        device = logits.device
-        logits = session.tree_logits(
-            torch.tensor(tokens, device=device), torch.tensor(parents, device=device), seen.to(device), level
-        )
-        past, level = past + width, level + 1
-    return GrownTrees([tree.pruned(rule.nodes) for tree, rule in zip(trees, rules, strict=True)], level_scores)
+        depth = growing.level
+        tokens, parents, seen = growing.next_level(frontiers)
+        on_device = [torch.tensor(values, device=logits.device) for values in (tokens, parents)]
+        logits = session.tree_logits(*on_device, seen.to(logits.device), depth)
+    return GrownTrees([tree.pruned(rule.nodes) for tree, rule in zip(growing.trees, rules, strict=True)], level_scores)
 
 
-def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> tuple[list, list, list, list, list]:
-    """What scores `[B, k, V]` offer, as nested lists.
-
-    The two highest probabilities `[B, k, 2]`, the likeliest token and the entropy in nats `[B, k]`; then b candidates
-    and their probabilities `[B, k, b]`: the most probable ones, or drawn without replacement, in the order of drawing.
-    """
+def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> LevelCandidates:
+    """The candidates of scores `[B, k, V]`, at most `branches` of each distribution."""
     log_probs = scores.log_softmax(-1)
     probs = log_probs.exp()
     count = min(branches, probs.shape[-1])
     top = probs.topk(max(count, 2))
-    seen = top.values[..., :2].tolist(), top.indices[..., 0].tolist(), entropy(log_probs).tolist()
+    looked = torch.cat([top.values[..., :2], entropy(log_probs)[..., None], top.indices[..., :1].to(probs)], dim=-1)
     if not sampling:
-        return *seen, top.indices[..., :count].tolist(), top.values[..., :count].tolist()
+        return LevelCandidates(looked.tolist(), top.indices[..., :count].tolist(), top.values[..., :count].tolist())
     # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.
     race = probs.nan_to_num(0.0) / torch.empty_like(probs).exponential_()
     drawn = race.topk(count).indices
-    return *seen, drawn.tolist(), probs.gather(-1, drawn).tolist()
+    return LevelCandidates(looked.tolist(), drawn.tolist(), probs.gather(-1, drawn).tolist())
 
 
 def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torch.device):
@@ -305,6 +345,17 @@ def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torc
             seen[i, node + 1] |= seen[i, parent + 1]
     seen[:, :, 0] |= (torch.arange(size) == 0) | (torch.tensor(depths) > 0)
     return torch.tensor(tokens, device=device), torch.tensor(depths, device=device), seen.to(device)
+
+
+def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
+    """Accepted path of a tree at T = 0 and the token behind it.
+
+    `tokens`, `choices` `[N + 1 or more]` begin with the context's.
+    """
+    nodes = len(tree.tokens)
+    parents = torch.tensor(tree.parents, dtype=torch.long)
+    path = greedy_accepted_path(tokens[1 : nodes + 1], parents, choices[0], choices[1 : nodes + 1])
+    return path, int(choices[path[-1] + 1 if path else 0])
 
 
 def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor) -> list[tuple[list[int], int]]:

@@ -520,18 +520,21 @@ class LookupWindow(KLAdaptiveWindow):
         return self._worth or self._tokens > self._cost
 
 
-def stored_costs(calibration: dict | None) -> CostModel:
-    """Costs to begin with before any is measured: those of the machine that calibrated the drafter, if any did."""
-    stored = (calibration or {}).get("costs") or {}
-    return CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
-
-
 def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
     """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""
     for value in kl:
         bounded = min(max(_finite(value, MAX_KL), 0.0), MAX_KL)
         running = decay * running + (1 - decay) * bounded
     return running
+
+
+def make_costs(
+    cost_ratio: float | None, verification_cost: float | None, calibration: dict | None = None
+) -> OnlineCosts:
+    """The costs of a call: the given ones, others measured; until then those of the machine that calibrated."""
+    stored = (calibration or {}).get("costs") or {}
+    prior = CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
+    return OnlineCosts(cost_ratio, verification_cost, prior)
 
 
 def make_window_rule(

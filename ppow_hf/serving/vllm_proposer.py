@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from ..runtime.draft_session import DraftSession
-from ..runtime.draft_window import SessionSource, Sight, WindowDraft, draft_windows
+from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.trace import RoundTrace
-from ..runtime.windowing import CostModel, OnlineCosts, WindowRule, make_window_rule
+from ..runtime.windowing import OnlineCosts, WindowRule, make_costs, make_window_rule
 
 COMPACT_AT = 0.25  # share of the cache's columns that no request needs any more
 
@@ -81,14 +81,16 @@ class DraftedRequest:
         tokens (`numpy.ndarray`): its tokens when it was last drafted for.
         rule ([`WindowRule`]): its own.
         read (`int`): how many of the tokens are in the drafter's cache; 0 before it has joined.
-        record ([`RoundTrace`]): the last window proposed.
+        limit (`int`): longest window that the rule wants.
+        round ([`RoundTrace`]): the last window proposed.
         row (`int`): its row of `BatchDrafter`'s draft distributions.
     """
 
     tokens: numpy.ndarray
     rule: WindowRule
     read: int = 0
-    record: RoundTrace = field(default_factory=lambda: RoundTrace(0, 0, []))
+    limit: int = 0
+    round: RoundTrace = field(default_factory=lambda: RoundTrace(0, 0, []))
     row: int = 0
 
 
@@ -117,7 +119,7 @@ class BatchDrafter:
         self.requests: list[DraftedRequest] = []
         self._in_session: list[DraftedRequest] = []  # in the order of the session's rows
         self._session: GrowingSession | None = None
-        self._log_probs: list[torch.Tensor] = []  # [rows, V] for each position of the last windows
+        self._draft_scores: list[torch.Tensor] = []  # [rows, V] for each position of the last windows
         self._drafted_at: float | None = None
 
     def propose(self, rows: Sequence[numpy.ndarray | None]) -> list[list[int]]:
@@ -139,38 +141,35 @@ class BatchDrafter:
             current.append(request)
         self.requests = [request for request in current if request is not None]
         if self._drafted_at is not None and not joined and self.requests:
-            window = sum(len(request.record.draft_ids) for request in self.requests) / len(self.requests)
+            window = sum(request.round.window for request in self.requests) / len(self.requests)
             self.costs.observe_verification(window, started - self._drafted_at)  # type: ignore[arg-type]
         for request in self.requests:
-            request.record = RoundTrace(0, 0, [])
-        longest = {id(request): self._limit(request) for request in self.requests}
-        if any(limit > 0 for limit in longest.values()):
+            request.round = RoundTrace(0, 0, [])
+            request.limit = request.rule.start(max(self.max_tokens - len(request.tokens) - 1, 0))
+        if any(request.limit for request in self.requests):
             before = time.perf_counter()
             first_reading = any(request.read == 0 for request in self.requests)
             self._read()
             if first_reading:  # reading a prompt is no draft step; reading the last round's tokens makes the first one
                 before = time.perf_counter()
-            self._draft(longest)
-            self.costs.observe_drafting(len(self._log_probs) - first_reading, time.perf_counter() - before)
+            steps = self._draft()
+            self.costs.observe_drafting(steps - first_reading, time.perf_counter() - before)
         self._drafted_at = time.perf_counter()
-        return [[] if request is None else list(request.record.draft_ids) for request in current]
-
-    def _limit(self, request: DraftedRequest) -> int:
-        return request.rule.start(max(self.max_tokens - len(request.tokens) - 1, 0))
+        return [[] if request is None else list(request.round.draft_ids) for request in current]
 
     def _learn(self, request: DraftedRequest, tokens: numpy.ndarray) -> None:
         """What became of the request's last window, told from the tokens that it has now."""
         new = tokens[len(request.tokens) :].tolist()
-        draft, accepted = request.record.draft_ids, len(new) - 1
+        draft, accepted = request.round.draft_ids, len(new) - 1
         # A draft token that reappears last was accepted by a target that saw no draft behind it: the engine had cut
         # the window. Otherwise the last new token is the target's own.
         verified = accepted if accepted < len(draft) and new[-1] == draft[accepted] else len(draft)
         if new[:accepted] == draft[:accepted]:
             kl = [
-                -float(self._log_probs[position][request.row, new[position]])
+                -float(self._draft_scores[position][request.row].log_softmax(-1)[new[position]])
                 for position in range(min(accepted + 1, verified))
             ]
-            request.rule.update(verified, request.record.draft_steps, min(accepted, verified), kl)
+            request.rule.update(verified, request.round.draft_steps, min(accepted, verified), kl)
         request.rule.read(new)
         request.tokens = tokens
 
@@ -214,28 +213,17 @@ class BatchDrafter:
 
     # -- the windows
 
-    def _draft(self, longest: dict[int, int]) -> None:
-        session = self._session
-        assert session is not None
+    def _draft(self) -> int:
+        """Draft each request's window; returns the draft steps taken."""
+        assert self._session is not None
+        windows = []
         for row, request in enumerate(self._in_session):
-            request.row, request.record = row, RoundTrace(0, 0, [])
-        source = LogProbSource(session, lambda logits: logits, do_sample=False)
-        windows = [WindowDraft(r.row, r.rule, longest[id(r)], r.record) for r in self._in_session]
-        draft_windows(windows, source, lambda token: False)
-        self._log_probs = source.seen
-
-
-class LogProbSource(SessionSource):
-    """A [`SessionSource`] that keeps each distribution it showed, `[rows, V]`, the last one without a token too."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.seen: list[torch.Tensor] = []
-
-    def look(self) -> list[Sight] | None:
-        sights = super().look()
-        self.seen.append(self.log_probs)
-        return sights
+            request.row = row
+            windows.append(Window(request.rule, request.round, request.limit))
+        distributions = DrafterDistributions(self._session, lambda logits, drafts: logits)
+        draft_windows(windows, distributions)
+        self._draft_scores = distributions.scores
+        return distributions.steps
 
 
 def _continued(known: list[DraftedRequest], tokens: numpy.ndarray) -> DraftedRequest | None:
@@ -306,13 +294,11 @@ def make_batch_drafter(
 ) -> BatchDrafter:
     """A [`BatchDrafter`] with the drafter's own window settings where none are given."""
     config = drafter.config
-    costs = OnlineCosts(
+    costs = make_costs(
         cost_ratio if cost_ratio is not None else config.cost_ratio,
         verification_cost if verification_cost is not None else config.verification_cost,
+        config.calibration,
     )
-    stored = (config.calibration or {}).get("costs")
-    if stored:  # to begin with, until enough is measured here
-        costs.prior = CostModel(stored["cost_ratio"], stored["verification_cost"])
 
     def make_rule(shared: OnlineCosts) -> WindowRule:
         return make_window_rule(window or config.window, max_window, shared, config.calibration)
