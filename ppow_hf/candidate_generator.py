@@ -112,6 +112,8 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             self._unread.add(new_ids, states, torch.tensor([most]), most)
 
     def _draft(self, input_ids: torch.LongTensor) -> None:
+        assert self._unread is not None  # what the prompt's forward left
+
         def process(logits, drafts):
             return self.logits_processor(behind(input_ids, drafts[0]), logits.to(input_ids.device))
 

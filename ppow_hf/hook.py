@@ -46,7 +46,7 @@ def _assisted_decoding(original, self, *args, **kwargs):
     check_inputs(call["input_ids"], call.get("model_kwargs", {}).get("inputs_embeds"))
     check_processors(call["logits_processor"])
     view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
-    parts = [call[name] for name in ("logits_processor", "stopping_criteria", "generation_config")]
+    parts = (call["logits_processor"], call["stopping_criteria"], call["generation_config"])
     if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:  # not for the stock loop
         decoding = SpeculativeDecoding(view)
         decoding.view = view  # whose traces the caller will read
