@@ -46,15 +46,18 @@ def _assisted_decoding(original, self, *args, **kwargs):
     check_inputs(call["input_ids"], call.get("model_kwargs", {}).get("inputs_embeds"))
     check_processors(call["logits_processor"])
     view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
-    parts = [call[name] for name in ("logits_processor", "stopping_criteria", "generation_config")]
+    processors, criteria, config = (
+        call[name] for name in ("logits_processor", "stopping_criteria", "generation_config")
+    )
     if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:  # not for the stock loop
         decoding = SpeculativeDecoding(view)
         decoding.view = view  # whose traces the caller will read
-        return decoding(self, call["input_ids"], *parts, streamer=call.get("streamer"), **call["model_kwargs"])
+        rest = {"streamer": call.get("streamer"), **call["model_kwargs"]}
+        return decoding(self, call["input_ids"], processors, criteria, config, **rest)
     context_length = common_context_length(self.config, drafter.config)
-    generator = KLAdaptiveCandidateGenerator(drafter, *parts, target_width(self), context_length)
+    generator = KLAdaptiveCandidateGenerator(drafter, processors, criteria, config, target_width(self), context_length)
     if generator.do_sample:
-        call["logits_processor"] = LogitsProcessorList([*parts[0], PendingTokenVerifier(generator)])
+        call["logits_processor"] = LogitsProcessorList([*processors, PendingTokenVerifier(generator)])
     call["assistant_model"] = generator
     return original(*bound.args, **bound.kwargs)
 
