@@ -123,6 +123,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         window = Window(self.rule, self._round, self.rule.start(room), ends_text, keeps_end=False)
         scores: list[torch.Tensor] = []
         if window.limit > 0:
+            assert self._unread is not None
             draw = draw_tokens if self.do_sample else None
             drafted = read_and_draft(self._unread, self.session, [window], self.rule.costs, process, draw)
             scores = drafted.scores[: self._round.window]

@@ -27,7 +27,9 @@ def check_width(draft_width: int, target_width: int) -> None:
 def check_inputs(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> None:
     """Raise `ValueError` for a prompt that is not given as tokens."""
     if embeddings is not None or input_ids.shape[1] == 0:
-        raise ValueError("inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or leave it out.")
+        raise ValueError(
+            "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or generate without a drafter."
+        )
 
 
 def check_mode(mode: GenerationMode) -> None:
