@@ -134,12 +134,12 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         if self._draft_logits is not None:
             verified = min(this_round.accepted + 1, this_round.window - this_round.looked_up)
             own = self._draft_logits[0, :verified].to(scores.device)
-            this_round.kl = divergences(scores[0, :verified].float(), own).tolist()
+            this_round.kl, this_round.outside = divergences(scores[0, :verified].float(), own)
         if self._prefilled:  # the prompt's forward is no round: it says nothing about costs and tokens of one
             self.rule.costs.observe_verification(this_round.window, this_round.verify_seconds)
             drafted = this_round.window - this_round.looked_up
             accepted = min(this_round.accepted, drafted)
-            self.rule.update(drafted, this_round.draft_steps, accepted, this_round.kl)
+            self.rule.update(drafted, this_round.draft_steps, accepted, this_round.kl_with_outside)
             self.rule.update_looked_up(this_round.looked_up, this_round.accepted - accepted)
         self._prefilled = True
         self.trace.rounds.append(this_round)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy
 import torch
 
-from ..runtime.acceptance import kl_divergence, likeliest_tokens
+from ..runtime.acceptance import divergence_on_support, likeliest_tokens
 from ..runtime.draft_window import Sight, WindowDraft, draft_windows
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
-from ..runtime.windowing import CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
+from ..runtime.windowing import MAX_KL, CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
 
 DEPTH = 16
 PREFIXES_AT_ONCE = 256
@@ -38,7 +38,9 @@ class DraftTable:
         max_probability, second_probability, entropy (`numpy.ndarray` of shape `(N - 1, K)`):
             Of the distributions they come from; nats.
         kl (`numpy.ndarray` of shape `(N - 1, K)`):
-            KL(P||Q) in nats against the target's distribution there; NaN behind the first token that is rejected.
+            KL(P_D||Q) in nats against the target's distribution there, at most MAX_KL; NaN behind the first token that
+            is rejected.
+        outside (`numpy.ndarray` of shape `(N - 1, K)`): the target's mass outside the draft vocabulary there.
         accepted (`numpy.ndarray` of shape `(N - 1,)`): how many of a row's draft tokens the target keeps.
         max_new_tokens (`int`): where the call that the text stands for would have ended.
         eos_token_ids (`frozenset[int]`): tokens that end a text; a draft ends before one.
@@ -51,6 +53,7 @@ class DraftTable:
     second_probability: numpy.ndarray
     entropy: numpy.ndarray
     kl: numpy.ndarray
+    outside: numpy.ndarray
     accepted: numpy.ndarray
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
@@ -91,26 +94,27 @@ def draft_table(
     before, length = prompt.shape[1], ids.shape[1]
     layers = drafter.config.target_layer_ids
     outputs = target(ids, output_hidden_states=bool(layers))
-    target_log_probs = outputs.logits[0].float().log_softmax(-1)
-    _check_greedy(target_log_probs[before - 1 : -1], ids[0, before:], target.dtype)
+    target_logits = outputs.logits[0].float()
+    _check_greedy(target_logits[before - 1 : -1], ids[0, before:], target.dtype)
     states = collect_target_states(outputs.hidden_states, layers)
     states = None if states is None else states.to(drafter.device)
-    first, width = drafter.draft_model.first_prefix, target_log_probs.shape[-1]
+    first, width = drafter.draft_model.first_prefix, target_logits.shape[-1]
     features, cache = drafter.prefix_features(ids.to(drafter.device), states)
     committed = length - first
 
-    names = ("ids", "max_probability", "second", "entropy", "kl")
+    names = ("ids", "max_probability", "second", "entropy", "kl", "outside")
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for start in range(before, length - 1, PREFIXES_AT_ONCE):
         prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
         drawn: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
 
         def look(j: int, here: torch.Tensor, _, prefixes=prefixes, drawn=drawn) -> torch.Tensor:
-            log_probs = drafter.compute_logits(here[0], width).float().log_softmax(-1)
+            logits = drafter.compute_logits(here[0], width).float()
             places = (prefixes[0] + j).clamp_max(length - 1)
-            there = target_log_probs[places.to(target_log_probs.device)].to(here.device)
-            first, second, entropies, likeliest = likeliest_tokens(log_probs).unbind(-1)
-            seen = likeliest.long(), first, second, entropies, kl_divergence(there, log_probs)
+            there = target_logits[places.to(target_logits.device)].to(here.device)
+            first, second, entropies, likeliest = likeliest_tokens(logits.log_softmax(-1)).unbind(-1)
+            kl, outside = divergence_on_support(there, logits)
+            seen = likeliest.long(), first, second, entropies, kl.clamp(0.0, MAX_KL), outside
             for name, column in zip(names, seen, strict=True):
                 drawn[name].append(column)
             return likeliest.long()[None]
@@ -136,15 +140,16 @@ def draft_table(
         found["second"],
         found["entropy"],
         numpy.where(known, found["kl"], math.nan),
+        numpy.where(known, found["outside"], math.nan),
         accepted,
         max_new_tokens,
         eos_of(target),
     )
 
 
-def _check_greedy(target_log_probs: torch.Tensor, text: torch.Tensor, dtype: torch.dtype) -> None:
+def _check_greedy(target_logits: torch.Tensor, text: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise `ValueError` unless each token of `text` `[N]` is the likeliest of its row `[N, V]`, near ties apart."""
-    margin = target_log_probs.amax(-1) - target_log_probs.gather(-1, text[:, None])[:, 0]
+    margin = target_logits.amax(-1) - target_logits.gather(-1, text[:, None])[:, 0]
     tolerance = NEAR_TIE if dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
     if bool((margin > tolerance).any()):
         place = int((margin > tolerance).nonzero()[0])
@@ -249,7 +254,8 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
         own = len(one_round.draft_ids)
         own_accepted = min(int(table.accepted[row]), own)
         if looks:
-            one_round.kl = table.kl[row, : min(own_accepted + 1, own)].tolist()
+            verified = min(own_accepted + 1, own)
+            one_round.kl, one_round.outside = table.kl[row, :verified].tolist(), table.outside[row, :verified].tolist()
         tokens = [] if window.ended else rule.look_up(one_round.draft_ids, table.room(committed))
         tokens = list(itertools.takewhile(lambda token: token not in table.eos_token_ids, tokens))
         one_round.draft_ids += tokens
@@ -257,7 +263,7 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
         behind = table.text[committed + own :].tolist() if own_accepted == own else []
         kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, behind, strict=False)))
         one_round.accepted = own_accepted + kept
-        rule.update(own, one_round.draft_steps, own_accepted, one_round.kl)
+        rule.update(own, one_round.draft_steps, own_accepted, one_round.kl_with_outside)
         rule.update_looked_up(len(tokens), kept)
         trace.rounds.append(one_round)
         committed += one_round.accepted + 1

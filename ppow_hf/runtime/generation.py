@@ -14,9 +14,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from .acceptance import (
+    divergence_on_support,
     greedy_accepted_counts,
     greedy_accepted_path,
-    kl_divergence,
     rejection_sample_chain,
 )
 from .compatibility import check_call, check_processors, common_context_length, target_width
@@ -368,7 +368,7 @@ class SpeculativeCall:
             choices = scores.argmax(-1)
             counts = greedy_accepted_counts(draft_ids, choices[:, :window], valid)
             following = choices.gather(1, counts[:, None])[:, 0]
-        divergences = self._divergences(scores, own_scores)
+        found = self._divergences(scores, own_scores)
         kept, nexts = counts.tolist(), following.tolist()
         verified = time.perf_counter()
 
@@ -379,9 +379,10 @@ class SpeculativeCall:
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             own_tokens = record.window - record.looked_up
             own_kept = min(kept[i], own_tokens)
-            if divergences is not None:
-                record.kl = divergences[i][: min(kept[i] + 1, own_tokens)]
-            row.rule.update(own_tokens, record.draft_steps, own_kept, record.kl)
+            if found is not None:
+                verified_tokens = min(kept[i] + 1, own_tokens)
+                record.kl, record.outside = (values[i][:verified_tokens] for values in found)
+            row.rule.update(own_tokens, record.draft_steps, own_kept, record.kl_with_outside)
             row.rule.update_looked_up(record.looked_up, kept[i] - own_kept)
         self.costs.observe_verification(window, verified - drafted)
         return Verdict(drafts, states, window + 1, kept, nexts, logits, scores)
@@ -431,11 +432,13 @@ class SpeculativeCall:
             draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], valid
         )
 
-    def _divergences(self, scores: torch.Tensor, draft_scores: list[torch.Tensor]) -> list[list[float]] | None:
-        """KL(P||Q) in nats at each drafted position."""
+    def _divergences(
+        self, scores: torch.Tensor, draft_scores: list[torch.Tensor]
+    ) -> tuple[list[list[float]], list[list[float]]] | None:
+        """What [`divergences`] says of each row's drafted positions."""
         if not draft_scores or (not self.view.record and all(type(row.rule) is FixedWindow for row in self.rows)):
             return None
-        return divergences(scores[:, : len(draft_scores)], torch.stack(draft_scores, dim=1)).tolist()
+        return divergences(scores[:, : len(draft_scores)], torch.stack(draft_scores, dim=1))
 
     # -- a round that drafts trees
 
@@ -468,13 +471,13 @@ class SpeculativeCall:
         else:
             choices = scores.argmax(-1)
             verdicts = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
-        kls = [self._path_divergences(grown, i, path, scores[i]) for i, (path, _) in enumerate(verdicts)]
+        found = [self._path_divergences(grown, i, path, scores[i]) for i, (path, _) in enumerate(verdicts)]
         verified = time.perf_counter()
 
         for i, (row, tree, rule) in enumerate(zip(self.rows, trees, rules, strict=True)):
             path, record = verdicts[i][0], row.trace.rounds[-1]
             record.window, record.accepted, record.draft_ids = len(tree.tokens), len(path), tree.tokens
-            record.parents, record.kl = tree.parents, kls[i]
+            record.parents, (record.kl, record.outside) = tree.parents, found[i]
             record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             rule.update(record.draft_steps, record.window, record.accepted)
@@ -502,12 +505,14 @@ class SpeculativeCall:
             scores=[scores[i, order[i]] for i in range(len(trees))] if self.endings.records else scores,
         )
 
-    def _path_divergences(self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor) -> list[float]:
-        """KL(P||Q) in nats behind the context and the accepted nodes, where the drafter was asked."""
+    def _path_divergences(
+        self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor
+    ) -> tuple[list[float], list[float]]:
+        """What [`divergences`] says behind the context and the accepted nodes, where the drafter was asked."""
         nodes = [node for node in (CONTEXT, *path) if node in grown.trees[i].expanded]
         if not nodes:
-            return []
-        return divergences(scores[[node + 1 for node in nodes]], grown.draft_scores(i, nodes)).tolist()
+            return [], []
+        return divergences(scores[[node + 1 for node in nodes]], grown.draft_scores(i, nodes))
 
 
 def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
@@ -531,13 +536,16 @@ def update_window_rule(rule: WindowRule, tree: DraftTree, path: list[int], recor
     accepted = 0
     while accepted < min(window, len(path)) and path[accepted] == chain[accepted]:
         accepted += 1
-    rule.update(window, record.draft_steps, accepted, record.kl)
+    rule.update(window, record.draft_steps, accepted, record.kl_with_outside)
 
 
-def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> torch.Tensor:
-    """KL(P||Q) in nats of scores `[..., V]` each: `[...]`, brought into [0, MAX_KL]."""
-    found = kl_divergence(target_scores.log_softmax(-1), draft_scores.log_softmax(-1))
-    return found.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
+def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> tuple[Any, Any]:
+    """KL(P_D||Q) in nats, brought into [0, MAX_KL], and the mass of P outside D, see [`divergence_on_support`].
+
+    Scores `[..., V]` each -> lists of the shape `[...]`.
+    """
+    found, outside = divergence_on_support(target_scores, draft_scores)
+    return found.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL).tolist(), outside.tolist()
 
 
 SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")

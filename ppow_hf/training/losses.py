@@ -27,21 +27,11 @@ from .objectives import (
     visit_probabilities,
 )
 from .rewards import position_advantages, return_to_go
-from .rollout import Rollout
+from .rollout import Rollout, paired_logits
 from .target import FrozenTarget, TargetEncoding
 from .window_sampling import text_windows
 
 Loss = tuple[torch.Tensor, dict[str, float]]
-
-
-def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
-    """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
-    goal = target.logits(sources)
-    kept = drafter.kept_tokens
-    if kept is not None:
-        goal = goal[..., kept]
-    width = min(draft.shape[-1], goal.shape[-1])
-    return draft[..., :width], goal[..., :width]
 
 
 def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:
