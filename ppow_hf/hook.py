@@ -127,6 +127,7 @@ def _wrap_assisted_decoding(original):
             decoding = SpeculativeDecoding(view, streamer=None)
             decoding.view = view  # whose traces the caller will read
             return decoding(self, call["input_ids"], **parts, streamer=call.get("streamer"), **call["model_kwargs"])
+        view.drafter.attach_target(self)
         generator = KLAdaptiveCandidateGenerator(
             drafter,
             call["logits_processor"],

@@ -90,6 +90,7 @@ def draft_table(
     """
     if len(text) < 1:
         raise ValueError("text: it is empty; at least the target's first token is needed.")
+    drafter.attach_target(target)
     ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(target.device)
     before, length = prompt.shape[1], ids.shape[1]
     layers = drafter.config.target_layer_ids

@@ -174,6 +174,7 @@ class SpeculativeCall:
         model_kwargs: dict[str, Any],
     ):
         check_call(target, view, generation_config)
+        view.drafter.attach_target(target)
         check_processors(logits_processor)
         if model_kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError("inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids instead.")

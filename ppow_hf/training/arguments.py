@@ -37,7 +37,8 @@ class PPOWTrainingArguments(TrainingArguments):
             token [ours]; `"opd"`, `"opd_reverse"` on-policy distillation, KL(P||Q) or KL(Q||P) [2605.29343; which
             positions: ours]. Terms of the text that stand beside these follow the text behind the chosen prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether an eagle drafter's token embeddings are trained; as in EAGLE-3 they stay the target's.
+            Whether an eagle drafter's token embeddings are trained, as a copy of its own that is saved with it; as in
+            EAGLE-3 they stay the target's, which are read where they are and not saved.
 
         > Parameters that control the data
 
