@@ -201,7 +201,7 @@ class TargetEmbeddings:
         """
         if self.module is None:
             raise ValueError(
-                "target: this drafter shares its target's token embeddings and has none of its own. Generate with its "
+                "target: this drafter shares its target's token embeddings and has none of its own; generate with its "
                 "target, or call drafter.attach_target(target) first."
             )
         weight = self.module.weight

@@ -507,7 +507,8 @@ class PPOWDrafter(PreTrainedModel):
         self.attach_target(target)
         source = target.get_input_embeddings().weight
         embeddings = self.get_input_embeddings().weight
-        if embeddings is not source and source.shape[1] == embeddings.shape[1] and source.is_floating_point():
+        copies = not self.config.shares_target_embeddings
+        if copies and source.shape[1] == embeddings.shape[1] and source.is_floating_point():
             rows = min(len(source), len(embeddings))
             embeddings[:rows] = source[:rows].to(embeddings)
         head = target.get_output_embeddings().weight
