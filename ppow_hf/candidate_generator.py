@@ -136,15 +136,18 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits; `num_matches` tokens were kept."""
-        record, kl = self._round, []
+        record = self._round
+        kl: list[float] = []
+        outside: list[float] = []
         record.accepted = accepted = min(int(num_matches), record.window)
         record.verify_seconds = time.perf_counter() - self._drafted_at
         if self._draft_scores is not None:
             verified = min(accepted + 1, record.window - record.looked_up)
-            kl = divergences(scores[0, :verified].float(), self._draft_scores[0, :verified].to(scores.device)).tolist()
+            draft_scores = self._draft_scores[0, :verified].to(scores.device)
+            kl, outside = divergences(scores[0, :verified].float(), draft_scores)
         if self.trace.rounds:  # the prompt's forward is no round: it says nothing about costs and tokens of one
             self.rule.costs.observe_verification(record.window, record.verify_seconds)
-            learn_from_verdict(self.rule, record, accepted, kl)
+            learn_from_verdict(self.rule, record, accepted, kl, outside)
         self.trace.rounds.append(record)
         record_costs(self.trace, self.rule)
 

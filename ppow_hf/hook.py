@@ -51,6 +51,7 @@ def _assisted_decoding(original, self, *args, **kwargs):
         decoding = SpeculativeDecoding(view)
         decoding.view = view  # whose traces the caller will read
         return decoding(self, call["input_ids"], *parts, streamer=call.get("streamer"), **call["model_kwargs"])
+    view.drafter.attach_target(self)
     context_length = common_context_length(self.config, drafter.config)
     generator = KLAdaptiveCandidateGenerator(drafter, *parts, target_width(self), context_length)
     if generator.do_sample:

@@ -200,6 +200,16 @@ def test_a_frame_shows_its_round_in_words_and_numbers():
     assert rest["move"].startswith("– rests") and rest["angle"] == longer["angle"]
 
 
+def test_the_gauge_shows_the_mass_outside_a_reduced_vocabulary():
+    maker = frames.FrameMaker(lambda token: decode([token]), decode)
+    assert maker.frame(round_of([], 0, [0]))["outside"] == ""
+    round_ = round_of([1, 2], 1, [1, 9], [0.5, 2.0])
+    round_.trace.outside = [0.2, 0.3]
+    frame = maker.frame(round_)
+    assert frame["outside"] == f"outside the draft vocabulary: {0.7 * 0.2 + 0.3 * 0.3:.1%}"
+    assert frame["kl"] == pytest.approx(0.7 * (0.7 * 1.0 + 0.3 * 0.5) + 0.3 * 2.0, abs=1e-4)
+
+
 def test_a_text_that_ends_inside_the_window_has_no_token_of_the_target():
     frame = frames.FrameMaker(lambda token: decode([token]), decode).frame(round_of([1, 2, 3], 3, [1, 2]))
     assert [cell[1] for cell in frame["cells"]] == ["kept", "kept", "unread"]

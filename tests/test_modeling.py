@@ -48,7 +48,8 @@ def perturbed(drafter: PPOWDrafter, std: float = 0.1) -> PPOWDrafter:
 def make_drafter(target, architecture: str, **options) -> PPOWDrafter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return perturbed(PPOWDrafter.from_target(target, architecture, **options))
+        # With embeddings of its own, which the perturbation and the gradients reach as well.
+        return perturbed(PPOWDrafter.from_target(target, architecture, shares_target_embeddings=False, **options))
 
 
 @torch.no_grad()

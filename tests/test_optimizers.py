@@ -7,6 +7,7 @@ import torch
 from slow_training import ARCHITECTURES, make_drafter, random_dataset
 from torch import nn
 
+from ppow_hf import PPOWDrafter
 from ppow_hf.training import PPOWTrainingArguments, arguments
 from ppow_hf.training.optimizers import Muon, make_optimizer, muon_groups, orthogonalize
 
@@ -58,8 +59,8 @@ def test_hidden_matrices_are_muons_and_vocabularies_are_not(make_target, archite
 
 
 def test_what_is_frozen_is_in_no_group(make_target):
-    drafter = make_drafter(make_target("llama"), "eagle")
-    drafter.draft_model.embed_tokens.requires_grad_(False)
+    drafter = PPOWDrafter.from_target(make_target("llama"), shares_target_embeddings=False)
+    drafter.train_embeddings(False)
     args = PPOWTrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
     for muon in (0.0, 2.0):
         groups = make_optimizer(drafter, args, muon).param_groups

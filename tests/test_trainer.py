@@ -369,9 +369,14 @@ def test_bf16_autocast_trains_close_to_float32(make_trainer, architecture, objec
 def test_embeddings_of_an_eagle_drafter_are_trained_only_on_request(make_trainer):
     for train_embeddings in (False, True):
         trainer = make_trainer("eagle", "supervised", train_embeddings=train_embeddings)
-        before = weights(trainer)["draft_model.embed_tokens.weight"]
+        theirs = trainer.target_model.get_input_embeddings().weight
+        before = theirs.clone()
+        assert trainer.model.config.shares_target_embeddings != train_embeddings
+        assert ("draft_model.embed_tokens.weight" in weights(trainer)) == train_embeddings
+        assert torch.equal(trainer.model.get_input_embeddings().weight, before)
         trainer.train()
-        assert torch.equal(before, weights(trainer)["draft_model.embed_tokens.weight"]) != train_embeddings
+        assert torch.equal(before, trainer.model.get_input_embeddings().weight) != train_embeddings
+        assert torch.equal(before, theirs)
 
 
 def test_the_target_is_frozen(make_trainer, make_target):

@@ -68,9 +68,10 @@ def made_up_table(seed, length=40, depth=16, steady=False):
     ids = numpy.full((rows, depth), 9)
     for row, kept in enumerate(accepted):
         ids[row, :kept] = text[row + 1 : row + 1 + kept]
-    kl = numpy.full((rows, depth), 0.2)
+    kl, outside = numpy.full((rows, depth), 0.2), numpy.zeros((rows, depth))
     return DraftTable(
-        numpy.array([1, 2]), text, ids, probability, (1 - probability) / 2, 1 - probability, kl, numpy.array(accepted),
+        numpy.array([1, 2]), text, ids, probability, (1 - probability) / 2, 1 - probability, kl, outside,
+        numpy.array(accepted),
         max_new_tokens=length,
     )  # fmt: skip
 

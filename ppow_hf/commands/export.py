@@ -34,7 +34,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--share-embeddings",
         action="store_true",
-        help="leave out an eagle drafter's embeddings where they are the target's (the target is loaded to compare)",
+        help="leave out an eagle drafter's embeddings where they are the target's (compared, unless it shares them)",
     )
     parser.add_argument(
         "--dtype",
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the directory and say what is in it."""
     ensure_writable(arguments.output_dir, "--output-dir")
     drafter = load_drafter(arguments.drafter, "DRAFTER", arguments.dtype or "auto", "cpu")
-    target = load_target(arguments.target, "--target", "auto", "cpu") if _needs_target(arguments) else None
+    name = _needed_target(arguments, drafter)
+    target = None if name is None else load_target(name, "--target", "auto", "cpu")
     tokenizer = None
     own_tokenizer = Path(resolve(arguments.drafter), "tokenizer_config.json")
     if drafter.config.architecture == "standalone" and own_tokenizer.is_file():
@@ -82,8 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _needs_target(arguments: argparse.Namespace) -> bool:
-    """Whether the target must be loaded; `ValueError` where it is not named."""
-    if arguments.share_embeddings and arguments.target is None:
+def _needed_target(arguments: argparse.Namespace, drafter: Any) -> str | None:
+    """The target to load, for its embeddings; `None` where they are not needed, `ValueError` where it is not named."""
+    shares = drafter.config.shares_target_embeddings
+    if arguments.share_embeddings == shares:
+        return None
+    name = arguments.target or (drafter.config.target_name_or_path if shares else None)
+    if name is None and shares:
+        raise ValueError(
+            "--target: the drafter shares its target's embeddings, which belong into the export; name the target, or "
+            "pass --share-embeddings to leave them out."
+        )
+    if name is None:
         raise ValueError("--share-embeddings: pass --target too, whose embeddings are compared with the drafter's.")
-    return arguments.share_embeddings
+    return name

@@ -278,9 +278,10 @@ class Demo:
         return (
             f'<p class="pw-soft">Target <code>{escape(models.target_label)}</code>, drafter '
             f"<code>{escape(models.drafter.label)}</code>. The gauge shows the running KL(P‖Q) of verified tokens "
-            "that the window rule looks at, on a scale of kl / (1 + kl). Acceptance length counts the target's own "
-            "token. The faint row is really drafted and verified from the same prefixes; its time is in no speed "
-            "shown. The page opens with a run recorded when it started. Prompts are neither stored nor logged.</p>"
+            "on the draft vocabulary, on a scale of kl / (1 + kl); below it the target's mass outside, if any. "
+            "Acceptance length counts the target's own token. The faint row is really drafted and verified from the "
+            "same prefixes; its time is in no speed shown. The page opens with a run recorded when it started. "
+            "Prompts are neither stored nor logged.</p>"
         )
 
     def _results(self) -> str:

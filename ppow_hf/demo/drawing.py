@@ -39,6 +39,7 @@ def stage(name: str, tab: str, label: str, who: str = "") -> str:
 <div class="pw-gauge">{_gauge(name)}
 <strong class="pw-kl">KL –</strong>
 <small>nats, recent verified tokens</small>
+<small class="pw-outside"></small>
 <small class="pw-p">&nbsp;</small></div>
 <div class="pw-rows">
 <div class="pw-head"><h3 class="pw-title">Adaptive window</h3><span class="pw-where"></span></div>

@@ -152,6 +152,7 @@ class FrameMaker:
     decode: Callable[[list[int]], str]
     totals: Totals = field(default_factory=Totals)
     kl: float = NO_EVIDENCE_KL
+    outside: float | None = None
     last_window: int | None = None
 
     def __post_init__(self) -> None:
@@ -162,11 +163,14 @@ class FrameMaker:
         trace, kept = round_.trace, round_.kept
         self.totals.add(round_)
         self.kl = decayed_kl(self.kl, trace.kl)
+        for mass in trace.outside:
+            self.outside = mass if self.outside is None else 0.7 * self.outside + 0.3 * mass
         estimates = trace.acceptance_probabilities
         frame = {
             "n": self.totals.rounds,
             "kl": round(self.kl, 4),
             "angle": gauge_angle(self.kl),
+            "outside": f"outside the draft vocabulary: {self.outside:.1%}" if self.outside else "",
             "p": f"{estimates[0]:.2f}" if estimates else "",
             "window": trace.window,
             "kept": kept,

@@ -155,6 +155,7 @@ class FixedShadow:
         self.do_sample, self.eos_ids = do_sample, eos_ids
         self.generator = torch.Generator().manual_seed(seed)
         self.context_length = common_context_length(target.config, drafter.config)
+        drafter.attach_target(target)
         self.session = drafter.start_session(target_width(target))
         self.first_prefix = drafter.draft_model.first_prefix
         self.cache = DynamicCache()

@@ -33,6 +33,7 @@ function show(place, speak) {
   one(".pw-needle").style.transform = "rotate(" + frame.angle + "deg)";
   one(".pw-gauge svg").setAttribute("aria-label", "KL " + frame.kl.toFixed(2) + " nats");
   put(one(".pw-kl"), "KL " + frame.kl.toFixed(2));
+  put(one(".pw-outside"), frame.outside);
   put(one(".pw-p"), frame.p ? "first draft kept with p = " + frame.p : "\u00a0");
   put(one(".pw-title"), frame.head);
   put(one(".pw-move"), frame.move);

@@ -56,15 +56,23 @@ def named_tensors(drafter: Any) -> dict[str, torch.Tensor]:
     return {name.removeprefix("draft_model."): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def eagle3_tensors(drafter: Any, layer: str) -> dict[str, torch.Tensor]:
-    """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU."""
+def eagle3_tensors(drafter: Any, layer: str, embeddings: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU.
+
+    With `embeddings` those of a drafter that shares its target's too, which must have been attached.
+    """
     tensors = {}
+    if drafter.config.shares_target_embeddings and embeddings:
+        tokens = torch.arange(drafter.config.vocab_size)
+        tensors["embed_tokens.weight"] = drafter.draft_model.target_embeddings.rows(tokens, drafter.dtype)
     for name, tensor in named_tensors(drafter).items():
         if name.startswith(LAYER_NAMES["eagle3"]):
             name = layer + name.removeprefix(LAYER_NAMES["eagle3"])
         tensors[name] = tensor
     if drafter.config.draft_vocab_size == drafter.config.vocab_size:  # a permutation of nothing: engines want it gone
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    if not embeddings:
+        tensors.pop("embed_tokens.weight", None)
     return tensors
 
 

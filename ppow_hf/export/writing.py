@@ -74,7 +74,8 @@ def export_drafter(
         drafter ([`PPOWDrafter`]): the drafter; its weights are written in the number format they are in.
         output_dir (`str` or `Path`): the directory; made if need be; an earlier export in it is replaced.
         format (`str`, *optional*, defaults to `"vllm"`): `"vllm"`, `"sglang"`, `"speculators"` or `"standalone"`.
-        target (`PreTrainedModel`, *optional*): the target; its embeddings are compared for `share_embeddings`.
+        target (`PreTrainedModel`, *optional*):
+            The target. Its embeddings are written for a drafter that shares them, or compared for `share_embeddings`.
         target_name (`str`, *optional*):
             Folder or Hub name of the target for the README and for speculators; by default the one that the drafter
             was trained for. A folder's config.json is read to check that the drafter fits.
@@ -99,6 +100,13 @@ def export_drafter(
     target_config = _target_config(target, name)
     if target_config is not None:
         _check_target(drafter, target_config)
+    if target is not None:
+        drafter.attach_target(target)
+    elif drafter.config.shares_target_embeddings and not share_embeddings and drafter.get_input_embeddings() is None:
+        raise ValueError(
+            "target: the drafter shares its target's embeddings, which belong into the export; pass the target, or "
+            "share_embeddings to leave them out."
+        )
     folder = Path(output_dir)
     written_name = _written_name(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,10 +119,9 @@ def export_drafter(
             tensors = named_tensors(drafter)
             _write_medusa(written, tensors, medusa_config(drafter))
         else:
-            tensors = eagle3_tensors(drafter, LAYER_NAMES[layout])
             if share_embeddings:
                 _check_shared(drafter, target)
-                del tensors["embed_tokens.weight"]
+            tensors = eagle3_tensors(drafter, LAYER_NAMES[layout], embeddings=not share_embeddings)
             fields = eagle3_config(drafter)
             if layout == "speculators":
                 fields = _speculators_fields(drafter, written_name, target_config, speculative_tokens)
@@ -220,6 +227,8 @@ def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
 
 def _has_own_embeddings(drafter: PPOWDrafter, target: Any) -> bool | None:
     """Whether the drafter's embeddings differ from the target's; `None` if the target is not at hand."""
+    if drafter.config.shares_target_embeddings:
+        return False
     if target is None or drafter.get_input_embeddings() is None:
         return None
     own = drafter.get_input_embeddings().weight.detach()
@@ -228,7 +237,7 @@ def _has_own_embeddings(drafter: PPOWDrafter, target: Any) -> bool | None:
 
 
 def _check_shared(drafter: PPOWDrafter, target: Any) -> None:
-    if target is None:
+    if target is None and not drafter.config.shares_target_embeddings:
         raise ValueError("target: share_embeddings needs the target itself, to compare its embeddings.")
     if _has_own_embeddings(drafter, target):
         raise ValueError(

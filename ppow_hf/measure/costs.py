@@ -60,6 +60,7 @@ def measure_costs(
     check_count("repeats", repeats)
     check_prompt("input_ids", input_ids)
     model = drafter.drafter if isinstance(drafter, DrafterView) else drafter
+    model.attach_target(target)
     context_length = context_length_of(target)
     if context_length is not None:
         input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]

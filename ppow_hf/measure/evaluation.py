@@ -30,7 +30,8 @@ class AcceptanceReport:
         acceptance_length (`float`): tau, mean of k + 1 over rounds that drafted (bonus or correction token counted).
         tokens_per_target_forward (`float`): committed tokens over target forwards, the prompt's not counted.
         wasted (`float`): (drafted - accepted) / drafted.
-        kl (`float`): mean KL(P||Q) in nats at verified positions.
+        kl (`float`): mean KL(P_D||Q) in nats at verified positions, see [`RoundTrace`].
+        outside (`float`): mean mass of P there that the drafter cannot propose.
         repeated_8grams (`float`): share of 8-grams of the generated text that occurred before in it (looping).
         drafted, accepted, rounds, tokens (`int`): counts.
     """
@@ -39,6 +40,7 @@ class AcceptanceReport:
     tokens_per_target_forward: float
     wasted: float
     kl: float
+    outside: float
     repeated_8grams: float
     drafted: int
     accepted: int
@@ -100,11 +102,13 @@ def report(outputs: Sequence[Sequence[int]], traces: Sequence[GenerationTrace]) 
     drafting = [r for r in rounds if r.window > 0]
     drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
     kls = [value for r in rounds for value in r.kl]
+    outside = [mass for r in rounds for mass in r.outside]
     return AcceptanceReport(
         acceptance_length=sum(r.accepted + 1 for r in drafting) / len(drafting) if drafting else 1.0,
         tokens_per_target_forward=(accepted + len(rounds)) / len(rounds) if rounds else 1.0,
         wasted=(drafted - accepted) / drafted if drafted else 0.0,
         kl=sum(kls) / len(kls) if kls else 0.0,
+        outside=sum(outside) / len(outside) if outside else 0.0,
         repeated_8grams=repeated_ngrams(outputs, 8),
         drafted=drafted,
         accepted=accepted,

@@ -107,6 +107,7 @@ class BareForwards:
         self.target, self.drafter = target, drafter
         self.tokens = ids[:, : window + 1].repeat(1, window + 1)[:, : window + 1]
         self.draft = drafter.draft_model
+        drafter.attach_target(target)
         with torch.inference_mode():
             self.target_cache = DynamicCache()
             states = self._forward(ids, output_hidden_states=True).hidden_states

@@ -13,11 +13,11 @@ from typing import Any
 import numpy
 import torch
 
-from ..runtime.acceptance import kl_divergence, likeliest_tokens
+from ..runtime.acceptance import divergence_on_support, likeliest_tokens
 from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
-from ..runtime.windowing import CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
+from ..runtime.windowing import MAX_KL, CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
 
 DEPTH = 16
 PREFIXES_AT_ONCE = 256
@@ -38,7 +38,9 @@ class DraftTable:
         max_probability, second_probability, entropy (`numpy.ndarray` of shape `(N - 1, K)`):
             Of the distributions they come from; nats.
         kl (`numpy.ndarray` of shape `(N - 1, K)`):
-            KL(P||Q) in nats against the target's distribution there; NaN behind the first token that is rejected.
+            KL(P_D||Q) in nats against the target's distribution there, at most MAX_KL; NaN behind the first token that
+            is rejected.
+        outside (`numpy.ndarray` of shape `(N - 1, K)`): the target's mass outside the draft vocabulary there.
         accepted (`numpy.ndarray` of shape `(N - 1,)`): how many of a row's draft tokens the target keeps.
         max_new_tokens (`int`): where the call that the text stands for would have ended.
         eos_token_ids (`frozenset[int]`): tokens that end a text; a draft ends before one.
@@ -51,6 +53,7 @@ class DraftTable:
     second_probability: numpy.ndarray
     entropy: numpy.ndarray
     kl: numpy.ndarray
+    outside: numpy.ndarray
     accepted: numpy.ndarray
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
@@ -87,13 +90,14 @@ def draft_table(
     """
     if len(text) < 1:
         raise ValueError("text: it is empty; at least the target's first token is needed.")
+    drafter.attach_target(target)
     ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(target.device)
     layers = drafter.config.target_layer_ids
     outputs = target(ids, output_hidden_states=bool(layers))
-    target_log_probs = outputs.logits[0].float().log_softmax(-1)
-    _check_written(target_log_probs, ids, prompt.shape[1], target.dtype)
+    target_logits = outputs.logits[0].float()
+    _check_written(target_logits, ids, prompt.shape[1], target.dtype)
     states = collect_target_states(outputs.hidden_states, layers)
-    columns = _draft_everywhere(drafter, ids, states, target_log_probs, prompt.shape[1], depth)
+    columns = _draft_everywhere(drafter, ids, states, target_logits, prompt.shape[1], depth)
     continuation = numpy.asarray(text)
     padded = numpy.concatenate([continuation, numpy.full(depth, -1)])
     windows = numpy.lib.stride_tricks.sliding_window_view(padded[1:], depth)[: len(text) - 1]
@@ -107,18 +111,19 @@ def draft_table(
         columns["second_probability"],
         columns["entropy"],
         numpy.where(verified, columns["kl"], math.nan),
+        numpy.where(verified, columns["outside"], math.nan),
         accepted,
         max_new_tokens,
         eos_of(target),
     )
 
 
-def _check_written(target_log_probs: torch.Tensor, ids: torch.Tensor, before: int, dtype: torch.dtype) -> None:
+def _check_written(target_logits: torch.Tensor, ids: torch.Tensor, before: int, dtype: torch.dtype) -> None:
     """Raise `ValueError` where a token of `ids` `[1, n + N]` behind the first `before` is not the target's choice."""
-    target_log_probs = target_log_probs[before - 1 : -1]
-    written = target_log_probs.gather(-1, ids[0, before:, None])[:, 0]
+    target_logits = target_logits[before - 1 : -1]
+    written = target_logits.gather(-1, ids[0, before:, None])[:, 0]
     tolerance = NEAR_TIE if dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
-    other = target_log_probs.amax(-1) - written > tolerance
+    other = target_logits.amax(-1) - written > tolerance
     if bool(other.any()):
         place = int(other.nonzero()[0])
         raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
@@ -128,29 +133,31 @@ def _draft_everywhere(
     drafter: Any,
     ids: torch.Tensor,
     states: torch.Tensor | None,
-    target_log_probs: torch.Tensor,
+    target_logits: torch.Tensor,
     before: int,
     depth: int,
 ) -> dict[str, numpy.ndarray]:
     """Greedy drafts of `depth` tokens from every prefix of `ids` `[1, n + N]` behind the first `before` tokens.
 
-    Columns `[N - 1, depth]` by name: the tokens, what [`likeliest_tokens`] says, and KL(P||Q) in nats.
+    Columns `[N - 1, depth]` by name: the tokens, what [`likeliest_tokens`] says, and what
+    [`divergence_on_support`] says.
     """
-    length, width = ids.shape[1], target_log_probs.shape[-1]
+    length, width = ids.shape[1], target_logits.shape[-1]
     states = None if states is None else states.to(drafter.device)
     features, cache = drafter.prefix_features(ids.to(drafter.device), states)
-    names = ("ids", "max_probability", "second_probability", "entropy", "kl")
+    names = ("ids", "max_probability", "second_probability", "entropy", "kl", "outside")
     chunks: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for start in range(before, length - 1, PREFIXES_AT_ONCE):
         prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
         steps: list[tuple[torch.Tensor, ...]] = []
 
         def look(j: int, draft_features: torch.Tensor, _, prefixes=prefixes, steps=steps) -> torch.Tensor:
-            log_probs = drafter.compute_logits(draft_features[0], width).float().log_softmax(-1)
+            logits = drafter.compute_logits(draft_features[0], width).float()
             places = (prefixes[0] + j).clamp_max(length - 1)
-            target_here = target_log_probs[places.to(target_log_probs.device)].to(draft_features.device)
-            first, second, entropies, likeliest = likeliest_tokens(log_probs).unbind(-1)
-            steps.append((likeliest.long(), first, second, entropies, kl_divergence(target_here, log_probs)))
+            goal = target_logits[places.to(target_logits.device)].to(draft_features.device)
+            first, second, entropies, likeliest = likeliest_tokens(logits.log_softmax(-1)).unbind(-1)
+            kl, outside = divergence_on_support(goal, logits)
+            steps.append((likeliest.long(), first, second, entropies, kl.clamp(0.0, MAX_KL), outside))
             return likeliest.long()[None]
 
         drafter.unroll(features, cache, prefixes, look, depth)
@@ -266,7 +273,9 @@ def _replay_round(rule: WindowRule, table: DraftTable, committed: int, looks: bo
     if accepted == drawn:
         following = zip(one_round.draft_ids[drawn:], table.text[committed + drawn :].tolist(), strict=False)
         accepted += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], following))
-    learn_from_verdict(rule, one_round, accepted, table.kl[committed - 1].tolist() if looks else [])
+    row = committed - 1
+    kl, outside = (table.kl[row].tolist(), table.outside[row].tolist()) if looks else ([], [])
+    learn_from_verdict(rule, one_round, accepted, kl, outside)
     return one_round
 
 

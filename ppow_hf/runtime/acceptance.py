@@ -45,6 +45,26 @@ def kl_divergence(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
     return (target_log_probs.exp() * (target_log_probs - draft_log_probs)).masked_fill(~support, 0.0).sum(-1)
 
 
+def divergence_on_support(target_scores: Tensor, draft_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(P_D || Q) in nats and m = P(not D), where D is the support of Q and P_D is P on it, renormalised.
+
+    `[..., V]` scores (unnormalised), `[..., V]` -> `[...]`, `[...]`. D are the tokens whose draft score is not -inf,
+    which a reduced draft vocabulary and truncating processors leave. KL(P_D || Q) - log(1 - m) is KL(P_D || Q) +
+    KL(P_D || P); a token drawn from Q is accepted with probability sum min(P, Q) <= 1 - m. +inf where m = 1.
+    """
+    _require_shape("draft_scores", draft_scores, target_scores.shape, "the shape of target_scores")
+    draft_log_probs = draft_scores.log_softmax(-1)
+    excluded = draft_scores == -torch.inf
+    if not bool(excluded.any()):
+        divergence = kl_divergence(target_scores.log_softmax(-1), draft_log_probs)
+        return divergence, torch.zeros_like(divergence)
+    outside = target_scores.softmax(-1).masked_fill(~excluded, 0.0).sum(-1).clamp_max(1.0)
+    restricted = target_scores.masked_fill(excluded, -torch.inf)
+    nothing_left = (restricted == -torch.inf).all(-1)
+    divergence = kl_divergence(restricted.log_softmax(-1), draft_log_probs)
+    return divergence.masked_fill(nothing_left, torch.inf), outside.masked_fill(nothing_left, 1.0)
+
+
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy in nats of normalised log-probabilities, with 0 log 0 = 0: `[..., V]` -> `[...]`."""
     log_probs = _at_least_float32(log_probs)

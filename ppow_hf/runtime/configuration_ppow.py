@@ -79,6 +79,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
         target_layer_ids (`list[int]`, *optional*):
             Target states that the drafter reads; id k is transformers' `hidden_states[k]`. Three for eagle; for medusa
             the last one, after the final norm.
+        shares_target_embeddings (`bool`, *optional*, defaults to `False`):
+            Read the target's own token embeddings and hold none (eagle): they are neither saved nor trained, and are
+            there once [`PPOWDrafter.attach_target`] was called, as generation and training do.
         medusa_heads (`int`, *optional*):
             Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
         medusa_layers (`int`, *optional*, defaults to `1`): residual layers of each head.
@@ -116,6 +119,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         draft_vocab_size: int | None = None,
         target_hidden_size: int | None = None,
         target_layer_ids: list[int] | None = None,
+        shares_target_embeddings: bool = False,
         medusa_heads: int | None = None,
         medusa_layers: int = 1,
         target_name_or_path: str | None = None,
@@ -146,6 +150,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.draft_vocab_size = draft_vocab_size
         self.target_hidden_size = target_hidden_size
         self.target_layer_ids = target_layer_ids
+        self.shares_target_embeddings = shares_target_embeddings
         self.medusa_heads = medusa_heads
         self.medusa_layers = medusa_layers
         self.target_name_or_path = target_name_or_path
@@ -168,6 +173,11 @@ class PPOWDrafterConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         check_settings(architecture=self.architecture)
+        if self.shares_target_embeddings and self.architecture != "eagle":
+            raise ValueError(
+                f"shares_target_embeddings: only an eagle drafter can share them, not a {self.architecture} one. "
+                "Leave it out."
+            )
         names = ("window", "max_window", "cost_ratio", "verification_cost", "lookup")
         check_settings(**{name: getattr(self, name) for name in names})
         call_settings(self, {"lookup": self.lookup})

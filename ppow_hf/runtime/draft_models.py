@@ -179,6 +179,39 @@ class EagleDecoderLayer(GradientCheckpointingLayer):
         return states + self.mlp(self.post_attention_layernorm(states)), keys_values
 
 
+class TargetEmbeddings:
+    """The target's own token embeddings, held by reference: no part of the drafter that is saved, counted or moved.
+
+    A copy of the drafter refers to the same ones, a pickled drafter to none.
+    """
+
+    def __init__(self, module: Any = None):
+        self.module = module
+
+    def __deepcopy__(self, memo: dict) -> "TargetEmbeddings":
+        return TargetEmbeddings(self.module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": None}
+
+    def rows(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Their weights at `tokens` `[B, L]`, `[B, L, h]`, on the tokens' device and without a gradient.
+
+        Raises `ValueError` before a target was attached.
+        """
+        if self.module is None:
+            raise ValueError(
+                "target: this drafter shares its target's token embeddings and has none of its own; generate with its "
+                "target, or call drafter.attach_target(target) first."
+            )
+        weight = self.module.weight
+        if weight.is_meta or not weight.is_floating_point():  # offloaded or quantised: the module knows how to look up
+            found = self.module(tokens if weight.is_meta else tokens.to(weight.device))
+        else:  # not the module, which scales them in some families: engines read the weights as well
+            found = nn.functional.embedding(tokens.to(weight.device), weight)
+        return found.detach().to(tokens.device, dtype)
+
+
 class EagleDrafter(nn.Module):
     """The EAGLE-3 computation; parameter names are those of the published checkpoints.
 
@@ -193,7 +226,9 @@ class EagleDrafter(nn.Module):
         self.config = draft
         width = config.draft_vocab_size or config.vocab_size
         fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, draft.hidden_size)
+        shared = config.shares_target_embeddings
+        self.embed_tokens = None if shared else nn.Embedding(config.vocab_size, draft.hidden_size)
+        self.target_embeddings = TargetEmbeddings()
         self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
         self.midlayer = EagleDecoderLayer(draft)
         self.norm = DraftNorm(draft.hidden_size, eps=draft.rms_norm_eps)
@@ -207,11 +242,12 @@ class EagleDrafter(nn.Module):
 
     def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions `[B, L]` as `advance` takes them: cosines and sines `[B, L, 2, d]`."""
-        return torch.stack(self.rotary_emb(self.embed_tokens.weight, positions), dim=2)
+        return torch.stack(self.rotary_emb(self.fc.weight, positions), dim=2)
 
     def advance(self, tokens, features, cache, angles, allowed):
         """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
-        embeddings = self.embed_tokens(tokens)
+        own = self.embed_tokens
+        embeddings = self.target_embeddings.rows(tokens, self.fc.weight.dtype) if own is None else own(tokens)
         mask = allowed
         if mask is not None and self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
             mask = additive_mask(mask, embeddings.dtype)

@@ -105,7 +105,7 @@ class DraftSession:
         self._places: torch.Tensor | None = None  # [B, AHEAD, ...] of the window's tokens from `_places_from` on
         self._places_from = 0
         embeddings = drafter.get_input_embeddings()
-        self._known = self.width if embeddings is None else min(self.width, embeddings.num_embeddings)
+        self._known = self.width if embeddings is None else min(self.width, len(embeddings.weight))
 
     @property
     def is_empty(self) -> bool:

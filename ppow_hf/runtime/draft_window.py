@@ -223,16 +223,24 @@ def read_and_draft(
     return distributions
 
 
-def learn_from_verdict(rule: WindowRule, record: RoundTrace, accepted: int, kl: Sequence[float] = ()) -> None:
+def learn_from_verdict(
+    rule: WindowRule,
+    record: RoundTrace,
+    accepted: int,
+    kl: Sequence[float] = (),
+    outside: Sequence[float] = (),
+) -> None:
     """Tell a rule, and the round's record, that `accepted` of the window's tokens were kept.
 
-    `kl` holds KL(P||Q) in nats at the drafter's positions, of which those that were verified count.
+    `kl` and `outside` hold, at the drafter's positions, KL(P||Q) in nats on the draft vocabulary and the mass of P
+    outside it; those that were verified count.
     """
     drawn = record.window - record.looked_up
     drawn_accepted = min(accepted, drawn)
     record.accepted = accepted
-    record.kl = list(kl[: min(accepted + 1, drawn)])
-    rule.update(drawn, record.draft_steps, drawn_accepted, record.kl)
+    verified = min(accepted + 1, drawn)
+    record.kl, record.outside = list(kl[:verified]), list(outside[:verified])
+    rule.update(drawn, record.draft_steps, drawn_accepted, record.kl_with_outside)
     rule.update_looked_up(record.looked_up, accepted - drawn_accepted)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from .acceptance import greedy_accepted_counts, kl_divergence, rejection_sample_chain
+from .acceptance import divergence_on_support, greedy_accepted_counts, rejection_sample_chain
 from .compatibility import check_call, check_inputs, check_processors, common_context_length, target_width
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
 from .draft_session import UnreadTokens
@@ -193,6 +193,7 @@ class SpeculativeCall:
         model_kwargs: dict[str, Any],
     ):
         check_call(target, view, generation_config)
+        view.drafter.attach_target(target)
         check_processors(logits_processor)
         check_outputs(generation_config)
         check_inputs(input_ids, model_kwargs.pop("inputs_embeds", None))
@@ -371,15 +372,16 @@ class SpeculativeCall:
             choices = scores.argmax(-1)
             counts = greedy_accepted_counts(chains.draft_ids, choices[:, :window], chains.valid)
             next_ids = choices.gather(1, counts[:, None])[:, 0]
-        kls = self._chain_divergences(chains, scores)
+        kls, outsides = self._chain_divergences(chains, scores)
         accepted_counts, following = counts.tolist(), next_ids.tolist()
         verified = time.perf_counter()
 
-        for row, draft, accepted, row_kls in zip(self.rows, drafts, accepted_counts, kls, strict=True):
+        verdicts = zip(self.rows, drafts, accepted_counts, kls, outsides, strict=True)
+        for row, draft, accepted, row_kls, row_outsides in verdicts:
             record = row.trace.rounds[-1]
             record.draft_ids = draft[: record.window]
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
-            learn_from_verdict(row.rule, record, accepted, row_kls)
+            learn_from_verdict(row.rule, record, accepted, row_kls, row_outsides)
         self.costs.observe_verification(window, verified - drafted)
         return Verdict(drafts, states, window + 1, accepted_counts, following, logits, scores)
 
@@ -433,12 +435,14 @@ class SpeculativeCall:
             chains.draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], chains.valid
         )
 
-    def _chain_divergences(self, chains: DraftedChains, scores: torch.Tensor) -> list[list[float]]:
-        """KL(P||Q) in nats at each position that the drafter drafted; none where nothing looks at them."""
+    def _chain_divergences(
+        self, chains: DraftedChains, scores: torch.Tensor
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """What [`divergences`] says of each row's drafted positions; nothing where nothing looks at them."""
         if not chains.drawn_scores or not self.looks:
-            return [[] for _ in self.rows]
+            return [[] for _ in self.rows], [[] for _ in self.rows]
         draft_scores = torch.stack(chains.drawn_scores, dim=1)
-        return divergences(scores[:, : len(chains.drawn_scores)], draft_scores).tolist()
+        return divergences(scores[:, : len(chains.drawn_scores)], draft_scores)
 
     # -- a round that drafts trees
 
@@ -458,13 +462,13 @@ class SpeculativeCall:
             choices = scores.argmax(-1)
             ends = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
         paths, next_ids = [path for path, _ in ends], [token for _, token in ends]
-        kls = [self._path_divergences(grown, i, path, scores[i]) for i, path in enumerate(paths)]
+        path_divergences = [self._path_divergences(grown, i, path, scores[i]) for i, path in enumerate(paths)]
         verified = time.perf_counter()
 
-        for row, tree, path, row_kls in zip(self.rows, trees, paths, kls, strict=True):
+        for row, tree, path, row_divergences in zip(self.rows, trees, paths, path_divergences, strict=True):
             record, rule = row.trace.rounds[-1], self.tree_rules[row.place]
             record.window, record.accepted, record.draft_ids = len(tree.tokens), len(path), tree.tokens
-            record.parents, record.kl = tree.parents, row_kls
+            record.parents, (record.kl, record.outside) = tree.parents, row_divergences
             record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             rule.update(record.draft_steps, record.window, record.accepted)
@@ -520,12 +524,14 @@ class SpeculativeCall:
             scores=[scores[i, order[i]] for i in range(len(trees))] if records else scores,
         )
 
-    def _path_divergences(self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor) -> list[float]:
-        """KL(P||Q) in nats behind the context and the accepted nodes, where the drafter was asked."""
+    def _path_divergences(
+        self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor
+    ) -> tuple[list[float], list[float]]:
+        """What [`divergences`] says behind the context and the accepted nodes, where the drafter was asked."""
         nodes = [node for node in (CONTEXT, *path) if node in grown.trees[i].expanded]
         if not nodes:
-            return []
-        return divergences(scores[[node + 1 for node in nodes]], grown.draft_scores(i, nodes)).tolist()
+            return [], []
+        return divergences(scores[[node + 1 for node in nodes]], grown.draft_scores(i, nodes))
 
 
 def check_outputs(generation_config: GenerationConfig) -> None:
@@ -548,13 +554,16 @@ def update_window_rule(rule: WindowRule, tree: DraftTree, path: list[int], recor
     accepted = 0
     while accepted < min(window, len(path)) and path[accepted] == chain[accepted]:
         accepted += 1
-    rule.update(window, record.draft_steps, accepted, record.kl)
+    rule.update(window, record.draft_steps, accepted, record.kl_with_outside)
 
 
-def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> torch.Tensor:
-    """KL(P||Q) in nats of scores `[..., V]` each: `[...]`, brought into [0, MAX_KL]."""
-    nats = kl_divergence(target_scores.log_softmax(-1), draft_scores.log_softmax(-1))
-    return nats.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
+def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> tuple[Any, Any]:
+    """KL(P_D||Q) in nats, brought into [0, MAX_KL], and the mass of P outside D, see [`divergence_on_support`].
+
+    Scores `[..., V]` each -> lists of the shape `[...]`.
+    """
+    nats, outside = divergence_on_support(target_scores, draft_scores)
+    return nats.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL).tolist(), outside.tolist()
 
 
 SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")

@@ -139,19 +139,55 @@ class PPOWDrafter(PreTrainedModel):
         return self.to_target_width(self.draft_logits(features), width)
 
     def get_input_embeddings(self):
-        """The drafter's own token embeddings; `None` for medusa, which reads states only."""
+        """The token embeddings that the drafter reads, its own or its target's.
+
+        `None` for medusa, which reads states only, and for shared ones before [`attach_target`].
+        """
         draft = self.draft_model
         if isinstance(draft, MedusaDrafter):
             return None
-        return draft.embed_tokens if isinstance(draft, EagleDrafter) else draft.model.get_input_embeddings()
+        if isinstance(draft, StandaloneDrafter):
+            return draft.model.get_input_embeddings()
+        return draft.target_embeddings.module if draft.embed_tokens is None else draft.embed_tokens
 
     def set_input_embeddings(self, value):
         if isinstance(self.draft_model, EagleDrafter):
             self.draft_model.embed_tokens = value
+            self.config.shares_target_embeddings = False
         elif isinstance(self.draft_model, StandaloneDrafter):
             self.draft_model.model.set_input_embeddings(value)
         else:
             raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
+
+    def attach_target(self, target: PreTrainedModel) -> None:
+        """Read `target`'s token embeddings from now on, where the drafter shares them; others need nothing of it.
+
+        Generation, training, measurements and exports call it. Raises `ValueError` where the target's are of another
+        size.
+        """
+        if not self.config.shares_target_embeddings:
+            return
+        module: Any = target.get_input_embeddings()
+        (rows, hidden), own_hidden = module.weight.shape, self.config.draft_config.hidden_size
+        if hidden != own_hidden:
+            raise ValueError(
+                f"target: this drafter shares its target's token embeddings, of width {own_hidden}, and this target's "
+                f"are {hidden} wide. Use {self.config.target_name_or_path or 'the target it was made for'}."
+            )
+        check_width(self.config.vocab_size, rows)
+        self.draft_model.target_embeddings.module = module
+
+    def train_embeddings(self, trained: bool) -> None:
+        """Whether an eagle drafter's token embeddings are trained: shared ones become a copy of its own if so."""
+        draft = self.draft_model
+        if not isinstance(draft, EagleDrafter):
+            return
+        if trained and draft.embed_tokens is None:
+            tokens = torch.arange(self.config.vocab_size, device=self.device)
+            rows = draft.target_embeddings.rows(tokens, draft.fc.weight.dtype)
+            self.set_input_embeddings(nn.Embedding.from_pretrained(rows.clone(), freeze=False))
+        elif not trained and draft.embed_tokens is not None:
+            draft.embed_tokens.requires_grad_(False)
 
     # -- whole sequences (training, evaluation)
 
@@ -420,6 +456,9 @@ class PPOWDrafter(PreTrainedModel):
         config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
         draft_config = draft_config_for(architecture, text, vocab_size, overrides)
+        if architecture == "eagle":
+            shape, own_shape = target.get_input_embeddings().weight.shape, (vocab_size, draft_config.hidden_size)
+            settings.setdefault("shares_target_embeddings", tuple(shape) == own_shape)
         if architecture == "medusa":
             settings.setdefault("medusa_heads", settings.get("max_window", PPOWDrafterConfig().max_window))
             settings.setdefault("max_window", settings["medusa_heads"])
@@ -457,9 +496,11 @@ class PPOWDrafter(PreTrainedModel):
             for own_head in draft.lm_heads:
                 own_head.weight.copy_(target.get_output_embeddings().weight.to(own_head.weight))
             return
+        self.attach_target(target)
         source = target.get_input_embeddings().weight
         embeddings = self.get_input_embeddings().weight
-        if source.shape[1] == embeddings.shape[1] and source.is_floating_point():
+        copies = not self.config.shares_target_embeddings
+        if copies and source.shape[1] == embeddings.shape[1] and source.is_floating_point():
             rows = min(len(source), len(embeddings))
             embeddings[:rows] = source[:rows].to(embeddings)
         head = target.get_output_embeddings().weight

@@ -3,6 +3,7 @@
 The demo, the benchmark and the tests read this one record. Pure data: knows no models.
 """
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -18,7 +19,10 @@ class RoundTrace:
         looked_up (`int`): how many of them, the last ones, came from the text instead of from the drafter.
         parents (`list[int]`): of a tree, the node that each token follows (-1: the context); empty for a chain.
         accepted (`int`): draft tokens kept, k. The round committed k + 1 tokens.
-        kl (`list[float]`): KL(P||Q) in nats at each verified position of the drafter's own up to the first rejection.
+        kl (`list[float]`):
+            KL(P_D||Q) in nats at each verified position of the drafter's own up to the first rejection. P_D is P on
+            Q's support (the draft vocabulary), renormalised; it is P where Q is positive everywhere.
+        outside (`list[float]`): the mass m of P outside that support, at the same positions.
         acceptance_probabilities (`list[float]`): what the window rule estimated for each token of the drafter's.
         features (`list[list[float]]`): what it estimated them from, see [`AcceptanceEstimator`].
         draft_seconds, verify_seconds (`float`): time of drafting, and of the target's forward with the bookkeeping.
@@ -37,6 +41,15 @@ class RoundTrace:
     seconds: float = 0.0
     parents: list[int] = field(default_factory=list)
     looked_up: int = 0
+    outside: list[float] = field(default_factory=list)
+
+    @property
+    def kl_with_outside(self) -> list[float]:
+        """KL(P_D||Q) - log(1 - m) at each of these positions, infinite at m = 1: what window rules look at [ours]."""
+        return [
+            value - math.log1p(-mass) if mass < 1 else math.inf
+            for value, mass in zip(self.kl, self.outside, strict=True)
+        ]
 
     @property
     def depth(self) -> int:

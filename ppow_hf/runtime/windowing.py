@@ -13,7 +13,7 @@ from typing import Any
 
 from .lookup import TextMemory
 
-MAX_KL = 20.0  # nats; a saturated softmax or a token outside the draft vocabulary gives infinity
+MAX_KL = 20.0  # nats; a saturated softmax, or a target with all its mass outside the draft vocabulary, gives more
 
 
 @dataclass(frozen=True)
@@ -283,14 +283,14 @@ class WindowRule:
 
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
         """Learn from a round: tokens drafted by the drafter, draft steps taken, how many of the tokens were accepted,
-        KL(P||Q) at each position of theirs that was verified."""
+        [`RoundTrace.kl_with_outside`] at each position of theirs that was verified."""
 
     def update_looked_up(self, looked_up: int, accepted: int) -> None:
         """Learn from a round's tokens from the text, `accepted` of which were kept, after its [`update`]."""
 
     @property
     def lagged_kl(self) -> float:
-        """Mean KL(P||Q) of recent verified positions, in nats."""
+        """Mean [`RoundTrace.kl_with_outside`] of recent verified positions, in nats."""
         return 1.0
 
     @property

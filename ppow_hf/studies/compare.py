@@ -71,8 +71,8 @@ def train(
     second = PPOWTrainingArguments(**{**own, **later})  # refused before any work, if it must be
     switch = _Switch(budget, share, {name: getattr(second, name) for name in later})
     set_seed(seed)
-    if drafter.config.architecture == "eagle" and not args.train_embeddings:
-        drafter.draft_model.embed_tokens.requires_grad_(False)
+    drafter.attach_target(target)
+    drafter.train_embeddings(args.train_embeddings)
     optimizer = make_optimizer(drafter, args, args.muon)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)

@@ -233,6 +233,7 @@ def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledTex
                 pairs.setdefault(name, []).append((0.0, 0.0))
             continue
         ids = torch.tensor([text.ids], device=target.device)
+        drafter.attach_target(target)
         outputs = target(ids, output_hidden_states=bool(drafter.config.target_layer_ids))
         states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
         states = None if states is None else states.to(drafter.device)
@@ -290,6 +291,7 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
     ids = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s))) for s in sequences]).to(device)
     lengths = torch.tensor([len(s) for s in sequences], device=device)
     mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
+    drafter.attach_target(target)
     outputs = target(
         ids.to(target.device), attention_mask=mask.to(target.device),
         output_hidden_states=bool(drafter.config.target_layer_ids),

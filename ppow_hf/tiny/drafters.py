@@ -111,8 +111,8 @@ def train_stage(
         **settings,
         **stage.settings,
     )
-    if drafter.config.architecture == "eagle" and not arguments.train_embeddings:
-        drafter.draft_model.embed_tokens.requires_grad_(False)
+    drafter.attach_target(target)
+    drafter.train_embeddings(arguments.train_embeddings)
     optimizer = make_optimizer(drafter, arguments, arguments.muon)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction / stage.decay, 0.05)
@@ -185,7 +185,9 @@ def make_drafter(
     eval_data = target_text(target, tokenizer, held_out, eval_prompts, 0, cache_dir)
     log: list[dict] = []
     if start is None:
-        drafter = PPOWDrafter.from_target(target, architecture, target_name_or_path=target_name)
+        drafter = PPOWDrafter.from_target(
+            target, architecture, target_name_or_path=target_name, shares_target_embeddings=False
+        )
     else:
         drafter, log = load_start(start)
     stages = default_stages(seconds, architecture, decay=0.75, started=start is not None)

@@ -80,7 +80,8 @@ class PPOWTrainingArguments(TrainingArguments):
 
             Terms along the text that stand beside these follow the text behind the windows' prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether to train an eagle drafter's token embeddings. By default they stay the target's [EAGLE-3].
+            Whether to train an eagle drafter's token embeddings, as a copy of its own that is saved with it. By
+            default they stay the target's, which are read where they are and not saved [EAGLE-3].
 
         > Parameters that control the data
 

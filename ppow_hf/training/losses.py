@@ -25,7 +25,7 @@ from .objectives import (
     visit_probabilities,
 )
 from .rewards import position_advantages
-from .rollout import Rollout
+from .rollout import Rollout, paired_logits
 from .target import FrozenTarget, TargetEncoding
 from .window_sampling import text_windows
 
@@ -481,15 +481,6 @@ def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, 
     places = prefixes[..., None] + 1 + torch.arange(steps, device=prefixes.device)
     learned = inputs["loss_mask"].gather(1, places.clamp_max(length - 1).flatten(1)).view(places.shape)
     return learned & (places < length)
-
-
-def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources: torch.Tensor):
-    """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
-    goal, kept = target.logits(sources), drafter.kept_tokens
-    if kept is not None:
-        goal = goal[..., kept]
-    width = min(draft.shape[-1], goal.shape[-1])
-    return draft[..., :width], goal[..., :width]
 
 
 def draft_labels(drafter: PPOWDrafter, labels: torch.Tensor, width: int) -> torch.Tensor:

@@ -64,17 +64,30 @@ class Rollout:
     old_log_probs: torch.Tensor | None = None
 
 
+def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
+    """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
+    goal = target.logits(sources)
+    kept = drafter.kept_tokens
+    if kept is not None:
+        goal = goal[..., kept]
+    width = min(draft.shape[-1], goal.shape[-1])
+    return draft[..., :width], goal[..., :width]
+
+
 @torch.no_grad()
 def divergence_of_prefixes(
     drafter: PPOWDrafter, target: FrozenTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
 ) -> torch.Tensor:
-    """v = C(P) KL(P||Q) behind every prefix, `[B, S]` [paper]; infinite divergences count as 20 nats."""
+    """v = C(P) KL(P||Q) behind every prefix, `[B, S]` [paper], P being the target on what the drafter can propose.
+
+    Infinite divergences count as 20 nats.
+    """
     flat, sources = features.flatten(0, 1), encoding.sources.flatten(0, 1)
     parts = []
     for start in range(0, len(flat), chunk_size):
         chunk = slice(start, start + chunk_size)
-        draft = drafter.compute_logits(flat[chunk], target.vocab_size).float().log_softmax(-1)
-        parts.append(divergence_priority(target.logits(sources[chunk]).log_softmax(-1), draft))
+        draft, goal = paired_logits(drafter, target, drafter.draft_logits(flat[chunk]).float(), sources[chunk])
+        parts.append(divergence_priority(goal.log_softmax(-1), draft.log_softmax(-1)))
     return torch.cat(parts).nan_to_num(20.0, 20.0, 0.0).clamp(0.0, 20.0).view(features.shape[:2])
 
 

@@ -97,8 +97,8 @@ class PPOWTrainer(Trainer):
         check_reach(self.target, args)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
-        if model.config.architecture == "eagle" and not args.train_embeddings:
-            model.draft_model.embed_tokens.requires_grad_(False)
+        model.attach_target(target_model)
+        model.train_embeddings(args.train_embeddings)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
         train_sequences = None
         if train_dataset is not None:
