@@ -1,9 +1,11 @@
 """`target.generate(**inputs, assistant_model=drafter)`: lets `generate` accept a PPOWDrafter.
 
-transformers has no public way for that, so three private methods of its `GenerationMixin` are wrapped. Knows which
-calls are ours and which loop serves them; drafts nothing itself.
+transformers has no public way for that, so four private methods of its `GenerationMixin` are wrapped; one hands streamer
+and tokenizer on to `custom_generate=drafter.generate_with()`. Knows which calls are ours and which loop serves them;
+drafts nothing itself.
 """
 
+import copy
 import functools
 import inspect
 from typing import Any
@@ -15,7 +17,13 @@ from transformers.generation import LogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 
 from .candidate_generator import KLAdaptiveCandidateGenerator
-from .runtime.compatibility import check_call, check_processors, common_context_length, target_width
+from .runtime.compatibility import (
+    check_call,
+    check_processors,
+    check_rotary_change,
+    common_context_length,
+    target_width,
+)
 from .runtime.configuration_ppow import warn_of_other_target
 from .runtime.generation import DrafterView, SpeculativeDecoding
 from .runtime.modeling_ppow import PPOWDrafter
@@ -59,7 +67,7 @@ _ORIGINALS: dict[str, Any] = {}
 def install_hook() -> None:
     """Let `generate(assistant_model=)` take a PPOWDrafter. Importing ppow_hf does it; doing it again changes nothing.
 
-    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Raises
+    Wraps four private methods of `GenerationMixin`; every other assistant passes through untouched. Raises
     `RuntimeError` when this transformers does not have them as expected.
     """
     if _ORIGINALS:
@@ -68,6 +76,7 @@ def install_hook() -> None:
         "_get_candidate_generator": {"generation_config", "input_ids", "logits_processor", "assistant_model"},
         "_assisted_decoding": {"input_ids", "logits_processor", "stopping_criteria", "generation_config"},
         "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
+        "_extract_generation_mode_kwargs": {"custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"},
     }
     for name, parameters in expected.items():
         method = getattr(GenerationMixin, name, None)
@@ -80,6 +89,7 @@ def install_hook() -> None:
         ("_get_candidate_generator", _wrap_get_candidate_generator),
         ("_assisted_decoding", _wrap_assisted_decoding),
         ("_validate_generation_mode", _wrap_validate_generation_mode),
+        ("_extract_generation_mode_kwargs", _wrap_extract_generation_mode_kwargs),
     ):
         original = getattr(GenerationMixin, name)
         _ORIGINALS[name] = original
@@ -126,7 +136,10 @@ def _wrap_assisted_decoding(original):
             parts = {name: call.get(name) for name in ("logits_processor", "stopping_criteria", "generation_config")}
             decoding = SpeculativeDecoding(view, streamer=None)
             decoding.view = view  # whose traces the caller will read
-            return decoding(self, call["input_ids"], **parts, streamer=call.get("streamer"), **call["model_kwargs"])
+            given = {name: call.get(name) for name in ("streamer", "synced_gpus")}
+            return decoding(self, call["input_ids"], **parts, **given, **call["model_kwargs"])
+        length, limit = call["input_ids"].shape[1], call["generation_config"].max_length
+        check_rotary_change(self, [length], limit and limit - length)
         generator = KLAdaptiveCandidateGenerator(
             drafter,
             call["logits_processor"],
@@ -158,8 +171,33 @@ def _wrap_validate_generation_mode(original):
                 "assistant_model: speculative decoding works with greedy search and sampling, not with "
                 f"{generation_mode}. Leave out assistant_model, or the options that select that mode."
             )
-        # The stock check compares configurations and refuses padded vocabularies; ours has been made.
+        # The stock check compares configurations and refuses padded vocabularies; ours has been made. It refuses
+        # several sequences of a prompt too, which our own loop writes.
         others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+        generation_config = copy.copy(generation_config)
+        generation_config.num_return_sequences = 1
         return original(self, generation_mode, generation_config, others)
 
     return _validate_generation_mode
+
+
+def _wrap_extract_generation_mode_kwargs(original):
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def _extract_generation_mode_kwargs(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        decoding: Any = bound.arguments["custom_generate"]
+        if not isinstance(decoding, SpeculativeDecoding):
+            return original(self, *args, **kwargs)
+        # From a callable transformers withholds streamer, tokenizer and synced_gpus; stop strings need the tokenizer.
+        bound.arguments["custom_generate"] = None
+        given = original(*bound.args, **bound.kwargs)
+        for name in ("assistant_model", "assistant_tokenizer"):
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"{name}: custom_generate=drafter.generate_with() brings its own drafter. Leave out one of them."
+                )
+        return decoding.with_given(given)
+
+    return _extract_generation_mode_kwargs

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
-from .compatibility import check_width
+from .compatibility import check_target, check_width
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
 from .draft_session import DraftSession, causal_allowed, packed_allowed
@@ -381,6 +381,7 @@ class PPOWDrafter(PreTrainedModel):
                 transformer (`num_hidden_layers`, `intermediate_size`, ...).
         """
         check_settings(architecture=architecture)
+        check_target(target)
         text = target.config.get_text_config()
         vocab_size = target.get_output_embeddings().weight.shape[0]
         own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
@@ -399,6 +400,7 @@ class PPOWDrafter(PreTrainedModel):
             if overrides.get("tie_word_embeddings"):
                 raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
             draft_config = eagle_layer_config(text, vocab_size)
+            check_layer_options(architecture, overrides)
         for name, value in overrides.items():
             if not hasattr(draft_config, name):
                 raise ValueError(
@@ -501,6 +503,22 @@ def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:
     if surplus > 0:
         return logits[..., :width]
     return nn.functional.pad(logits, (0, -surplus), value=-torch.inf) if surplus else logits
+
+
+def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not heed."""
+    if architecture == "medusa":
+        for name in options:
+            raise ValueError(
+                f"{name}: a medusa drafter has heads and no transformer of its own. Give medusa_heads, medusa_layers."
+            )
+    fixed = {"num_hidden_layers": 1, "attention_bias": False, "attention_dropout": 0.0}
+    for name, value in fixed.items():
+        if options.get(name, value) != value:
+            raise ValueError(
+                f"{name}: {options[name]!r} given, but an eagle drafter has one layer, without bias or dropout in its "
+                f'attention ({name}={value}). Leave it out, or use architecture="standalone".'
+            )
 
 
 def eagle_layer_config(text_config, vocab_size: int):

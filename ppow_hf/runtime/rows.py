@@ -17,8 +17,8 @@ from transformers.generation import logits_process as processors
 from .trace import GenerationTrace
 from .windowing import WindowRule
 
-# Processors that look at the scores alone: one call for all rows and positions.
-MEMORYLESS = (
+# Processors that look at the scores alone: one call for all rows and positions. A subclass may look at more.
+MEMORYLESS = {
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
     processors.TopPLogitsWarper,
@@ -29,16 +29,19 @@ MEMORYLESS = (
     processors.SuppressTokensLogitsProcessor,
     processors.LogitNormalization,
     processors.InfNanRemoveLogitsProcessor,
-)
+    processors.TopHLogitsWarper,
+    processors.BarkEosPrioritizerLogitsProcessor,
+}
 # Processors that look at the length alone, which the caller gave for the padded prompt.
-LENGTH_ONLY = (
+LENGTH_ONLY = {
     processors.MinLengthLogitsProcessor,
     processors.MinNewTokensLengthLogitsProcessor,
     processors.ForcedBOSTokenLogitsProcessor,
     processors.ForcedEOSTokenLogitsProcessor,
     processors.ExponentialDecayLengthPenalty,
     processors.SuppressTokensAtBeginLogitsProcessor,
-)
+    processors.AlternatingCodebooksLogitsProcessor,
+}
 
 
 @dataclass
@@ -77,7 +80,7 @@ class ScoreProcessing:
     def __init__(self, given: Sequence[Any], input_ids: torch.Tensor):
         self.processors = list(given)
         self.input_ids = input_ids
-        self.memoryless = all(isinstance(processor, MEMORYLESS) for processor in self.processors)
+        self.memoryless = all(type(processor) in MEMORYLESS for processor in self.processors)
         self._of_row: dict[int, list[Any]] = {}
 
     def __call__(
@@ -99,22 +102,48 @@ class ScoreProcessing:
                 padded = torch.cat([self.input_ids[row.place : row.place + 1, : row.padding], own], dim=1)
                 here = scores[i, t : t + 1]
                 for processor in self._processors_of(row):
-                    here = processor(padded if isinstance(processor, LENGTH_ONLY) else own, here)
+                    here = processor(padded if type(processor) in LENGTH_ONLY else own, here)
+                    if here.shape != (1, width):
+                        raise ValueError(
+                            f"logits_processor: {type(processor).__name__} was shown scores (1, {width}) of one row "
+                            f"and returned {tuple(here.shape)}. Rows of a batch are processed one by one: let it treat "
+                            "each row alike, or pass prompts one by one."
+                        )
                 scores[i, t] = here[0]
         return scores
 
     def _processors_of(self, row: Row) -> list[Any]:
-        """The call's processors; one that was told of each row's padding gets a copy that knows of none."""
+        """The call's processors, those that know rows by their number or their prompts as copies of the row's own."""
         if row.place not in self._of_row:
-            own = []
-            for processor in self.processors:
-                ignored = getattr(processor, "prompt_ignore_length", None)
-                if isinstance(ignored, torch.Tensor):
-                    processor = copy.copy(processor)
-                    processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
-                own.append(processor)
-            self._of_row[row.place] = own
+            self._of_row[row.place] = [processor_of_row(p, row, self.input_ids) for p in self.processors]
         return self._of_row[row.place]
+
+
+def processor_of_row(processor: Any, row: Row, input_ids: torch.Tensor) -> Any:
+    """A logits processor of prompts `[B, n]` as the row would have it alone, but under its own number."""
+    kind, ignored = type(processor), getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, torch.Tensor):  # each row's padding counts as its prompt
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
+    elif kind is processors.PrefixConstrainedLogitsProcessor:
+        allowed_tokens = processor._prefix_allowed_tokens_fn
+        processor = copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda _, ids: allowed_tokens(row.place, ids)
+    elif kind is processors.EncoderRepetitionPenaltyLogitsProcessor:
+        sources = processor.encoder_input_ids  # [prompts before num_return_sequences, n], or texts of the caller's
+        place = row.place * len(sources) // len(input_ids)
+        padding = row.padding if torch.equal(sources[place], input_ids[row.place]) else 0
+        processor = copy.copy(processor)
+        processor.encoder_input_ids = sources[place : place + 1, padding:]
+    elif kind is processors.EncoderNoRepeatNGramLogitsProcessor:
+        place = row.place * processor.batch_size // len(input_ids)
+        own = kind(processor.ngram_size, input_ids[row.place : row.place + 1])
+        if own.generated_ngrams[0] == processor.generated_ngrams[place]:  # those of the prompt: without its padding
+            own = kind(processor.ngram_size, input_ids[row.place : row.place + 1, row.padding :])
+        else:
+            own.generated_ngrams = [processor.generated_ngrams[place]]
+        processor = own
+    return processor
 
 
 class Endings:
@@ -166,8 +195,8 @@ class Endings:
             if self.others:
                 ids = torch.tensor([row.ids], device=self.device)
                 so_far = tuple(score[None] for score in row.scores) or None
-                stops = [torch.as_tensor(criterion(ids, so_far)).any() for criterion in self.others]
-                row.finished = row.finished or any(map(bool, stops))
+                stops = [stops_row(criterion, ids, so_far) for criterion in self.others]
+                row.finished = row.finished or any(stops)
             if row.finished:
                 return count + 1
         return len(tokens)
@@ -191,6 +220,17 @@ class Endings:
         if cache is not None:
             output[CACHE_FIELD] = cache
         return output
+
+
+def stops_row(criterion: Any, ids: torch.Tensor, scores: Any) -> bool:
+    """What a stopping criterion says of one row `[1, n]`."""
+    stops = torch.as_tensor(criterion(ids, scores))
+    if stops.numel() != 1:
+        raise ValueError(
+            f"stopping_criteria: {type(criterion).__name__} was shown one row and answered for {stops.numel()}. Rows "
+            "of a batch end one by one: let it treat each row alike, or pass prompts one by one."
+        )
+    return bool(stops)
 
 
 # What a GenerateDecoderOnlyOutput calls the cache: `cache` from transformers 5.24 on, `past_key_values` before.

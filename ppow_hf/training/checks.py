@@ -6,22 +6,28 @@ from transformers import PreTrainedModel
 
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import (
+    check_target,
     check_width,
+    rotary_change,
 )
-from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import (
     PPOWDrafter,
 )
 from .arguments import PPOWTrainingArguments
 
 
-def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together."""
+def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, longest: int = 0) -> None:
+    """Raise `ValueError` when drafter, target and tokenizer do not belong together.
+
+    `longest`: tokens of the longest sequence with a window behind it.
+    """
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
             f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
             "PPOWDrafter.from_target(target)."
         )
+    check_target(target)
     config, text = drafter.config, target.config.get_text_config()
     width = target.get_output_embeddings().weight.shape[0]
     check_width(config.vocab_size, width)
@@ -29,6 +35,12 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
         raise ValueError(
             f"target_model: its hidden size is {text.hidden_size}, and this eagle drafter reads states of "
             f"{config.target_hidden_size}. Use the target it was made for, or make a drafter with from_target."
+        )
+    kind, border = rotary_change(target)
+    if kind is not None and longest > border:
+        raise ValueError(
+            f"max_length: with max_window it gives {longest} tokens, and the target's rotary embedding ({kind}) "
+            f"changes behind {border}, so that states of shorter texts would not be those of decoding. Lower max_length."
         )
     if tokenizer is None:
         return
@@ -38,7 +50,7 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any) -> None:
             "the target's own tokenizer."
         )
     known = config.target_vocabulary_fingerprint
-    if known and known != vocabulary_fingerprint(tokenizer):
+    if known and not has_vocabulary(tokenizer, known):
         raise ValueError(
             f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
             f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."

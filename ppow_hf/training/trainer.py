@@ -140,7 +140,7 @@ class PPOWTrainer(Trainer):
         optimizers: tuple = (None, None),
         **kwargs,
     ):
-        check_pair(model, target_model, processing_class)
+        check_pair(model, target_model, processing_class, args.max_length + args.max_window)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         self.target_model = target_model
