@@ -1,8 +1,8 @@
 """`target.generate(**inputs, assistant_model=drafter)`: lets `generate` accept a PPOWDrafter.
 
-transformers has no public way for that, so four private methods of its `GenerationMixin` are wrapped; one hands streamer
-and tokenizer on to `custom_generate=drafter.generate_with()`. Knows which calls are ours and which loop serves them;
-drafts nothing itself.
+transformers has no public way for that, so four private methods of its `GenerationMixin` are wrapped; one hands
+streamer and tokenizer on to `custom_generate=drafter.generate_with()`. Knows which calls are ours and which loop
+serves them; drafts nothing itself.
 """
 
 import copy

@@ -77,7 +77,7 @@ def check_target(target: Any) -> None:
     if method is not None:
         raise ValueError(
             f"target: its adapter is of PEFT's kind {method}, which puts virtual tokens before the text that a "
-            "drafter cannot read. Generate without a drafter, or tune the target with an adapter of its weights (LoRA)."
+            "drafter cannot read. Generate without a drafter, or tune the target's weights with an adapter (LoRA)."
         )
     kinds = set(getattr(target.config.get_text_config(), "layer_types", None) or ())
     recurrent = any("linear" in kind or kind in ("mamba", "recurrent", "conv", "hybrid") for kind in kinds)
@@ -191,8 +191,8 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -
     mode = generation_config.get_generation_mode()
     if mode not in MODES:
         raise ValueError(
-            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode}. Leave out "
-            "the drafter, or the options that select that mode."
+            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode.value}. Leave "
+            "out the drafter, or the options that select that mode."
         )
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(

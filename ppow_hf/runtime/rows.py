@@ -105,9 +105,9 @@ class ScoreProcessing:
                     here = processor(padded if type(processor) in LENGTH_ONLY else own, here)
                     if here.shape != (1, width):
                         raise ValueError(
-                            f"logits_processor: {type(processor).__name__} was shown scores (1, {width}) of one row "
-                            f"and returned {tuple(here.shape)}. Rows of a batch are processed one by one: let it treat "
-                            "each row alike, or pass prompts one by one."
+                            f"logits_processor: {type(processor).__name__} was shown scores (1, {width}) of one "
+                            f"row and returned {tuple(here.shape)}. Rows of a batch are processed one by one: let it "
+                            "treat each row alike, or pass prompts one by one."
                         )
                 scores[i, t] = here[0]
         return scores
@@ -127,8 +127,10 @@ def processor_of_row(processor: Any, row: Row, input_ids: torch.Tensor) -> Any:
         processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
     elif kind is processors.PrefixConstrainedLogitsProcessor:
         allowed_tokens = processor._prefix_allowed_tokens_fn
+        number = row.place // processor._num_beams  # of the prompt; beams are its num_return_sequences
         processor = copy.copy(processor)
-        processor._prefix_allowed_tokens_fn = lambda _, ids: allowed_tokens(row.place, ids)
+        processor._num_beams = 1
+        processor._prefix_allowed_tokens_fn = lambda _, ids: allowed_tokens(number, ids)
     elif kind is processors.EncoderRepetitionPenaltyLogitsProcessor:
         sources = processor.encoder_input_ids  # [prompts before num_return_sequences, n], or texts of the caller's
         place = row.place * len(sources) // len(input_ids)

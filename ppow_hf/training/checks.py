@@ -40,7 +40,7 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, longest: i
     if kind is not None and longest > border:
         raise ValueError(
             f"max_length: with max_window it gives {longest} tokens, and the target's rotary embedding ({kind}) "
-            f"changes behind {border}, so that states of shorter texts would not be those of decoding. Lower max_length."
+            f"changes behind {border}, so that shorter texts would not have the states of decoding. Lower max_length."
         )
     if tokenizer is None:
         return
