@@ -191,8 +191,8 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -
     mode = generation_config.get_generation_mode()
     if mode not in MODES:
         raise ValueError(
-            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode.value}. Leave "
-            "out the drafter, or the options that select that mode."
+            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode.value}. "
+            "Leave out the drafter, or the options that select that mode."
         )
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(
