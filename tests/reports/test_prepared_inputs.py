@@ -5,10 +5,11 @@ Greedy output is plain `generate`'s, or the call is refused before anything is c
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
-from test_batches import COSTS, alone, assert_rows, make_drafter, ragged, together
+from test_batches import COSTS, alone, assert_rows, make_drafter, noisy_copy, ragged, together
 from test_loop_options import small_llama, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -48,7 +49,7 @@ def refused_alike(target, drafter, inputs, message, **options):
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def test_virtual_tokens_are_refused_everywhere(make_target, tmp_path, kind):
     """Reported of huggingface/peft#2123: prompt tuning without effect on what is generated."""
-    peft = pytest.importorskip("peft")
+
     base = copy.deepcopy(make_target("llama"))
     drafter = PPOWDrafter.from_target(base, "eagle").eval()
     tuned = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=6)).eval()
@@ -65,7 +66,7 @@ def test_virtual_tokens_are_refused_everywhere(make_target, tmp_path, kind):
 
 def test_an_adapter_of_weights_is_drafted_for(make_target):
     """The other side of huggingface/peft#2123: LoRA changes weights, and its text is the tuned model's."""
-    peft = pytest.importorskip("peft")
+
     base = copy.deepcopy(make_target("llama"))
     drafter = make_drafter(base, "standalone")
     ids = torch.tensor([[1, 2, 3, 4]])
@@ -249,6 +250,18 @@ def test_a_text_that_crosses_a_longrope_border_is_refused():
     refused_alike(target, drafter, {"input_ids": ids, "attention_mask": mask}, "pass prompts one by one")
 
 
+@pytest.mark.parametrize("architecture", ["eagle", "standalone"])
+def test_a_cache_that_is_begun_anew_on_the_way(architecture):
+    """The kind of unslothai/unsloth#1193 without new frequencies: Phi-3 still reads the text again at its border."""
+    torch.manual_seed(0)
+    target = tiny("Phi3", initializer_range=0.4, sliding_window=None, original_max_position_embeddings=16)
+    drafter = PPOWDrafter.from_target(target, "eagle").eval() if architecture == "eagle" else noisy_copy(target, 0.05)
+    prompts, ids, mask = ragged([10])
+    expected = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    for output in both_paths(target, drafter, {"input_ids": ids, "attention_mask": mask}, FIXED):
+        assert torch.equal(output, expected)
+
+
 def test_training_stays_below_a_longrope_border(tmp_path):
     """Training's side of unslothai/unsloth#1193."""
     target = phi3()
@@ -275,6 +288,22 @@ def test_dynamic_rotary_embeddings():
 
 
 # -- families whose preparation is not known
+
+
+@pytest.mark.parametrize("name", ["OpenAIGPT", "XLNet", "XLM", "CpmAnt"])
+def test_families_without_a_cache_to_take_back_from(make_target, name):
+    """Another of the kind: families that read their whole text at every step, with tokens of their own in it."""
+    kinds = {"OpenAIGPT": "OpenAIGPTLMHeadModel", "XLNet": "XLNetLMHeadModel", "XLM": "XLMWithLMHeadModel"}
+    sizes = {
+        "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+        "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+        "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
+        "CpmAnt": {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64, "num_hidden_layers": 2},
+    }
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, **sizes[name])
+    target = getattr(transformers, kinds.get(name, "CpmAntForCausalLM"))(config).eval()
+    drafter = small_llama(make_target("llama"))
+    refused_alike(target, drafter, {"input_ids": torch.tensor([[1, 2, 3]])}, "has no cache from which")
 
 
 def test_an_unknown_preparation_is_left_to_the_assisted_loop(make_target):
