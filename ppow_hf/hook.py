@@ -1,9 +1,11 @@
 """`target.generate(**inputs, assistant_model=drafter)`: lets `generate` accept a PPOWDrafter.
 
-transformers has no public way for that, so three private methods of its `GenerationMixin` are wrapped. Knows which
-calls are ours and which loop serves them; drafts nothing itself.
+transformers has no public way for that, so four private methods of its `GenerationMixin` are wrapped; one hands
+streamer and tokenizer on to `custom_generate=drafter.generate_with()`. Knows which calls are ours and which loop
+serves them; drafts nothing itself.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from .runtime.compatibility import (
     check_inputs,
     check_mode,
     check_processors,
+    check_rotary_change,
     common_context_length,
     target_width,
 )
@@ -50,7 +53,10 @@ def _assisted_decoding(original, self, *args, **kwargs):
     if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:  # not for the stock loop
         decoding = SpeculativeDecoding(view)
         decoding.view = view  # whose traces the caller will read
-        return decoding(self, call["input_ids"], *parts, streamer=call.get("streamer"), **call["model_kwargs"])
+        given: dict[str, Any] = {name: call.get(name) for name in ("streamer", "synced_gpus")}
+        return decoding(self, call["input_ids"], *parts, **given | call["model_kwargs"])
+    length, limit = call["input_ids"].shape[1], call["generation_config"].max_length
+    check_rotary_change(self, [length], limit and limit - length)
     view.drafter.attach_target(self)
     context_length = common_context_length(self.config, drafter.config)
     generator = KLAdaptiveCandidateGenerator(drafter, *parts, target_width(self), context_length)
@@ -66,9 +72,28 @@ def _validate_generation_mode(original, self, generation_mode, generation_config
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
     check_call(self, drafter, generation_config, generation_mode_kwargs.get("tokenizer"))
     check_mode(generation_mode)
-    # The stock check compares configurations and refuses padded vocabularies; ours has been made.
+    # The stock check compares configurations and refuses padded vocabularies; ours has been made. It refuses several
+    # sequences of a prompt too, which our own loop writes.
     others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+    generation_config = copy.copy(generation_config)
+    generation_config.num_return_sequences = 1
     return original(self, generation_mode, generation_config, others)
+
+
+def _extract_generation_mode_kwargs(original, self, *args, **kwargs):
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    decoding: Any = bound.arguments["custom_generate"]
+    if not isinstance(decoding, SpeculativeDecoding):
+        return original(self, *args, **kwargs)
+    # From a callable transformers withholds streamer, tokenizer and synced_gpus; stop strings need the tokenizer.
+    bound.arguments["custom_generate"] = None
+    given = original(*bound.args, **bound.kwargs)
+    for name in ("assistant_model", "assistant_tokenizer"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}: custom_generate=drafter.generate_with() brings its own drafter. Leave out one of them."
+            )
+    return decoding.with_given(given)
 
 
 def _refuse(message: str, original, self, *args, **kwargs):
@@ -83,6 +108,7 @@ _REPLACEMENTS: dict[Callable, tuple[str, ...]] = {
     _get_candidate_generator: ("assistant_model", "generation_config", "input_ids", "logits_processor"),
     _assisted_decoding: ("generation_config", "input_ids", "logits_processor", "stopping_criteria"),
     _validate_generation_mode: ("generation_config", "generation_mode", "generation_mode_kwargs"),
+    _extract_generation_mode_kwargs: ("custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"),
 }
 _ORIGINALS: dict[str, Any] = {}
 
@@ -90,7 +116,7 @@ _ORIGINALS: dict[str, Any] = {}
 def install_hook() -> None:
     """Let `generate(assistant_model=)` take a PPOWDrafter. Importing ppow_hf does it; doing it again changes nothing.
 
-    Wraps three private methods of `GenerationMixin`; every other assistant passes through untouched. Where this
+    Wraps four private methods of `GenerationMixin`; every other assistant passes through untouched. Where this
     transformers does not have them as expected, `generate` raises a `RuntimeError` for a PPOWDrafter instead.
     """
     if _ORIGINALS:

@@ -732,12 +732,6 @@ def test_unknown_and_impossible_settings_are_refused(target):
             drafter.with_settings(**settings)
 
 
-@both_architectures
-def test_several_sequences_of_one_prompt_are_refused(target, architecture):
-    with pytest.raises(ValueError, match="num_return_sequences"):
-        generate(target, prompt(0), drafter_for(target, architecture), num_return_sequences=2, do_sample=True)
-
-
 def test_missing_and_damaged_weights_are_reported(target, tmp_path):
     PPOWDrafter.from_target(target, "eagle").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -264,10 +264,12 @@ def test_layers_with_sliding_windows(name, options, architecture, way):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_recurrent_targets_are_refused(name, options):
+def test_recurrent_targets_are_refused(make_target, name, options):
     target = tiny(name, **options)
-    drafter = small_llama(target)
+    drafter = small_llama(make_target("llama"))
     ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="recurrent state"):
+        small_llama(target)
     with pytest.raises(ValueError, match="recurrent state.*Generate without a drafter"):
         loop.generate(target, drafter, ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
 

@@ -93,15 +93,15 @@ def load_config(name: str, argument: str = "--target") -> tuple[Any, Any]:
 
 
 def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--drafter") -> None:
-    """Raise `ValueError` if the drafter was trained for a tokenizer with another vocabulary."""
-    from ..runtime.configuration_ppow import vocabulary_fingerprint
+    """Raise `ValueError` if the drafter was trained for a tokenizer with another vocabulary, appended tokens aside."""
+    from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 
-    expected, given = drafter.config.target_vocabulary_fingerprint, vocabulary_fingerprint(tokenizer)
-    if expected is not None and expected != given:
+    expected = drafter.config.target_vocabulary_fingerprint
+    if expected is not None and not has_vocabulary(tokenizer, expected):
         of = f" ({drafter.config.target_name_or_path})" if drafter.config.target_name_or_path else ""
         raise ValueError(
             f"{argument}: it was trained for a target with another vocabulary{of}: fingerprint {expected}, and the "
-            f"target's tokenizer has {given}. Use a drafter that was trained for this target."
+            f"target's tokenizer has {vocabulary_fingerprint(tokenizer)}. Use a drafter of this target."
         )
 
 

@@ -1,17 +1,36 @@
 """Which targets, drafters, calls and logits processors go together; raises before anything is computed."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import (
-    GenerationMode,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation import logits_process as processors
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .configuration_ppow import warn_of_other_target
+
+# Families with a preparation of inputs of their own that does to new tokens what it does to a whole text: phi3 and
+# phimoe read the text again where the rotary embedding changes (see check_rotary_change), gemma3 and gemma4 give token
+# types to the prompt only.
+PREPARES_NEW_TOKENS = {"phi3", "phimoe", "gemma3", "gemma4"}
+READS_ALL_AGAIN = {"cpmant", "flaubert", "xlm"}  # families that take the whole text at every step, cache or not
+# Processors of encoder-decoder and audio models: they hold on to each call, or want scores of two batches in one.
+STATEFUL_PROCESSORS = (
+    processors.ClassifierFreeGuidanceLogitsProcessor,
+    processors.DiaClassifierFreeGuidanceLogitsProcessor,
+    processors.DiaEOSChannelFilterLogitsProcessor,
+    processors.DiaEOSDelayPatternLogitsProcessor,
+    processors.WhisperNoSpeechDetection,
+)
+MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 
 
 def check_width(draft_width: int, target_width: int) -> None:
@@ -63,20 +82,144 @@ def check_processors(logits_processor: Sequence[Any]) -> None:
                     "asks about draft tokens that are thrown away again, so the output would not be the target's own. "
                     f"Leave out {argument}, or generate without a drafter."
                 )
+        if isinstance(processor, STATEFUL_PROCESSORS):
+            raise ValueError(
+                f"logits_processor: a {type(processor).__name__} keeps a state of its own from call to call, or reads "
+                "several rows as one, which drafts that are thrown away again would spoil. Leave it out, or generate "
+                "without a drafter."
+            )
+
+
+def check_target(target: Any) -> None:
+    """Raise `ValueError` for a model that a PPOWDrafter cannot draft for, however it is called or trained."""
+    name = type(target).__name__
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"target: a PPOWDrafter drafts for decoder-only targets; {name} has an encoder. Give a causal language "
+            "model, or generate without a drafter."
+        )
+    if not target.can_generate():
+        raise ValueError(f"target: {name} writes no text. Give a causal language model (AutoModelForCausalLM).")
+    method = prompt_learning(target)
+    if method is not None:
+        raise ValueError(
+            f"target: its adapter is of PEFT's kind {method}, which puts virtual tokens before the text that a "
+            "drafter cannot read. Generate without a drafter, or tune the target's weights with an adapter (LoRA)."
+        )
+    kinds = set(getattr(target.config.get_text_config(), "layer_types", None) or ())
+    recurrent = any("linear" in kind or kind in ("mamba", "recurrent", "conv", "hybrid") for kind in kinds)
+    if recurrent or getattr(target, "_is_stateful", False):
+        raise ValueError(
+            f"{name} keeps a recurrent state, which cannot take back rejected draft tokens. Generate without a "
+            "drafter."
+        )
+    reads_again = target.config.model_type in READS_ALL_AGAIN
+    if reads_again or not target._supports_default_dynamic_cache() or not takes_cache(target):
+        raise ValueError(
+            f"target: {name} has no cache from which rejected draft tokens can be taken back. Generate without a "
+            "drafter."
+        )
+
+
+def takes_cache(target: Any) -> bool:
+    """Whether a target's forward takes a cache; `True` for a wrapper that hides what it takes."""
+    parameters = inspect.signature(type(target).forward).parameters
+    hidden = not isinstance(target, GenerationMixin)
+    return hidden or "cache" in parameters or "past_key_values" in parameters
+
+
+def prompt_learning(target: Any) -> str | None:
+    """PEFT's name of an adapter that acts on the inputs (prompt, prefix or p-tuning), where `target` has one."""
+    # While a PeftModel generates, its base model is the target and holds the PeftModel's way to prepare inputs.
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    for model in (target, wrapper):
+        adapter = getattr(model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            return str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    return None
+
+
+def check_preparation(target: Any, own_masks: bool, many: bool, tensors: Sequence[str]) -> None:
+    """Raise `ValueError` where our loop cannot let the target prepare its inputs as plain `generate` does.
+
+    Args:
+        own_masks (`bool`): whether we make the attention masks (trees, batches with sliding windows).
+        many (`bool`): whether rows are padded or several.
+        tensors (`Sequence[str]`): names of the tensors that go along with the tokens (images and the like).
+    """
+    prepare, name = target.prepare_inputs_for_generation, type(target).__name__
+    stock = getattr(prepare, "__func__", prepare) is GenerationMixin.prepare_inputs_for_generation
+    mend = "Pass one prompt, without tree_nodes, with assistant_model=drafter; or generate without a drafter."
+    if not stock and target.config.model_type not in PREPARES_NEW_TOKENS:
+        raise ValueError(
+            f"custom_generate: {name} prepares its inputs in a way of its own, which this loop does not know. {mend}"
+        )
+    makes_masks = getattr(target, "create_masks_for_generate", None) is not None
+    if tensors and own_masks and makes_masks:
+        raise ValueError(
+            f"{tensors[0]}: {name} makes attention masks from it, and trees and batches with sliding windows take "
+            f"masks of our own. {mend}"
+        )
+    once = (*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    along = [key for key in tensors if key not in (*once, "token_type_ids", "mm_token_type_ids")]
+    if along and many:
+        raise ValueError(
+            f"{along[0]}: it goes along with every token, which this loop does for one prompt only. {mend}"
+        )
+
+
+def check_rotary_change(target: Any, lengths: Sequence[int], new_tokens: int | None) -> None:
+    """Raise `ValueError` where the target's rotary embedding changes between the first and the last token of a call.
+
+    `longrope` has one set of frequencies up to a length and another beyond; `dynamic` new ones at each token beyond.
+    All tokens of a forward get the same, so that windows across the change, or rows on both sides of it, would not get
+    their own. A single row is never drafted beyond a `dynamic` embedding's length.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each prompt.
+        new_tokens (`int`, *optional*): the most that each row can grow by; `None`: no limit.
+    """
+    kind, border = rotary_change(target)
+    longest = max(lengths) + (math.inf if new_tokens is None else new_tokens) - 1  # the last token is not read
+    crosses = min(lengths) <= border < longest if kind == "longrope" else len(lengths) > 1 and border < longest
+    if kind is not None and crosses:
+        raise ValueError(
+            f"max_new_tokens: the rotary embedding ({kind}) of {type(target).__name__} changes behind {border} "
+            f"tokens, and this call can come from {min(lengths)} to {longest:.0f}. Lower max_new_tokens, "
+            f"{'pass prompts one by one, ' if len(lengths) > 1 else ''}or generate without a drafter."
+        )
+
+
+def rotary_change(target: Any) -> tuple[str | None, int]:
+    """Which of the kinds of [`check_rotary_change`] a target has, and the tokens up to which nothing changes."""
+    text = target.config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    found: list[tuple[str, int]] = []
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        kind = rope.get("rope_type")
+        if kind == "longrope":
+            own = rope.get("original_max_position_embeddings")
+            found.append((kind, own or getattr(text, "original_max_position_embeddings", None) or 0))
+        elif kind == "dynamic":
+            found.append((kind, text.max_position_embeddings))
+    return min(found, key=lambda change: change[1], default=(None, 0))
 
 
 def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, tokenizer: Any = None) -> None:
     """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed."""
     config = drafter.config
     text = target.config.get_text_config()
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"assistant_model: a PPOWDrafter drafts for decoder-only targets; {type(target).__name__} has an encoder."
-        )
+    check_target(target)
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams: {generation_config.num_beams} beams given, but speculative decoding verifies one sequence. "
             "Pass num_beams=1, or leave out assistant_model."
+        )
+    mode = generation_config.get_generation_mode()
+    if mode not in MODES:
+        raise ValueError(
+            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode.value}. "
+            "Leave out the drafter, or the options that select that mode."
         )
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(

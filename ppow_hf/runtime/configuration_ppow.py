@@ -14,14 +14,30 @@ from transformers import AutoConfig, PreTrainedConfig
 
 ARCHITECTURES = ("eagle", "standalone", "medusa")
 WINDOWS = ("kl", "fixed", "heuristic")
+MAX_APPENDED = 64  # tokens that may stand behind a known vocabulary; each takes one more fingerprint to find out
 
 
 def vocabulary_fingerprint(tokenizer) -> str:
     """Sixteen hexadecimal digits that stand for a tokenizer's vocabulary (tokens and their ids)."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return _fingerprint(tokenizer.get_vocab())
 
 
-_fingerprint_of = functools.lru_cache(maxsize=4)(vocabulary_fingerprint)
+def _fingerprint(vocabulary: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4)
+def has_vocabulary(tokenizer, fingerprint: str) -> bool:
+    """Whether a tokenizer's vocabulary has this `fingerprint`, or has it without added tokens at its end."""
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    last_first = sorted(vocabulary, key=vocabulary.__getitem__, reverse=True)
+    for token in last_first[: MAX_APPENDED + 1]:
+        if _fingerprint(vocabulary) == fingerprint:
+            return True
+        if token not in added:
+            return False
+        del vocabulary[token]
+    return False
 
 
 def warn_of_other_target(config: Any, target_name: str | None = None, tokenizer: Any = None) -> None:
@@ -40,10 +56,11 @@ def warn_of_other_target(config: Any, target_name: str | None = None, tokenizer:
                 stacklevel=2,
             )
     expected = config.target_vocabulary_fingerprint
-    if expected and tokenizer is not None and (given := _fingerprint_of(tokenizer)) != expected:
+    if expected and tokenizer is not None and not has_vocabulary(tokenizer, expected):
         warnings.warn(
             f"This drafter was trained for a vocabulary with the fingerprint {expected}, and the tokenizer's is "
-            f"{given}: use the tokenizer of {trained or 'its target'}, or a drafter of this target.",
+            f"{vocabulary_fingerprint(tokenizer)}: use the tokenizer of {trained or 'its target'}, or a drafter of "
+            "this target.",
             stacklevel=2,
         )
 

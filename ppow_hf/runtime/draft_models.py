@@ -223,6 +223,11 @@ class EagleDrafter(nn.Module):
     def __init__(self, config: PPOWDrafterConfig):
         super().__init__()
         draft = config.draft_config
+        if draft.num_hidden_layers != 1:
+            raise ValueError(
+                f"draft_config: num_hidden_layers={draft.num_hidden_layers} given, but an eagle drafter has one "
+                "layer. Set it to 1."
+            )
         self.config = draft
         width = config.draft_vocab_size or config.vocab_size
         fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)

@@ -14,7 +14,14 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from .acceptance import divergence_on_support, greedy_accepted_counts, rejection_sample_chain
-from .compatibility import check_call, check_inputs, check_processors, common_context_length, target_width
+from .compatibility import (
+    check_call,
+    check_inputs,
+    check_processors,
+    check_rotary_change,
+    common_context_length,
+    target_width,
+)
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
 from .draft_session import UnreadTokens
 from .draft_window import (
@@ -65,6 +72,8 @@ class DrafterView:
         return SpeculativeDecoding(self, **options)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "drafter" not in self.__dict__:  # asked by copy or pickle, of a half-built view
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.__dict__["drafter"], name)
 
 
@@ -78,9 +87,9 @@ class SpeculativeDecoding:
 
     Args:
         drafter ([`DrafterView`]): the drafter, with the window settings of its calls.
-        streamer (`BaseStreamer`, *optional*): one prompt only. Given here, since `generate` does not hand it on.
+        streamer (`BaseStreamer`, *optional*): one prompt only. May be given to `generate` instead.
         tokenizer (*optional*), stop_strings (`str` or `list[str]`, *optional*):
-            texts that end a row. Given here, since `generate` does not hand the tokenizer on.
+            texts that end a row. May be given to `generate` instead.
         record (`bool`, *optional*, defaults to `True`):
             whether fixed windows, whose rule needs no look at the distributions, leave divergences and features in the
             trace too.
@@ -102,8 +111,17 @@ class SpeculativeDecoding:
         self.view = DrafterView(drafter.drafter, {**drafter.settings, **settings})
         self.view.record = record
         warn_of_other_target(drafter.config, tokenizer=tokenizer)
-        self.streamer = streamer
+        self.streamer, self.tokenizer = streamer, tokenizer
         self.criteria = [] if stop_strings is None else [StopStringCriteria(tokenizer, stop_strings)]
+
+    def with_given(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` was given for its decoding loop, with what was given here; raises where both were."""
+        if self.streamer is not None and given.get("streamer") is not None:
+            raise ValueError("streamer: given to generate and to generate_with. Give it to one of them.")
+        if given.get("tokenizer") is None:
+            return given | {"tokenizer": self.tokenizer}
+        warn_of_other_target(self.view.drafter.config, tokenizer=given["tokenizer"])
+        return given
 
     @property
     def last_trace(self) -> GenerationTrace | None:
@@ -123,7 +141,12 @@ class SpeculativeDecoding:
         **model_kwargs: Any,
     ):
         """What `generate` calls with everything prepared: `[B, n]`, padded on the left -> `[B, n + new]`."""
-        model_kwargs.pop("synced_gpus", None)
+        if model_kwargs.pop("synced_gpus", None):
+            raise ValueError(
+                "synced_gpus: the target is sharded over several processes (FSDP or DeepSpeed ZeRO-3), whose forwards "
+                "must go in step, and this loop's number of them depends on the text. Generate without a drafter."
+            )
+        model_kwargs.pop("tokenizer", None)  # for stop strings, of which generate has made a criterion
         streamer = model_kwargs.pop("streamer", None) or self.streamer
         call = SpeculativeCall(
             model,
@@ -222,7 +245,7 @@ class SpeculativeCall:
 
     def _open_target(self, target: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> TargetSession:
         mask = model_kwargs.pop("attention_mask", None)
-        model_kwargs.pop("position_ids", None)
+        position_ids = model_kwargs.pop("position_ids", None)
         cache = model_kwargs.pop("cache", None)
         old_name_cache = model_kwargs.pop("past_key_values", None)
         extra_inputs = {
@@ -230,14 +253,18 @@ class SpeculativeCall:
             for name, value in model_kwargs.items()
             if value is not None and name not in ("use_cache", "cache_position", "logits_to_keep")
         }
+        visible = visible_tokens(self.input_ids, mask, getattr(generation_config, "_mask_length", None))
+        new_tokens = self.endings.max_length and self.endings.max_length - self.input_ids.shape[1]
+        check_rotary_change(target, visible.sum(1).tolist(), new_tokens)
         return TargetSession(
             target,
             self.config.target_layer_ids,
             self.input_ids,
-            visible_tokens(self.input_ids, mask, getattr(generation_config, "_mask_length", None)),
+            visible,
             old_name_cache if cache is None else cache,
             extra_inputs,
             self.trees,
+            position_ids,
         )
 
     def _make_rows(self, settings: dict[str, Any]) -> list[Row]:

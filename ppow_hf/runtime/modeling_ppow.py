@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
-from .compatibility import check_width
+from .compatibility import check_target, check_width
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
 from .draft_session import DraftSession, causal_allowed, packed_allowed
@@ -449,6 +449,7 @@ class PPOWDrafter(PreTrainedModel):
         check_settings(architecture=architecture)
         if isinstance(target, PPOWDrafter):
             raise ValueError("target: a PPOWDrafter given; pass the causal language model that it is to draft for.")
+        check_target(target)
         if architecture != "eagle" and draft_vocab_size is not None:
             raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
         text = target.config.get_text_config()
@@ -571,6 +572,7 @@ def draft_config_for(architecture: str, text_config, vocab_size: int, overrides:
         if overrides.get("tie_word_embeddings"):
             raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
         draft_config = eagle_layer_config(text_config, vocab_size)
+        check_layer_options(architecture, overrides)
     for name, value in overrides.items():
         if not hasattr(draft_config, name):
             raise ValueError(
@@ -601,6 +603,22 @@ def target_layers_for(architecture: str, given: list[int] | None, num_layers: in
             "the target's layers."
         )
     return list(layers)
+
+
+def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not heed."""
+    if architecture == "medusa":
+        for name in options:
+            raise ValueError(
+                f"{name}: a medusa drafter has heads and no transformer of its own. Give medusa_heads, medusa_layers."
+            )
+    fixed = {"num_hidden_layers": 1, "attention_bias": False, "attention_dropout": 0.0}
+    for name, value in fixed.items():
+        if options.get(name, value) != value:
+            raise ValueError(
+                f"{name}: {options[name]!r} given, but an eagle drafter has one layer, without bias or dropout in its "
+                f'attention ({name}={value}). Leave it out, or use architecture="standalone".'
+            )
 
 
 def eagle_layer_config(text_config, vocab_size: int):

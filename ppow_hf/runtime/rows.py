@@ -17,8 +17,8 @@ from transformers.generation import logits_process as processors
 from .trace import GenerationTrace
 from .windowing import WindowRule
 
-# Processors that look at the scores alone: one call for all rows and positions.
-MEMORYLESS = (
+# Processors that look at the scores alone: one call for all rows and positions. A subclass may look at more.
+MEMORYLESS = {
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
     processors.TopPLogitsWarper,
@@ -29,16 +29,19 @@ MEMORYLESS = (
     processors.SuppressTokensLogitsProcessor,
     processors.LogitNormalization,
     processors.InfNanRemoveLogitsProcessor,
-)
+    processors.TopHLogitsWarper,
+    processors.BarkEosPrioritizerLogitsProcessor,
+}
 # Processors that look at the length alone, which the caller gave for the padded prompt.
-LENGTH_ONLY = (
+LENGTH_ONLY = {
     processors.MinLengthLogitsProcessor,
     processors.MinNewTokensLengthLogitsProcessor,
     processors.ForcedBOSTokenLogitsProcessor,
     processors.ForcedEOSTokenLogitsProcessor,
     processors.ExponentialDecayLengthPenalty,
     processors.SuppressTokensAtBeginLogitsProcessor,
-)
+    processors.AlternatingCodebooksLogitsProcessor,
+}
 
 
 @dataclass
@@ -77,7 +80,7 @@ class ScoreProcessing:
     def __init__(self, given: Sequence[Any], input_ids: torch.Tensor):
         self.processors = list(given)
         self.input_ids = input_ids
-        self.memoryless = all(isinstance(processor, MEMORYLESS) for processor in self.processors)
+        self.memoryless = all(type(processor) in MEMORYLESS for processor in self.processors)
         self._of_row: dict[int, list[Any]] = {}
 
     def __call__(
@@ -99,8 +102,14 @@ class ScoreProcessing:
                 padded_ids = torch.cat([self.input_ids[row.place : row.place + 1, : row.padding], ids], dim=1)
                 position_scores = scores[i, t : t + 1]
                 for processor in self._processors_of(row):
-                    seen_ids = padded_ids if isinstance(processor, LENGTH_ONLY) else ids
+                    seen_ids = padded_ids if type(processor) in LENGTH_ONLY else ids
                     position_scores = processor(seen_ids, position_scores)
+                    if position_scores.shape != (1, width):
+                        raise ValueError(
+                            f"logits_processor: {type(processor).__name__} was shown scores (1, {width}) of one "
+                            f"row and returned {tuple(position_scores.shape)}. Rows of a batch are processed one by "
+                            "one: let it treat each row alike, or pass prompts one by one."
+                        )
                 scores[i, t] = position_scores[0]
         return scores
 
@@ -109,17 +118,39 @@ class ScoreProcessing:
         return self(logits.to(self.input_ids.device)[:, None], rows, lambda i, t: drafts[i])[:, 0]
 
     def _processors_of(self, row: Row) -> list[Any]:
-        """The call's processors; one that was told of each row's padding gets a copy that knows of none."""
+        """The call's processors, those that know rows by their number or their prompts as copies of the row's own."""
         if row.place not in self._of_row:
-            copies = []
-            for processor in self.processors:
-                ignored = getattr(processor, "prompt_ignore_length", None)
-                if isinstance(ignored, torch.Tensor):
-                    processor = copy.copy(processor)
-                    processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
-                copies.append(processor)
-            self._of_row[row.place] = copies
+            self._of_row[row.place] = [processor_of_row(p, row, self.input_ids) for p in self.processors]
         return self._of_row[row.place]
+
+
+def processor_of_row(processor: Any, row: Row, input_ids: torch.Tensor) -> Any:
+    """A logits processor of prompts `[B, n]` as the row would have it alone, but under its own number."""
+    kind, ignored = type(processor), getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, torch.Tensor):  # each row's padding counts as its prompt
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = (ignored[row.place : row.place + 1] - row.padding).clamp_min(0)
+    elif kind is processors.PrefixConstrainedLogitsProcessor:
+        allowed_tokens = processor._prefix_allowed_tokens_fn
+        number = row.place // processor._num_beams  # of the prompt; beams are its num_return_sequences
+        processor = copy.copy(processor)
+        processor._num_beams = 1
+        processor._prefix_allowed_tokens_fn = lambda _, ids: allowed_tokens(number, ids)
+    elif kind is processors.EncoderRepetitionPenaltyLogitsProcessor:
+        sources = processor.encoder_input_ids  # [prompts before num_return_sequences, n], or texts of the caller's
+        place = row.place * len(sources) // len(input_ids)
+        padding = row.padding if torch.equal(sources[place], input_ids[row.place]) else 0
+        processor = copy.copy(processor)
+        processor.encoder_input_ids = sources[place : place + 1, padding:]
+    elif kind is processors.EncoderNoRepeatNGramLogitsProcessor:
+        place = row.place * processor.batch_size // len(input_ids)
+        row_processor = kind(processor.ngram_size, input_ids[row.place : row.place + 1])
+        if row_processor.generated_ngrams[0] == processor.generated_ngrams[place]:  # the prompt's: without its padding
+            row_processor = kind(processor.ngram_size, input_ids[row.place : row.place + 1, row.padding :])
+        else:
+            row_processor.generated_ngrams = [processor.generated_ngrams[place]]
+        processor = row_processor
+    return processor
 
 
 class StopConditions:
@@ -199,8 +230,8 @@ class Endings(StopConditions):
             if self.others:
                 ids = torch.tensor([row.ids], device=self.device)
                 so_far = tuple(score[None] for score in row.scores) or None
-                stops = [torch.as_tensor(criterion(ids, so_far)).any() for criterion in self.others]
-                row.finished = row.finished or any(map(bool, stops))
+                stops = [stops_row(criterion, ids, so_far) for criterion in self.others]
+                row.finished = row.finished or any(stops)
             if row.finished:
                 return count + 1
         return len(tokens)
@@ -224,6 +255,17 @@ class Endings(StopConditions):
         if cache is not None:
             output[CACHE_FIELD] = cache
         return output
+
+
+def stops_row(criterion: Any, ids: torch.Tensor, scores: Any) -> bool:
+    """What a stopping criterion says of one row `[1, n]`."""
+    stops = torch.as_tensor(criterion(ids, scores))
+    if stops.numel() != 1:
+        raise ValueError(
+            f"stopping_criteria: {type(criterion).__name__} was shown one row and answered for {stops.numel()}. Rows "
+            "of a batch end one by one: let it treat each row alike, or pass prompts one by one."
+        )
+    return bool(stops)
 
 
 # What a GenerateDecoderOnlyOutput calls the cache: `cache` from transformers 5.24 on, `past_key_values` before.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .compatibility import check_preparation
 from .draft_session import additive_mask, cache_argument, compacting_columns, gather_columns, rearrange_cache
 
 COMPACT_AT = 0.25  # share of a cache's columns that no row can see
@@ -26,11 +27,12 @@ class TargetSession:
         state_layers (`list[int]`, *optional*): the hidden states that the drafter reads.
         input_ids (`[B, n]`), visible (`[B, n]` bool): the prompts, padded on the left where `visible` is False.
         cache (`DynamicCache`, *optional*): the one that `generate` made, or a filled one to go on from (one prompt).
-        extra_inputs (`dict`): inputs of the prompt's forward (images and the like).
+        extra_inputs (`dict`): what else `generate` hands to the target's forwards (images and the like).
         trees (`bool`): whether trees will be verified, which takes masks of our own and a cache that forgets nothing.
+        position_ids (`[1 or B, n]` or `[axes, B, n]`, *optional*): the prompts', as `generate` prepared them.
     """
 
-    def __init__(self, target, state_layers, input_ids, visible, cache, extra_inputs, trees: bool):
+    def __init__(self, target, state_layers, input_ids, visible, cache, extra_inputs, trees: bool, position_ids=None):
         self.target, self.state_layers, self.device = target, state_layers, input_ids.device
         self.visible = visible  # [B, columns of the cache and, before the prompt is read, of the prompt]
         self.positions = visible.sum(1)  # [B]: position of the token behind everything in the cache
@@ -49,6 +51,12 @@ class TargetSession:
         self._alone = not (self.ragged or self.by_position)  # the target can make its own masks and positions
         self.cache.activate_past_recording()
         self.extra_inputs = extra_inputs
+        self._check_inputs(trees, position_ids)
+        # What the target is given as position_ids, where they are not counted: [..., B, n] and, behind them, [..., B]
+        self.prompt_places = position_ids
+        if position_ids is not None:
+            self.prompt_places = position_ids.expand(*position_ids.shape[:-2], len(input_ids), -1)
+            self.next_places = self.prompt_places[..., -1] + 1
         takes = inspect.signature(target.forward).parameters
         self.takes = {name: name in takes for name in ("position_ids", "logits_to_keep", "attention_mask")}
         # ALiBi counts the mask's tokens (Bloom, Falcon) or the cache's columns (MPT): holes must not stay among them.
@@ -69,13 +77,6 @@ class TargetSession:
 
     def _check_layers(self, trees: bool) -> None:
         name, kinds = type(self.target).__name__, self.layer_kinds or set()
-        if any("linear" in kind or kind in ("mamba", "recurrent", "conv", "hybrid") for kind in kinds) or getattr(
-            self.target, "_is_stateful", False
-        ):
-            raise ValueError(
-                f"{name} keeps a recurrent state, which cannot take back rejected draft tokens. Generate without a "
-                "drafter."
-            )
         if (trees or self.ragged) and not kinds <= ATTENTION_KINDS:
             raise ValueError(
                 f"{name} has layers of the kinds {sorted(kinds - ATTENTION_KINDS)}, whose masks only the model itself "
@@ -102,28 +103,41 @@ class TargetSession:
                 "cannot verify trees. Leave out tree_nodes, or past_key_values."
             )
 
+    def _check_inputs(self, trees: bool, position_ids: torch.Tensor | None) -> None:
+        tensors = [name for name, value in self.extra_inputs.items() if isinstance(value, torch.Tensor)]
+        check_preparation(self.target, trees or self.by_position, self.ragged, tensors)
+        if self.by_position and position_ids is not None and position_ids.ndim == 3:
+            raise ValueError(
+                f"position_ids: {type(self.target).__name__} places tokens along several axes and has sliding "
+                "windows, whose masks only the model itself can make. Generate for one prompt at a time, without "
+                "tree_nodes."
+            )
+
     # -- forwards
 
     def read_prompt(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits `[B, 1, V]` behind the prompts and the states of the tokens that were not in the cache."""
         unread = input_ids[:, self.past :]
+        places = None if self.prompt_places is None else self.prompt_places[..., self.past :]
         if self._alone:
-            read = self._forward(unread, None, None, only_last=True)
+            read = self._forward(unread, places, None, only_last=True)
             self._forget()
             return read
         positions = (self.visible.long().cumsum(1) - 1).clamp_min(0)[:, self.past :]
-        return self._forward(unread, positions, self._chain_mask(self.visible, positions), only_last=True)
+        mask = self._chain_mask(self.visible, positions)
+        return self._forward(unread, positions if places is None else places, mask, only_last=True)
 
     def read_window(self, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits `[B, W + 1, V]` and states behind the last committed token and a window, `tokens` `[B, W + 1]`.
 
         `valid` `[B, W]` tells which draft tokens are a row's own.
         """
+        steps = torch.arange(tokens.shape[1], device=self.device)
         if self._alone:
-            return self._forward(tokens, None, None)
+            return self._forward(tokens, self._places(steps), None)
         seen = torch.cat([self.visible, self.visible.new_ones(len(tokens), 1), valid], dim=1)
-        positions = self.positions[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        return self._forward(tokens, positions, self._chain_mask(seen, positions))
+        positions = self.positions[:, None] + steps
+        return self._forward(tokens, self._places(steps, positions), self._chain_mask(seen, positions))
 
     def read_tree(
         self, tokens: torch.Tensor, depths: torch.Tensor, seen: torch.Tensor
@@ -136,30 +150,50 @@ class TargetSession:
         positions = self.positions[:, None] + depths
         allowed = torch.cat([self.visible[:, None].expand(-1, tokens.shape[1], -1), seen], dim=2)
         cached = self.visible.long().cumsum(1) - 1
-        return self._forward(tokens, positions, self._masks(allowed, positions, torch.cat([cached, positions], dim=1)))
+        masks = self._masks(allowed, positions, torch.cat([cached, positions], dim=1))
+        return self._forward(tokens, self._places(depths, positions), masks)
+
+    def _places(self, steps: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
+        """position_ids `[..., B, T]` of new tokens, `steps` `[T]` or `[B, T]` behind the last; else `positions`."""
+        return positions if self.prompt_places is None else self.next_places[..., None] + steps
 
     def _forward(self, tokens, positions, mask, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `[B, T, V]` in float32 and the drafter's states of new tokens behind the cache."""
-        inputs = dict(self.extra_inputs) if only_last else {}
+        """Logits `[B, T, V]` in float32 and the drafter's states of new tokens behind the cache.
+
+        The target prepares its inputs itself, as in `generate`; it is given new tokens only.
+        """
+        inputs = self._inputs_along(tokens, only_last) | {self.cache_name: self.cache}
         if mask is not None and self.takes["attention_mask"]:
             inputs["attention_mask"] = mask
         if positions is not None and self.takes["position_ids"]:
             inputs["position_ids"] = positions
-        if only_last and self.takes["logits_to_keep"]:
-            inputs["logits_to_keep"] = 1
-        outputs = self.target(
-            input_ids=tokens,
-            use_cache=True,
-            return_dict=True,
-            output_hidden_states=bool(self.state_layers),
-            **{self.cache_name: self.cache},
-            **inputs,
+        prepared = self.target.prepare_inputs_for_generation(
+            tokens, is_first_iteration=only_last, use_cache=True, **inputs
         )
+        if only_last and self.takes["logits_to_keep"]:
+            prepared["logits_to_keep"] = 1
+        outputs = self.target(**prepared, return_dict=True, output_hidden_states=bool(self.state_layers))
+        if outputs.get(self.cache_name, self.cache) is not self.cache:  # phi3 begins a long prompt with a new one
+            self.cache = outputs[self.cache_name]
+            self.cache.activate_past_recording()
         logits = outputs.logits[:, -1:] if only_last else outputs.logits
         states = None
         if self.state_layers:
             states = torch.cat([outputs.hidden_states[layer] for layer in self.state_layers], dim=-1)
         return logits.to(device=self.device, dtype=torch.float32), states
+
+    def _inputs_along(self, tokens: torch.Tensor, prompt: bool) -> dict[str, Any]:
+        """What goes along with tokens `[B, T]`: all of it with the prompt, then what plain `generate` goes on with."""
+        if prompt:
+            return dict(self.extra_inputs)
+        along = {}
+        for name, value in self.extra_inputs.items():
+            if name in ("token_type_ids", "mm_token_type_ids"):  # the last one goes on; new tokens are text
+                last = value[:, -1:] if name == "token_type_ids" else torch.zeros_like(value[:, -1:])
+                along[name] = last.expand(-1, tokens.shape[1])
+            elif not (self.ragged and isinstance(value, torch.Tensor)):
+                along[name] = value
+        return along
 
     def _chain_mask(self, seen: torch.Tensor, positions: torch.Tensor) -> Any:
         """The mask of rows that are chains: columns seen; by position where the model's own would count holes."""
@@ -206,6 +240,8 @@ class TargetSession:
             arrived = self.visible.new_ones(1, most + 1)
         self.visible = torch.cat([self.visible, arrived], dim=1)
         self.positions = self.positions + counts + 1
+        if self.prompt_places is not None:
+            self.next_places = self.next_places + counts + 1
 
     def gather_paths(self, nodes: int, paths: torch.Tensor) -> None:
         """Bring the accepted path of each row's tree, `paths` `[B, most]`, to the front of its `nodes` columns."""
@@ -224,6 +260,10 @@ class TargetSession:
         """Go on with these rows `[B']` alone."""
         rearrange_cache(self.cache, lambda tensor: tensor[rows.to(tensor.device)])
         self.visible, self.positions = self.visible[rows], self.positions[rows]
+        if self.prompt_places is not None:
+            self.next_places = self.next_places[..., rows]
+        for name in {"token_type_ids", "mm_token_type_ids"} & set(self.extra_inputs):
+            self.extra_inputs[name] = self.extra_inputs[name][rows]
 
     def compact(self) -> None:
         """Forget the columns that no row can see, when they are many; all of a row's holes, where columns count."""

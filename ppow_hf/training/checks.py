@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import (
     check_layers,
+    check_target,
     check_width,
+    rotary_change,
 )
-from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import (
     PPOWDrafter,
 )
@@ -33,6 +35,7 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
             f"target_model: a {type(target).__name__} given, not a target. Pass the causal language model that the "
             "drafter drafts for."
         )
+    check_target(target)
     config, text = drafter.config, target.config.get_text_config()
     width = target.get_output_embeddings().weight.shape[0]
     check_width(config.vocab_size, width)
@@ -44,6 +47,13 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
     check_layers(config.target_layer_ids, text.num_hidden_layers, "model")
     if problems := drafter.weight_problems():
         raise ValueError(f"model: it cannot be trained: {'; '.join(problems)}. Load or make it again.")
+    kind, border = rotary_change(target)
+    longest = args.max_length + args.max_window
+    if kind is not None and longest > border:
+        raise ValueError(
+            f"max_length: with max_window it gives {longest} tokens, and the target's rotary embedding ({kind}) "
+            f"changes behind {border}, so that shorter texts would not have the states of decoding. Lower max_length."
+        )
     if tokenizer is None:
         return
     if len(tokenizer) > width:
@@ -52,7 +62,7 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
             "the target's own tokenizer."
         )
     known = config.target_vocabulary_fingerprint
-    if known and known != vocabulary_fingerprint(tokenizer):
+    if known and not has_vocabulary(tokenizer, known):
         raise ValueError(
             f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
             f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
