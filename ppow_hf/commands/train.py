@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Load or make the drafter, train it, and save it."""
     from transformers import set_seed
 
+    from ..runtime.target_weights import target_width
     from ..training import PPOWTrainer
     from ..training.preparation import training_sequences
 
@@ -122,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         token_counts = None
         if script.draft_vocab_size is not None:
             train_data = training_sequences(train_data, target, tokenizer, training, "--train_data")
-            token_counts = train_data.count_tokens(target.get_output_embeddings().weight.shape[0])
+            token_counts = train_data.count_tokens(target_width(target))
         drafter = new_drafter(script, target, tokenizer, token_counts)
     trainer = PPOWTrainer(
         model=drafter,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..runtime.compatibility import target_width
 from ..runtime.draft_session import cache_argument
 from ..runtime.generation import DrafterView
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
+from ..runtime.target_weights import input_device, target_width
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def measure_costs(
         input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]
     if input_ids.shape[1] < 2:
         input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say behind a single token
-    input_ids = input_ids.to(target.device)
+    input_ids = input_ids.to(input_device(target))
     length = input_ids.shape[1]
 
     cache = DynamicCache(config=target.config.get_text_config())

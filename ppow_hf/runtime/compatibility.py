@@ -10,6 +10,7 @@ from transformers.generation import (
 )
 
 from .configuration_ppow import warn_of_other_target
+from .target_weights import target_width
 
 
 def check_width(draft_width: int, target_width: int) -> None:
@@ -72,14 +73,6 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig) -
         )
     check_layers(config.target_layer_ids, text.num_hidden_layers)
     warn_of_other_target(config, target.config._name_or_path)
-
-
-def target_width(target: Any) -> int:
-    """Width of the target's logits, which may be padded beyond its tokenizer."""
-    head = target.get_output_embeddings()
-    if head is not None and getattr(head, "out_features", None):
-        return head.out_features
-    return target.config.get_text_config().vocab_size
 
 
 def common_context_length(target_config: Any, drafter_config: Any) -> int | None:

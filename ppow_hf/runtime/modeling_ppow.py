@@ -24,6 +24,7 @@ from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
 from .draft_session import DraftSession, causal_allowed, packed_allowed
 from .generation import DrafterView
+from .target_weights import embedding_matrix, head_matrix, target_width
 
 
 @dataclass
@@ -414,7 +415,7 @@ class PPOWDrafter(PreTrainedModel):
         if isinstance(target, PPOWDrafter):
             raise ValueError("target: a PPOWDrafter given; pass the causal language model that it is to draft for.")
         text = target.config.get_text_config()
-        vocab_size = target.get_output_embeddings().weight.shape[0]
+        vocab_size = target_width(target)
         own_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in own_fields}
         if architecture != "eagle" and draft_vocab_size is not None:
@@ -494,18 +495,19 @@ class PPOWDrafter(PreTrainedModel):
         if isinstance(draft, MedusaDrafter):  # each head begins as the target's own, for the token that it knows
             for parameter in draft.blocks.parameters():
                 parameter.zero_()
-            for own_head in draft.lm_heads:
-                own_head.weight.copy_(target.get_output_embeddings().weight.to(own_head.weight))
+            head = head_matrix(target)
+            for own_head in draft.lm_heads if head is not None else ():
+                own_head.weight.copy_(head.to(own_head.weight))
             return
-        source = target.get_input_embeddings().weight
+        source = embedding_matrix(target)
         embeddings = self.get_input_embeddings().weight
-        if source.shape[1] == embeddings.shape[1] and source.is_floating_point():
+        if source is not None and source.shape[1] == embeddings.shape[1]:
             rows = min(len(source), len(embeddings))
             embeddings[:rows] = source[:rows].to(embeddings)
-        head = target.get_output_embeddings().weight
+        head = head_matrix(target)
         if isinstance(draft, StandaloneDrafter):
             own = draft.model.get_output_embeddings().weight
-            if own is not embeddings and own.shape == head.shape:
+            if head is not None and own is not embeddings and own.shape == head.shape:
                 own.copy_(head.to(own))
             return
         kept = torch.arange(self.config.vocab_size)
@@ -518,7 +520,7 @@ class PPOWDrafter(PreTrainedModel):
                 )
             kept = token_counts.topk(len(self.d2t)).indices.sort().values
             self.set_draft_vocabulary(kept)
-        if head.shape[1] == draft.lm_head.weight.shape[1]:
+        if head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
             draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
         hidden, target_hidden = draft.fc.out_features, self.config.target_hidden_size
         if hidden == target_hidden:

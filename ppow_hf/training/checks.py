@@ -15,6 +15,7 @@ from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import (
     PPOWDrafter,
 )
+from ..runtime.target_weights import target_width
 from .arguments import PPOWTrainingArguments
 from .target import FrozenTarget
 
@@ -34,7 +35,7 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
             "drafter drafts for."
         )
     config, text = drafter.config, target.config.get_text_config()
-    width = target.get_output_embeddings().weight.shape[0]
+    width = target_width(target)
     check_width(config.vocab_size, width)
     if config.target_layer_ids and config.target_hidden_size != text.hidden_size:
         raise ValueError(

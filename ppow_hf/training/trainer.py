@@ -60,7 +60,7 @@ class PPOWTrainer(Trainer):
 
     Args:
         model ([`PPOWDrafter`]): the drafter.
-        target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
+        target_model (`PreTrainedModel`): the target; frozen while the drafter trains. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
             a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
@@ -105,7 +105,7 @@ class PPOWTrainer(Trainer):
             train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
         eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
         if train_sequences is not None:
-            check_token_ids(train_sequences, target_model.get_output_embeddings().weight.shape[0])
+            check_token_ids(train_sequences, self.target.vocab_size)
             check_lengths(train_sequences, args, model.config.context_length)
             check_batch(train_sequences, args)
         super().__init__(
@@ -145,7 +145,7 @@ class PPOWTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset: None given; training needs data.")
-        with lock_folder(self.args.output_dir) if self.args.should_save else nullcontext():
+        with lock_folder(self.args.output_dir) if self.args.should_save else nullcontext(), self.target.frozen():
             return self._train_alone(resume_from_checkpoint, **kwargs)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
@@ -228,7 +228,7 @@ class PPOWTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
-        with self.accelerator.autocast():  # rollouts and the target too, which do not pass through the model's forward
+        with self.target.frozen(), self.accelerator.autocast():  # rollouts and the target too, which do not pass through the model's forward
             loss = self._global_loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise ValueError(
