@@ -121,8 +121,9 @@ def _wrap_assisted_decoding(original):
             )
         check_processors(call["logits_processor"])
         view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
-        # More than the stock loop can do:
-        if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:
+        # More than the stock loop can do; it also sends tokens to the model's `device`, whatever is offloaded:
+        offloaded = self.device.type == "meta"
+        if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None or offloaded:
             parts = {name: call.get(name) for name in ("logits_processor", "stopping_criteria", "generation_config")}
             decoding = SpeculativeDecoding(view, streamer=None)
             decoding.view = view  # whose traces the caller will read

@@ -1,7 +1,7 @@
 """The target's embeddings and head as matrices, and where its inputs go, however its weights are stored.
 
-Weights may be quantised (packed, or no tensor at all) or kept off the device by accelerate. Only a plain float matrix is
-read as it lies; any other is asked of the module's own forward, which unpacks and loads it.
+Weights may be quantised (packed, or no tensor at all) or kept off the device by accelerate. Only a plain float matrix
+is read as it lies; any other is asked of the module's own forward, which unpacks and loads it.
 """
 
 import itertools

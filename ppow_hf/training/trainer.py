@@ -60,7 +60,8 @@ class PPOWTrainer(Trainer):
 
     Args:
         model ([`PPOWDrafter`]): the drafter.
-        target_model (`PreTrainedModel`): the target; frozen while the drafter trains. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
+        target_model (`PreTrainedModel`): the target; frozen while the drafter trains, and given back as it was.
+            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
             a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
@@ -228,7 +229,10 @@ class PPOWTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
-        with self.target.frozen(), self.accelerator.autocast():  # rollouts and the target too, which do not pass through the model's forward
+        with (
+            self.target.frozen(),
+            self.accelerator.autocast(),
+        ):  # rollouts and the target too, which do not pass through the model's forward
             loss = self._global_loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise ValueError(
