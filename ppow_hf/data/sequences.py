@@ -127,9 +127,7 @@ def read_rows(source: Any, argument: str) -> list[dict]:
             "such as `dataset['train']`, or a list of dicts, one per row."
         )
     elif isinstance(source, Iterable) or callable(getattr(source, "__getitem__", None)):
-        rows = list(source)
-        if any(kind.__module__.startswith("datasets.") for kind in type(source).__mro__):
-            rows = [without_padding(row) for row in rows]
+        rows = list(rows_of_stream(source))
     else:
         raise ValueError(
             f"{argument}: {type(source).__name__} given. Pass a dataset, a list of dicts, or the path of a .jsonl, "
@@ -144,6 +142,20 @@ def read_rows(source: Any, argument: str) -> list[dict]:
     if not rows:
         raise ValueError(f"{argument}: the dataset has no rows. Pass one with at least one row.")
     return [dict(row) for row in rows]
+
+
+def is_stream(source: Any) -> bool:
+    """Whether rows can only be read one after the other, possibly without end: what has no length."""
+    return (
+        isinstance(source, Iterable) and not isinstance(source, str | os.PathLike) and not hasattr(source, "__len__")
+    )
+
+
+def rows_of_stream(source: Any) -> Iterator[Any]:
+    """Rows as they come; those of the `datasets` library without Arrow's nulls."""
+    from_arrow = any(kind.__module__.startswith("datasets.") for kind in type(source).__mro__)
+    for row in source:
+        yield without_padding(row) if from_arrow and isinstance(row, Mapping) else row
 
 
 def prepare_sequences(

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -33,6 +34,31 @@ class Costs:
     target_forward_seconds: float
     cost_ratio: float
     verification_cost: float
+
+
+@lru_cache
+def bfloat16_pays(device: str) -> bool:
+    """Whether bfloat16 matrix products are clearly faster than float32 ones here (some processors emulate them).
+
+    Measured once in a process, in a second at most: a decoding step's products and a training step's, the best of
+    several timings each. A GPU is not measured.
+    """
+    if device == "cuda":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        right = torch.randn(1024, 1024).to(dtype)
+        seconds[dtype] = sum(_product_seconds(torch.randn(rows, 1024).to(dtype), right) for rows in (1, 512))
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def _product_seconds(left: torch.Tensor, right: torch.Tensor, repeats: int = 7) -> float:
+    timings = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ right
+        timings.append(time.perf_counter() - started)
+    return min(timings)
 
 
 @torch.inference_mode()

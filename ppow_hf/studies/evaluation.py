@@ -75,8 +75,8 @@ def write_texts(
         for place, prompt in enumerate(tensors):
             torch.manual_seed(_seed(seed, place, "text"))
             output = target.generate(
-                prompt.to(input_device(target)), attention_mask=torch.ones_like(prompt).to(input_device(target)), do_sample=True,
-                temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=0,
+                prompt.to(input_device(target)), attention_mask=torch.ones_like(prompt).to(input_device(target)),
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=0,
             )  # fmt: skip
             ids = output[0].tolist()
             draw = torch.Generator().manual_seed(_seed(seed, place, "verdicts"))
