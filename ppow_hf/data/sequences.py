@@ -146,9 +146,7 @@ def read_rows(source: Any, argument: str) -> list[dict]:
 
 def is_stream(source: Any) -> bool:
     """Whether rows can only be read one after the other, possibly without end: what has no length."""
-    return (
-        isinstance(source, Iterable) and not isinstance(source, str | os.PathLike) and not hasattr(source, "__len__")
-    )
+    return isinstance(source, Iterable) and not isinstance(source, os.PathLike) and not hasattr(source, "__len__")
 
 
 def rows_of_stream(source: Any) -> Iterator[Any]:

@@ -33,7 +33,7 @@ def training_sequences(
 ) -> SequenceDataset:
     """What `train_dataset` stands for: sequences as they are, or rows with completions of the target or their own.
 
-    Of a stream, which has no length, as many rows are read as `max_steps` steps take; they are shuffled as any dataset.
+    Of a stream, which has no length, as many rows are read as `max_steps` steps take, and shuffled as any dataset.
     """
     if isinstance(source, SequenceDataset):
         return _checked(source, argument)
@@ -91,8 +91,8 @@ def sequences_of_training(args: PPOWTrainingArguments, argument: str = "train_da
     """How many sequences all steps on all devices take; `ValueError` where `max_steps` does not tell."""
     if args.max_steps <= 0:
         raise ValueError(
-            f"{argument}: a stream given, whose length is not known. Pass max_steps, by which it is read, or a list of "
-            "its rows."
+            f"{argument}: a stream given, whose length is not known. Pass max_steps, which tells how much of it is "
+            "read, or a list of its rows."
         )
     batches = args.max_steps * args.gradient_accumulation_steps
     if args.uses_rollouts:

@@ -1,5 +1,7 @@
 """Options of transformers' Trainer that drafters' training would take and not heed: refused by name."""
 
+import logging
+
 import pytest
 
 from ppow_hf.training import PPOWTrainingArguments
@@ -36,13 +38,11 @@ def test_a_function_that_would_never_be_called_is_refused(make_trainer, name):
 @pytest.mark.parametrize("started", [None, "2"])
 def test_one_process_of_several_that_were_asked_for_is_said(tmp_path, monkeypatch, caplog, started):
     """accelerate: on a machine without several GPUs `--num_processes 2` starts one process."""
+    arguments = PPOWTrainingArguments(str(tmp_path), use_cpu=True)
     for name, value in (("ACCELERATE_USE_CPU", "False"), ("MASTER_PORT", "29500"), ("OMPI_COMM_WORLD_SIZE", started)):
         if value is not None:
             monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    caplog.set_level("WARNING")
-    arguments = PPOWTrainingArguments(str(tmp_path), use_cpu=True)
-    monkeypatch.setattr("ppow_hf.training.arguments.logger.propagate", True, raising=False)
-    with caplog.at_level("WARNING"):
-        arguments._check_heeded()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    arguments._check_heeded()
     assert ("one was started" in caplog.text) == (started is None)
