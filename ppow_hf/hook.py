@@ -50,7 +50,9 @@ def _assisted_decoding(original, self, *args, **kwargs):
     check_processors(call["logits_processor"])
     view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
     parts = (call["logits_processor"], call["stopping_criteria"], call["generation_config"])
-    if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None:  # not for the stock loop
+    # More than the stock loop can do; it also sends tokens to the model's `device`, whatever is offloaded:
+    offloaded = self.device.type == "meta"
+    if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None or offloaded:
         decoding = SpeculativeDecoding(view)
         decoding.view = view  # whose traces the caller will read
         given: dict[str, Any] = {name: call.get(name) for name in ("streamer", "synced_gpus")}

@@ -379,11 +379,15 @@ def test_embeddings_of_an_eagle_drafter_are_trained_only_on_request(make_trainer
         assert torch.equal(before, theirs)
 
 
-def test_the_target_is_frozen(make_trainer, make_target):
+def test_the_target_is_frozen_and_given_back_as_it_was(make_trainer, make_target):
     target = copy.deepcopy(make_target("llama", initializer_range=0.3)).requires_grad_(True).train()
+    target.model.norm.eval()
+    target.lm_head.requires_grad_(False)
     before = copy.deepcopy(target.state_dict())
     make_trainer("standalone", "ppow", target=target).train()
-    assert not target.training and not any(parameter.requires_grad for parameter in target.parameters())
+    assert [name for name, module in target.named_modules() if not module.training] == ["model.norm"]
+    assert [name for name, parameter in target.named_parameters() if not parameter.requires_grad] == ["lm_head.weight"]
+    assert all(parameter.grad is None for parameter in target.parameters())
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 

@@ -174,11 +174,13 @@ def ensure_file_writable(path: str, argument: str) -> None:
 
 def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
     """Target, its tokenizer and the drafter that the arguments of [`add_models`] name."""
+    from ..runtime.target_weights import target_width
+
     target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
     tokenizer = load_tokenizer(arguments.target, "--target")
     drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
     check_tokenizer(drafter, tokenizer)
-    width = target.get_output_embeddings().weight.shape[0]
+    width = target_width(target)
     if len(tokenizer) > width:
         raise ValueError(
             f"--target: its tokenizer has {len(tokenizer)} tokens and its logits only {width}. Use the tokenizer that "

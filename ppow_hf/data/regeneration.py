@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
+from ..runtime.target_weights import input_device
 from .sequences import SequenceDataset, extract_prompts
 
 logger = logging.getLogger(__name__)
@@ -203,15 +204,22 @@ def _generate_completions(
 
 @contextmanager
 def plain_distribution(target: PreTrainedModel) -> Iterator[None]:
-    """The target in eval mode and without its own generation settings (top-k, top-p, penalties), until the end."""
+    """The target in eval mode and without its own generation settings (top-k, penalties, `use_cache`), until the end.
+
+    Of its `generation_config` only the eos, pad and bos tokens remain. `generate` fills in from there whatever a call
+    leaves open, so that a configuration passed to it would not do.
+    """
     modes = [(module, module.training) for module in target.modules()]
-    own_generation_config = target.generation_config
+    inside_peft = [target.get_base_model()] if hasattr(target, "get_base_model") else []  # which hands its own down
+    own = [(model, model.generation_config) for model in (target, *inside_peft)]
+    tokens = {f"{name}_token_id": getattr(own[0][1], f"{name}_token_id", None) for name in ("eos", "pad", "bos")}
     try:
         target.eval()
-        target.generation_config = GenerationConfig()  # else generate fills in the target's own penalties and the like
+        target.generation_config = GenerationConfig(**tokens)
         yield
     finally:
-        target.generation_config = own_generation_config
+        for model, generation_config in own:
+            model.generation_config = generation_config
         for module, training in modes:
             module.training = training
 
@@ -247,8 +255,8 @@ def complete_batch(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         written = target.generate(
-            input_ids.to(target.device),
-            attention_mask=attention_mask.to(target.device),
+            input_ids.to(input_device(target)),
+            attention_mask=attention_mask.to(input_device(target)),
             generation_config=generation_config,
         )
     return [through_first_stop(ids, stop_token_ids) for ids in written[:, width:].tolist()]

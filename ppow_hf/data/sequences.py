@@ -12,6 +12,8 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ SEQUENCE_COLUMNS = (
     ("text",),
     ("prompt",),
 )
+TEMPLATE_COLUMNS = ("messages", "tools", "documents", "chat_template_kwargs")  # what a chat template is given
 PROMPT_COLUMNS = (("messages",), ("prompt",), ("text",))
 TEXTS_PER_TOKENIZER_CALL = 1000
 
@@ -112,7 +115,10 @@ def read_rows(source: Any, argument: str) -> list[dict]:
     """
     if isinstance(source, (str, os.PathLike)):
         place = parse_source(os.fspath(source))
-        rows = list(dataset_rows(place, argument)) if place.is_dataset else _read_file(Path(place.path), argument)
+        if place.is_dataset:
+            rows = [without_padding(row) for row in dataset_rows(place, argument)]
+        else:
+            rows = _read_file(Path(place.path), argument)
         if place.column is not None:
             rows = rows_of_column(rows, place.column, place.path, argument)
     elif isinstance(source, Mapping):
@@ -121,7 +127,7 @@ def read_rows(source: Any, argument: str) -> list[dict]:
             "such as `dataset['train']`, or a list of dicts, one per row."
         )
     elif isinstance(source, Iterable) or callable(getattr(source, "__getitem__", None)):
-        rows = list(source)
+        rows = list(rows_of_stream(source))
     else:
         raise ValueError(
             f"{argument}: {type(source).__name__} given. Pass a dataset, a list of dicts, or the path of a .jsonl, "
@@ -136,6 +142,18 @@ def read_rows(source: Any, argument: str) -> list[dict]:
     if not rows:
         raise ValueError(f"{argument}: the dataset has no rows. Pass one with at least one row.")
     return [dict(row) for row in rows]
+
+
+def is_stream(source: Any) -> bool:
+    """Whether rows can only be read one after the other, possibly without end: what has no length."""
+    return isinstance(source, Iterable) and not isinstance(source, os.PathLike) and not hasattr(source, "__len__")
+
+
+def rows_of_stream(source: Any) -> Iterator[Any]:
+    """Rows as they come; those of the `datasets` library without Arrow's nulls."""
+    from_arrow = any(kind.__module__.startswith("datasets.") for kind in type(source).__mro__)
+    for row in source:
+        yield without_padding(row) if from_arrow and isinstance(row, Mapping) else row
 
 
 def prepare_sequences(
@@ -155,7 +173,8 @@ def prepare_sequences(
     - `prompt_ids` and `completion_ids`, as `ppow write` makes them: loss on the completion, which the target wrote
       greedily where `temperature` is 0. A row whose prompt begins with all of the row before it is that chat's next
       turn; both make one sequence.
-    - `messages`: through the chat template; loss on the assistant's turns only.
+    - `messages`: through the chat template, with `tools`, `documents` and `chat_template_kwargs` of the same row;
+      loss on the assistant's turns only. Contents are strings or lists of text parts.
     - `prompt` and `completion`: loss on the completion and the end-of-sequence token after it.
     - `text`: loss on every token but an opening `bos_token` that is not also the `eos_token`.
 
@@ -275,8 +294,8 @@ def has_prompts_alone(rows: list[dict], argument: str) -> bool:
     """Whether nothing follows the prompts: rows of `prompt` without `completion`, or chats without an assistant."""
     columns = _find_columns(rows, SEQUENCE_COLUMNS, argument)
     if columns == ("messages",):
-        chats = _conversations(rows, argument)
-        return not any(message["role"] == "assistant" for messages in chats for message in messages)
+        chats = _chats(rows, argument)
+        return not any(message["role"] == "assistant" for chat in chats for message in chat.messages)
     return columns == ("prompt",)
 
 
@@ -363,7 +382,7 @@ def _strings(rows: list[dict], column: str, argument: str) -> list[str]:
                 f"{argument}: `{column}` of row {number} is a {type(value).__name__}. Give a string; a conversation "
                 "goes into the column `messages`."
             )
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if has_lone_surrogate(value):
             raise ValueError(
                 f"{argument}: `{column}` of row {number} holds half a character (a lone surrogate), which is no text. "
                 "Remove it, or write the text again as UTF-8."
@@ -371,16 +390,9 @@ def _strings(rows: list[dict], column: str, argument: str) -> list[str]:
     return values
 
 
-def _conversations(rows: list[dict], argument: str) -> list[list[dict]]:
-    conversations = [[] if row["messages"] is None else row["messages"] for row in rows]
-    for number, messages in enumerate(conversations):
-        is_list = isinstance(messages, (list, tuple))
-        if not is_list or not all(isinstance(message, Mapping) and "role" in message for message in messages):
-            raise ValueError(
-                f"{argument}: `messages` of row {number} is not a list of messages. Every message is a dict with "
-                "`role` and `content`."
-            )
-    return conversations
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a string holds half a character, which no tokenizer takes."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # Text to tokens
@@ -500,29 +512,146 @@ def _integers(values: Any, column: str, number: int, argument: str) -> list[int]
 # Chats to tokens
 
 
-def _apply_template(
-    messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str, **options: Any
-) -> Any:
-    from jinja2 import TemplateError  # an optional dependency of transformers, at hand where chat templates work
+@dataclass
+class Chat:
+    """A row's chat as its template takes it.
 
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
+    Args:
+        messages (`list[dict]`): its messages.
+        inputs (`dict`): what else the row gives the template: `tools`, `documents` and `chat_template_kwargs`.
+        number (`int`): the row's place in the data, for errors.
+    """
+
+    messages: list[dict]
+    inputs: dict[str, Any]
+    number: int
+
+
+def without_padding(row: Mapping) -> dict:
+    """A row without the nulls with which Arrow gives all dicts of a column the same keys, in what a template reads.
+
+    A message's own `content` is kept: templates ask whether it is null.
+    """
+    cleaned = {name: _without_nulls(value) if name in TEMPLATE_COLUMNS else value for name, value in row.items()}
+    for message, given in zip(cleaned.get("messages") or [], row.get("messages") or [], strict=True):
+        if isinstance(given, Mapping) and "content" in given:
+            message.setdefault("content", None)
+    return cleaned
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _chats(rows: list[dict], argument: str) -> list[Chat]:
+    return [chat_of(row, number, argument) for number, row in enumerate(rows)]
+
+
+def chat_of(row: Mapping, number: int, argument: str) -> Chat:
+    """The chat of row `number`; raises `ValueError`, naming `argument` and the row, for what no template can write."""
+    place = f"{argument}: `messages` of row {number}"
+    messages = [] if row["messages"] is None else row["messages"]
+    is_list = isinstance(messages, list | tuple)
+    if not is_list or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        raise ValueError(f"{place} is not a list of messages. Every message is a dict with `role` and `content`.")
+    for turn, message in enumerate(messages):
+        content = message.get("content")
+        parts = content if isinstance(content, list | tuple) else [] if content is None else [content]
+        kinds = {"text" if isinstance(part, str) else _kind_of_part(part) for part in parts}
+        if kinds - {"text"}:
+            raise ValueError(
+                f"{place} has, in message {turn}, a content of the kind {sorted(kinds - {'text'})[0]!r}. A drafter "
+                "reads text: give a string, or a list of parts such as {'type': 'text', 'text': '...'}."
+            )
+    inputs = dict(_parsed(row.get("chat_template_kwargs"), dict, "chat_template_kwargs", number, argument) or {})
+    for name in ("tools", "documents"):
+        given = _parsed(row.get(name), list, name, number, argument)
+        if given:
+            inputs[name] = [
+                _parsed(one, dict, name, number, argument) if isinstance(one, str) else one for one in given
+            ]
+    half = next((text for text in _texts_in([messages, inputs]) if has_lone_surrogate(text)), None)
+    if half is not None:
         raise ValueError(
-            f"{argument}: the tokenizer's chat template refuses row {number} ({error}). Its messages have the roles "
-            f"{[message['role'] for message in messages]}; mend the row or pass another chat template."
+            f"{place} or what stands beside it holds half a character (a lone surrogate), which is no text. Remove "
+            "it, or write the text again as UTF-8."
+        )
+    return Chat([dict(message) for message in messages], inputs, number)
+
+
+def _kind_of_part(part: Any) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return str(part.get("type", "text"))
+    return str(part.get("type", "dict")) if isinstance(part, Mapping) else type(part).__name__
+
+
+def _parsed(value: Any, kind: type, name: str, number: int, argument: str) -> Any:
+    """What a template is given as a list or dict, which some datasets hold as JSON; `None` where there is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{argument}: `{name}` of row {number} is not JSON ({error}). Mend the row.") from error
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(
+            f"{argument}: `{name}` of row {number} is a {type(value).__name__}. Give a {kind.__name__}, also as JSON."
+        )
+    return value
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All strings in lists and dicts, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts_in(key)
+            yield from _texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_in(inner)
+
+
+def _apply_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: str, **options: Any) -> Any:
+    messages = chat.messages
+    has_parts = any(isinstance(message.get("content"), list | tuple) for message in messages)
+    if has_parts and not _takes_parts(tokenizer, tokenizer.get_chat_template()):
+        messages = [_with_joined_parts(message) for message in messages]
+    try:
+        return tokenizer.apply_chat_template(messages, **chat.inputs, **options)
+    except Exception as error:  # whatever a template's own code raises for the values of a row
+        raise ValueError(
+            f"{argument}: the tokenizer's chat template refuses row {chat.number} ({error}). Its messages have the "
+            f"roles {[message['role'] for message in messages]}; mend the row or pass another chat template."
         ) from error
 
 
-def _render(
-    messages: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    number: int,
-    argument: str,
-    add_generation_prompt: bool = False,
-) -> str:
+def _with_joined_parts(message: dict) -> dict:
+    """The message with a content of text parts as one string, for templates that add strings."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    return {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in content)}
+
+
+@lru_cache(maxsize=16)
+def _takes_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a chat template writes the text of a content's parts, rather than fail or print the list."""
+    probe = [{"role": "user", "content": [{"type": "text", "text": "ppow"}]}]
+    try:
+        written = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
+    except Exception:  # as above
+        return False
+    return "ppow" in written and "'text'" not in written and '"text"' not in written
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: str, add_generation_prompt: bool = False) -> str:
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return _apply_template(messages, tokenizer, number, argument, **options)
+    return _apply_template(chat, tokenizer, argument, **options)
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, argument: str) -> str:
@@ -543,14 +672,13 @@ def _chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argume
             f"{type(tokenizer).__name__} is a slow one. Pass a fast one, or `input_ids` with a `loss_mask`."
         )
     token_ids, loss_masks = [], []
-    for number, messages in enumerate(_conversations(rows, argument)):
-        if not messages:
+    for chat in _chats(rows, argument):
+        if not chat.messages:
             continue
         if marks_generation:
             encoded = _apply_template(
-                messages,
+                chat,
                 tokenizer,
-                number,
                 argument,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
@@ -558,21 +686,20 @@ def _chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argume
             )
             ids, mask = encoded["input_ids"], [value != 0 for value in encoded["assistant_masks"]]
         else:
-            ids, mask = _mask_by_prefixes(messages, tokenizer, number, argument)
+            ids, mask = _mask_by_prefixes(chat, tokenizer, argument)
         token_ids.append(ids)
         loss_masks.append(mask)
     return token_ids, loss_masks
 
 
-def _mask_by_prefixes(
-    messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str
-) -> tuple[list[int], list[bool]]:
+def _mask_by_prefixes(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list[int], list[bool]]:
     """Tokens of a chat, and which belong to the assistant: those between the generation prompt and the turn's end.
 
     The prefixes are compared as text and found among the tokens by their offsets, since a token may straddle the end
     of a prefix, and some tokenizers put a space before a text that they are given on its own.
     """
-    whole = _render(messages, tokenizer, number, argument)
+    messages, number = chat.messages, chat.number
+    whole = _render(chat, tokenizer, argument)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     mask = [False] * len(ids)
@@ -584,8 +711,9 @@ def _mask_by_prefixes(
                 f"{argument}: row {number} begins with an assistant's message, so that its chat template does not "
                 "tell where it starts. Put a user's message before it, or use a template with {% generation %}."
             )
-        before = _render(messages[:turn], tokenizer, number, argument, add_generation_prompt=True)
-        through = whole if turn == len(messages) - 1 else _render(messages[: turn + 1], tokenizer, number, argument)
+        asked, answered = (replace(chat, messages=messages[:count]) for count in (turn, turn + 1))
+        before = _render(asked, tokenizer, argument, add_generation_prompt=True)
+        through = whole if turn == len(messages) - 1 else _render(answered, tokenizer, argument)
         if not (whole.startswith(through) and through.startswith(before)):
             raise ValueError(
                 f"{argument}: the tokenizer's chat template writes message {turn} of row {number} differently when it "
@@ -604,20 +732,20 @@ def _mask_by_prefixes(
 def _chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> list[list[int]]:
     chat_template_of(tokenizer, argument)
     texts = []
-    for number, messages in enumerate(_conversations(rows, argument)):
-        user_turns = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
+    for chat in _chats(rows, argument):
+        user_turns = [turn for turn, message in enumerate(chat.messages) if message["role"] == "user"]
         if user_turns:
-            asked = messages[: user_turns[-1] + 1]
-            texts.append(_render(asked, tokenizer, number, argument, add_generation_prompt=True))
+            asked = replace(chat, messages=chat.messages[: user_turns[-1] + 1])
+            texts.append(_render(asked, tokenizer, argument, add_generation_prompt=True))
     return list(_tokenize(texts, tokenizer))
 
 
-def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, number: int, argument: str) -> list[int]:
-    """Token ids of row `number`'s messages through the chat template, with the opening of the assistant's turn.
+def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: str) -> list[int]:
+    """Token ids of a chat through its template, with the opening of the assistant's turn.
 
     Raises `ValueError`, naming `argument` and the row, where the template refuses the messages.
     """
-    text = _render(messages, tokenizer, number, argument, add_generation_prompt=True)
+    text = _render(chat, tokenizer, argument, add_generation_prompt=True)
     return next(_tokenize([text], tokenizer))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from .sequences import encode_chat, open_prompts, read_rows
+from .sequences import TEMPLATE_COLUMNS, chat_of, encode_chat, open_prompts, read_rows
 from .sources import parse_source
 
 SELF_PROMPT_TEMPERATURE = 1.0  # Magpie's, 2406.08464
@@ -51,6 +51,7 @@ class Request(NamedTuple):
         seed (`int`): of the samples, where the writer takes one.
         stop_ids (`list[int]`): tokens that end the answer, beside the target's own ends of sequence.
         stop_text (`str`, *optional*): text that does, for a writer that knows no tokens.
+        template_inputs (`dict`, *optional*): the chat's `tools`, `documents` and `chat_template_kwargs`.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Request(NamedTuple):
     seed: int
     stop_ids: Sequence[int] = ()
     stop_text: str | None = None
+    template_inputs: dict[str, Any] = {}
 
 
 class Answer(NamedTuple):
@@ -97,6 +99,7 @@ class Conversation:
         number (`int`): of the row that it comes from, for errors.
         text (`str`, *optional*): the prompt of a text.
         pending (`list[list[dict]]`): of a chat, the messages before each answer still to come.
+        columns (`dict`): of a chat, the row's other columns that its template is given (`tools` and the like).
         opening ([`Opening`], *optional*): of a chat whose user's turn the target writes, until it has.
     """
 
@@ -105,6 +108,7 @@ class Conversation:
     number: int
     text: str | None = None
     pending: list[list[dict]] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
     opening: Opening | None = None
     messages: list[dict] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
@@ -120,7 +124,7 @@ class Conversation:
         """The prompt, or the messages so far and all those still to come."""
         if self.text is not None:
             return {"prompt": self.text}
-        return {"messages": self.messages + [message for turn in self.pending for message in turn]}
+        return {"messages": self.messages + [message for turn in self.pending for message in turn], **self.columns}
 
     def request(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Request:
         """What the target is to continue next."""
@@ -132,8 +136,13 @@ class Conversation:
             self.prompt_ids = open_prompts([self.text], tokenizer)[0]
             return Request(self.text, None, self.prompt_ids, self.temperature, seed)
         asked = [*self.messages, *self.pending[0]]
-        self.prompt_ids = encode_chat(asked, tokenizer, self.number, "--prompts")
-        return Request("", asked, self.prompt_ids, self.temperature, seed)
+        chat = chat_of({"messages": asked, **self.columns}, self.number, "--prompts")
+        self.prompt_ids = encode_chat(chat, tokenizer, "--prompts")
+        settings = dict(chat.inputs)
+        inputs: dict[str, Any] = {name: settings.pop(name) for name in ("tools", "documents") if name in settings}
+        if settings:
+            inputs["chat_template_kwargs"] = settings
+        return Request("", asked, self.prompt_ids, self.temperature, seed, template_inputs=inputs)
 
     def take(self, answer: Answer | None, seen: set[str]) -> None:
         """Go on with an answer: a row more, or the reason why the conversation ends here."""
@@ -148,7 +157,7 @@ class Conversation:
             row |= {"prompt": self.text, "completion": answer.text}
         else:
             self.messages += [*self.pending.pop(0), {"role": "assistant", "content": answer.text}]
-            row |= {"messages": list(self.messages)}
+            row |= {"messages": list(self.messages), **self.columns}
             if not answer.finished:  # nobody asks on behind half an answer
                 self.pending = []
         row |= {"prompt_ids": self.prompt_ids, "completion_ids": answer.token_ids, "temperature": self.temperature}
@@ -196,10 +205,12 @@ def read_conversations(
         text, pending = _prompt_of(row, number, chat)
         if not pending and not (text or "").strip():
             continue
-        key = _text_hash(json.dumps([text, pending], sort_keys=True).replace("\\n", " "))
+        columns = {name: row[name] for name in TEMPLATE_COLUMNS[1:] if row.get(name)} if pending else {}
+        asked = [text, pending, columns] if columns else [text, pending]
+        key = _text_hash(json.dumps(asked, sort_keys=True).replace("\\n", " "))
         if key not in conversations:
             temperature = temperatures[len(conversations) % len(temperatures)]
-            conversations[key] = Conversation(key, temperature, number, text, pending)
+            conversations[key] = Conversation(key, temperature, number, text, pending, columns)
     if not conversations:
         raise ValueError(f"--prompts: none of the {len(rows)} rows of {source!r} has a prompt. Give at least one.")
     return list(conversations.values()), len(rows) - len(conversations)

@@ -17,9 +17,11 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..data.regeneration import plain_distribution
 from ..runtime.compatibility import check_call, target_width
 from ..runtime.generation import DrafterView, SpeculativeDecoding
 from ..runtime.modeling_ppow import PPOWDrafter
+from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..version import __version__
 from .costs import check_count, check_prompts, measure_costs, now, with_progress
@@ -238,11 +240,11 @@ def _generate(
     ids, mask = left_padded(call, decoding.pad_token_id)
     torch.manual_seed(seed)
     recorder.start()
-    started = now(target.device)
-    output = target.generate(
-        ids.to(target.device), attention_mask=mask.to(target.device), **decoding.options, **options
-    )
-    seconds = now(target.device) - started
+    place = input_device(target)
+    with plain_distribution(target):
+        started = now(place)
+        output = target.generate(ids.to(place), attention_mask=mask.to(place), **decoding.options, **options)
+        seconds = now(place) - started
     eos = eos_of(target)
     new_ids = [until_end(row, eos) for row in output[:, ids.shape[1] :].tolist()]
     decoder = options.get("assistant_model", options.get("custom_generate"))

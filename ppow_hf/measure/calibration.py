@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import AcceptanceEstimator, FixedWindow, OnlineCosts
 from .costs import measure_costs
@@ -39,7 +40,7 @@ def calibrate(target, drafter, prompts, max_new_tokens=64, temperatures=(0.0, 1.
             tables = draft_tables(target, drafter, ids, max_new_tokens, drafter.config.max_window)
             calibration["greedy"] = fit_on_tables(tables)
     drafter.train(was_training)
-    first_prompt = torch.tensor([list(prompts[0])], device=target.device)
+    first_prompt = torch.tensor([list(prompts[0])], device=input_device(target))
     costs = measure_costs(target, drafter, first_prompt, max_window=drafter.config.max_window)
     calibration["costs"] = {
         "cost_ratio": round(costs.cost_ratio, 4),

@@ -7,14 +7,15 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..runtime.compatibility import target_width
 from ..runtime.draft_session import cache_argument
 from ..runtime.generation import DrafterView
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
+from ..runtime.target_weights import input_device, target_width
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,31 @@ class Costs:
     target_forward_seconds: float
     cost_ratio: float
     verification_cost: float
+
+
+@lru_cache
+def bfloat16_pays(device: str) -> bool:
+    """Whether bfloat16 matrix products are clearly faster than float32 ones here (some processors emulate them).
+
+    Measured once in a process, in a second at most: a decoding step's products and a training step's, the best of
+    several timings each. A GPU is not measured.
+    """
+    if device == "cuda":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        right = torch.randn(1024, 1024).to(dtype)
+        seconds[dtype] = sum(_product_seconds(torch.randn(rows, 1024).to(dtype), right) for rows in (1, 512))
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def _product_seconds(left: torch.Tensor, right: torch.Tensor, repeats: int = 7) -> float:
+    timings = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ right
+        timings.append(time.perf_counter() - started)
+    return min(timings)
 
 
 @torch.inference_mode()
@@ -66,7 +92,7 @@ def measure_costs(
         input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]
     if input_ids.shape[1] < 2:
         input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say behind a single token
-    input_ids = input_ids.to(target.device)
+    input_ids = input_ids.to(input_device(target))
     length = input_ids.shape[1]
 
     cache = DynamicCache(config=target.config.get_text_config())

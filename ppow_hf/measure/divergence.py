@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..data.regeneration import plain_distribution
 from ..runtime.draft_session import cache_argument
+from ..runtime.target_weights import input_device
 from .evaluation import decode
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -42,16 +44,17 @@ def measure_divergence(
     plain, gaps, noise = [], [], 0.0
     window = settings.get("max_window") or drafter.config.max_window
     for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=target.device)
-        output = target.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-            output_logits=True,
-        )
+        ids = torch.tensor([list(prompt)], device=input_device(target))
+        with plain_distribution(target):
+            output = target.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_scores=True,
+                output_logits=True,
+            )
         plain.append(output.sequences[0, ids.shape[1] :].tolist())
         leading = torch.cat(output.scores).float().topk(2).values  # [n, 2]
         gaps.append((leading[:, 0] - leading[:, 1]).tolist())

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..data.regeneration import plain_distribution
+from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from .window_study import eos_of
 
@@ -75,7 +77,7 @@ def decode(
     drafter.eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     ends = eos_of(target)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), plain_distribution(target):
         for place in range(0, len(prompts), batch_size):
             torch.manual_seed((seed * 1_000_003 + place) % 2**63)
             ids, mask = left_padded(
@@ -83,8 +85,8 @@ def decode(
             )
             view = drafter.with_settings(**settings)
             generated = target.generate(
-                input_ids=ids.to(target.device),
-                attention_mask=mask.to(target.device),
+                input_ids=ids.to(input_device(target)),
+                attention_mask=mask.to(input_device(target)),
                 max_new_tokens=max_new_tokens,
                 assistant_model=view,
                 pad_token_id=0,

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..data.regeneration import plain_distribution
 from ..runtime.draft_session import cache_argument
+from ..runtime.target_weights import input_device
 
 
 @dataclass
@@ -66,7 +68,7 @@ def measure_overhead(
     forwards: list[float] = []
     accepted, new_tokens = [], 0
     for prompt in prompts:
-        prompt = prompt.to(target.device)
+        prompt = prompt.to(input_device(target))
         middle = torch.cat([prompt, prompt.new_zeros(1, max_new_tokens // 2)], dim=1)
         bare = BareForwards(target, drafter, middle, window)
         for part in range(2):
@@ -76,10 +78,11 @@ def measure_overhead(
             if part:
                 continue
             decoding = drafter.generate_with(window="fixed", max_window=window, record=record)
-            output = target.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens,
-                custom_generate=decoding,
-            )  # fmt: skip
+            with plain_distribution(target):
+                output = target.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens,
+                    custom_generate=decoding,
+                )  # fmt: skip
             new_tokens += output.shape[1] - prompt.shape[1]
             full = [r for r in decoding.last_trace.rounds[2:] if r.window == window]  # two rounds read the prompt
             rounds += [r.seconds for r in full]

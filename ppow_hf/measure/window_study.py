@@ -13,9 +13,11 @@ from typing import Any
 import numpy
 import torch
 
+from ..data.regeneration import plain_distribution
 from ..runtime.acceptance import divergence_on_support, likeliest_tokens
 from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
 from ..runtime.modeling_ppow import collect_target_states
+from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..runtime.windowing import MAX_KL, CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
 
@@ -91,7 +93,7 @@ def draft_table(
     if len(text) < 1:
         raise ValueError("text: it is empty; at least the target's first token is needed.")
     drafter.attach_target(target)
-    ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(target.device)
+    ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(input_device(target))
     layers = drafter.config.target_layer_ids
     outputs = target(ids, output_hidden_states=bool(layers))
     target_logits = outputs.logits[0].float()
@@ -204,13 +206,14 @@ def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int)
     ids = torch.cat([torch.nn.functional.pad(prompt.cpu(), (longest - prompt.shape[1], 0)) for prompt in prompts])
     lengths = torch.tensor([prompt.shape[1] for prompt in prompts])
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    output = target.generate(
-        ids.to(target.device),
-        attention_mask=mask.to(target.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    with plain_distribution(target):
+        output = target.generate(
+            ids.to(input_device(target)),
+            attention_mask=mask.to(input_device(target)),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
     eos, texts = eos_of(target), []
     for row in output[:, longest:].tolist():
         ends = [place for place, token in enumerate(row) if token in eos]

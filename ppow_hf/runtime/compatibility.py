@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .configuration_ppow import warn_of_other_target
+from .target_weights import target_width
 
 # Families with a preparation of inputs of their own that does to new tokens what it does to a whole text: phi3 and
 # phimoe read the text again where the rotary embedding changes (see check_rotary_change), gemma3 and gemma4 give token
@@ -234,14 +235,6 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
         )
     check_layers(config.target_layer_ids, text.num_hidden_layers)
     warn_of_other_target(config, target.config._name_or_path, tokenizer)
-
-
-def target_width(target: Any) -> int:
-    """Width of the target's logits, which may be padded beyond its tokenizer."""
-    head = target.get_output_embeddings()
-    if head is not None and getattr(head, "out_features", None):
-        return head.out_features
-    return target.config.get_text_config().vocab_size
 
 
 def common_context_length(target_config: Any, drafter_config: Any) -> int | None:

@@ -24,6 +24,7 @@ from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
 from .draft_session import DraftSession, causal_allowed, packed_allowed
 from .generation import DrafterView
+from .target_weights import embedding_matrix, head_matrix, target_width
 
 
 @dataclass
@@ -168,7 +169,8 @@ class PPOWDrafter(PreTrainedModel):
         if not self.config.shares_target_embeddings:
             return
         module: Any = target.get_input_embeddings()
-        (rows, hidden), own_hidden = module.weight.shape, self.config.draft_config.hidden_size
+        rows, hidden = module.num_embeddings, module.embedding_dim  # its weight may be packed
+        own_hidden = self.config.draft_config.hidden_size
         if hidden != own_hidden:
             raise ValueError(
                 f"target: this drafter shares its target's token embeddings, of width {own_hidden}, and this target's "
@@ -453,13 +455,14 @@ class PPOWDrafter(PreTrainedModel):
         if architecture != "eagle" and draft_vocab_size is not None:
             raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
         text = target.config.get_text_config()
-        vocab_size = target.get_output_embeddings().weight.shape[0]
+        vocab_size = target_width(target)
         config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
         draft_config = draft_config_for(architecture, text, vocab_size, overrides)
         if architecture == "eagle":
-            shape, own_shape = target.get_input_embeddings().weight.shape, (vocab_size, draft_config.hidden_size)
-            settings.setdefault("shares_target_embeddings", tuple(shape) == own_shape)
+            source = embedding_matrix(target)
+            same = source is not None and tuple(source.shape) == (vocab_size, draft_config.hidden_size)
+            settings.setdefault("shares_target_embeddings", same)
         if architecture == "medusa":
             settings.setdefault("medusa_heads", settings.get("max_window", PPOWDrafterConfig().max_window))
             settings.setdefault("max_window", settings["medusa_heads"])
@@ -494,20 +497,21 @@ class PPOWDrafter(PreTrainedModel):
         if isinstance(draft, MedusaDrafter):  # each head begins as the target's own, for the token that it knows
             for parameter in draft.blocks.parameters():
                 parameter.zero_()
-            for own_head in draft.lm_heads:
-                own_head.weight.copy_(target.get_output_embeddings().weight.to(own_head.weight))
+            if (head := head_matrix(target)) is not None:
+                for draft_head in draft.lm_heads:
+                    draft_head.weight.copy_(head.to(draft_head.weight))
             return
         self.attach_target(target)
-        source = target.get_input_embeddings().weight
+        source = embedding_matrix(target)
         embeddings = self.get_input_embeddings().weight
         copies = not self.config.shares_target_embeddings
-        if copies and source.shape[1] == embeddings.shape[1] and source.is_floating_point():
+        if copies and source is not None and source.shape[1] == embeddings.shape[1]:
             rows = min(len(source), len(embeddings))
             embeddings[:rows] = source[:rows].to(embeddings)
-        head = target.get_output_embeddings().weight
+        head = head_matrix(target)
         if isinstance(draft, StandaloneDrafter):
             draft_head = draft.model.get_output_embeddings().weight
-            if draft_head is not embeddings and draft_head.shape == head.shape:
+            if head is not None and draft_head is not embeddings and draft_head.shape == head.shape:
                 draft_head.copy_(head.to(draft_head))
             return
         kept = torch.arange(self.config.vocab_size)
@@ -520,7 +524,7 @@ class PPOWDrafter(PreTrainedModel):
                 )
             kept = token_counts.topk(len(self.d2t)).indices.sort().values
             self.set_draft_vocabulary(kept)
-        if head.shape[1] == draft.lm_head.weight.shape[1]:
+        if head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
             draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
         hidden, target_hidden = draft.fc.out_features, self.config.target_hidden_size
         if hidden == target_hidden:

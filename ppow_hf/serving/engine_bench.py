@@ -172,23 +172,27 @@ def _own_row(
 ) -> tuple[EngineRow, list[list[int]]]:
     import torch
 
+    from ..data.regeneration import plain_distribution
+
     row, outputs = EngineRow(name, 0, 0.0), []
     options = {} if view is None else {"assistant_model": view}
     for place, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: to warm up
         prompt = prompt.to(target.device)
-        started = time.perf_counter()
-        output = target.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=target.generation_config.pad_token_id or 0,
-            **options,
-        )
+        with plain_distribution(target):
+            started = time.perf_counter()
+            output = target.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=target.generation_config.pad_token_id or 0,
+                **options,
+            )
+            seconds = time.perf_counter() - started
         new = output[0, prompt.shape[1] :].tolist()
         if place == 0:
             continue
-        row.seconds += time.perf_counter() - started
+        row.seconds += seconds
         row.tokens += len(new)
         outputs.append(new)
         if view is not None:

@@ -236,6 +236,7 @@ class ServerWriter:
             body["stop"] = [request.stop_text]
         if request.messages is not None:
             path, body["messages"] = "chat/completions", request.messages
+            body |= request.template_inputs
         else:
             path, body["prompt"] = "completions", request.text
         try:

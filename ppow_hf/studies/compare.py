@@ -17,9 +17,9 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from ..data.sequences import SequenceDataset
+from ..measure.costs import bfloat16_pays
 from ..measure.provenance import describe, public_name, shortened
 from ..runtime.modeling_ppow import PPOWDrafter
-from ..tiny.recipe import bfloat16_pays
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.optimizers import make_optimizer

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..data.regeneration import plain_distribution
 from ..measure.calibration import (
     fit_estimator,
 )
@@ -28,6 +29,7 @@ from ..measure.evaluation import (
 from ..measure.window_study import DraftTable, draft_table, draft_tables, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
+from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import AcceptanceEstimator, CostModel, FixedWindow, OnlineCosts, make_window_rule
 
@@ -69,12 +71,12 @@ def write_texts(
     tensors = [torch.tensor([list(prompt)]) for prompt in prompts]
     greedy = [table.text.tolist() for table in draft_tables(target, drafter, tensors, max_new_tokens, depth=1)]
     sampled = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), plain_distribution(target):
         for place, prompt in enumerate(tensors):
             torch.manual_seed(_seed(seed, place, "text"))
             output = target.generate(
-                prompt.to(target.device), attention_mask=torch.ones_like(prompt).to(target.device), do_sample=True,
-                temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=0,
+                prompt.to(input_device(target)), attention_mask=torch.ones_like(prompt).to(input_device(target)),
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=0,
             )  # fmt: skip
             ids = output[0].tolist()
             draw = torch.Generator().manual_seed(_seed(seed, place, "verdicts"))
@@ -212,7 +214,7 @@ def target_entropy(target: Any, texts: EvaluationTexts) -> float:
     """The target's mean entropy in nats per token of its texts drawn at T = 1: a too random target misleads."""
     total, count = 0.0, 0
     for text in texts.sampled:
-        logits = target(torch.tensor([text.ids], device=target.device)).logits[0, text.start - 1 : -1]
+        logits = target(torch.tensor([text.ids], device=input_device(target))).logits[0, text.start - 1 : -1]
         total += float(entropy(logits.float().log_softmax(-1)).sum())
         count += len(logits)
     return total / max(count, 1)
@@ -232,7 +234,7 @@ def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledTex
             for name in names:
                 pairs.setdefault(name, []).append((0.0, 0.0))
             continue
-        ids = torch.tensor([text.ids], device=target.device)
+        ids = torch.tensor([text.ids], device=input_device(target))
         drafter.attach_target(target)
         outputs = target(ids, output_hidden_states=bool(drafter.config.target_layer_ids))
         states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
@@ -293,7 +295,7 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
     mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
     drafter.attach_target(target)
     outputs = target(
-        ids.to(target.device), attention_mask=mask.to(target.device),
+        ids.to(input_device(target)), attention_mask=mask.to(input_device(target)),
         output_hidden_states=bool(drafter.config.target_layer_ids),
     )  # fmt: skip
     states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)

@@ -16,6 +16,7 @@ import torch
 from ..data.regeneration import regenerate
 from ..data.sequences import SequenceDataset, all_positions
 from ..measure import provenance
+from ..measure.costs import bfloat16_pays
 from ..publish.model_card import write_drafter_card
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
@@ -23,7 +24,6 @@ from ..training.budget import Budget, BudgetTrainer
 from ..training.objectives import parse_objective
 from ..training.optimizers import make_optimizer
 from .corpus import SourceFile, excerpts, standard_library
-from .recipe import bfloat16_pays
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
 EVALUATIONS = 4  # of a stage, in equal shares of its time, beside the one before it

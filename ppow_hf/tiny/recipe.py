@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..measure.costs import bfloat16_pays
 from ..training.optimizers import Muon, muon_groups
 from .cards import write_target_card
 from .corpus import SourceFile, corpus_fingerprint, function_prompts, openings, standard_library
@@ -234,21 +235,6 @@ def build_target(recipe: TargetRecipe, bos_token_id: int, pad_token_id: int):
         "pad_token_id": pad_token_id,
     }
     return AutoModelForCausalLM.from_config(FAMILIES[recipe.family](**shape))
-
-
-def bfloat16_pays(device: str) -> bool:
-    """Whether a bfloat16 matrix product is faster than a float32 one here, measured (some processors emulate it)."""
-    if device == "cuda":
-        return True
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(1024, 256, dtype=dtype), torch.randn(256, 512, dtype=dtype)
-        left @ right
-        start = time.perf_counter()
-        for _ in range(5):
-            left @ right
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
@@ -15,6 +17,8 @@ from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_
 logger = logging.get_logger(__name__)
 
 MUON = 2.0  # the default of `muon` where Muon can be used
+EVAL_PROMPTS = 16  # the most that are decoded by default
+EVAL_SHARE = 0.1  # of the time between evaluations, which they take by default
 FIRST_UNROLL_STEPS = 3  # the default of `unroll_steps` in a phase that another one follows
 
 ACCEPTED = {"verify_with": ("auto", "target"), "text_weighting": (None, "decay", "visited")}
@@ -41,6 +45,21 @@ NOT_NEGATIVE = (
     "target_temperature", "ce_weight", "kl_weight", "speedup_weight", "throughput_weight", "proximity_weight",
     "kl_coef", "text_kl_coef", "adaw_start",
 )  # fmt: skip
+
+# Arguments of transformers' TrainingArguments that this trainer would take and not heed: their value there, and why.
+UNHEEDED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "the losses compare whole distributions, not labels"),
+    "torch_compile": (False, "windows change shape at every step, so that compiling takes longer than it saves"),
+    "torch_compile_backend": (None, "nothing is compiled: windows change shape at every step"),
+    "torch_compile_mode": (None, "nothing is compiled: windows change shape at every step"),
+    "prediction_loss_only": (False, "evaluation decodes prompts and has no loss"),
+    "include_for_metrics": ([], "evaluation decodes prompts and calls no compute_metrics"),
+    "batch_eval_metrics": (False, "evaluation decodes prompts and calls no compute_metrics"),
+    "eval_accumulation_steps": (None, "evaluation decodes prompts and keeps no predictions"),
+    "bf16_full_eval": (False, "evaluation decodes in the number format of the models"),
+    "fp16_full_eval": (False, "evaluation decodes in the number format of the models"),
+    "label_names": (None, "batches have the columns of `collate_sequences`"),
+}
 
 
 @dataclass
@@ -180,8 +199,10 @@ class PPOWTrainingArguments(TrainingArguments):
 
         > Parameters that control evaluation
 
-        eval_prompts (`int`, *optional*, defaults to `16`):
-            Number of held-out prompts that are decoded, `per_device_eval_batch_size` of them at once.
+        eval_prompts (`int`, *optional*):
+            Number of held-out prompts that are decoded, `per_device_eval_batch_size` of them at once. Defaults to 16,
+            or to fewer batches where these would take more than a tenth of the time that the training took to its
+            first evaluation [ours].
         eval_prompt_length (`int`, *optional*, defaults to `96`):
             Number of tokens of a prompt taken from a `text` row.
         eval_new_tokens (`int`, *optional*, defaults to `64`):
@@ -256,7 +277,13 @@ class PPOWTrainingArguments(TrainingArguments):
     )
     chunk_size: int = field(default=1024, metadata={"help": "Positions held vocabulary-wide at once."})
     verify_tokens: int = field(default=4096, metadata={"help": "Draft tokens in one packed target forward."})
-    eval_prompts: int = field(default=16, metadata={"help": "Held-out prompts decoded at each evaluation."})
+    eval_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out prompts decoded at each evaluation; by default at most 16, in a tenth of the training's "
+            "time."
+        },
+    )
     eval_prompt_length: int = field(default=96, metadata={"help": "Tokens of a prompt taken from a text row."})
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded behind each prompt."})
     calibrate_at_end: bool = field(default=True, metadata={"help": "Fit the window rule at the end."})
@@ -272,7 +299,10 @@ class PPOWTrainingArguments(TrainingArguments):
         self.dataloader_drop_last = True
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False
+        self._check_heeded()
         self._choose_best_metric()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
         super().__post_init__()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
@@ -298,6 +328,24 @@ class PPOWTrainingArguments(TrainingArguments):
             )
         if self.greater_is_better is None:
             self.greater_is_better = EVALUATION_METRICS[names[0]]
+
+    def _check_heeded(self) -> None:
+        """Raise for arguments without effect, and warn where accelerate started fewer processes than it was told."""
+        for name, (unset, reason) in UNHEEDED.items():
+            if getattr(self, name, unset) not in (unset, None):
+                raise ValueError(f"{name}: {getattr(self, name)!r} given, but {reason}. Leave it out.")
+        launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if launched.lower() != "no":
+            raise ValueError(
+                f"--dynamo_backend: {launched!r} given, but {UNHEEDED['torch_compile'][1]}. Leave it out."
+            )
+        one_of_several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
+        ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+        if one_of_several and not any(name in os.environ for name in ranks):
+            logger.warning(
+                "accelerate launch: several processes were asked for and one was started, as accelerate does without "
+                "several GPUs. Add --multi_gpu, also on a CPU, or use torchrun --nproc_per_node."
+            )
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():

@@ -17,8 +17,18 @@ from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import (
     PPOWDrafter,
 )
+from ..runtime.target_weights import target_width
 from .arguments import PPOWTrainingArguments
 from .target import FrozenTarget
+
+# Options of transformers' Trainer that have no meaning here.
+UNHEEDED = {
+    "compute_metrics": "evaluation decodes prompts with the drafter and has no predictions to hand to a function.",
+    "preprocess_logits_for_metrics": "evaluation decodes prompts with the drafter and keeps no logits.",
+    "compute_loss_func": "the loss is the objective's; choose its terms with `objective`.",
+    "model_init": "the target's own drafter is trained; pass it as `model`.",
+    "data_collator": "sequences are put together by `collate_sequences`.",
+}
 
 
 def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any) -> None:
@@ -37,7 +47,7 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
         )
     check_target(target)
     config, text = drafter.config, target.config.get_text_config()
-    width = target.get_output_embeddings().weight.shape[0]
+    width = target_width(target)
     check_width(config.vocab_size, width)
     if config.target_layer_ids and config.target_hidden_size != text.hidden_size:
         raise ValueError(
@@ -67,6 +77,13 @@ def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any)
             f"processing_class: its vocabulary ({vocabulary_fingerprint(tokenizer)}) is not the one that the drafter "
             f"was trained with ({known}). Pass the tokenizer of {config.target_name_or_path or 'its target'}."
         )
+
+
+def check_heeded(options: dict[str, Any]) -> None:
+    """Raise `ValueError` for an option of Trainer that this trainer would take and not heed."""
+    for name, reason in UNHEEDED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: {reason} Leave it out.")
 
 
 def check_token_ids(sequences: SequenceDataset, width: int) -> None:

@@ -3,25 +3,47 @@
 Knows rows, arguments and which of them the target completes; knows no drafter and no training step.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.regeneration import longest_prompt, regenerate
-from ..data.sequences import SequenceDataset, has_prompts_alone, prepare_prompts, prepare_sequences, read_rows
-from .arguments import PPOWTrainingArguments
+from ..data.sequences import (
+    SequenceDataset,
+    has_prompts_alone,
+    is_stream,
+    prepare_prompts,
+    prepare_sequences,
+    read_rows,
+    rows_of_stream,
+)
+from .arguments import EVAL_PROMPTS, PPOWTrainingArguments
 
 logger = logging.get_logger(__name__)
+
+FIRST_ROWS = 100  # of a stream, read to see how many sequences its rows give
 
 
 def training_sequences(
     source: Any, target: PreTrainedModel, tokenizer: Any, args: PPOWTrainingArguments, argument: str = "train_dataset"
 ) -> SequenceDataset:
-    """What `train_dataset` stands for: sequences as they are, or rows with completions of the target or their own."""
+    """What `train_dataset` stands for: sequences as they are, or rows with completions of the target or their own.
+
+    Of a stream, which has no length, as many rows are read as `max_steps` steps take, and shuffled as any dataset.
+    """
     if isinstance(source, SequenceDataset):
         return _checked(source, argument)
+    if is_stream(source):
+        needed = sequences_of_training(args, argument)
+
+        def sequences(rows: list[dict]) -> SequenceDataset:
+            return training_sequences(rows, target, tokenizer, args, argument)
+
+        return _read_as_needed(source, needed, lambda row: target_completes(row, args.regenerate), sequences, argument)
     rows = read_rows(source, argument)
     if not target_completes(rows[0], args.regenerate):
         return prepare_sequences(rows, tokenizer, args.max_length, packing=args.packing, argument=argument)
@@ -65,9 +87,51 @@ def target_completes(row: Mapping[str, Any], regenerate: bool | None) -> bool:
     return "messages" in row or ("prompt" in row and ("completion" in row or "text" not in row))
 
 
+def sequences_of_training(args: PPOWTrainingArguments, argument: str = "train_dataset") -> int:
+    """How many sequences all steps on all devices take; `ValueError` where `max_steps` does not tell."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"{argument}: a stream given, whose length is not known. Pass max_steps, which tells how much of it is "
+            "read, or a list of its rows."
+        )
+    batches = args.max_steps * args.gradient_accumulation_steps
+    if args.uses_rollouts:
+        batches = math.ceil(batches / args.num_iterations)
+    return batches * args.train_batch_size * args.world_size
+
+
+def _read_as_needed(
+    source: Any,
+    needed: int,
+    is_completed: Callable[[dict], bool],
+    prepare: Callable[[list[dict]], SequenceDataset],
+    argument: str,
+) -> SequenceDataset:
+    """Rows of a stream until they give `needed` sequences or it ends; one row each where the target completes them."""
+    stream = rows_of_stream(source)
+    rows = list(islice(stream, min(needed, FIRST_ROWS)))
+    if rows and is_completed(rows[0]):
+        return prepare([*rows, *islice(stream, needed - len(rows))])
+    rows += islice(stream, FIRST_ROWS - len(rows))
+    while True:
+        sequences = prepare(read_rows(rows, argument))
+        missing = needed - len(sequences)
+        more = list(islice(stream, math.ceil(1.1 * missing * len(rows) / len(sequences)))) if missing > 0 else []
+        if not more:
+            return sequences
+        rows += more
+
+
 def _evaluated(source: Any, tokenizer: Any, args: PPOWTrainingArguments, argument: str) -> SequenceDataset:
     if isinstance(source, SequenceDataset):
         return _checked(source, argument)
+    if is_stream(source):
+        needed = EVAL_PROMPTS if args.eval_prompts is None else max(args.eval_prompts, 1)
+
+        def prompts(rows: list[dict]) -> SequenceDataset:
+            return _evaluated(rows, tokenizer, args, argument)
+
+        return _read_as_needed(source, needed, lambda row: False, prompts, argument)
     rows = read_rows(source, argument)
     if target_completes(rows[0], args.regenerate) or has_prompts_alone(rows, argument):
         return prepare_prompts(rows, tokenizer, longest_prompt(args.max_length, args.max_new_tokens), argument)

@@ -4,6 +4,8 @@ Knows transformers' causal language models, caches and masks; knows nothing abou
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..runtime.draft_session import additive_mask, cache_argument
 from ..runtime.modeling_ppow import collect_target_states
+from ..runtime.target_weights import input_device, target_width
 
 
 @dataclass
@@ -38,23 +41,48 @@ class TargetEncoding:
 class FrozenTarget:
     """A target that is read and never trained. It may be quantised, sharded over devices or PEFT-wrapped.
 
+    Within [`frozen`] it is in eval mode and takes no gradients; behind it the model is as it was.
+
     Logits are computed in chunks from the last hidden state, where the target's own head gives the target's own logits
     from it (checked at the start); a target that scales or caps them has its full logits kept instead.
     """
 
     def __init__(self, model: PreTrainedModel, layer_ids: list[int] | None):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        self._is_frozen = False
         self.layer_ids = layer_ids
         self.keeps = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
         self.head = model.get_output_embeddings()
         self.forward_tokens = 0  # read by the target, or charged as such where a kept encoding spared the forward
         self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self._bytes_left = 0
-        self.head_is_plain = self._head_is_plain()
+        with self.frozen():
+            self.head_is_plain = self._head_is_plain()
         text = model.config.get_text_config()
-        self.vocab_size = self.head.weight.shape[0] if self.head is not None else text.vocab_size
+        self.vocab_size = target_width(model)
         windows = [getattr(text, "sliding_window", None)] if getattr(text, "use_sliding_window", True) else []
         self.sliding_window = next((window for window in windows if window), None)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The model in eval mode and without gradients until the end; it may be entered again inside."""
+        if self._is_frozen:
+            yield
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._is_frozen = True
+        try:
+            self.model.eval()
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            self._is_frozen = False
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module, training in modes:
+                module.training = training
 
     @torch.no_grad()
     def _head_is_plain(self) -> bool:
@@ -62,7 +90,7 @@ class FrozenTarget:
             return False
         ids = torch.tensor([[0, 1, 2]], device=self.device) % self.model.config.get_text_config().vocab_size
         outputs = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        own = self.head(outputs.hidden_states[-1].to(self.head.weight.device))
+        own = self.head(outputs.hidden_states[-1]).to(outputs.logits.device)
         if not torch.isfinite(outputs.logits).all():
             raise ValueError(
                 "target_model: its logits are not finite on the tokens 0, 1, 2. Check that its weights are whole, and "
@@ -72,7 +100,7 @@ class FrozenTarget:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     def logits(self, sources: torch.Tensor) -> torch.Tensor:
         """Sources `[..., H]` -> logits `[..., V]` in float32."""

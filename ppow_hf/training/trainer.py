@@ -30,9 +30,9 @@ from ..measure.evaluation import decode, evaluation_metrics, report
 from ..measure.plots import plot_curves
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
-from .arguments import PPOWTrainingArguments
+from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
-from .checks import check_batch, check_lengths, check_pair, check_reach, check_token_ids
+from .checks import check_batch, check_heeded, check_lengths, check_pair, check_reach, check_token_ids
 from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
@@ -60,7 +60,8 @@ class PPOWTrainer(Trainer):
 
     Args:
         model ([`PPOWDrafter`]): the drafter.
-        target_model (`PreTrainedModel`): the target; frozen. Quantised, `device_map`-sharded or PEFT-wrapped are fine.
+        target_model (`PreTrainedModel`): the target; frozen while the drafter trains, and given back as it was.
+            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
             a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
@@ -87,6 +88,7 @@ class PPOWTrainer(Trainer):
         **kwargs,
     ):
         check_pair(model, target_model, processing_class, args)
+        check_heeded(kwargs)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         self.target_model = target_model
@@ -105,7 +107,7 @@ class PPOWTrainer(Trainer):
             train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
         eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
         if train_sequences is not None:
-            check_token_ids(train_sequences, target_model.get_output_embeddings().weight.shape[0])
+            check_token_ids(train_sequences, self.target.vocab_size)
             check_lengths(train_sequences, args, model.config.context_length)
             check_batch(train_sequences, args)
         super().__init__(
@@ -123,6 +125,8 @@ class PPOWTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the loop counts them
         self.cost_ratio: float | None = args.cost_ratio
+        self.eval_prompts: int | None = args.eval_prompts  # by default chosen at the first evaluation of a training
+        self._train_began = 0.0
         self._rollouts: dict[int, Rollout] = {}
         self._micro_step = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -145,7 +149,7 @@ class PPOWTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset: None given; training needs data.")
-        with lock_folder(self.args.output_dir) if self.args.should_save else nullcontext():
+        with lock_folder(self.args.output_dir) if self.args.should_save else nullcontext(), self.target.frozen():
             return self._train_alone(resume_from_checkpoint, **kwargs)
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
@@ -158,8 +162,13 @@ class PPOWTrainer(Trainer):
         self._run_record = run_record(self.args, self.train_dataset.fingerprint)
         if resume_from_checkpoint:
             check_same_run(resume_from_checkpoint, self._run_record)
-        if resume_from_checkpoint and self.args.cost_ratio is None:
-            self.cost_ratio = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["cost_ratio"]
+        self.eval_prompts = self.args.eval_prompts
+        if resume_from_checkpoint:
+            stored = json.loads((Path(resume_from_checkpoint) / STATE).read_text())
+            if self.args.cost_ratio is None:
+                self.cost_ratio = stored["cost_ratio"]
+            if self.args.eval_prompts is None:
+                self.eval_prompts = stored.get("eval_prompts")
         by_steps = self.args.uses_rollouts and self.args.save_strategy == "steps"
         if by_steps and self.args.num_iterations > 1 and self.args.save_steps % self.args.num_iterations:
             raise ValueError(
@@ -174,8 +183,9 @@ class PPOWTrainer(Trainer):
             return result
         if result is None:
             self._measure_cost_ratio()
+            self._train_began = time.perf_counter()
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.args.calibrate_at_end and self.eval_dataset is not None and self.args.eval_prompts > 0:
+        if self.args.calibrate_at_end and self.eval_dataset is not None and self.args.eval_prompts != 0:
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
                 drafter.config.max_window = self.args.max_window
@@ -228,7 +238,8 @@ class PPOWTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
-        with self.accelerator.autocast():  # rollouts and the target too, which do not pass through the model's forward
+        # Autocast for rollouts and the target too, which do not pass through the model's forward.
+        with self.target.frozen(), self.accelerator.autocast():
             loss = self._global_loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise ValueError(
@@ -334,9 +345,40 @@ class PPOWTrainer(Trainer):
             if len(learned) and start <= 1:
                 start = max(min(self.args.eval_prompt_length, len(item["input_ids"]) - 1), 1)
             prompts.append(item["input_ids"][:start].tolist())
-            if len(prompts) == self.args.eval_prompts:
+            if len(prompts) == (EVAL_PROMPTS if self.eval_prompts is None else self.eval_prompts):
                 break
         return prompts
+
+    def _choose_eval_prompts(self, parts: dict[str, SequenceDataset]) -> None:
+        """As many whole batches as decode within a tenth of the time that the training took so far, at least one.
+
+        Chosen by the main process at a training's first evaluation and kept, so that all evaluations compare.
+        """
+        budget = EVAL_SHARE * (time.perf_counter() - self._train_began)
+        batch = self.args.per_device_eval_batch_size
+        chosen = [EVAL_PROMPTS]
+        if self.accelerator.is_main_process:
+            first = self._eval_prompts(next(iter(parts.values())))[:batch]
+            started = time.perf_counter()
+            self._decode(first)
+            seconds = (time.perf_counter() - started) * len(parts)
+            batches = int(budget / seconds) * self.args.world_size  # each process decodes some
+            chosen = [min(max(batches, 1) * batch, EVAL_PROMPTS)]
+        self.eval_prompts = broadcast_object_list(chosen)[0]
+
+    def _decode(self, prompts: list[list[int]]) -> tuple[list, list]:
+        """Outputs and traces of held-out prompts, with the drafter as it is."""
+        return decode(
+            self.target_model,
+            self.accelerator.unwrap_model(self.model).to(self.args.device),
+            prompts,
+            self.args.eval_new_tokens,
+            self.args.target_temperature,
+            self.args.seed,
+            batch_size=self.args.per_device_eval_batch_size,
+            window="fixed",
+            max_window=self.args.max_window,
+        )
 
     def _calibration_prompts(self, count: int) -> list[list[int]]:
         """The first `count` held-out prompts, of several datasets in turn."""
@@ -349,7 +391,8 @@ class PPOWTrainer(Trainer):
 
         Metrics (with the prefix): `acceptance_length`, `tokens_per_target_forward`, `wasted`, `kl`, `repeated_8grams`;
         of several datasets those of all their prompts, and each one's own (`eval_NAME_acceptance_length`).
-        `eval_prompts` prompts are taken of each. `eval_dataset` is for this call.
+        `eval_prompts` prompts are taken of each, by default as many as a tenth of the training's time allows.
+        `eval_dataset` is for this call.
         """
         given: Any = self.eval_dataset
         if eval_dataset is not None:
@@ -360,23 +403,14 @@ class PPOWTrainer(Trainer):
 
     def _evaluate_parts(self, parts: dict[str, SequenceDataset], prefix: str) -> dict[str, float]:
         started = time.perf_counter()
-        drafter = self.accelerator.unwrap_model(self.model).to(self.args.device)
         rank, world = self.args.process_index, self.args.world_size
+        if self.eval_prompts is None and self.is_in_train and self.state.global_step > 0:
+            self._choose_eval_prompts(parts)
         metrics: dict[str, float] = {}
         all_outputs: list = []
         all_traces: list = []
         for name, data in parts.items():
-            outputs, traces = decode(
-                self.target_model,
-                drafter,
-                self._eval_prompts(data)[rank::world],
-                self.args.eval_new_tokens,
-                self.args.target_temperature,
-                self.args.seed,
-                batch_size=self.args.per_device_eval_batch_size,
-                window="fixed",
-                max_window=self.args.max_window,
-            )
+            outputs, traces = self._decode(self._eval_prompts(data)[rank::world])
             if world > 1:
                 outputs, traces = gather_object(outputs), gather_object(traces)
             if name:
@@ -487,7 +521,7 @@ class PPOWTrainer(Trainer):
         if self.args.should_save:
             if moved:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            state = {"cost_ratio": self.cost_ratio, "run": self._run_record}
+            state = {"cost_ratio": self.cost_ratio, "eval_prompts": self.eval_prompts, "run": self._run_record}
             (staged / STATE).write_text(json.dumps(state, indent=1))
             seal_checkpoint(staged, final)
             shutil.rmtree(run_dir / ".staging", ignore_errors=True)

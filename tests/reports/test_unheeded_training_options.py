@@ -1,0 +1,48 @@
+"""Options of transformers' Trainer that drafters' training would take and not heed: refused by name."""
+
+import logging
+
+import pytest
+
+from ppow_hf.training import PPOWTrainingArguments
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label_smoothing_factor", 0.1), ("torch_compile", True), ("torch_compile_backend", "eager"),
+        ("prediction_loss_only", True), ("include_for_metrics", ["loss"]), ("batch_eval_metrics", True),
+        ("eval_accumulation_steps", 2), ("bf16_full_eval", True), ("label_names", ["labels"]),
+    ],
+)  # fmt: skip
+def test_an_argument_without_effect_is_refused(tmp_path, name, value):
+    """transformers: a trainer of its own loss and evaluation passes these by."""
+    with pytest.raises(ValueError, match=f"^{name}: .*Leave it out"):
+        PPOWTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_compilation_by_the_launcher_is_refused(tmp_path, monkeypatch):
+    """accelerate: `--dynamo_backend` compiles every model that is prepared."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    with pytest.raises(ValueError, match="^--dynamo_backend: 'inductor' given"):
+        PPOWTrainingArguments(str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_a_function_that_would_never_be_called_is_refused(make_trainer, name):
+    """TRL: metrics of one's own."""
+    with pytest.raises(ValueError, match=f"^{name}: .*Leave it out"):
+        make_trainer(trainer_options={name: lambda *_: {}})
+
+
+@pytest.mark.parametrize("started", [None, "2"])
+def test_one_process_of_several_that_were_asked_for_is_said(tmp_path, monkeypatch, caplog, started):
+    """accelerate: on a machine without several GPUs `--num_processes 2` starts one process."""
+    arguments = PPOWTrainingArguments(str(tmp_path), use_cpu=True)
+    for name, value in (("ACCELERATE_USE_CPU", "False"), ("MASTER_PORT", "29500"), ("OMPI_COMM_WORLD_SIZE", started)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    arguments._check_heeded()
+    assert ("one was started" in caplog.text) == (started is None)
