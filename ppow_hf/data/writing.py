@@ -139,7 +139,7 @@ class Conversation:
         chat = chat_of({"messages": asked, **self.columns}, self.number, "--prompts")
         self.prompt_ids = encode_chat(chat, tokenizer, "--prompts")
         settings = dict(chat.inputs)
-        inputs = {name: settings.pop(name) for name in ("tools", "documents") if name in settings}
+        inputs: dict[str, Any] = {name: settings.pop(name) for name in ("tools", "documents") if name in settings}
         if settings:
             inputs["chat_template_kwargs"] = settings
         return Request("", asked, self.prompt_ids, self.temperature, seed, template_inputs=inputs)

@@ -496,8 +496,9 @@ class PPOWDrafter(PreTrainedModel):
             for parameter in draft.blocks.parameters():
                 parameter.zero_()
             head = head_matrix(target)
-            for own_head in draft.lm_heads if head is not None else ():
-                own_head.weight.copy_(head.to(own_head.weight))
+            if head is not None:
+                for own_head in draft.lm_heads:
+                    own_head.weight.copy_(head.to(own_head.weight))
             return
         source = embedding_matrix(target)
         embeddings = self.get_input_embeddings().weight

@@ -59,7 +59,7 @@ def head_matrix(target: Any) -> torch.Tensor | None:
 
 def _plain_matrix(module: Any) -> torch.Tensor | None:
     """The module's `weight` if it is a loaded float matrix; kinds of tensors that only look like one are not."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if type(weight) not in (torch.Tensor, nn.Parameter) or weight.is_meta:
         return None
     return weight.detach() if weight.ndim == 2 and weight.dtype in PLAIN_DTYPES else None
