@@ -29,7 +29,7 @@ def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWD
     torch.manual_seed(seed)
     if overrides.get("draft_vocab_size"):
         overrides["token_counts"] = torch.rand(target.config.vocab_size)
-    drafter = PPOWDrafter.from_target(target, architecture, **overrides)
+    drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

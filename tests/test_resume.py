@@ -54,8 +54,9 @@ for settings in json.loads(sys.argv[1]):
     architecture, resume = settings.pop("architecture"), settings.pop("resume", False)
     evaluate = random_dataset([9, 12, 8], seed=4) if settings.pop("evaluate", False) else None
     args = PPOWTrainingArguments(use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, **settings)
+    drafter = make_drafter(target, architecture, shares_target_embeddings=architecture == "eagle")
     trainer = PPOWTrainer(
-        make_drafter(target, architecture), target, args, eval_dataset=evaluate, callbacks=[Killer()],
+        drafter, target, args, eval_dataset=evaluate, callbacks=[Killer()],
         train_dataset=random_dataset([13, 11, 15, 12, 9, 14, 10, 16, 8]),
     )
     trainer.train(resume_from_checkpoint=resume)

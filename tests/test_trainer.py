@@ -366,9 +366,10 @@ def test_bf16_autocast_trains_close_to_float32(make_trainer, architecture, objec
         assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), rel=0.05)
 
 
-def test_embeddings_of_an_eagle_drafter_are_trained_only_on_request(make_trainer):
+def test_embeddings_of_an_eagle_drafter_are_trained_only_on_request(make_trainer, make_target):
     for train_embeddings in (False, True):
-        trainer = make_trainer("eagle", "supervised", train_embeddings=train_embeddings)
+        drafter = PPOWDrafter.from_target(make_target("llama", initializer_range=0.3))
+        trainer = make_trainer("eagle", "supervised", drafter=drafter, train_embeddings=train_embeddings)
         theirs = trainer.target_model.get_input_embeddings().weight
         before = theirs.clone()
         assert trainer.model.config.shares_target_embeddings != train_embeddings
