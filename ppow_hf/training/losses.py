@@ -23,6 +23,7 @@ from .objectives import (
     sum_over_chunks,
     total_variation,
     visit_probabilities,
+    without_gradients,
 )
 from .rewards import position_advantages
 from .rollout import Rollout
@@ -85,7 +86,7 @@ def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch
     return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
 
 
-@torch.no_grad()
+@without_gradients()
 def visited_windows(
     drafter: PPOWDrafter,
     target: FrozenTarget,
@@ -257,7 +258,7 @@ def text_terms(
     return torch.stack(terms)
 
 
-@torch.no_grad()
+@without_gradients()
 def keep_rows(
     drafter: PPOWDrafter,
     target: FrozenTarget,
@@ -485,9 +486,8 @@ def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, 
 
 def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources: torch.Tensor):
     """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
-    goal, kept = target.logits(sources), drafter.kept_tokens
-    if kept is not None:
-        goal = goal[..., kept]
+    kept = drafter.kept_tokens
+    goal = target.logits(sources) if kept is None else target.kept_logits(sources, kept)
     width = min(draft.shape[-1], goal.shape[-1])
     return draft[..., :width], goal[..., :width]
 

@@ -16,6 +16,7 @@ from ..runtime.acceptance import (
     sample_from_uniform,
 )
 from ..runtime.modeling_ppow import PPOWDrafter
+from .objectives import without_gradients
 from .rewards import (
     group_advantages,
     proximity_reward,
@@ -64,7 +65,7 @@ class Rollout:
     old_log_probs: torch.Tensor | None = None
 
 
-@torch.no_grad()
+@without_gradients()
 def divergence_of_prefixes(
     drafter: PPOWDrafter, target: FrozenTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
 ) -> torch.Tensor:
@@ -102,7 +103,7 @@ def written_prefixes(inputs, first_prefix: int, window: int, context_length: int
     return whole & eligible_prefixes(written, first_prefix, window, context_length)
 
 
-@torch.no_grad()
+@without_gradients()
 def collect_rollout(
     drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive, by_text=False
 ) -> Rollout:
