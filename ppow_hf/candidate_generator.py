@@ -12,7 +12,8 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .runtime.configuration_ppow import call_settings
-from .runtime.draft_window import SessionSource, WindowDraft, draft_windows
+from .runtime.draft_session import now, to_device
+from .runtime.draft_window import SessionSource, WindowDraft, draft_windows, known_length
 from .runtime.generation import DrafterView, divergences
 from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from .runtime.rows import one_hot_scores
@@ -120,16 +121,15 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
                 candidates = self._draft(input_ids, longest, self._round)
             if self.pending is None:
                 candidates = self._look_up(candidates, room, self._round)
-        now = time.perf_counter()
-        self._round.draft_seconds = now - started
-        self._verify_from = now
+        self._verify_from = time.perf_counter()
+        self._round.draft_seconds = self._verify_from - started
         return candidates, self._draft_logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Take the target's answer: `scores` `[1, W + 1, V]`, its processed logits; `num_matches` tokens were kept."""
         this_round = self._round
         assert this_round is not None
-        this_round.accepted = min(int(num_matches), this_round.window)
+        this_round.accepted = min(int(num_matches), this_round.window)  # the device has finished when this is known
         this_round.verify_seconds = time.perf_counter() - self._verify_from
         if self._draft_logits is not None:
             verified = min(this_round.accepted + 1, this_round.window - this_round.looked_up)
@@ -198,22 +198,25 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.session.observe(unread, states, self._unread_from)
         self._unread_states, self._unread_from = [], input_ids.shape[1]
         if first_read:
-            started = time.perf_counter()  # reading the prompt is no draft step
+            started = now(self.model.device)  # reading the prompt is no draft step
+        window = WindowDraft(0, self.rule, longest, this_round)
         source = SessionSource(
             self.session,
             lambda logits: self.logits_processor(
-                torch.cat([input_ids, *source.drawn], dim=1), logits.to(input_ids.device)
+                torch.cat([input_ids, *source.computed], dim=1), logits.to(input_ids.device)
             ),
             self.do_sample,
+            ahead=known_length([window]),
         )
-        window = WindowDraft(0, self.rule, longest, this_round)
 
         def ends(token: int) -> bool:
-            return self._would_stop(torch.cat([input_ids, *source.drawn, source.token], dim=1), token)
+            if token in self.eos_token_ids or not self.other_criteria:
+                return token in self.eos_token_ids
+            return self._meets_criteria(torch.cat([input_ids, *source.drawn, source.token], dim=1))
 
         draft_windows([window], source, ends, keeps_end=False)
         if window.ended:
-            self.pending = (input_ids.shape[1] + window.length, int(source.token), source.log_probs.exp())
+            self.pending = (input_ids.shape[1] + window.length, source.draw()[0], source.log_probs.exp())
         if not first_read or source.steps > 1:
             self.rule.costs.observe_drafting(source.steps - first_read, time.perf_counter() - started)
         this_round.window = window.length
@@ -229,11 +232,12 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         """
         tokens = self.rule.look_up(this_round.draft_ids, room)
         for count, token in enumerate(tokens):
-            extended = torch.cat([ids, ids.new_tensor([[token]])], dim=-1)
-            if self._would_stop(extended, token):
+            extended = [tokens[: count + 1]]
+            if token in self.eos_token_ids or (
+                self.other_criteria and self._meets_criteria(torch.cat([ids, to_device(extended, ids.device)], dim=1))
+            ):
                 tokens = tokens[:count]
                 break
-            ids = extended
         if tokens and self.do_sample:
             looked_up = one_hot_scores(tokens, self.session.width, ids.device)[None]
             drafted = [] if self._draft_logits is None else [self._draft_logits]
@@ -241,9 +245,8 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         this_round.draft_ids += tokens
         this_round.window += len(tokens)
         this_round.looked_up = len(tokens)
-        return ids
+        return torch.cat([ids, to_device([tokens], ids.device)], dim=1) if tokens else ids
 
-    def _would_stop(self, ids: torch.Tensor, last_token: int) -> bool:
-        if last_token in self.eos_token_ids:
-            return True
+    def _meets_criteria(self, ids: torch.Tensor) -> bool:
+        """Whether any criterion but length and EOS would end the text `[1, n]`."""
         return any(bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in self.other_criteria)

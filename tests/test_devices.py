@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from slow_training import gradients, make_drafter, random_dataset, rollout_of
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppow_hf import PPOWDrafter
+from ppow_hf import PPOWDrafter, candidate_generator
+from ppow_hf.runtime import generation
+from ppow_hf.runtime.acceptance import draw_tokens, exact_dtype
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.checks import check_masks
 from ppow_hf.training.losses import paired_logits
@@ -87,3 +91,144 @@ def test_logits_of_the_draft_vocabulary_are_those_of_the_whole(make_target, fami
         drafter.set_draft_vocabulary(torch.arange(3, 51, 3))
     whole = make_drafter(target, "eagle")
     assert torch.equal(paired_logits(whole, frozen, draft, sources)[1], frozen.logits(sources)[:, :16])
+
+
+# -- decoding
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for an accelerator, a CPU being the stand-in: values that come to the host, and
+    operations whose shape or check hangs on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "multinomial", "equal", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self._lists = Lists(self)
+
+    def __enter__(self):
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        name = operation.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (arguments[1] if len(arguments) > 1 and isinstance(arguments[1], list | tuple) else ())
+        )
+        self.count += name in self.WAITING or by_mask
+        return operation(*arguments, **(options or {}))
+
+
+class Lists(TorchFunctionMode):
+    """`tolist` and `cpu`, which no operation of a CPU shows."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        self.waits.count += getattr(function, "__name__", "") in ("tolist", "cpu", "numpy")
+        return function(*arguments, **(options or {}))
+
+
+def test_what_waits_is_counted():
+    numbers = torch.tensor([3.0, 1.0, 2.0])
+    with Waits() as waits:
+        numbers.tolist(), numbers.sum().item(), bool(numbers.any()), int(numbers[0]), numbers[numbers > 1]
+        torch.multinomial(numbers, 1), numbers.nonzero(), numbers + 1, numbers.argmax()
+    assert waits.count == 7
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Waits while windows are drafted, and windows: `[[waits, draft steps of the window's longest row], ...]`."""
+    windows = []
+
+    def counting(module):
+        draft = module.draft_windows
+
+        def drafted(rows, source, *given, **options):
+            with Waits() as waits:
+                draft(rows, source, *given, **options)
+            windows.append([waits.count, max(window.record.draft_steps for window in rows)])
+
+        monkeypatch.setattr(module, "draft_windows", drafted)
+
+    counting(generation)
+    counting(candidate_generator)
+    return windows
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("path", ["loop", "assistant", "batch"])
+@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa"])
+def test_the_host_waits_once_a_token_or_once_a_fixed_window(make_target, counted, architecture, path, do_sample):
+    target = make_target("llama", initializer_range=0.3)
+    drafter = make_drafter(target, architecture, **({} if architecture != "medusa" else {"max_window": 6})).eval()
+    prompt = torch.arange(1, 9)[None].repeat(3 if path == "batch" else 1, 1)
+    for window in ("fixed", "heuristic", "kl"):
+        counted.clear()
+        view = drafter.with_settings(window=window, max_window=6, cost_ratio=0.01, lookup=False)
+        options = {"assistant_model": view} if path == "assistant" else {"custom_generate": view.generate_with()}
+        target.generate(prompt, max_new_tokens=24, do_sample=do_sample, temperature=0.5 if do_sample else None,
+                        top_k=0 if do_sample else None, **options)  # fmt: skip
+        assert counted and max(steps for _, steps in counted) > 1
+        for waits, steps in counted:
+            assert waits == (steps if window == "kl" else 1)
+
+
+def test_a_round_of_one_text_waits_three_times_beside_its_window(make_target):
+    target = make_target("llama", initializer_range=0.3)
+    drafter = make_drafter(target, "eagle").eval()
+    prompt = torch.arange(1, 9)[None]
+    waits = {}
+    for tokens in (24, 72):
+        decoding = drafter.generate_with(window="fixed", max_window=4)
+        with Waits() as counted:
+            target.generate(prompt, max_new_tokens=tokens, do_sample=False, custom_generate=decoding)
+        waits[tokens] = counted.count, len(decoding.last_trace.rounds)
+    (few, few_rounds), (many, many_rounds) = waits.values()
+    assert many - few == 3 * (many_rounds - few_rounds)  # the window, the verdict, the divergences
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("path", ["loop", "assistant"])
+def test_a_fixed_window_that_is_read_at_its_end_stops_at_an_end_of_text(make_target, path, do_sample):
+    target = make_target("llama", vocab_size=12, hidden_size=16, num_layers=2, initializer_range=0.4)
+    drafter = PPOWDrafter.from_target(target, "standalone", num_hidden_layers=2).eval()
+    drafter.draft_model.model.load_state_dict(target.state_dict())
+    prompt, eos = torch.tensor([[3, 1, 4]]), [5, 7]
+    view = drafter.with_settings(window="fixed", max_window=8)
+    options = {"assistant_model": view} if path == "assistant" else {"custom_generate": view.generate_with()}
+    torch.manual_seed(0)
+    output = target.generate(
+        prompt, max_new_tokens=60, do_sample=do_sample, eos_token_id=eos, pad_token_id=0, **options
+    )
+    if not do_sample:
+        plain = target.generate(prompt, max_new_tokens=60, do_sample=False, eos_token_id=eos, pad_token_id=0)
+        assert output.tolist() == plain.tolist()
+    new = output[0, 3:].tolist()
+    assert not set(new[:-1]) & set(eos)
+    for record in view.last_trace.rounds if path == "assistant" else options["custom_generate"].last_trace.rounds:
+        assert not set(record.draft_ids[:-1]) & set(eos)
+        assert len(record.draft_ids) == record.window == len(record.features)
+
+
+def test_drawing_without_a_wait_is_what_multinomial_draws():
+    probs = torch.randn(4, 50).softmax(-1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = torch.multinomial(probs, 1)
+        torch.manual_seed(seed)
+        assert torch.equal(draw_tokens(probs), expected)
+
+
+def test_random_numbers_are_float64_wherever_a_device_has_it():
+    assert exact_dtype(torch.device("mps")) == torch.float32
+    assert exact_dtype(torch.device("cpu")) == exact_dtype(torch.device("cuda")) == torch.float64

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ..runtime.acceptance import greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
+from ..runtime.acceptance import exact_dtype, greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
 from ..runtime.compatibility import common_context_length, target_width
 from ..runtime.draft_session import cache_argument
 from ..runtime.draft_window import SessionSource, WindowDraft, draft_windows
@@ -222,7 +222,8 @@ class FixedShadow:
         return torch.cat(rows)
 
     def _accepted_sampled(self, drafts: list[int], draft_probs: list[torch.Tensor], scores: torch.Tensor) -> int:
-        uniforms = torch.rand(len(drafts) + 1, generator=self.generator, dtype=torch.float64).to(scores.device)
+        dtype = exact_dtype(scores.device)
+        uniforms = torch.rand(len(drafts) + 1, generator=self.generator, dtype=dtype).to(scores.device)
         counts, _ = rejection_sample_chain(
             torch.tensor(drafts, device=scores.device),
             torch.stack(draft_probs).to(scores.device),
@@ -261,11 +262,11 @@ class SeededSource(SessionSource):
 
     generator: torch.Generator
 
-    def _draw(self) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, log_probs: torch.Tensor, looked: torch.Tensor | None) -> torch.Tensor:
         if not self.do_sample:
-            return super()._draw()
-        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(self.scores.device)
-        return sample_from_uniform(self.scores.softmax(-1), uniform)[:, None]
+            return super()._draw(scores, log_probs, looked)
+        uniform = torch.rand(1, generator=self.generator, dtype=exact_dtype(scores.device)).to(scores.device)
+        return sample_from_uniform(scores.softmax(-1), uniform)[:, None]
 
 
 class _Stopped(Exception):
@@ -408,6 +409,6 @@ class Run:
         criteria = StoppingCriteriaList([_StopWhen(self._deadline, self._left)])
         started = time.perf_counter()
         output = self.target.generate(inputs, stopping_criteria=criteria, **options)
-        self.result.plain_seconds = time.perf_counter() - started
         self.result.plain_ids = output[0, inputs.shape[1] :].tolist()
+        self.result.plain_seconds = time.perf_counter() - started  # the tokens are here: the device has finished
         self.result.plain_finished = time.perf_counter() < self._deadline and not self._left.is_set()

@@ -1,10 +1,9 @@
-"""What drafting and verifying cost on this machine, and the clock and checks that measurements share.
+"""What drafting and verifying cost on this machine, and the checks that measurements share.
 
-Knows generation's parts and clocks; knows nothing about whole calls or how results are shown.
+Knows generation's parts; knows nothing about whole calls or how results are shown.
 """
 
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ..runtime.compatibility import target_width
-from ..runtime.draft_session import cache_argument
+from ..runtime.draft_session import cache_argument, now
 from ..runtime.generation import DrafterView
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 
@@ -111,13 +110,7 @@ def measure_costs(
     return Costs(draft_step, one_token, draft_step / one_token, max(slope, 0.0))
 
 
-# -- checks and clocks
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+# -- checks
 
 
 def with_progress(prompts: Sequence[torch.Tensor], description: str) -> Iterable[torch.Tensor]:

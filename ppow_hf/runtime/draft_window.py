@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .acceptance import likeliest_tokens
+from .acceptance import draw_tokens, likeliest_tokens
 from .trace import RoundTrace
-from .windowing import KLAdaptiveWindow, WindowRule
+from .windowing import FixedWindow, KLAdaptiveWindow, WindowRule
 
 
 class Sight(NamedTuple):
@@ -30,8 +30,8 @@ class DraftSource(Protocol):
     def look(self) -> list[Sight] | None:
         """Each row's distribution at the next position; `None` where no rule needs to see it."""
 
-    def draw(self) -> list[int] | None:
-        """Each row's token from the distribution last looked at; `None` where it stays on the device."""
+    def draw(self) -> list[int]:
+        """Each row's token from the distribution last looked at."""
 
     def keep(self) -> None:
         """The token last drawn became part of some row's window."""
@@ -49,7 +49,7 @@ class WindowDraft:
         rule ([`WindowRule`]): decides how far it goes.
         limit (`int`): most tokens; 0 drafts nothing.
         record ([`RoundTrace`]): gets draft steps, tokens, features and estimated acceptances.
-        length (`int`): tokens drafted; `record.draft_ids` may stay empty, where tokens stay on the device.
+        length (`int`): tokens drafted.
         ended (`bool`): whether the token drawn last ends the text.
     """
 
@@ -72,13 +72,12 @@ class WindowDraft:
         self.features = self.rule.describe(*sight, self.record.draft_ids)
         return self.rule.include(self.length, self.features)
 
-    def add(self, tokens: list[int] | None, ends: Callable[[int], bool], keeps_end: bool) -> bool:
+    def add(self, tokens: list[int], ends: Callable[[int], bool], keeps_end: bool) -> bool:
         """Take the drawn token; `False` where it ends the text and is left out."""
-        if tokens is not None:
-            self.ended = ends(tokens[self.row])
-            if self.ended and not keeps_end:
-                return False
-            self.record.draft_ids.append(tokens[self.row])
+        self.ended = ends(tokens[self.row])
+        if self.ended and not keeps_end:
+            return False
+        self.record.draft_ids.append(tokens[self.row])
         if self.features is not None:
             self.record.features.append(self.features)
             if isinstance(self.rule, KLAdaptiveWindow):
@@ -91,6 +90,12 @@ class WindowDraft:
         if self.ended or self.length >= self.limit or not self.rule.go_on(self.length):
             return False
         return not self.rule.prefers_text(self.record.draft_ids)
+
+
+def known_length(windows: Sequence[WindowDraft]) -> int:
+    """Positions that will be drafted whatever is drawn: the longest window of fixed rules, 1 with any other rule."""
+    fixed = all(isinstance(w.rule, FixedWindow) and not isinstance(w.rule, KLAdaptiveWindow) for w in windows)
+    return max(window.limit for window in windows) if fixed else 1
 
 
 def draft_windows(
@@ -123,19 +128,21 @@ def draft_windows(
 class SessionSource:
     """The distributions of a drafter's session, behind everything that it has observed.
 
+    Each position is drawn from as it is computed, and what the host needs of it comes in one transfer: one wait for
+    the device a token, or one for the first `ahead` tokens. [`draft_windows`] drops what the rules do not take.
+
     Args:
         session ([`DraftSession`]): the drafter's side of the call.
         process (`Callable`): draft logits `[B, V]` in float32 -> the scores `[B, V]` that are drawn from.
         do_sample (`bool`): draw from the scores, or take their likeliest token.
         looks (`bool`, *optional*, defaults to `True`): whether any rule needs to see the distributions.
-        reads_tokens (`bool`, *optional*, defaults to `True`): whether tokens come to the host without a look.
-        draws_ahead (`bool`, *optional*, defaults to `False`):
-            Draw before the rules are asked, so that one wait for the device brings both. [`draft_windows`] drops the
-            token where a rule says no.
+        ahead (`int`, *optional*, defaults to 1):
+            Positions computed before the host waits: the window, where its length does not hang on what is drawn.
 
     Attributes:
+        computed (`list[torch.Tensor]`): tokens `[B, 1]` of the positions so far, the current one too once it is drawn.
         drawn, kept_scores (`list[torch.Tensor]`): of each position of the windows, `[B, 1]` and `[B, V]`.
-        steps (`int`): distributions computed.
+        token, scores, log_probs (`torch.Tensor`): of the position last looked at, `[B, 1]`, `[B, V]` and `[B, V]`.
     """
 
     def __init__(
@@ -144,48 +151,59 @@ class SessionSource:
         process: Callable[[torch.Tensor], torch.Tensor],
         do_sample: bool,
         looks: bool = True,
-        reads_tokens: bool = True,
-        draws_ahead: bool = False,
+        ahead: int = 1,
     ):
-        self.session, self.process, self.do_sample = session, process, do_sample
-        self.looks, self.reads_tokens, self.draws_ahead = looks, reads_tokens, draws_ahead
+        self.session, self.process, self.do_sample, self.looks, self.ahead = session, process, do_sample, looks, ahead
+        self.computed: list[torch.Tensor] = []
         self.drawn: list[torch.Tensor] = []
         self.kept_scores: list[torch.Tensor] = []
-        self.steps = 1
         self._logits = session.first_logits()
+        self._scores: list[tuple[torch.Tensor, torch.Tensor]] = []  # and log_probs, of each computed position
+        self._seen: list[list[list[float]]] = []  # of each: its rows' sights, if looked at, and tokens
+        self._place = 0
+
+    @property
+    def steps(self) -> int:
+        """Distributions computed."""
+        return len(self.computed)
 
     def look(self) -> list[Sight] | None:
-        self.scores = self.process(self._logits.float())
-        self.log_probs = self.scores.log_softmax(-1)
-        self._looked = likeliest_tokens(self.log_probs) if self.looks else None
-        self._tokens: list[int] | None = None
-        if self._looked is None:
+        if self._place == len(self._seen):
+            self._compute(1 if self._seen else self.ahead)
+        self.token, (self.scores, self.log_probs) = self.computed[self._place], self._scores[self._place]
+        if not self.looks:
             return None
-        if not self.draws_ahead:
-            return [Sight(first, second, doubt, int(id)) for first, second, doubt, id in self._looked.tolist()]
-        self.token = self._draw()
-        rows = torch.cat([self._looked, self.token.to(self._looked)], dim=-1).tolist()
-        self._tokens = [int(row[4]) for row in rows]
+        rows = self._seen[self._place]
         return [Sight(first, second, doubt, int(id)) for first, second, doubt, id, _ in rows]
 
-    def draw(self) -> list[int] | None:
-        if self._tokens is None:
-            self.token = self._draw()
-            if self.looks or self.reads_tokens:
-                self._tokens = self.token[:, 0].tolist()
-        return self._tokens
+    def draw(self) -> list[int]:
+        return [int(row[-1]) for row in self._seen[self._place]]
 
     def keep(self) -> None:
         self.drawn.append(self.token)
         self.kept_scores.append(self.scores)
 
     def advance(self) -> None:
-        token = self.token.to(self._logits.device)
-        self._logits = self.session.next_logits(token, len(self.drawn) - 1)
-        self.steps += 1
+        self._place += 1
 
-    def _draw(self) -> torch.Tensor:
+    def _compute(self, count: int) -> None:
+        """The next `count` positions."""
+        shown = []
+        for _ in range(count):
+            if self.computed:
+                token = self.computed[-1].to(self._logits.device)
+                self._logits = self.session.next_logits(token, len(self.computed) - 1)
+            scores = self.process(self._logits.float())
+            log_probs = scores.log_softmax(-1)
+            looked = likeliest_tokens(log_probs) if self.looks else None
+            token = self._draw(scores, log_probs, looked)
+            shown.append(token if looked is None else torch.cat([looked, token.to(looked)], dim=-1))
+            self.computed.append(token)
+            self._scores.append((scores, log_probs))
+        self._seen += torch.stack(shown).tolist()
+
+    def _draw(self, scores: torch.Tensor, log_probs: torch.Tensor, looked: torch.Tensor | None) -> torch.Tensor:
         """Tokens `[B, 1]`."""
         if self.do_sample:
-            return torch.multinomial(self.log_probs.exp().nan_to_num(1.0), 1)
-        return self.scores.argmax(-1, True) if self._looked is None else self._looked[:, 3:].long()
+            return draw_tokens(log_probs.exp().nan_to_num(1.0))
+        return scores.argmax(-1, True) if looked is None else looked[:, 3:].long()

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from .acceptance import (
+    exact_dtype,
     greedy_accepted_counts,
     greedy_accepted_path,
     kl_divergence,
@@ -21,8 +22,8 @@ from .acceptance import (
 )
 from .compatibility import check_call, check_processors, common_context_length, target_width
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
-from .draft_session import UnreadTokens
-from .draft_window import SessionSource, WindowDraft, draft_windows
+from .draft_session import UnreadTokens, now, to_device
+from .draft_window import SessionSource, WindowDraft, draft_windows, known_length
 from .rows import Endings, Row, ScoreProcessing, append_looked_up, visible_tokens
 from .target_session import COMPACT_AT, TargetSession
 from .trace import GenerationTrace, RoundTrace
@@ -270,8 +271,9 @@ class SpeculativeCall:
         logits, states = self.target.read_prompt(self.input_ids)
         scores = self.process(logits, self.rows, lambda i, t: [])
         tokens = self._choose(scores)
-        seconds = time.perf_counter() - started
-        for i, (row, token) in enumerate(zip(self.rows, tokens[:, 0].tolist(), strict=True)):
+        first_tokens = tokens[:, 0].tolist()
+        seconds = time.perf_counter() - started  # read when the device has finished, here as behind a window
+        for i, (row, token) in enumerate(zip(self.rows, first_tokens, strict=True)):
             row.trace.rounds.append(RoundTrace(0, 0, [], verify_seconds=seconds))
             self._commit(row, [token], logits[i], scores[i])
         first, past = self.view.drafter.draft_model.first_prefix, self.target.past
@@ -306,10 +308,10 @@ class SpeculativeCall:
             kept[i] = min(kept[i], count - 1)  # behind a row's end nothing is read any more
             committed.append(tokens[: kept[i] + 1])
         most = max(kept)
-        counts = torch.tensor(kept, device=self.input_ids.device)
+        counts = to_device(kept, self.input_ids.device)
         self.target.keep(verdict.columns, counts, most)
         read = [tokens + [0] * (most + 1 - len(tokens)) for tokens in committed]
-        self.unread.add(torch.tensor(read, device=self.input_ids.device), verdict.states, counts, most)
+        self.unread.add(to_device(read, self.input_ids.device), verdict.states, counts, most)
         records = [row.trace.rounds[-1] for row in self.rows]
         self._drop_finished()
         seconds = time.perf_counter() - started
@@ -331,7 +333,7 @@ class SpeculativeCall:
             return
         if len(staying) < len(self.rows):
             self.rows = [self.rows[i] for i in staying]
-            rows = torch.tensor(staying, device=self.input_ids.device)
+            rows = to_device(staying, self.input_ids.device)
             self.target.keep_rows(rows)
             if not self.session.is_empty:
                 self.session.keep_rows(rows.to(self.view.drafter.device))
@@ -358,9 +360,9 @@ class SpeculativeCall:
         window = draft_ids.shape[1]
         drafted = time.perf_counter()
 
-        last = torch.tensor([[row.ids[-1]] for row in self.rows], device=device)
+        last = to_device([[row.ids[-1]] for row in self.rows], device)
         logits, states = self.target.read_window(torch.cat([last, draft_ids], dim=1), valid)
-        drafts = draft_ids.tolist()
+        drafts = [row.trace.rounds[-1].draft_ids for row in self.rows]
         scores = self.process(logits, self.rows, lambda i, t: drafts[i][:t])
         if self.do_sample:
             counts, following = self._verify_sampled(draft_ids, draft_scores, scores, valid)
@@ -369,13 +371,12 @@ class SpeculativeCall:
             counts = greedy_accepted_counts(draft_ids, choices[:, :window], valid)
             following = choices.gather(1, counts[:, None])[:, 0]
         divergences = self._divergences(scores, own_scores)
-        kept, nexts = counts.tolist(), following.tolist()
+        kept, nexts = torch.stack([counts, following]).tolist()
         verified = time.perf_counter()
 
-        own_windows = valid.sum(1).tolist()
         for i, row in enumerate(self.rows):
             record = row.trace.rounds[-1]
-            record.window, record.accepted, record.draft_ids = own_windows[i], kept[i], drafts[i][: own_windows[i]]
+            record.window, record.accepted = len(drafts[i]), kept[i]
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             own_tokens = record.window - record.looked_up
             own_kept = min(kept[i], own_tokens)
@@ -392,7 +393,7 @@ class SpeculativeCall:
         first_read = self.session.is_empty
         self.unread.read(self.session)
         if first_read:
-            started = time.perf_counter()  # reading the prompt is no draft step
+            started = now(self.view.drafter.device)  # reading the prompt is no draft step
         batch, device = len(self.rows), self.input_ids.device
         records = [row.trace.rounds[-1] for row in self.rows]
         windows = [WindowDraft(i, row.rule, row.limit, records[i]) for i, row in enumerate(self.rows)]
@@ -403,15 +404,14 @@ class SpeculativeCall:
             ],
             self.do_sample,
             looks=any(type(row.rule) is not FixedWindow for row in self.rows) or self.view.record,
-            reads_tokens=not self.process.memoryless,
-            draws_ahead=True,
+            ahead=known_length(windows) if self.process.memoryless else 1,
         )
         draft_windows(windows, source, self.endings.eos.__contains__)
         if not first_read or source.steps > 1:
             self.costs.observe_drafting(source.steps - first_read, time.perf_counter() - started)
         if not source.drawn:
             return self.input_ids.new_zeros(batch, 0), [], torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        lengths = torch.tensor([window.length for window in windows], device=device)
+        lengths = to_device([window.length for window in windows], device)
         valid = torch.arange(len(source.drawn), device=device) < lengths[:, None]
         return torch.cat(source.drawn, dim=1), source.kept_scores, valid
 
@@ -426,7 +426,7 @@ class SpeculativeCall:
         draft_probs = (
             torch.stack(draft_scores, dim=1).softmax(-1) if window else scores.new_zeros(batch, 0, scores.shape[-1])
         )
-        uniforms = torch.rand(batch, window + 1, device=scores.device, dtype=torch.float64)
+        uniforms = torch.rand(batch, window + 1, device=scores.device, dtype=exact_dtype(scores.device))
         return rejection_sample_chain(
             draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], valid
         )
@@ -444,7 +444,7 @@ class SpeculativeCall:
         device = self.input_ids.device
         first_read = self.session.is_empty
         self.unread.read(self.session)
-        begun = time.perf_counter() if first_read else started  # reading the prompt is no draft step
+        begun = now(self.view.drafter.device) if first_read else started  # reading the prompt is no draft step
         grown = grow_trees(
             self.session,
             rules,
@@ -466,8 +466,8 @@ class SpeculativeCall:
         if self.do_sample:
             verdicts = sampled_paths(grown, tokens, scores)
         else:
-            choices = scores.argmax(-1)
-            verdicts = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
+            found = torch.stack([tokens, scores.argmax(-1)]).cpu()  # one wait, and the paths on the host
+            verdicts = [greedy_path(tree, found[0, i], found[1, i]) for i, tree in enumerate(trees)]
         kls = [self._path_divergences(grown, i, path, scores[i]) for i, (path, _) in enumerate(verdicts)]
         verified = time.perf_counter()
 
@@ -486,7 +486,7 @@ class SpeculativeCall:
         # As chains: the accepted path stands for its row, in the caches too.
         most = max(len(path) for path, _ in verdicts)
         padded = [[*path, *range(len(path), most)] for path, _ in verdicts]
-        paths = torch.tensor(padded, dtype=torch.long, device=device).view(len(trees), most)
+        paths = to_device(padded, device).view(len(trees), most)
         self.target.gather_paths(tokens.shape[1] - 1, paths)
         order = torch.nn.functional.pad(paths + 1, (1, 0))  # [B, most + 1], the last committed token first
         if states is not None:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation import logits_process as processors
 
+from .draft_session import to_device
 from .trace import GenerationTrace
 from .windowing import WindowRule
 
@@ -206,7 +207,7 @@ def _by_token(rows: Sequence[list[torch.Tensor]], longest: int) -> tuple[torch.T
 def one_hot_scores(tokens: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
     """Scores `[n, V]` of distributions that are certain of one token each: tokens looked up, not drawn."""
     scores = torch.full((len(tokens), width), -torch.inf, device=device)
-    return scores.scatter(1, torch.tensor(tokens, dtype=torch.long, device=device)[:, None], 0.0)
+    return scores.scatter(1, to_device(tokens, device)[:, None], 0.0)
 
 
 def append_looked_up(
@@ -226,11 +227,11 @@ def append_looked_up(
             V, where the drafts will be verified by their distributions: a looked-up token's is certain of it. Whether
             a token is looked up follows from the tokens before it, so that the output stays distributed as P.
 
-    Returns the three with the looked-up tokens (without `width` the scores are the drafter's); the rows' records say
-    how many there are.
+    Returns the three with the looked-up tokens (without `width` the scores are the drafter's); the rows' records get
+    the tokens, and say how many there are.
     """
-    own = valid.sum(1).tolist()
-    drafts = [ids[:count] for ids, count in zip(draft_ids.tolist(), own, strict=True)]
+    drafts = [row.trace.rounds[-1].draft_ids for row in rows]
+    own = [len(draft) for draft in drafts]
     for row, draft in zip(rows, drafts, strict=True):
         ended = bool(draft) and draft[-1] in eos
         for token in [] if ended else row.rule.look_up(draft, row.room):
@@ -249,8 +250,8 @@ def append_looked_up(
         for i, draft in enumerate(drafts):
             for place, scores in enumerate(one_hot_scores(draft[own[i] :], width, device), start=own[i]):
                 draft_scores[place][i] = scores
-    padded = torch.tensor([draft + [0] * (window - len(draft)) for draft in drafts], device=device)
-    return padded, draft_scores, torch.arange(window, device=device) < torch.tensor(lengths, device=device)[:, None]
+    padded = to_device([draft + [0] * (window - len(draft)) for draft in drafts], device)
+    return padded, draft_scores, torch.arange(window, device=device) < to_device(lengths, device)[:, None]
 
 
 def visible_tokens(input_ids: torch.Tensor, mask: torch.Tensor | None, left_out: int | None) -> torch.Tensor:

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from .acceptance import entropy, rejection_sample_distinct_trees
+from .acceptance import entropy, exact_dtype, rejection_sample_distinct_trees
+from .draft_session import to_device
 from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
@@ -227,7 +228,7 @@ def grow_trees(
         for i, rule in enumerate(rules):
             tree, offers = trees[i], []
             for place, node in enumerate(frontiers_before[i]):
-                (first, second), likeliest = highest[i][place], int(modes[i][place])
+                (first, second), likeliest = highest[i][place], modes[i][place]
                 if not first > 0:  # NaN: nothing to draw from
                     continue
                 features = rule.rule.describe(first, second, entropies[i][place], likeliest, tree.path_tokens(node))
@@ -261,14 +262,14 @@ def grow_trees(
                 columns[i][node] = [*before, past + place]
         device = logits.device
         logits = session.tree_logits(
-            torch.tensor(tokens, device=device), torch.tensor(parents, device=device), seen.to(device), level
+            to_device(tokens, device), to_device(parents, device), seen.to(device, non_blocking=True), level
         )
         past, level = past + width, level + 1
     return GrownTrees([tree.pruned(rule.nodes) for tree, rule in zip(trees, rules, strict=True)], level_scores)
 
 
 def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> tuple[list, list, list, list, list]:
-    """What scores `[B, k, V]` offer, as nested lists.
+    """What scores `[B, k, V]` offer, as nested lists that come in one transfer (token ids are exact below 2^24).
 
     The two highest probabilities `[B, k, 2]`, the likeliest token and the entropy in nats `[B, k]`; then b candidates
     and their probabilities `[B, k, b]`: the most probable ones, or drawn without replacement, in the order of drawing.
@@ -277,13 +278,21 @@ def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> tuple[li
     probs = log_probs.exp()
     count = min(branches, probs.shape[-1])
     top = probs.topk(max(count, 2))
-    seen = top.values[..., :2].tolist(), top.indices[..., 0].tolist(), entropy(log_probs).tolist()
-    if not sampling:
-        return *seen, top.indices[..., :count].tolist(), top.values[..., :count].tolist()
-    # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.
-    race = probs.nan_to_num(0.0) / torch.empty_like(probs).exponential_()
-    drawn = race.topk(count).indices
-    return *seen, drawn.tolist(), probs.gather(-1, drawn).tolist()
+    drawn, drawn_probs = top.indices[..., :count], top.values[..., :count]
+    if sampling:
+        # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.
+        race = probs.nan_to_num(0.0) / torch.empty_like(probs).exponential_()
+        drawn = race.topk(count).indices
+        drawn_probs = probs.gather(-1, drawn)
+    parts = [top.values[..., :2], top.indices[..., :1], entropy(log_probs)[..., None], drawn, drawn_probs]
+    table = torch.cat([part.to(probs) for part in parts], dim=-1).tolist()
+    return (
+        [[places[:2] for places in row] for row in table],
+        [[int(places[2]) for places in row] for row in table],
+        [[places[3] for places in row] for row in table],
+        [[[int(token) for token in places[4 : 4 + count]] for places in row] for row in table],
+        [[places[4 + count :] for places in row] for row in table],
+    )
 
 
 def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torch.device):
@@ -304,7 +313,7 @@ def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torc
         for node, parent in enumerate(tree.parents):
             seen[i, node + 1] |= seen[i, parent + 1]
     seen[:, :, 0] |= (torch.arange(size) == 0) | (torch.tensor(depths) > 0)
-    return torch.tensor(tokens, device=device), torch.tensor(depths, device=device), seen.to(device)
+    return to_device(tokens, device), to_device(depths, device), seen.to(device, non_blocking=True)
 
 
 def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor) -> list[tuple[list[int], int]]:
@@ -317,12 +326,12 @@ def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor)
     for tree in grown.trees:
         parents.append(tree.parents + [NO_NODE] * (size - 1 - len(tree.parents)))
         places.append([tree.expanded.get(node, (0, 0))[1] for node in range(CONTEXT, size - 1)])
-    uniforms = torch.rand(batch, size, device=device, dtype=torch.float64)
+    uniforms = torch.rand(batch, size, device=device, dtype=exact_dtype(device))
     paths, counts, following = rejection_sample_distinct_trees(
         tokens[:, 1:],
-        torch.tensor(parents, dtype=torch.long, device=device).view(batch, size - 1),
+        to_device(parents, device).view(batch, size - 1),
         grown.level_scores,
-        torch.tensor(places, device=device),
+        to_device(places, device),
         scores,
         uniforms[:, 1:],
         uniforms[:, 0],
