@@ -1,6 +1,9 @@
 """What accelerators meet first, as far as a machine without one can show it; the rest is in tests/gpu."""
 
 import copy
+import json
+import multiprocessing
+import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppow_hf import PPOWDrafter, candidate_generator
+from ppow_hf.publish.hub import repository_files
 from ppow_hf.runtime import generation
 from ppow_hf.runtime.acceptance import draw_tokens, exact_dtype
+from ppow_hf.studies.configuration import append_result, read_results
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.checks import check_masks
 from ppow_hf.training.losses import paired_logits
@@ -232,3 +237,54 @@ def test_drawing_without_a_wait_is_what_multinomial_draws():
 def test_random_numbers_are_float64_wherever_a_device_has_it():
     assert exact_dtype(torch.device("mps")) == torch.float32
     assert exact_dtype(torch.device("cpu")) == exact_dtype(torch.device("cuda")) == torch.float64
+
+
+# -- files that others change
+
+
+def append_many(path, name):
+    for number in range(50):
+        append_result(path, {"name": name, "number": number, "padding": "x" * 3000})
+
+
+def test_processes_that_append_to_one_results_file_lose_no_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"name": "whole"}\n{"name": "cut')
+    workers = [multiprocessing.get_context("fork").Process(target=append_many, args=(path, name)) for name in "ab"]
+    for worker in workers:
+        worker.start()
+    before = 0
+    while any(worker.is_alive() for worker in workers):
+        before = max(before, len(read_results(path)))  # reading meanwhile takes nothing away
+    for worker in workers:
+        worker.join()
+    lines = read_results(path)
+    assert len(lines) == 101 >= before and lines[0] == {"name": "whole"}
+    assert sorted((line["name"], line["number"]) for line in lines[1:]) == [(n, i) for n in "ab" for i in range(50)]
+
+
+def test_published_code_runs_as_it_was_pushed_or_not_at_all(tmp_path, make_target, monkeypatch):
+    make_drafter(make_target("llama"), "eagle").save_pretrained(tmp_path / "drafter")
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    for name, content in repository_files(tmp_path / "drafter", "user/name").items():
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    asked = []
+
+    def cached_file(repository, name, revision=None, **options):
+        asked.append((repository, revision))
+        return str(snapshot / name)
+
+    script = runpy.run_path(str(snapshot / "custom_generate" / "generate.py"))
+    pinned_commit = script["pinned_commit"]
+    monkeypatch.setitem(pinned_commit.__globals__, "cached_file", cached_file)
+    assert pinned_commit() == "a" * 40
+    assert asked[0] == ("user/name", "main") and set(asked[1:]) == {("user/name", "a" * 40)}  # all of one commit
+    config = json.loads((snapshot / "config.json").read_text())
+    changed = {**config, "auto_map": {"AutoModel": "somebody/else--modeling.Drafter"}}
+    (snapshot / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="code of another repository.*revision="):
+        pinned_commit()
+    (snapshot / "windowing.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="windowing.py of user/name is not the one that was pushed.*revision="):
+        pinned_commit()

@@ -181,7 +181,7 @@ def draw_tokens(probs: Tensor) -> Tensor:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Of random numbers that tell rare tokens of a large vocabulary apart: float64, on MPS float32 (it has no more)."""
+    """Of random numbers that tell rare tokens of a large vocabulary apart: float64, or on MPS float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
