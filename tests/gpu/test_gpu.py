@@ -22,14 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
 TEXT = "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self."
+WAYS = [{"window": "fixed"}, {"window": "kl"}, {"window": "kl", "tree_nodes": 8}]
 OBJECTIVES = ["supervised", "ppow", "expected_length"]
-
-
-@pytest.fixture(scope="module")
-def table():
-    rows = [("device", torch.cuda.get_device_name()), ("torch", torch.__version__)]
-    yield rows
-    print("\n" + "\n".join(f"{name:<58} {value}" for name, value in rows))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +34,9 @@ def loaded(table):
     prompt = tokenizer(TEXT, return_tensors="pt", return_token_type_ids=False)["input_ids"].to("cuda")
     started = now(target.device)
     target.generate(prompt, max_new_tokens=32, do_sample=False)
-    load_drafter("tiny-eagle").start_session()
-    table.append(("warm-up: 32 tokens, s", f"{now(target.device) - started:.2f}"))
+    decode(target, prompt, load_drafter("tiny-eagle"), "loop", window="kl")
+    table += [("device", torch.cuda.get_device_name()), ("torch", torch.__version__)]
+    table.append(("warm-up, s", f"{now(target.device) - started:.2f}"))
     return target, tokenizer, prompt
 
 
