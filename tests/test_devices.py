@@ -184,7 +184,7 @@ def test_the_host_waits_once_a_token_or_once_a_fixed_window(make_target, counted
             assert waits == (steps if window == "kl" else 1)
 
 
-def test_a_round_of_one_text_waits_three_times_beside_its_window(make_target):
+def test_a_round_of_one_text_waits_four_times(make_target):
     target = make_target("llama", initializer_range=0.3)
     drafter = make_drafter(target, "eagle").eval()
     prompt = torch.arange(1, 9)[None]
@@ -195,7 +195,7 @@ def test_a_round_of_one_text_waits_three_times_beside_its_window(make_target):
             target.generate(prompt, max_new_tokens=tokens, do_sample=False, custom_generate=decoding)
         waits[tokens] = counted.count, len(decoding.last_trace.rounds)
     (few, few_rounds), (many, many_rounds) = waits.values()
-    assert many - few == 3 * (many_rounds - few_rounds)  # the window, the verdict, the divergences
+    assert many - few == 4 * (many_rounds - few_rounds)  # window, verdict, the support of P and Q, divergences
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
