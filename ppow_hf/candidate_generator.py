@@ -17,6 +17,7 @@ from .runtime.draft_session import UnreadTokens
 from .runtime.draft_window import (
     Window,
     draw_tokens,
+    known_length,
     learn_from_verdict,
     read_and_draft,
     record_costs,
@@ -24,7 +25,7 @@ from .runtime.draft_window import (
 )
 from .runtime.generation import DrafterView, divergences
 from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
-from .runtime.rows import StopConditions, behind
+from .runtime.rows import MEMORYLESS, StopConditions, behind
 from .runtime.target_session import unread_prompt
 from .runtime.trace import GenerationTrace, RoundTrace
 from .runtime.windowing import make_costs, make_window_rule
@@ -125,7 +126,9 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         if window.limit > 0:
             assert self._unread is not None
             draw = draw_tokens if self.do_sample else None
-            drafted = read_and_draft(self._unread, self.session, [window], self.rule.costs, process, draw)
+            memoryless = all(type(processor) in MEMORYLESS for processor in self.logits_processor)
+            ahead = known_length([window]) if memoryless and not self.do_sample else 1
+            drafted = read_and_draft(self._unread, self.session, [window], self.rule.costs, process, draw, ahead=ahead)
             scores = drafted.scores[: self._round.window]
             if window.end_token is not None:
                 self.pending = (length + self._round.window, window.end_token, drafted.log_probs.exp())
@@ -139,7 +142,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         record = self._round
         kl: list[float] = []
         outside: list[float] = []
-        record.accepted = accepted = min(int(num_matches), record.window)
+        record.accepted = accepted = min(int(num_matches), record.window)  # known when the device has finished
         record.verify_seconds = time.perf_counter() - self._drafted_at
         if self._draft_scores is not None:
             verified = min(accepted + 1, record.window - record.looked_up)

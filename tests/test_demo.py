@@ -394,6 +394,49 @@ def test_the_page_can_be_built_and_names_no_folder_of_this_machine(demo):
     assert "pw-needle" in page and str(Path(__file__).parents[1]) not in page
 
 
+@pytest.fixture
+def served(demo):
+    """The page on a port of its own, where an answer never ends by itself."""
+    import httpx
+
+    ended = threading.Event()
+
+    class Waiting(demo.app.Demo):
+        def answer(self, prompt, window, max_window, temperature, new_tokens, cost_ratio):
+            ended.wait(60)
+            yield None, None, ""
+
+    page = Waiting(demo.demo.settings, demo.demo.models).blocks()
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, state_session_capacity=demo.app.SESSIONS)
+    number = next(number for number, function in page.fns.items() if function.api_name == "answer")
+
+    def ask(session: str, client: str):
+        body = {"data": ["x", "kl", 5, 0, 16, 0.1], "fn_index": number, "session_hash": session}
+        return httpx.post(f"{url}gradio_api/queue/join", json=body, headers={"x-forwarded-for": client}, timeout=30)
+
+    yield SimpleNamespace(page=page, ask=ask, ended=ended, app=demo.app)
+    ended.set()
+    page.close()
+
+
+def test_requests_that_nobody_reads_hold_a_few_places_of_the_queue_and_little_memory(served):
+    each, queue = served.app.REQUESTS_EACH, served.page._queue
+    answers = [served.ask(f"session-{number}", "10.0.0.1, 192.0.2.1") for number in range(each + 2)]
+    assert [answer.status_code for answer in answers] == each * [200] + 2 * [503]
+    assert f"{each} of your requests" in answers[-1].text
+    assert served.ask("other", "192.0.2.2").status_code == 200  # somebody else's turn comes
+    served.ended.set()
+    deadline = time.time() + 60
+    while queue.event_ids_to_events and time.time() < deadline:
+        time.sleep(0.05)
+    for number in range(served.app.SESSIONS + 5):
+        assert served.ask(f"later-{number}", f"198.51.100.{number}").status_code in (200, 503)
+    assert len(queue.pending_messages_per_session) <= served.app.SESSIONS
+    for _ in range(served.app.UNREAD_MESSAGES + 1):
+        queue.pending_messages_per_session["later-68"].put_nowait(None)
+    assert "not read" in served.ask("later-68", "192.0.2.3").text
+
+
 def test_the_command_names_what_cannot_be_loaded(capsys):
     pytest.importorskip("gradio")
     from ppow_hf.cli import main

@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         assistant_model=assistant,
         **sampling,
     )
-    seconds = time.perf_counter() - started
     new_ids = output[0, input_ids.shape[1] :].tolist()
+    seconds = time.perf_counter() - started  # the tokens are here: the device has finished
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     summary = summarize_trace(assistant.last_trace, len(new_ids), seconds)
     if arguments.json:

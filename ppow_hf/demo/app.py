@@ -27,6 +27,9 @@ LEAD = (
 )
 # Tells the stages that no further rounds will come of the run that they are showing.
 STOPPED = '() => {{ document.dispatchEvent(new CustomEvent("pw-stop-{}")); }}'
+REQUESTS_EACH = 4  # of one client, waiting or running at once
+SESSIONS = 64  # visitors whose values and unread answers are kept: a copy of the page's components each
+UNREAD_MESSAGES = 1000  # of one visitor
 RULES = [("adaptive (KL)", "kl"), ("fixed", "fixed"), ("heuristic", "heuristic")]
 
 
@@ -169,6 +172,7 @@ class Demo:
                 with gr.Tab("Training", id="results"):
                     gr.HTML(self._results(), apply_default_css=False)
         page.queue(max_size=self.settings.queue)
+        share_queue(page)
         return page
 
     def _watch_tab(self) -> None:
@@ -300,6 +304,35 @@ class Demo:
         return "".join(parts) or nothing
 
 
+def client_of(request: Any) -> str:
+    """Who sent a request: the address that the nearest proxy saw, else the connection's own."""
+    forwarded = request.headers.get("x-forwarded-for", "").split(",")[-1].strip()
+    return forwarded or (request.client.host if request.client else "")
+
+
+def share_queue(page: gr.Blocks) -> None:
+    """Let no client fill the page's queue, or its memory with answers that nobody reads.
+
+    Gradio limits the queue as a whole only, and keeps what was not read of 2,000 sessions.
+    """
+    queue, push = page._queue, page._queue.push
+    unread = queue.pending_messages_per_session
+    unread.max_size = SESSIONS
+
+    async def push_of_client(body: Any, request: Any, username: Any) -> Any:
+        client = client_of(request)
+        waiting = [event for event in queue.event_ids_to_events.values() if client_of(event.request) == client]
+        if len(waiting) >= REQUESTS_EACH:
+            return False, f"{len(waiting)} of your requests are waiting or running. Wait for one to end.", "queue_full"
+        if body.session_hash in unread:
+            if unread[body.session_hash].qsize() > UNREAD_MESSAGES:
+                return False, "Earlier answers were not read. Load the page again.", "queue_full"
+            unread.move_to_end(body.session_hash)  # so that newer sessions push out those that ask for nothing
+        return await push(body, request, username)
+
+    queue.push = push_of_client  # type: ignore[method-assign]
+
+
 def _stage(name: str, tab: str, value: dict[str, Any], label: str, who: str = "") -> gr.HTML:
     """A run's gauge, windows and text, drawn by stage.js from what is sent."""
     return gr.HTML(
@@ -368,6 +401,6 @@ def launch(settings: DemoSettings | None = None, **options: Any) -> Any:
         enable_monitoring=False,
         ssr_mode=False,
         max_file_size=1,
-        state_session_capacity=1000,
+        state_session_capacity=SESSIONS,
         **options,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ..runtime.acceptance import greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
+from ..runtime.acceptance import exact_dtype, greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
 from ..runtime.compatibility import (
     common_context_length,
     target_width,
@@ -221,7 +221,8 @@ class FixedShadow:
 
     def _draw(self, log_probs: torch.Tensor) -> torch.Tensor:
         """`[1, V]` -> `[1, 1]`, by the row's own random numbers."""
-        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(log_probs.device)
+        dtype = exact_dtype(log_probs.device)
+        uniform = torch.rand(1, generator=self.generator, dtype=dtype).to(log_probs.device)
         return sample_from_uniform(log_probs.exp(), uniform)[:, None]
 
     def _verify(self, drafts: list[int]) -> torch.Tensor:
@@ -231,7 +232,8 @@ class FixedShadow:
         return torch.cat(rows)
 
     def _accepted_sampled(self, drafts: list[int], draft_probs: list[torch.Tensor], scores: torch.Tensor) -> int:
-        uniforms = torch.rand(len(drafts) + 1, generator=self.generator, dtype=torch.float64).to(scores.device)
+        dtype = exact_dtype(scores.device)
+        uniforms = torch.rand(len(drafts) + 1, generator=self.generator, dtype=dtype).to(scores.device)
         counts, _ = rejection_sample_chain(
             torch.tensor(drafts, device=scores.device),
             torch.stack(draft_probs).to(scores.device),
@@ -405,6 +407,6 @@ class Run:
         criteria = StoppingCriteriaList([_StopWhen(self._deadline, self._left)])
         started = time.perf_counter()
         output = self.target.generate(inputs, stopping_criteria=criteria, **options)
-        self.result.plain_seconds = time.perf_counter() - started
         self.result.plain_ids = output[0, inputs.shape[1] :].tolist()
+        self.result.plain_seconds = time.perf_counter() - started  # the tokens are here: the device has finished
         self.result.plain_finished = time.perf_counter() < self._deadline and not self._left.is_set()

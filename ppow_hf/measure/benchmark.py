@@ -19,12 +19,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..data.regeneration import plain_distribution
 from ..runtime.compatibility import check_call, target_width
+from ..runtime.draft_session import now
 from ..runtime.generation import DrafterView, SpeculativeDecoding
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..version import __version__
-from .costs import check_count, check_prompts, measure_costs, now, with_progress
+from .costs import check_count, check_prompts, measure_costs, with_progress
 from .evaluation import left_padded, until_end
 from .provenance import describe_machine, public_command
 from .window_study import eos_of

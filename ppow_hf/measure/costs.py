@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..runtime.draft_session import cache_argument
+from ..runtime.draft_session import cache_argument, now
 from ..runtime.generation import DrafterView
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.target_weights import input_device, target_width
@@ -139,12 +139,6 @@ def measure_costs(
 
 
 # -- checks and clocks
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def with_progress(prompts: Sequence[torch.Tensor], description: str) -> Iterable[torch.Tensor]:

@@ -4,7 +4,6 @@ Measures on this machine, both sides in turns in the same run; changes no model.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from ..data.regeneration import plain_distribution
-from ..runtime.draft_session import cache_argument
+from ..runtime.draft_session import cache_argument, now
 from ..runtime.target_weights import input_device
 
 
@@ -132,25 +131,20 @@ class BareForwards:
         position = torch.tensor([[session._position - self.draft.first_prefix]], device=self.drafter.device)
         cache = self.draft.cropped(session._cache, session._committed)
         token = self.tokens[:, :1].to(self.drafter.device)
-        started = self._now()
+        started = now(self.drafter.device)
         features, cache = self.draft.advance(
             token, session._feature, cache, self.draft.embed_positions(position), None
         )
         self.drafter.compute_logits(features[:, 0])
-        seconds = self._now() - started
+        seconds = now(self.drafter.device) - started
         session._cache = self.draft.cropped(cache, session._committed)
         return seconds
 
     @torch.inference_mode()
     def target_forward(self) -> float:
         """Seconds of one target forward of W + 1 tokens."""
-        started = self._now()
+        started = now(self.target.device)
         self._forward(self.tokens)
-        seconds = self._now() - started
+        seconds = now(self.target.device) - started
         self.target_cache.crop(-self.tokens.shape[1])
         return seconds
-
-    def _now(self) -> float:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()

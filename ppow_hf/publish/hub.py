@@ -6,11 +6,12 @@ as the client chooses; the tests speak LFS (HF_HUB_DISABLE_XET=1), and the way b
 """
 
 import errno
+import hashlib
 import json
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +60,21 @@ def runtime_modules() -> list[Path]:
     return sorted(path for path in runtime.glob("*.py") if path.name != "__init__.py")
 
 
-def generate_script(repository: str, revision: str | None) -> str:
-    """`custom_generate/generate.py` for a repository, or for a local folder's absolute path."""
+def generate_script(repository: str, revision: str | None, files: Mapping[str, bytes | Path]) -> str:
+    """`custom_generate/generate.py` for a repository, or for a local folder's absolute path.
+
+    A commit cannot hold its own hash, so on the Hub the script knows the hashes of the modules among the `files`.
+    """
+    code = {
+        name: hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+        for name, content in sorted(files.items())
+        if name.endswith(".py") and not Path(repository).is_absolute()
+    }
     text = (Path(__file__).parent / GENERATE).read_text(encoding="utf-8")
     text = text.replace('REPOSITORY = "user/name"', f"REPOSITORY = {json.dumps(repository)}")
-    return text.replace("REVISION: str | None = None", f"REVISION: str | None = {_literal(revision)}")
+    text = text.replace("REVISION: str | None = None", f"REVISION: str | None = {_literal(revision)}")
+    lines = "".join(f"    {json.dumps(name)}: {json.dumps(digest)},\n" for name, digest in code.items())
+    return text.replace("CODE: dict[str, str] = {}", f"CODE: dict[str, str] = {{\n{lines}}}")
 
 
 def repository_files(
@@ -106,7 +117,7 @@ def repository_files(
         )
     for module in runtime_modules():
         files[module.name] = module
-    files[GENERATE] = generate_script(repository, revision).encode()
+    files[GENERATE] = generate_script(repository, revision, files).encode()
     on_hub = None if Path(repository).is_absolute() else repository
     files["README.md"] = redact_text(str(drafter_card(folder, repository=on_hub, **card))).encode()
     return dict(sorted(files.items()))

@@ -377,6 +377,8 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
         "With transformers alone, the repository brings its own code:\n\n"
         f"```python\n{load}"
         f'output = target.generate(**inputs, custom_generate="{shown}", trust_remote_code=True)\n```\n\n'
+        'The code that was pushed with this repository\'s `generate.py` is run, or none. `revision="COMMIT"` beside '
+        "`custom_generate` pins all of it, the weights too.\n\n"
         "With ppow_hf installed:\n\n"
         f'```python\n{imports}\n\ndrafter = PPOWDrafter.from_pretrained("{shown}")\n'
         "output = target.generate(**inputs, assistant_model=drafter)\n"

@@ -157,8 +157,8 @@ def sample_from_uniform(probs: Tensor, uniforms: Tensor) -> Tensor:
     row has no mass or holds NaN (one wait for the device, far cheaper than a text of token 0).
     """
     _require_shape("uniforms", uniforms, probs.shape[:-1], "one number per row of probs")
-    exact_dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
-    probs, uniforms = probs.detach().to(exact_dtype), uniforms.to(exact_dtype)
+    dtype = exact_dtype(probs.device)
+    probs, uniforms = probs.detach().to(dtype), uniforms.to(dtype)
     # A parallel cumulative sum need not be monotonic in its last bit, so tokens of probability zero are taken out
     # explicitly, and the threshold is kept below the total: then some token of positive probability exceeds it.
     cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
@@ -172,6 +172,19 @@ def sample_from_uniform(probs: Tensor, uniforms: Tensor) -> Tensor:
             "positive, finite sum; NaN usually comes from a float16 overflow or a row of logits that are all -inf."
         )
     return exceeds.to(torch.uint8).argmax(-1)
+
+
+def draw_tokens(probs: Tensor) -> Tensor:
+    """One token id a row, drawn from `probs` `[B, V]` without a wait for the device: `[B, 1]`.
+
+    What `torch.multinomial` draws, which waits to check its input. Probabilities are finite and not negative.
+    """
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Of random numbers that tell rare tokens of a large vocabulary apart: float64, or on MPS float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def residual_distribution(target_probs: Tensor, draft_probs: Tensor) -> Tensor:

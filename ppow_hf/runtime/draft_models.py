@@ -258,7 +258,7 @@ class EagleDrafter(nn.Module):
             mask = additive_mask(mask, embeddings.dtype)
         return self.midlayer(embeddings, features, angles, mask, cache)
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:
         return self.lm_head(self.norm(features))
 
     @staticmethod
@@ -346,7 +346,7 @@ class StandaloneDrafter(nn.Module):
             )
         return seen.long()
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:
         return self.model.get_output_embeddings()(features)
 
     @staticmethod
@@ -414,10 +414,13 @@ class MedusaDrafter(nn.Module):
         states, head = features[..., :-1], features[..., -1:]
         return torch.cat([states, (head + 1).clamp_max(len(self.blocks) - 1)], dim=-1), cache
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:
         states, head = features[..., :-1], features[..., -1].long()
         # With gradients every head takes part, if only with no rows: DDP waits for each parameter's gradient.
-        used = range(len(self.blocks)) if torch.is_grad_enabled() else head.unique().tolist()
+        if torch.is_grad_enabled():
+            used = list(range(len(self.blocks)))
+        else:
+            used = head.unique().tolist() if place is None else [min(place, len(self.blocks) - 1)]
         if len(used) == 1:
             return self.lm_heads[used[0]](self.blocks[used[0]](states))
         logits = states.new_zeros(*head.shape, self.lm_heads[0].out_features)

@@ -5,7 +5,8 @@ Knows features, caches and attention masks; knows nothing about windows, verific
 
 import functools
 import inspect
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,18 @@ from torch import nn
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 AHEAD = 16  # tokens of a window whose positions are embedded at once
+
+
+def to_device(values: Sequence, device: torch.device) -> torch.Tensor:
+    """Whole numbers of the host as a tensor on `device`, without waiting for what runs there."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
+def now(device: torch.device) -> float:
+    """The host's clock in seconds, once the device has finished what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -172,7 +185,7 @@ class DraftSession:
     def first_logits(self) -> torch.Tensor:
         """Logits `[B, V]` of the token behind everything observed."""
         self._drafting = self._feature
-        return self.drafter.compute_logits(self._feature[:, 0], self.width)  # type: ignore[index]
+        return self.drafter.compute_logits(self._feature[:, 0], self.width, place=0)  # type: ignore[index]
 
     @torch.inference_mode()
     def next_logits(self, token: torch.Tensor, drafted: int) -> torch.Tensor:
@@ -184,7 +197,7 @@ class DraftSession:
         self._drafting, self._cache = draft.advance(
             self._readable(token), self._drafting, self._cache, self._places_of(drafted, 1), allowed
         )
-        return self.drafter.compute_logits(self._drafting[:, 0], self.width)  # type: ignore[index]
+        return self.drafter.compute_logits(self._drafting[:, 0], self.width, drafted + 1)  # type: ignore[index]
 
     @torch.inference_mode()
     def tree_logits(self, tokens: torch.Tensor, parents: torch.Tensor, seen: torch.Tensor, depth: int) -> torch.Tensor:
@@ -205,7 +218,7 @@ class DraftSession:
         self._drafting, self._cache = draft.advance(
             self._readable(tokens), features, self._cache, self._places_of(depth, count), allowed
         )
-        return self.drafter.compute_logits(self._drafting, self.width)
+        return self.drafter.compute_logits(self._drafting, self.width, depth + 1)
 
     @torch.inference_mode()
     def keep_rows(self, rows: torch.Tensor) -> None:

@@ -7,14 +7,15 @@ The decoding loop, the candidate generator, the vLLM proposer, the demo and the 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from .acceptance import draw_tokens as draw_without_wait
 from .acceptance import likeliest_tokens
-from .draft_session import DraftSession, UnreadTokens
+from .draft_session import DraftSession, UnreadTokens, now, to_device
 from .trace import GenerationTrace, RoundTrace
-from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
+from .windowing import FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
 
 
 class Distributions(Protocol):
@@ -23,8 +24,8 @@ class Distributions(Protocol):
     def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
         """Of each row what [`likeliest_tokens`] says of the distribution behind its draft tokens; `None`: unseen."""
 
-    def draw(self) -> Sequence[int] | None:
-        """A token of each row's distribution; `None` where tokens stay on the device."""
+    def draw(self) -> Sequence[int]:
+        """A token of each row's distribution."""
 
     def advance(self) -> None:
         """Go on to the distributions behind the drawn tokens."""
@@ -68,14 +69,12 @@ class Window:
         # NaN is not above 0: nothing can be drawn from such a distribution.
         self.drafting = first > 0 and self.rule.include(self.record.window, self._features)
 
-    def take(self, token: int | None) -> None:
-        """Append the token drawn there (`None` where it stays on the device), and decide whether drafting goes on."""
+    def take(self, token: int) -> None:
+        """Append the token drawn there, and decide whether drafting goes on."""
         if not self.drafting:
             return
         record = self.record
-        if token is None:
-            record.window += 1
-        elif not self._append(token):
+        if not self._append(token):
             self.end_token, self.drafting = token, False
             return
         if self._features is not None:
@@ -123,7 +122,7 @@ def draft_windows(windows: Sequence[Window], distributions: Distributions) -> No
             return
         tokens = distributions.draw()
         for row, window in enumerate(windows):
-            window.take(None if tokens is None else tokens[row])
+            window.take(tokens[row])
         if not any(window.drafting for window in windows):
             return
         distributions.advance()
@@ -131,11 +130,35 @@ def draft_windows(windows: Sequence[Window], distributions: Distributions) -> No
 
 def draw_tokens(log_probs: torch.Tensor) -> torch.Tensor:
     """A token of each row, `[B, V]` -> `[B, 1]`; any token of a row that is NaN."""
-    return torch.multinomial(log_probs.exp().nan_to_num(1.0), 1)
+    return draw_without_wait(log_probs.exp().nan_to_num(1.0))
+
+
+def known_length(windows: Sequence[Window]) -> int:
+    """Positions that the rules draft whatever is drawn: the longest window of fixed rules, 1 with any other rule."""
+    fixed = all(isinstance(w.rule, FixedWindow) and not isinstance(w.rule, KLAdaptiveWindow) for w in windows)
+    return max(window.limit for window in windows) if fixed else 1
+
+
+class Position(NamedTuple):
+    """A position whose distributions were computed.
+
+    Args:
+        scores, log_probs (`[B, V]`): log-probabilities only where they are looked at.
+        token (`[B, 1]`, *optional*): where it is known before the rules are asked.
+        rows: of each row, on the host, what is looked at and the token, as far as there are any.
+    """
+
+    scores: torch.Tensor
+    log_probs: torch.Tensor | None
+    token: torch.Tensor | None
+    rows: list[list[float]]
 
 
 class DrafterDistributions:
     """The [`Distributions`] of a drafter behind what its session has read.
+
+    What the host needs of a position comes in one transfer, that of the first `ahead` positions together. What the
+    rules then leave out is dropped.
 
     Args:
         session ([`DraftSession`]): has read everything committed.
@@ -144,7 +167,9 @@ class DrafterDistributions:
         looks (`bool`, *optional*, defaults to `True`): whether the distributions are looked at.
         draws_first (`bool`, *optional*, defaults to `False`):
             Whether a token is drawn for every row before the rules are asked, so that a device is waited for once.
-        on_host (`bool`, *optional*, defaults to `True`): whether tokens are wanted on the host though nothing looks.
+        ahead (`int`, *optional*, defaults to 1):
+            Positions computed before the host waits. More than 1 takes a `process` that heeds no draft tokens, and
+            tokens that are drawn first.
     """
 
     def __init__(
@@ -154,49 +179,63 @@ class DrafterDistributions:
         draw: Callable[[torch.Tensor], torch.Tensor] | None = None,
         looks: bool = True,
         draws_first: bool = False,
-        on_host: bool = True,
+        ahead: int = 1,
     ):
         self.session, self.process, self._draw = session, process, draw
-        self.looks, self.draws_first, self.on_host = looks, draws_first, on_host
+        self.looks, self.draws_first, self.ahead = looks, draws_first, ahead
         self.tokens: list[torch.Tensor] = []  # [B, 1] of each position that was drafted
         self.scores: list[torch.Tensor] = []  # [B, V] that they were drawn from
+        self.log_probs: Any = None  # [B, V] of the position last looked at
         self.steps = 1
         self._logits = session.first_logits()
+        self._computed: list[Position] = []  # that were not looked at yet, the next one first
 
     def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
-        self._scores = self.process(self._logits.float(), drafts)
-        self._token: torch.Tensor | None = None
-        self._token_ids: list[int] | None = None
-        if not self.looks:
-            return None
-        self.log_probs = self._scores.log_softmax(-1)
-        looked = likeliest_tokens(self.log_probs)  # [B, 4]
-        if self._draw is None:
-            self._token = looked[:, 3:].long()
-        elif self.draws_first:
-            self._token = self._draw(self.log_probs)
-            looked = torch.cat([looked, self._token.to(looked)], dim=-1)
-        rows = looked.tolist()
-        if self._token is not None:
-            self._token_ids = [int(row[-1]) for row in rows]
-        return [row[:4] for row in rows]
+        if not self._computed:
+            self._compute(drafts, 1 if self.tokens else self.ahead)
+        self._position = self._computed.pop(0)
+        self.log_probs = self._position.log_probs
+        return [row[:4] for row in self._position.rows] if self.looks else None
 
-    def draw(self) -> Sequence[int] | None:
-        token, token_ids = self._token, self._token_ids
-        if token is None and self._draw is None:
-            token = self._scores.argmax(-1, keepdim=True)
-        elif token is None:
-            token = self._draw(self.log_probs if self.looks else self._scores.log_softmax(-1))  # type: ignore[misc]
-        if token_ids is None and (self.looks or self.on_host):
-            token_ids = token[:, 0].tolist()
+    def draw(self) -> Sequence[int]:
+        scores, log_probs, token, rows = self._position
+        if token is None:
+            token = self._draw(scores.log_softmax(-1) if log_probs is None else log_probs)  # type: ignore[misc]
+            rows = token.tolist()
         self.tokens.append(token)
-        self.scores.append(self._scores)
-        return token_ids
+        self.scores.append(scores)
+        return [int(row[-1]) for row in rows]
 
     def advance(self) -> None:
-        token = self.tokens[-1].to(self._logits.device)
-        self._logits = self.session.next_logits(token, len(self.tokens) - 1)
+        if not self._computed:
+            self._step(self.tokens[-1], len(self.tokens) - 1)
+
+    def _step(self, token: torch.Tensor, drafted: int) -> None:
+        self._logits = self.session.next_logits(token.to(self._logits.device), drafted)
         self.steps += 1
+
+    def _compute(self, drafts: Sequence[list[int]], count: int) -> None:
+        """Compute the next `count` positions, and bring to the host what it needs of them."""
+        positions: list[Any] = []
+        shown = []
+        for place in range(count):
+            if place:
+                self._step(positions[-1].token, place - 1)
+            scores = self.process(self._logits.float(), drafts)
+            log_probs = scores.log_softmax(-1) if self.looks else None
+            parts = [] if log_probs is None else [likeliest_tokens(log_probs)]  # [B, 4]
+            if self._draw is None:
+                token = parts[0][:, 3:].long() if parts else scores.argmax(-1, keepdim=True)
+            elif self.draws_first:
+                token = self._draw(scores.log_softmax(-1) if log_probs is None else log_probs)
+            else:
+                token = None
+            if token is not None:
+                parts.append(token.to(parts[0]) if parts else token)
+            positions.append(Position(scores, log_probs, token, []))
+            shown.append(torch.cat(parts, dim=-1) if parts else scores.new_zeros(len(scores), 0))
+        tables = torch.stack(shown).tolist() if shown[0].numel() else [[] for _ in shown]
+        self._computed = [position._replace(rows=rows) for position, rows in zip(positions, tables, strict=True)]
 
 
 def read_and_draft(
@@ -216,7 +255,7 @@ def read_and_draft(
     first_read = session.is_empty
     unread.read(session)
     if first_read:
-        started = time.perf_counter()
+        started = now(session.drafter.device)
     distributions = DrafterDistributions(session, *args, **options)
     draft_windows(windows, distributions)
     costs.observe_drafting(distributions.steps - first_read, time.perf_counter() - started)
@@ -257,7 +296,7 @@ def record_costs(trace: GenerationTrace, rule: WindowRule) -> None:
 def one_hot_scores(tokens: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
     """Scores `[n, V]` of distributions that are certain of one token each: tokens looked up, not drawn."""
     scores = torch.full((len(tokens), width), -torch.inf, device=device)
-    return scores.scatter(1, torch.tensor(tokens, dtype=torch.long, device=device)[:, None], 0.0)
+    return scores.scatter(1, to_device(tokens, device)[:, None], 0.0)
 
 
 def with_looked_up_scores(
@@ -285,4 +324,4 @@ def padded_drafts(windows: Sequence[Window], device: torch.device) -> torch.Tens
     """Draft tokens `[B, W]`, zeros behind a row's own."""
     longest = max(len(window.record.draft_ids) for window in windows)
     padded = [[*ids, *[0] * (longest - len(ids))] for ids in (window.record.draft_ids for window in windows)]
-    return torch.tensor(padded, dtype=torch.long, device=device).view(len(windows), longest)
+    return to_device(padded, device).view(len(windows), longest)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from .acceptance import divergence_on_support, greedy_accepted_counts, rejection_sample_chain
+from .acceptance import divergence_on_support, exact_dtype, greedy_accepted_counts, rejection_sample_chain
 from .compatibility import (
     check_call,
     check_inputs,
@@ -23,10 +23,11 @@ from .compatibility import (
     target_width,
 )
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
-from .draft_session import UnreadTokens
+from .draft_session import UnreadTokens, now, to_device
 from .draft_window import (
     Window,
     draw_tokens,
+    known_length,
     learn_from_verdict,
     padded_drafts,
     read_and_draft,
@@ -305,8 +306,9 @@ class SpeculativeCall:
         logits, states = self.target.read_prompt(self.input_ids)
         scores = self.process(logits, self.rows, lambda i, t: [])
         tokens = self._choose(scores)
-        seconds = time.perf_counter() - started
-        for i, (row, token) in enumerate(zip(self.rows, tokens[:, 0].tolist(), strict=True)):
+        first_ids = tokens[:, 0].tolist()
+        seconds = time.perf_counter() - started  # the tokens are here: the device has finished
+        for i, (row, token) in enumerate(zip(self.rows, first_ids, strict=True)):
             row.trace.rounds.append(RoundTrace(0, 0, [], verify_seconds=seconds))
             self._commit(row, [token], logits[i], scores[i])
         first, past = self.view.drafter.draft_model.first_prefix, self.target.past
@@ -361,10 +363,10 @@ class SpeculativeCall:
     def _keep(self, verdict: Verdict, committed: list[list[int]]) -> None:
         """Leave in the target's cache what was committed, and let the drafter read it before it drafts next."""
         most = max(map(len, committed)) - 1
-        counts = torch.tensor([len(tokens) - 1 for tokens in committed], device=self.device)
+        counts = to_device([len(tokens) - 1 for tokens in committed], self.device)
         self.target.keep(verdict.columns, counts, most)
         padded = [tokens + [0] * (most + 1 - len(tokens)) for tokens in committed]
-        self.unread.add(torch.tensor(padded, device=self.device), verdict.states, counts, most)
+        self.unread.add(to_device(padded, self.device), verdict.states, counts, most)
 
     def _drop_finished(self) -> None:
         staying = [i for i, row in enumerate(self.rows) if not row.finished]
@@ -373,7 +375,7 @@ class SpeculativeCall:
             return
         if len(staying) < len(self.rows):
             self.rows = [self.rows[i] for i in staying]
-            rows = torch.tensor(staying, device=self.device)
+            rows = to_device(staying, self.device)
             self.target.keep_rows(rows)
             if not self.session.is_empty:
                 self.session.keep_rows(rows.to(self.view.drafter.device))
@@ -389,9 +391,9 @@ class SpeculativeCall:
         window = chains.draft_ids.shape[1]
         drafted = time.perf_counter()
 
-        last_ids = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.device)
+        last_ids = to_device([[row.ids[-1]] for row in self.rows], self.device)
         logits, states = self.target.read_window(torch.cat([last_ids, chains.draft_ids], dim=1), chains.valid)
-        drafts = chains.draft_ids.tolist()
+        drafts = [row.trace.rounds[-1].draft_ids for row in self.rows]
         scores = self.process(logits, self.rows, lambda i, t: drafts[i][:t])
         if self.do_sample:
             counts, next_ids = self._verify_sampled(chains, scores)
@@ -400,13 +402,11 @@ class SpeculativeCall:
             counts = greedy_accepted_counts(chains.draft_ids, choices[:, :window], chains.valid)
             next_ids = choices.gather(1, counts[:, None])[:, 0]
         kls, outsides = self._chain_divergences(chains, scores)
-        accepted_counts, following = counts.tolist(), next_ids.tolist()
+        accepted_counts, following = torch.stack([counts, next_ids]).tolist()
         verified = time.perf_counter()
 
-        verdicts = zip(self.rows, drafts, accepted_counts, kls, outsides, strict=True)
-        for row, draft, accepted, row_kls, row_outsides in verdicts:
+        for row, accepted, row_kls, row_outsides in zip(self.rows, accepted_counts, kls, outsides, strict=True):
             record = row.trace.rounds[-1]
-            record.draft_ids = draft[: record.window]
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
             learn_from_verdict(row.rule, record, accepted, row_kls, row_outsides)
         self.costs.observe_verification(window, verified - drafted)
@@ -430,7 +430,8 @@ class SpeculativeCall:
                 draw_tokens if self.do_sample else None,
                 self.looks,
                 draws_first=True,
-                on_host=not self.process.memoryless,
+                # Drawn ahead of an end of text, random numbers would be others than those drawn token by token.
+                ahead=known_length(windows) if self.process.memoryless and not (eos and self.do_sample) else 1,
             )
             tokens, drawn_scores = tokens + distributions.tokens, distributions.scores
         draft_ids, scores = torch.cat(tokens, dim=1), drawn_scores
@@ -441,7 +442,7 @@ class SpeculativeCall:
                 draft_ids = padded_drafts(windows, self.device)
                 if self.do_sample:
                     scores = with_looked_up_scores(windows, drawn_scores, self.session.width, self.device)
-        lengths = torch.tensor([window.record.window for window in windows], device=self.device)
+        lengths = to_device([window.record.window for window in windows], self.device)
         valid = torch.arange(draft_ids.shape[1], device=self.device) < lengths[:, None]
         return DraftedChains(draft_ids, valid, scores, drawn_scores)
 
@@ -457,7 +458,7 @@ class SpeculativeCall:
             draft_probs = torch.stack(chains.scores, dim=1).softmax(-1)
         else:
             draft_probs = scores.new_zeros(batch, 0, scores.shape[-1])
-        uniforms = torch.rand(batch, window + 1, device=scores.device, dtype=torch.float64)
+        uniforms = torch.rand(batch, window + 1, device=scores.device, dtype=exact_dtype(scores.device))
         return rejection_sample_chain(
             chains.draft_ids, draft_probs, scores.softmax(-1), uniforms[:, :window], uniforms[:, window], chains.valid
         )
@@ -486,8 +487,8 @@ class SpeculativeCall:
         if self.do_sample:
             ends = sampled_paths(grown, tokens, scores)
         else:
-            choices = scores.argmax(-1)
-            ends = [greedy_path(tree, tokens[i], choices[i]) for i, tree in enumerate(trees)]
+            found = torch.stack([tokens, scores.argmax(-1)]).cpu()  # one wait, and the paths on the host
+            ends = [greedy_path(tree, found[0, i], found[1, i]) for i, tree in enumerate(trees)]
         paths, next_ids = [path for path, _ in ends], [token for _, token in ends]
         path_divergences = [self._path_divergences(grown, i, path, scores[i]) for i, path in enumerate(paths)]
         verified = time.perf_counter()
@@ -508,7 +509,7 @@ class SpeculativeCall:
     def _grow_trees(self, started: float) -> GrownTrees:
         first_read = self.session.is_empty
         self.unread.read(self.session)
-        begun = time.perf_counter() if first_read else started  # reading the prompt is no draft step
+        begun = now(self.view.drafter.device) if first_read else started  # reading the prompt is no draft step
         grown = grow_trees(
             self.session,
             [self.tree_rules[row.place] for row in self.rows],
@@ -533,7 +534,7 @@ class SpeculativeCall:
         """The accepted path of each tree stands for its row, in the target's cache too."""
         most = max(map(len, paths))
         padded = [[*path, *range(len(path), most)] for path in paths]
-        nodes = torch.tensor(padded, dtype=torch.long, device=self.device).view(len(trees), most)
+        nodes = to_device(padded, self.device).view(len(trees), most)
         columns = scores.shape[1]
         self.target.gather_paths(columns - 1, nodes)
         order = torch.nn.functional.pad(nodes + 1, (1, 0))  # [B, most + 1], the last committed token first
@@ -590,7 +591,9 @@ def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> tupl
     Scores `[..., V]` each -> lists of the shape `[...]`.
     """
     nats, outside = divergence_on_support(target_scores, draft_scores)
-    return nats.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL).tolist(), outside.tolist()
+    nats = nats.nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
+    found = torch.stack([nats, outside.to(nats)]).tolist()
+    return found[0], found[1]
 
 
 SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")

@@ -122,9 +122,10 @@ class PPOWDrafter(PreTrainedModel):
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def draft_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `[..., h]` -> logits on the drafter's own vocabulary `[..., DV]`."""
-        return self.draft_model.logits(features)
+    def draft_logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:
+        """Features `[..., h]` -> logits on the drafter's own vocabulary `[..., DV]`; `place` as of
+        [`compute_logits`]."""
+        return self.draft_model.logits(features, place)
 
     def to_target_width(self, draft_logits: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """Logits `[..., DV]` -> `[..., width]` on the target's vocabulary; what the drafter cannot propose is -inf."""
@@ -135,9 +136,15 @@ class PPOWDrafter(PreTrainedModel):
             draft_logits = full
         return match_width(draft_logits, width)
 
-    def compute_logits(self, features: torch.Tensor, width: int | None = None) -> torch.Tensor:
-        """Features `[..., h]` -> logits on the target's vocabulary `[..., V]`."""
-        return self.to_target_width(self.draft_logits(features), width)
+    def compute_logits(
+        self, features: torch.Tensor, width: int | None = None, place: int | None = None
+    ) -> torch.Tensor:
+        """Features `[..., h]` -> logits on the target's vocabulary `[..., V]`.
+
+        `place` is the place in the window of the token that they are of, counted from 0, where all share one: medusa
+        then need not ask the device which head is meant.
+        """
+        return self.to_target_width(self.draft_logits(features, place), width)
 
     def get_input_embeddings(self):
         """The token embeddings that the drafter reads, its own or its target's.

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from .acceptance import entropy, greedy_accepted_path, rejection_sample_distinct_trees
+from .acceptance import entropy, exact_dtype, greedy_accepted_path, rejection_sample_distinct_trees
+from .draft_session import to_device
 from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
@@ -306,24 +307,30 @@ def grow_trees(
             break
         depth = growing.level
         tokens, parents, seen = growing.next_level(frontiers)
-        on_device = [torch.tensor(values, device=logits.device) for values in (tokens, parents)]
-        logits = session.tree_logits(*on_device, seen.to(logits.device), depth)
+        on_device = [to_device(values, logits.device) for values in (tokens, parents)]
+        logits = session.tree_logits(*on_device, seen.to(logits.device, non_blocking=True), depth)
     return GrownTrees([tree.pruned(rule.nodes) for tree, rule in zip(growing.trees, rules, strict=True)], level_scores)
 
 
 def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> LevelCandidates:
-    """The candidates of scores `[B, k, V]`, at most `branches` of each distribution."""
+    """The candidates of scores `[B, k, V]`, at most `branches` of each distribution, in one transfer."""
     log_probs = scores.log_softmax(-1)
     probs = log_probs.exp()
     count = min(branches, probs.shape[-1])
     top = probs.topk(max(count, 2))
     looked = torch.cat([top.values[..., :2], entropy(log_probs)[..., None], top.indices[..., :1].to(probs)], dim=-1)
-    if not sampling:
-        return LevelCandidates(looked.tolist(), top.indices[..., :count].tolist(), top.values[..., :count].tolist())
-    # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.
-    race = probs.nan_to_num(0.0) / torch.empty_like(probs).exponential_()
-    drawn = race.topk(count).indices
-    return LevelCandidates(looked.tolist(), drawn.tolist(), probs.gather(-1, drawn).tolist())
+    drawn, drawn_probs = top.indices[..., :count], top.values[..., :count]
+    if sampling:
+        # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.
+        race = probs.nan_to_num(0.0) / torch.empty_like(probs).exponential_()
+        drawn = race.topk(count).indices
+        drawn_probs = probs.gather(-1, drawn)
+    table = torch.cat([looked, drawn.to(probs), drawn_probs], dim=-1).tolist()  # token ids are exact below 2^24
+    return LevelCandidates(
+        [[found[:4] for found in row] for row in table],
+        [[[int(token) for token in found[4 : 4 + count]] for found in row] for row in table],
+        [[found[4 + count :] for found in row] for row in table],
+    )
 
 
 def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torch.device):
@@ -344,7 +351,7 @@ def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torc
         for node, parent in enumerate(tree.parents):
             seen[i, node + 1] |= seen[i, parent + 1]
     seen[:, :, 0] |= (torch.arange(size) == 0) | (torch.tensor(depths) > 0)
-    return torch.tensor(tokens, device=device), torch.tensor(depths, device=device), seen.to(device)
+    return to_device(tokens, device), to_device(depths, device), seen.to(device, non_blocking=True)
 
 
 def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
@@ -368,12 +375,12 @@ def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor)
     for tree in grown.trees:
         parents.append(tree.parents + [NO_NODE] * (size - 1 - len(tree.parents)))
         places.append([tree.expanded.get(node, (0, 0))[1] for node in range(CONTEXT, size - 1)])
-    uniforms = torch.rand(batch, size, device=device, dtype=torch.float64)
+    uniforms = torch.rand(batch, size, device=device, dtype=exact_dtype(device))
     paths, counts, following = rejection_sample_distinct_trees(
         tokens[:, 1:],
-        torch.tensor(parents, dtype=torch.long, device=device).view(batch, size - 1),
+        to_device(parents, device).view(batch, size - 1),
         grown.level_scores,
-        torch.tensor(places, device=device),
+        to_device(places, device),
         scores,
         uniforms[:, 1:],
         uniforms[:, 0],

@@ -23,7 +23,7 @@ from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.optimizers import make_optimizer
-from .configuration import RESULTS, START, CompareConfig, read_results, write_whole
+from .configuration import RESULTS, START, CompareConfig, append_result, read_results, write_whole
 from .evaluation import EvaluationTexts, evaluate_drafter, mean_gain, target_entropy
 from .report import write_report
 from .texts import SPLITS, longest_sequence, prepare, training_text
@@ -303,8 +303,7 @@ class Comparison:
             "provenance": describe(self.target.device, self.command),
         })  # fmt: skip
         self.lines.append(line)
-        with open(self.folder / RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        append_result(self.folder / RESULTS, line)
         shown = ", ".join(f"{name} {found['metrics'][name]:.3f}" for name in self.config.select_by)
         print(f"{_label(facts)} [{split}]: {shown}", flush=True)
         return line

@@ -1,6 +1,7 @@
 """What a comparison trains and measures: read from YAML, checked before anything is computed."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -197,18 +198,28 @@ def _check(config: CompareConfig, source: str) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file; a last line that was cut off by an interruption is dropped from the file."""
+    """The lines of a results file, which is only read; a line that an interruption cut off counts nothing."""
     if not path.is_file():
         return []
-    lines, whole = [], []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:
             continue
-        whole.append(text)
-    write_whole(path, "".join(text + "\n" for text in whole))
     return lines
+
+
+def append_result(path: Path, line: dict[str, Any]) -> None:
+    """Append a line in one write, on a line of its own also behind one that was cut off.
+
+    Several processes may append to one file: none ever rewrites what another has written.
+    """
+    text = (json.dumps(line, separators=(",", ":")) + "\n").encode()
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            text = b"\n" + text
+        file.write(text)
 
 
 def write_whole(path: Path, text: str) -> None:

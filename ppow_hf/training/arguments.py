@@ -301,6 +301,7 @@ class PPOWTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
         self._check_heeded()
         self._choose_best_metric()
+        self._check_precision()
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
         super().__post_init__()
@@ -311,6 +312,16 @@ class PPOWTrainingArguments(TrainingArguments):
         self._check_ranges()
         self._check_windows()
         self._choose_muon()
+
+    def _check_precision(self) -> None:
+        """The loss takes its gradients in its forward, before a scaler of fp16 could keep them from underflowing."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+        if self.fp16 or launched:
+            raise ValueError(
+                f"{'--mixed_precision' if launched and not self.fp16 else 'fp16'}: fp16 given; a drafter's loss takes "
+                "gradients before they can be scaled, and small ones would be lost. Pass bf16=True, or train in "
+                "float32."
+            )
 
     def _choose_best_metric(self) -> None:
         """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import (
@@ -20,6 +21,8 @@ from ..runtime.modeling_ppow import (
 from ..runtime.target_weights import target_width
 from .arguments import PPOWTrainingArguments
 from .target import FrozenTarget
+
+logger = logging.get_logger(__name__)
 
 # Options of transformers' Trainer that have no meaning here.
 UNHEEDED = {
@@ -108,6 +111,28 @@ def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, conte
             f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target "
             f"take {context_length} (max_position_embeddings). Lower max_length."
         )
+
+
+def check_masks(target: FrozenTarget, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when drafted windows would be read by a target whose attention takes no masks of ours."""
+    attention = target.model.config._attn_implementation
+    if args.uses_rollouts and attention not in ("eager", "sdpa"):
+        raise ValueError(
+            f"target_model: loaded with attn_implementation={attention!r}, which takes no masks of our own, and "
+            f"objective={args.objective!r} has drafted windows read under one. Load the target with "
+            'attn_implementation="sdpa", or train by terms along the text, such as objective="supervised".'
+        )
+
+
+def use_one_device(args: PPOWTrainingArguments) -> None:
+    """Train on one of several visible devices, and say so: Trainer would split the batch in `DataParallel`, while the
+    loss holds it whole."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs are visible and one is used. Use them all with accelerate launch --num_processes "
+            f"{args.n_gpu} -m ppow_hf.cli train ..."
+        )
+        args._n_gpu = 1
 
 
 def check_reach(target: FrozenTarget, args: PPOWTrainingArguments) -> None:

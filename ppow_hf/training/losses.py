@@ -23,6 +23,7 @@ from .objectives import (
     sum_over_chunks,
     total_variation,
     visit_probabilities,
+    without_gradients,
 )
 from .rewards import position_advantages
 from .rollout import Rollout, paired_logits
@@ -85,7 +86,7 @@ def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch
     return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
 
 
-@torch.no_grad()
+@without_gradients()
 def visited_windows(
     drafter: PPOWDrafter,
     target: FrozenTarget,
@@ -257,7 +258,7 @@ def text_terms(
     return torch.stack(terms)
 
 
-@torch.no_grad()
+@without_gradients()
 def keep_rows(
     drafter: PPOWDrafter,
     target: FrozenTarget,

@@ -131,6 +131,18 @@ class _ChunkedSum(torch.autograd.Function):
         return None, None, None, *(None if gradient is None else gradient * of_total[0] for gradient in gradients)
 
 
+class without_gradients(torch.no_grad):  # noqa: N801 (a context manager and decorator, as the one that it extends)
+    """`torch.no_grad` for the drafter's own forwards inside autocast.
+
+    Under torch 2.9 autocast keeps the casts of weights that were made here, and later forwards that take them get no
+    gradients (pytorch #112583): they are forgotten at the end.
+    """
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        torch.clear_autocast_cache()
+
+
 def forward_kl(
     target_logits: torch.Tensor, draft_logits: torch.Tensor, target_rows: torch.Tensor | None = None
 ) -> torch.Tensor:

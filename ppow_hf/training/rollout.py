@@ -16,6 +16,7 @@ from ..runtime.acceptance import (
     sample_from_uniform,
 )
 from ..runtime.modeling_ppow import PPOWDrafter
+from .objectives import without_gradients
 from .rewards import (
     group_advantages,
     proximity_reward,
@@ -66,15 +67,12 @@ class Rollout:
 
 def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
     """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
-    goal = target.logits(sources)
-    kept = drafter.kept_tokens
-    if kept is not None:
-        goal = goal[..., kept]
+    goal = target.logits(sources, drafter.kept_tokens)
     width = min(draft.shape[-1], goal.shape[-1])
     return draft[..., :width], goal[..., :width]
 
 
-@torch.no_grad()
+@without_gradients()
 def divergence_of_prefixes(
     drafter: PPOWDrafter, target: FrozenTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
 ) -> torch.Tensor:
@@ -115,7 +113,7 @@ def written_prefixes(inputs, first_prefix: int, window: int, context_length: int
     return whole & eligible_prefixes(written, first_prefix, window, context_length)
 
 
-@torch.no_grad()
+@without_gradients()
 def collect_rollout(
     drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive, by_text=False
 ) -> Rollout:

@@ -58,6 +58,7 @@ class FrozenTarget:
         self._bytes_left = 0
         with self.frozen():
             self.head_is_plain = self._head_is_plain()
+        self._kept_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         text = model.config.get_text_config()
         self.vocab_size = target_width(model)
         windows = [getattr(text, "sliding_window", None)] if getattr(text, "use_sliding_window", True) else []
@@ -90,7 +91,7 @@ class FrozenTarget:
             return False
         ids = torch.tensor([[0, 1, 2]], device=self.device) % self.model.config.get_text_config().vocab_size
         outputs = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        own = self.head(outputs.hidden_states[-1]).to(outputs.logits.device)
+        own = self.head(outputs.hidden_states[-1]).to(outputs.logits.device)  # a sharded target's head lies elsewhere
         if not torch.isfinite(outputs.logits).all():
             raise ValueError(
                 "target_model: its logits are not finite on the tokens 0, 1, 2. Check that its weights are whole, and "
@@ -102,9 +103,33 @@ class FrozenTarget:
     def device(self) -> torch.device:
         return input_device(self.model)
 
-    def logits(self, sources: torch.Tensor) -> torch.Tensor:
-        """Sources `[..., H]` -> logits `[..., V]` in float32."""
-        return (self.head(sources) if self.head_is_plain else sources).float()  # type: ignore[misc]
+    def logits(self, sources: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Sources `[..., H]` -> logits `[..., V]` in float32, on the sources' device; those of tokens `kept` alone."""
+        if kept is not None:
+            return self._kept_logits(sources, kept)
+        return (self.head(sources).to(sources.device) if self.head_is_plain else sources).float()  # type: ignore[misc]
+
+    def _kept_logits(self, sources: torch.Tensor, kept_tokens: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., DV]` of the tokens `kept_tokens` `[DV]` alone, in float32 [ours].
+
+        Where the head is an ordinary matrix its rows are taken once, and the other tokens' logits are never computed.
+        """
+        if not self._head_has_rows:
+            return self.logits(sources)[..., kept_tokens]
+        if self._kept_rows is None or not torch.equal(self._kept_rows[0], kept_tokens):
+            head: Any = self.head
+            rows = kept_tokens.to(head.weight.device)
+            bias = None if head.bias is None else head.bias.detach()[rows].to(sources.device)
+            self._kept_rows = (kept_tokens, head.weight.detach()[rows].to(sources.device), bias)
+        return torch.nn.functional.linear(sources, *self._kept_rows[1:]).float()
+
+    @property
+    def _head_has_rows(self) -> bool:
+        """Whether the head's rows can be read: it is not adapted, quantised, split over processes or offloaded."""
+        head: Any = self.head
+        if not self.head_is_plain or type(head) is not torch.nn.Linear or head.weight.is_meta:
+            return False
+        return type(head.weight.data) is torch.Tensor and head.weight.is_floating_point()
 
     def keep_encodings(self, max_bytes: int) -> None:
         """Keep sources and states of sequences in memory, up to `max_bytes`, for encodings without a cache.

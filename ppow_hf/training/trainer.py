@@ -32,7 +32,16 @@ from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
-from .checks import check_batch, check_heeded, check_lengths, check_pair, check_reach, check_token_ids
+from .checks import (
+    check_batch,
+    check_heeded,
+    check_lengths,
+    check_masks,
+    check_pair,
+    check_reach,
+    check_token_ids,
+    use_one_device,
+)
 from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
@@ -91,12 +100,14 @@ class PPOWTrainer(Trainer):
         check_heeded(kwargs)
         check_writable(args.output_dir)
         check_hub_strategy(args)
+        use_one_device(args)
         self.target_model = target_model
         if not hasattr(target_model, "hf_device_map") and not getattr(target_model, "is_quantized", False):
             target_model.to(args.device)
         self.target = FrozenTarget(target_model, model.config.target_layer_ids)
         model.config.check_window(args.max_window)
         check_reach(self.target, args)
+        check_masks(self.target, args)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
         model.attach_target(target_model)
