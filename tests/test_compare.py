@@ -21,10 +21,7 @@ from ppow_hf.studies.compare import (
     plateau_gain,
     train,
 )
-from ppow_hf.studies.configuration import (
-    load_config,
-    target_recipe,
-)
+from ppow_hf.studies.configuration import load_config, read_results, target_recipe
 from ppow_hf.studies.evaluation import (
     EvaluationTexts,
     SampledText,
@@ -275,7 +272,8 @@ def compared(cell, tmp_path_factory):
 
 
 def read(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    """The whole lines; one that an interruption cut off may stand among them."""
+    return read_results(folder / "results.jsonl")
 
 
 def test_a_comparison_trains_chooses_and_tests_every_recipe(compared):

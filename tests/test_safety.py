@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from slow_training import random_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.commands.errors import explain
@@ -518,7 +518,9 @@ def test_data_that_the_target_cannot_read_is_named(saved, tmp_path, capsys, line
 
 
 def test_pickles_are_refused_in_an_import_and_never_run(saved, tmp_path, capsys):
-    export_drafter(PPOWDrafter.from_pretrained(saved / "eagle"), tmp_path / "out", target_name=str(saved / "target"))
+    target = AutoModelForCausalLM.from_pretrained(saved / "target")
+    drafter = PPOWDrafter.from_pretrained(saved / "eagle")
+    export_drafter(drafter, tmp_path / "out", target=target, target_name=str(saved / "target"))
     (tmp_path / "out" / "model.safetensors").unlink()
     ran = tmp_path / "ran"
     for data in (pickle.dumps(Runs(str(ran))), b"garbage", pickle.dumps([1, 2])):
