@@ -42,7 +42,8 @@ OBJECTIVES = ("supervised", "tv", "ppow")
 TRAINING = {
     "max_steps": 6, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "optim": "adamw_torch", "muon": 0.0,
-    "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 3, "data_seed": 3, "save_strategy": "no", "eval_strategy": "no",
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 3,
+    "data_seed": 3, "save_strategy": "no", "eval_strategy": "no",
     "use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False, "fp16": False,
     "max_length": 64, "packing": True, "regenerate": False, "ce_weight": 0.1, "kl_weight": 1.0, "unroll_steps": 4,
     "unroll_decay": 0.9, "text_weighting": "visited", "max_window": 6, "num_rollouts": 4, "num_prefixes": 3,
@@ -158,7 +159,7 @@ def main(old: str, new: str) -> int:
     different = 0
     for name, outcome in old_outcomes.items():
         # As text: NaN is the same as NaN, and a float's text is exact.
-        equal = json.dumps(outcome) == json.dumps(new_outcomes.get(name))
+        equal = json.dumps(outcome, sort_keys=True) == json.dumps(new_outcomes.get(name), sort_keys=True)
         different += not equal
         print(f"{name:<{width}}  {'equal' if equal else 'DIFFERENT'}")
     print(f"{len(old_outcomes)} cases, {different} different")
