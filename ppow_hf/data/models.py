@@ -53,17 +53,20 @@ def load_drafter(
     name: str, argument: str = "--drafter", dtype: str | None = None, device: str | None = None
 ) -> "PPOWDrafter":
     """The [`PPOWDrafter`] that `name` stands for; `ValueError` if it is another kind of model."""
-    from transformers import AutoModel
+    from transformers import AutoModel, PreTrainedConfig
 
     from ..runtime.modeling_ppow import PPOWDrafter
 
-    model = _load(AutoModel, name, argument, dtype, device)
-    if not isinstance(model, PPOWDrafter):
+    try:  # before another model is made, perhaps of billions of weights
+        kind = PreTrainedConfig.get_config_dict(_existing(name, argument)[0])[0]["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):  # loading says what is wrong
+        kind = PPOWDrafter.config_class.model_type
+    if kind != PPOWDrafter.config_class.model_type:
         raise ValueError(
-            f"{argument}: {name!r} is a {type(model).__name__}, not a PPOWDrafter. Make one with `ppow train`, or use "
-            "an embedded one (tiny-eagle, tiny-standalone)."
+            f"{argument}: {name!r} is a {kind!r} model, not a PPOWDrafter. Make one with `ppow train`, or use an "
+            "embedded one (tiny-eagle, tiny-standalone)."
         )
-    return model
+    return _load(AutoModel, name, argument, dtype, device)
 
 
 def load_tokenizer(name: str, argument: str = "--target") -> Any:

@@ -258,9 +258,14 @@ class PPOWDrafterConfig(PreTrainedConfig):
             )
 
 
+LONGEST = {"max_window": 1024, "tree_nodes": 4096, "tree_branches": 256}  # beyond, a round never pays
+
+
 def check_settings(**settings: Any) -> None:
     """Raise `ValueError` for a setting that is unknown or out of range, naming it and what is accepted."""
     for name, value in settings.items():
+        if name in LONGEST and isinstance(value, int) and value > LONGEST[name]:
+            raise ValueError(f"{name}: {value} given; at most {LONGEST[name]} are drafted in a round.")
         if name == "architecture":
             if value not in ARCHITECTURES:
                 raise ValueError(f"architecture: {value!r} is not one of {list(ARCHITECTURES)}.")

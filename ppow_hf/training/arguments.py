@@ -12,6 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..measure.evaluation import EVALUATION_METRICS
+from ..runtime.configuration_ppow import check_settings
 from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
 
 logger = logging.get_logger(__name__)
@@ -378,10 +379,11 @@ class PPOWTrainingArguments(TrainingArguments):
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must not be negative.")
-        if not self.regenerate_temperature or min(self.regenerate_temperature) < 0:
+        if not self.regenerate_temperature or not all(0 <= t < math.inf for t in self.regenerate_temperature):
             raise ValueError(
-                f"regenerate_temperature: {self.regenerate_temperature} given; pass numbers that are not negative."
+                f"regenerate_temperature: {self.regenerate_temperature} given; pass finite numbers of at least 0."
             )
+        check_settings(max_window=self.max_window)
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
 
