@@ -16,11 +16,7 @@ from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.provenance import shortened
 from ppow_hf.measure.window_study import draft_table
-from ppow_hf.studies.compare import (
-    Comparison,
-    plateau_gain,
-    train,
-)
+from ppow_hf.studies.compare import Comparison, plateau_gain, train
 from ppow_hf.studies.configuration import load_config, read_results, target_recipe
 from ppow_hf.studies.evaluation import (
     EvaluationTexts,

@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.measure.calibration import (
-    calibrate,
-    fit_estimator,
-)
-from ppow_hf.measure.evaluation import (
-    decode,
-    repeated_ngrams,
-    report,
-)
+from ppow_hf.measure.calibration import calibrate, fit_estimator
+from ppow_hf.measure.evaluation import decode, repeated_ngrams, report
 from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
 from ppow_hf.runtime.windowing import AcceptanceEstimator
 

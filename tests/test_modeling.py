@@ -12,18 +12,10 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.runtime import modeling_ppow
-from ppow_hf.runtime.compatibility import (
-    check_width,
-)
+from ppow_hf.runtime.compatibility import check_width
 from ppow_hf.runtime.configuration_ppow import default_target_layers, vocabulary_fingerprint
-from ppow_hf.runtime.draft_session import (
-    AHEAD,
-    packed_allowed,
-)
-from ppow_hf.runtime.modeling_ppow import (
-    collect_target_states,
-    match_width,
-)
+from ppow_hf.runtime.draft_session import AHEAD, packed_allowed
+from ppow_hf.runtime.modeling_ppow import collect_target_states, match_width
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ppow_hf.training.checkpoints import (
-    last_complete_checkpoint,
-)
+from ppow_hf.training.checkpoints import last_complete_checkpoint
 
 TESTS = Path(__file__).parent
 # Trains once for each of the given settings. KILL=step:N kills at the end of step N; save:N while the state of the

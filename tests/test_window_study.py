@@ -14,9 +14,7 @@ from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.cli import main
 from ppow_hf.data.models import parse_workload
 from ppow_hf.measure.benchmark import ForwardRecorder
-from ppow_hf.measure.calibration import (
-    fit_on_tables,
-)
+from ppow_hf.measure.calibration import fit_on_tables
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.window_report import (
     MIXED,

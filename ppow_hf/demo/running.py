@@ -15,10 +15,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..runtime.acceptance import exact_dtype, greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
-from ..runtime.compatibility import (
-    common_context_length,
-    target_width,
-)
+from ..runtime.compatibility import common_context_length, target_width
 from ..runtime.draft_session import cache_argument
 from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import collect_target_states

@@ -1,1 +1,1 @@
-"""Recipes of training against each other."""
+"""Recipes of training against each other: configuration, texts, runs (compare.py), evaluation, report, mean."""

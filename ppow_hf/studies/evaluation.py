@@ -19,13 +19,8 @@ from typing import Any
 import torch
 
 from ..data.regeneration import plain_distribution
-from ..measure.calibration import (
-    fit_estimator,
-)
-from ..measure.evaluation import (
-    decode,
-    repeated_ngrams,
-)
+from ..measure.calibration import fit_estimator
+from ..measure.evaluation import decode, repeated_ngrams
 from ..measure.window_study import DraftTable, draft_table, draft_tables, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states

@@ -8,16 +8,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
-from ..runtime.compatibility import (
-    check_layers,
-    check_target,
-    check_width,
-    rotary_change,
-)
+from ..runtime.compatibility import check_layers, check_target, check_width, rotary_change
 from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
-from ..runtime.modeling_ppow import (
-    PPOWDrafter,
-)
+from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import target_width
 from .arguments import PPOWTrainingArguments
 from .target import FrozenTarget

@@ -17,12 +17,7 @@ from ..runtime.acceptance import (
 )
 from ..runtime.modeling_ppow import PPOWDrafter
 from .objectives import without_gradients
-from .rewards import (
-    group_advantages,
-    proximity_reward,
-    speedup_reward,
-    throughput_reward,
-)
+from .rewards import group_advantages, proximity_reward, speedup_reward, throughput_reward
 from .target import FrozenTarget, TargetEncoding
 from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities
 
