@@ -1,4 +1,4 @@
-"""Generates greedily with SGLang on a CPU, inside its own environment: `sglang_job.py JOB RESULT`.
+"""Generates greedily with SGLang on a CPU: `sglang_job.py JOB RESULT`, with the stand-in on the path.
 
 SGLang's own are the scheduler, the workers, the loader, the models and the drafting. Its compiled library is stood in
 for (sgl_kernel_standin), and so are two operators of torchvision. SGLang starts its scheduler as a new process, which
@@ -11,14 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+import sgl_kernel
+import torch
+
 ROUNDS_VARIABLE = "PPOW_SGLANG_ROUNDS"  # the file in which the scheduler's process writes rounds
 
 os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-sys.path.insert(0, str(HERE / "sgl_kernel_standin"))
-
-import sgl_kernel  # noqa: E402
-import torch  # noqa: E402
 
 # A torchvision made for CUDA defines these only where it finds its GPU library, and fails to import without them.
 TORCHVISION = torch.library.Library("torchvision", "DEF")
