@@ -67,8 +67,8 @@ class ScriptArguments:
     init_layers: list[int] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Layers of the target, from 0, whose weights a new drafter's own begin with: one for eagle, one or "
-            "more for standalone; by default they begin at random."
+            "help": "Layers of the target, from 0, whose weights a new drafter's own begin with: one for eagle, some "
+            "for standalone; by default they begin at random."
         },
     )
     target_dtype: str = dataclasses.field(

@@ -61,7 +61,7 @@ def _start_medusa(draft: MedusaDrafter, head: torch.Tensor | None) -> None:
 
 
 def _start_eagle(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
-    """The most frequent tokens as draft vocabulary, their rows of the head, and a projection that lets states through."""
+    """The draft vocabulary of the most frequent tokens, the head's rows of them, and states let through."""
     draft: EagleDrafter = drafter.draft_model
     kept = torch.arange(drafter.config.vocab_size)
     if drafter.d2t is not None:
@@ -86,7 +86,7 @@ def _start_eagle(drafter: Any, head: torch.Tensor | None, token_counts: torch.Te
 
 
 def check_init_layers(architecture: str, init_layers: Sequence[int], num_layers: int) -> None:
-    """Raise `ValueError` for layers that a target with `num_layers` layers lacks, or that a drafter has no place for."""
+    """Raise `ValueError` for layers that a target of `num_layers` lacks, or that a drafter has no place for."""
     if architecture not in ("eagle", "standalone"):
         raise ValueError(
             f"init_layers: a drafter of architecture {architecture!r} begins without layers of its target."
