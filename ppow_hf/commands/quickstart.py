@@ -209,7 +209,7 @@ def function_rows(files: list["SourceFile"], count: int, tokenizer: Any, seed: i
 
     if tokenizer.chat_template is None:
         return [{"prompt": text} for text in function_prompts(files, count, seed=seed)]
-    texts = function_prompts(files, 3 * count, seed=seed, prompt_lines=0)
+    texts = function_prompts(files, 3 * count, seed=seed, prompt_lines=6)
     texts = sorted(texts, key=len)[count : 2 * count]  # not the longest: a chat must not lose its opening
     return [{"messages": [{"role": "user", "content": f"Complete this Python code:\n{text}"}]} for text in texts]
 
