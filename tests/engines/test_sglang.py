@@ -138,14 +138,19 @@ def test_qwen3_and_the_embeddings_as_a_state(python, tmp_path):
 
 @pytest.mark.real
 def test_smollm2_with_a_reduced_vocabulary(python, tmp_path):
-    """A real checkpoint, from the folder `smollm2` in the one that PPOW_REAL_TARGETS names."""
-    if not (folder := os.environ.get("PPOW_REAL_TARGETS")):
-        pytest.skip("PPOW_REAL_TARGETS is not set: it names a folder with the checkpoint SmolLM2-135M-Instruct")
-    model = Path(folder, "smollm2")
+    """A real target, in the folder `smollm2` of the one that PPOW_REAL_TARGETS names, with a drafter trained here."""
+    if "PPOW_REAL_TARGETS" not in os.environ:
+        pytest.skip("PPOW_REAL_TARGETS names no folder of real targets")
+    model = Path(os.environ["PPOW_REAL_TARGETS"], "smollm2")
     target = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval().requires_grad_(False)
     target.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(model)
-    questions = ("Why is the sky blue?", "How do I boil an egg?", "Write a poem on autumn.", "What is a prime number?")
+    questions = (
+        "Why is the sky blue?",
+        "How do I boil an egg?",
+        "Write a poem about rain.",
+        "What is a prime number?",
+    )
     chats = [[{"role": "user", "content": question}] for question in questions]
     chats = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     prompts = [chat[-min(map(len, chats)) :] for chat in chats]
