@@ -177,7 +177,7 @@ class BlockDrafter(nn.Module):
         if cache is None:
             return tokens[..., None], known
         for layer, keys_values in zip(cache, known, strict=True):
-            layer.extended(*keys_values)  # type: ignore[union-attr]
+            layer.extended(*keys_values)  # type: ignore[attr-defined]
         return tokens[..., None], cache
 
     def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -265,9 +265,11 @@ class BlockDrafter(nn.Module):
         return [GrowingKeys() for _ in self.layers]
 
     @staticmethod
-    def cropped(cache: list[GrowingKeys], length: int) -> list[GrowingKeys]:
+    def cropped(cache: Context, length: int) -> Context:
+        """The first `length` states of the text; keys and values that no block writes behind stay as they are."""
         for layer in cache:
-            layer.length = min(layer.length, length)
+            if isinstance(layer, GrowingKeys):
+                layer.length = min(layer.length, length)
         return cache
 
     @staticmethod
@@ -282,6 +284,8 @@ class BlockSession(DraftSession):
     With a Markov head the distribution behind a token is the block's, with that token's bias: `next_logits` and
     `tree_logits` give exactly what a token is drawn from.
     """
+
+    one_step = True
 
     def __init__(self, drafter: Any, width: int | None = None):
         super().__init__(drafter, width)
@@ -321,7 +325,6 @@ class BlockSession(DraftSession):
 
     @property
     def confidence(self) -> torch.Tensor | None:
-        """Log-odds `[B, k]` of the confidence head for the logits that were last computed, where there is one."""
         return self._confidence
 
 

@@ -136,7 +136,8 @@ class PPOWDrafterConfig(PreTrainedConfig):
             `"heuristic"`: transformers' rule, two more after a fully accepted window and one fewer otherwise.
         max_window (`int`, *optional*, defaults to `10`): longest window K [paper].
         cost_ratio (`float`, *optional*):
-            gamma, seconds of a draft step over seconds of a one-token target forward. `None`: measured while decoding.
+            gamma, seconds of a draft step over seconds of a one-token target forward; of a block drafter the step that
+            gives the whole window. `None`: measured while decoding.
         verification_cost (`float`, *optional*):
             How much each further token adds to a target forward, in one-token forwards: v(W) = 1 + verification_cost *
             W. `None`: measured while decoding.
@@ -311,6 +312,11 @@ class PPOWDrafterConfig(PreTrainedConfig):
                 f"shares_target_head: the target's head gives all {self.vocab_size} tokens, and draft_vocab_size is "
                 f"{self.draft_vocab_size}. Leave out one of the two."
             )
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the drafter gives a whole window in one step."""
+        return self.architecture == "block"
 
     @property
     def longest_window(self) -> int | None:
