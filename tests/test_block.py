@@ -74,7 +74,8 @@ def slow_states(drafter: PPOWDrafter, states: torch.Tensor, anchor: int) -> torc
         return key, weights[name + "v_proj.weight"][rows] @ x
 
     context = [norm(weights["fc.weight"] @ state, "hidden_norm.weight") for state in states]
-    masks = K - 1 if drafter.config.sample_from_anchor else K
+    drafted = drafter.config.block_size
+    masks = drafted - 1 if drafter.config.sample_from_anchor else drafted
     block = [target.module.weight[token] for token in [anchor] + [drafter.config.mask_token_id] * masks]
     for layer in range(config.num_hidden_layers):
         name = f"layers.{layer}."
@@ -96,13 +97,18 @@ def slow_states(drafter: PPOWDrafter, states: torch.Tensor, anchor: int) -> torc
             gate = silu(weights[name + "mlp.gate_proj.weight"] @ inner)
             up = weights[name + "mlp.up_proj.weight"] @ inner
             block[i] = x + weights[name + "mlp.down_proj.weight"] @ (gate * up)
-    return torch.stack([norm(x, "norm.weight") for x in block])[len(block) - K :]
+    return torch.stack([norm(x, "norm.weight") for x in block])[len(block) - drafted :]
 
 
 def slow_logits(drafter: PPOWDrafter, states: torch.Tensor, anchor: int, drafted: list[int]) -> torch.Tensor:
     """Logits `[K, V]` of a window, `drafted` its first K - 1 tokens."""
+    return logits_of(drafter, slow_states(drafter, states, anchor), anchor, drafted)
+
+
+def logits_of(drafter: PPOWDrafter, block: torch.Tensor, anchor: int, drafted: list[int]) -> torch.Tensor:
+    """The same from the block's outputs `[K, h]`."""
     weights = drafter.draft_model.state_dict()
-    logits = slow_states(drafter, states, anchor) @ drafter.draft_model.target_head.module.weight.T
+    logits = block @ drafter.draft_model.target_head.module.weight.T
     if drafter.config.markov_rank:
         before = weights["markov_head.markov_w1.weight"][torch.tensor([anchor, *drafted])]
         logits = logits + before @ weights["markov_head.markov_w2.weight"].T
