@@ -30,6 +30,7 @@ __all__ = [
     "PPOWTrainer",
     "PPOWTrainingArguments",
     "export_drafter",
+    "import_drafter",
     "import_eagle3",
 ]
 
@@ -37,6 +38,7 @@ _MODULES = {
     "PPOWTrainer": "training",
     "PPOWTrainingArguments": "training",
     "export_drafter": "export",
+    "import_drafter": "export",
     "import_eagle3": "export",
 }
 

@@ -216,10 +216,10 @@ def test_one_step_drafts_a_window_whatever_its_length():
 
 @pytest.mark.parametrize(("gamma", "drafts"), [(0.3, True), (3.0, True), (8.0, False)])
 def test_the_rule_begins_a_window_where_all_its_tokens_together_pay(gamma, drafts):
-    rule = make_window_rule("kl", 16, OnlineCosts(gamma, 0.0, CostModel(gamma, 0.0, one_step=True)))
-    rule._first_acceptance = rule._acceptance = 0.9  # 16 tokens of it are worth about 7.3
-    assert (rule.start(16) > 0) == drafts
-    assert rule.start(2) == 2 * (gamma == 0.3)
+    for limit, pays in ((16, drafts), (2, gamma == 0.3)):
+        rule = make_window_rule("kl", 16, OnlineCosts(gamma, 0.0, CostModel(gamma, 0.0, one_step=True)))
+        rule._first_acceptance = rule._acceptance = 0.9  # 16 tokens of it are worth about 7.3, two of them 1.7
+        assert rule.start(limit) == limit * pays
 
 
 def test_a_given_confidence_decides_how_long_windows_are(make_target):
