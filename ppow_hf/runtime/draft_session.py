@@ -106,6 +106,8 @@ class DraftSession:
     the left of what was observed, never seen again (`visible` False).
     """
 
+    one_step = False  # whether `first_logits` computes what all of a window's distributions need
+
     def __init__(self, drafter: Any, width: int | None = None):
         self.drafter = drafter
         self.width = width or drafter.config.vocab_size
@@ -119,6 +121,11 @@ class DraftSession:
         self._places_from = 0
         embeddings = drafter.get_input_embeddings()
         self._known = self.width if embeddings is None else min(self.width, len(embeddings.weight))
+
+    @property
+    def confidence(self) -> torch.Tensor | None:
+        """Log-odds `[B, k]` of a confidence head for the logits that were computed last; `None` without one."""
+        return None
 
     @property
     def is_empty(self) -> bool:
