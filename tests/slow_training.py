@@ -11,6 +11,7 @@ FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]
 LENGTHS = [19, 11, 15]
 WINDOW = 4
+BLOCKS = {"dflash": {"block_size": WINDOW}, "dspark": {"block_size": WINDOW, "markov_rank": 3}}
 
 
 def random_dataset(lengths=LENGTHS, vocab_size=64, seed=0, loss_masks=None, written=None) -> SequenceDataset:
@@ -25,8 +26,10 @@ def batch_of(dataset: SequenceDataset, indices=None) -> dict:
 
 
 def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWDrafter:
-    """An untrained drafter, disturbed so that nothing in it is still the target's."""
+    """An untrained drafter, disturbed so that nothing in it is still the target's; of a block two kinds."""
     torch.manual_seed(seed)
+    if architecture in BLOCKS:
+        architecture, overrides = "block", {**BLOCKS[architecture], **overrides}
     if overrides.get("draft_vocab_size"):
         overrides["token_counts"] = torch.rand(target.config.vocab_size)
     drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
@@ -39,10 +42,12 @@ def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWD
 def trainer_maker(tmp_path, make_target):
     """What the fixture `make_trainer` gives: tiny pairs, windows of four tokens, every part of the reward on."""
 
-    def make(architecture, objective="ppow", family="llama", dataset=None, draft_vocab_size=None, **settings):
+    def make(
+        architecture, objective="ppow", family="llama", dataset=None, draft_vocab_size=None, overrides=None, **settings
+    ):
         target = make_target(family, initializer_range=0.3)
-        overrides = {"draft_vocab_size": draft_vocab_size} if draft_vocab_size else {}
-        drafter = make_drafter(target, architecture, **overrides)
+        reduced = {"draft_vocab_size": draft_vocab_size} if draft_vocab_size else {}
+        drafter = make_drafter(target, architecture, **reduced, **(overrides or {}))
         defaults = {
             "max_length": 32,
             "max_window": WINDOW,
@@ -82,6 +87,10 @@ def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: lis
     features, cache = draft.encode(
         torch.tensor([ids[1 : prefix + 1]]), states, None, torch.arange(prefix)[None], causal
     )
+    if drafter.config.architecture == "block":  # which sees all of this text, and itself
+        block = draft.block_states(torch.tensor([[ids[prefix]]]), torch.tensor([[prefix]]), cache)[0, 0]
+        before = torch.tensor([ids[prefix], *window[:-1]])
+        return draft.logits(draft.features(block[: len(window)], before))
     feature, logits = features[:, -1:], []
     for j, token in enumerate(window):
         logits.append(draft.logits(feature)[0, 0])

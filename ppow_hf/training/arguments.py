@@ -94,7 +94,7 @@ class PPOWTrainingArguments(TrainingArguments):
               text [ours].
             - `"confidence"`: binary cross-entropy of a block drafter's confidence head against the acceptance of its
               tokens: sum min(P, Q) at `target_temperature` [DSpark, 2607.05147], or at 0 whether both choose the same
-              token [ours]. Only the head learns from it, and by a weight of 1 where no phase names it [ours].
+              token [ours]. Only the head learns from it, with a weight of 1 in phases that do not name it [ours].
 
             Terms along windows that the drafter drafts and the target verifies:
 
@@ -104,8 +104,8 @@ class PPOWTrainingArguments(TrainingArguments):
 
             Terms along the text that stand beside these follow the text behind the windows' prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether to train an eagle or block drafter's token embeddings, as a copy of its own that is saved with it. By
-            default they stay the target's, which are read where they are and not saved [EAGLE-3].
+            Whether to train an eagle or block drafter's token embeddings, as a copy of its own that is saved with it.
+            By default they stay the target's, which are read where they are and not saved [EAGLE-3].
 
         > Parameters that control the data
 

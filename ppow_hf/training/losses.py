@@ -300,8 +300,8 @@ def confidence_loss(
 ) -> torch.Tensor:
     """Binary cross-entropy `[R]` of a block drafter's confidence head against measured [`acceptance`] [DSpark].
 
-    `features` `[R, h + r]` and `draft` `[R, DV]` are of the rows; `goal` `[R', DV]`, `sources` `[R', H]` and `goal_rows`
-    as of [`text_terms`]. Only the head learns from it: the features take no gradient [ours].
+    `features` `[R, h + r]` and `draft` `[R, DV]` are of the rows; `goal` `[R', DV]`, `sources` `[R', H]` and
+    `goal_rows` as of [`text_terms`]. Only the head learns from it: the features take no gradient [ours].
     """
     with torch.no_grad():
         kept = drafter.kept_tokens
