@@ -11,7 +11,8 @@ FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]
 LENGTHS = [19, 11, 15]
 WINDOW = 4
-BLOCKS = {"dflash": {"block_size": WINDOW}, "dspark": {"block_size": WINDOW, "markov_rank": 3}}
+BLOCKS = ["dflash", "dspark"]
+BLOCK_OPTIONS = {"dflash": {}, "dspark": {"markov_rank": 3}, "confident": {"markov_rank": 3, "confidence_head": True}}
 
 
 def random_dataset(lengths=LENGTHS, vocab_size=64, seed=0, loss_masks=None, written=None) -> SequenceDataset:
@@ -26,10 +27,12 @@ def batch_of(dataset: SequenceDataset, indices=None) -> dict:
 
 
 def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWDrafter:
-    """An untrained drafter, disturbed so that nothing in it is still the target's; of a block two kinds."""
+    """An untrained drafter, disturbed so that nothing in it is still the target's; `architecture` may be a kind of
+    block drafter."""
     torch.manual_seed(seed)
-    if architecture in BLOCKS:
-        architecture, overrides = "block", {**BLOCKS[architecture], **overrides}
+    if architecture in BLOCK_OPTIONS:
+        overrides = {"block_size": WINDOW, **BLOCK_OPTIONS[architecture], **overrides}
+        architecture = "block"
     if overrides.get("draft_vocab_size"):
         overrides["token_counts"] = torch.rand(target.config.vocab_size)
     drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
@@ -78,6 +81,8 @@ def target_logits_along(target, ids: list[int], prefix: int, window: list[int]) 
 def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
     """`[K, DV]` on the drafter's own vocabulary, with gradients; one sequence, one token after another."""
     draft = drafter.draft_model
+    if drafter.config.architecture == "block":
+        return draft.logits(block_features_along(drafter, target, ids, prefix, window))
     if drafter.config.architecture == "standalone":
         return draft.model(torch.tensor([ids[: prefix + 1] + window[:-1]]), use_cache=False).logits[0, prefix:]
     with torch.no_grad():
@@ -87,16 +92,23 @@ def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: lis
     features, cache = draft.encode(
         torch.tensor([ids[1 : prefix + 1]]), states, None, torch.arange(prefix)[None], causal
     )
-    if drafter.config.architecture == "block":  # which sees all of this text, and itself
-        block = draft.block_states(torch.tensor([[ids[prefix]]]), torch.tensor([[prefix]]), cache)[0, 0]
-        before = torch.tensor([ids[prefix], *window[:-1]])
-        return draft.logits(draft.features(block[: len(window)], before))
     feature, logits = features[:, -1:], []
     for j, token in enumerate(window):
         logits.append(draft.logits(feature)[0, 0])
         place = draft.embed_positions(torch.tensor([[prefix + j]]))
         feature, cache = draft.advance(torch.tensor([[token]]), feature, cache, place, None)
     return torch.stack(logits)
+
+
+def block_features_along(drafter, target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
+    """`[len(window), h + r]`, with gradients: one block, which sees all of the text before it and itself."""
+    draft = drafter.draft_model
+    with torch.no_grad():
+        hidden = target(torch.tensor([ids[: prefix + 1]]), output_hidden_states=True).hidden_states
+    states = torch.cat([hidden[layer] for layer in drafter.config.target_layer_ids], dim=-1)[:, :prefix]
+    _, context = draft.encode(torch.tensor([ids[1 : prefix + 1]]), states, None, torch.arange(prefix)[None], None)
+    block = draft.block_states(torch.tensor([[ids[prefix]]]), torch.tensor([[prefix]]), context)[0, 0]
+    return draft.features(block[: len(window)], torch.tensor([ids[prefix], *window[:-1]]))
 
 
 def greedy_window_log_prob(target, ids: list[int], prefix: int, window: int) -> float:
