@@ -31,6 +31,7 @@ __all__ = [
     "PPOWTrainingArguments",
     "drafter_path",
     "export_drafter",
+    "import_drafter",
     "import_eagle3",
 ]
 
@@ -39,6 +40,7 @@ _MODULES = {
     "PPOWTrainingArguments": "training",
     "drafter_path": "tiny",
     "export_drafter": "export",
+    "import_drafter": "export",
     "import_eagle3": "export",
 }
 

@@ -21,7 +21,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--target",
         metavar="MODEL",
-        help=f"the target: {MODEL_HELP} (default: one in the Hub's cache that the package has a drafter for, else tiny)",
+        help=f"the target: {MODEL_HELP} (default: one in the Hub's cache with a drafter here, else tiny)",
     )
     parser.add_argument(
         "--drafter",

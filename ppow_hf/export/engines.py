@@ -49,6 +49,8 @@ def serving_notes(
     if layout == "medusa":
         heads = len(drafter.draft_model.lm_heads)
         return [*notes, f"vLLM drafts with all heads or none: num_speculative_tokens must be {heads}."]
+    if config.architecture == "block":
+        return notes + _block_notes(config, layout, family)
     if family is not None and not family.startswith(VLLM_EAGLE3_TARGETS):
         notes.append(f"vLLM 0.32 takes no EAGLE-3 drafter for a {family} target, by its source.")
     if family not in (None, *TESTED_FAMILIES):
@@ -70,6 +72,21 @@ def serving_notes(
         notes.append(
             "SGLang drafts with the target's embeddings instead of the drafter's, which training changed "
             "(train_embeddings): it will accept less, by its source."
+        )
+    return notes
+
+
+def _block_notes(config: Any, layout: str, family: str | None) -> list[str]:
+    tokens = config.longest_window
+    notes = [f"The block was trained to draft {tokens} tokens: num_speculative_tokens must be {tokens}."]
+    if family not in (None, *TESTED_FAMILIES):
+        notes.append(f"The target is a {family} model; vLLM 0.32 was tested for {' and '.join(TESTED_FAMILIES)}.")
+    if layout.endswith("dspark"):
+        notes.append("vLLM 0.32 drafts with a Markov head in its runner V2 only, which needs Triton and so a GPU.")
+    if config.draft_config.num_hidden_layers > 1:
+        notes.append(
+            "vLLM 0.32 on a CPU norms every layer's context keys by the first layer's k_norm: it accepts less than "
+            "ppow_hf does."
         )
     return notes
 
