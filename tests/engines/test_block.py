@@ -95,16 +95,14 @@ def test_speculators_directory_is_served_by_itself(reduced_block, exported, our_
     assert_same_acceptance(served, our_runs["reduced-block"])
 
 
-@pytest.mark.parametrize("damage", ["d2t", "norm.weight", "target_layer_ids"])
+@pytest.mark.parametrize("damage", ["d2t", "norm.weight", "mask_token_id"])
 def test_acceptance_betrays_a_damaged_directory(damage, reduced_block, exported, our_runs, prompts, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(exported("reduced-block", reduced_block), folder)
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    if damage == "target_layer_ids":
-        config["dflash_config"][damage] = [layer - 1 for layer in reduced_block.config.target_layer_ids[:-1]] + [
-            reduced_block.config.target_layer_ids[-1]
-        ]
+    if damage == "mask_token_id":
+        config["dflash_config"][damage] = 0
     else:
         del tensors[damage]
     (folder / "config.json").write_text(json.dumps(config))
