@@ -292,7 +292,7 @@ def test_train_embeddings_makes_a_copy_that_is_trained(target):
     ("options", "message"),
     [
         ({"max_window": 5, "block_size": 4}, "max_window: 5 given, but this block drafter drafts 4 tokens"),
-        ({"block_size": 0}, "block_size: 0 is not a whole number"),
+        ({"block_size": 0, "max_window": 2}, "block_size: 0 is not a whole number"),
         ({"markov_rank": -1}, "markov_rank: -1 is not a whole number of at least 0"),
         ({"confidence_head": 1}, "confidence_head: 1 is not True or False"),
         ({"mask_token_id": 64}, "mask_token_id: 64 given; it is one of the target's 64 tokens"),
