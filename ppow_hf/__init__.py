@@ -29,6 +29,7 @@ __all__ = [
     "PPOWDrafterConfig",
     "PPOWTrainer",
     "PPOWTrainingArguments",
+    "drafter_path",
     "export_drafter",
     "import_drafter",
     "import_eagle3",
@@ -37,6 +38,7 @@ __all__ = [
 _MODULES = {
     "PPOWTrainer": "training",
     "PPOWTrainingArguments": "training",
+    "drafter_path": "tiny",
     "export_drafter": "export",
     "import_drafter": "export",
     "import_eagle3": "export",

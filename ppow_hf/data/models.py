@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tiny import EMBEDDED_NAMES, embedded_path, is_embedded
+from ..tiny import EMBEDDED_NAMES, REAL_DRAFTERS, drafter_path, embedded_path, is_embedded
 from .sources import check_source, parse_source
 from .weights import brief, folder_damage
 
@@ -108,6 +108,30 @@ def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--d
         )
 
 
+def shipped_drafter(tokenizer: Any) -> str | None:
+    """Name of the drafter that comes with the package for a target with this tokenizer; `None` if there is none."""
+    from ..runtime.configuration_ppow import PPOWDrafterConfig, has_vocabulary
+
+    for name in REAL_DRAFTERS:
+        fingerprint = PPOWDrafterConfig.from_pretrained(drafter_path(name)).target_vocabulary_fingerprint
+        if has_vocabulary(tokenizer, fingerprint):
+            return name
+    return None
+
+
+def downloaded_pair() -> tuple[str, str] | None:
+    """A target that lies in the Hub's cache, and the drafter that comes with the package for it; asks no server."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from ..runtime.configuration_ppow import PPOWDrafterConfig
+
+    for name in REAL_DRAFTERS:
+        target = PPOWDrafterConfig.from_pretrained(drafter_path(name)).target_name_or_path
+        if isinstance(try_to_load_from_cache(target, "model.safetensors"), str):
+            return target, name
+    return None
+
+
 def parse_workload(text: str) -> tuple[str, str]:
     """`[NAME=]SOURCE` -> name, and what [`load_prompts`] reads; raises as [`check_prompts`] does."""
     name, _, source = text.rpartition("=")
@@ -121,9 +145,16 @@ def check_prompts(source: str) -> None:
         check_source(source, "--prompts")
 
 
-def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """The argument by which [`load_prompts`] asks prompts as turns of a chat."""
+    parser.add_argument("--chat", action="store_true", help="ask each prompt as a user's turn of a chat")
+
+
+def load_prompts(
+    source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int, chat: bool = False
+) -> list["torch.Tensor"]:
     """Token ids `[1, n]` of the first `count` prompts of a file or dataset (see [`parse_source`]), or
-    of held-out functions of the standard library (`"stdlib"`)."""
+    of held-out functions of the standard library (`"stdlib"`); with `chat` each is a user's turn of a chat."""
     import torch
 
     from .sequences import extract_prompts, read_rows
@@ -144,10 +175,18 @@ def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_t
         rows = [{"prompt": line} for line in lines if line.strip()]
     else:
         rows = read_rows(source, "--prompts")
+    if chat:
+        rows = [_as_chat(row) for row in rows]
     prompts = extract_prompts(rows[:count], tokenizer, room, argument="--prompts")
     if len(prompts) < min(count, len(rows)):  # some rows have none
         prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
     return [torch.tensor([prompt]) for prompt in prompts]
+
+
+def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's prompt as a user's turn; rows of messages are chats already."""
+    text = row.get("prompt", row.get("text"))
+    return row if "messages" in row or not text else {"messages": [{"role": "user", "content": text}]}
 
 
 def ensure_writable(folder: str | Path, argument: str) -> Path:

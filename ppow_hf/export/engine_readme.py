@@ -79,7 +79,8 @@ model = SpeculatorModel.from_pretrained("{folder}")
 SGLANG = """
 ## SGLang
 
-By SGLang's source; not run by ppow_hf's tests.
+Tested with SGLang 0.5.23 on a CPU, greedily and in float32, its compiled kernels stood in for by plain torch. CUDA,
+sampling and speed were not tried.
 
 ```bash
 python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\

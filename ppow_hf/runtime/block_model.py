@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from .configuration_ppow import PPOWDrafterConfig
 from .draft_models import DraftNorm, GrowingKeys, TargetEmbeddings, rotated
-from .draft_session import DraftSession, KeysValues, additive_mask
+from .draft_session import DraftSession, KeysValues, additive_mask, still_drafted
 
 Context = list[KeysValues] | list[GrowingKeys]  # keys and values of the text's states, of each layer
 
@@ -223,17 +223,29 @@ class BlockDrafter(nn.Module):
         anchors: torch.Tensor,
         choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
         window: int,
-    ) -> torch.Tensor:
-        """Features `[B, M, window, h + r]` along windows that `choose` draws, see [`PPOWDrafter.unroll`].
+        goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Windows `[B, A]` that come to each of `window` tokens, and their features `[B, A, h + r]` there.
 
-        `states` `[B, M, K, h]` are those of the blocks behind `anchors` `[B, M]`.
+        `states` `[B, M, K, h]` are those of the blocks behind `anchors` `[B, M]`; `choose` and `goes_on` as of
+        [`PPOWDrafter.unroll`].
         """
         windows = torch.arange(anchors.shape[1], device=anchors.device).expand(len(anchors), -1)
-        features, previous = [], anchors
+        alive, tokens = torch.ones_like(windows, dtype=torch.bool), anchors
+        along: list[tuple[torch.Tensor, torch.Tensor]] = []
         for j in range(window):
-            features.append(self.features(states[:, :, j], previous))
-            previous = choose(j, features[-1], windows)
-        return torch.stack(features, dim=2)
+            place = windows[..., None].expand(-1, -1, states.shape[-1])
+            features = self.features(states[:, :, j].gather(1, place), tokens)
+            along.append((windows, features))
+            tokens = choose(j, features, windows)
+            if goes_on is None or j == window - 1:
+                continue
+            alive = alive & goes_on(j, features, windows)
+            order = still_drafted(alive)
+            if order.shape[1] == 0:
+                break
+            windows, alive, tokens = (x.gather(1, order) for x in (windows, alive, tokens))
+        return along
 
     # -- from states to logits
 

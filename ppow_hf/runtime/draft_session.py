@@ -58,6 +58,11 @@ def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Te
     return allowed[:, None]
 
 
+def still_drafted(alive: torch.Tensor) -> torch.Tensor:
+    """Places `[B, A']` of the windows that are `alive` `[B, A]` bool; shorter rows are filled up with others."""
+    return (~alive).long().argsort(dim=1, stable=True)[:, : int(alive.sum(1).max())]
+
+
 def cache_argument(model: nn.Module) -> str:
     """What this model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     parameters = _forward_parameters(model.__class__)

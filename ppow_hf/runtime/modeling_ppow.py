@@ -23,7 +23,7 @@ from .block_model import BlockDrafter, BlockSession
 from .compatibility import check_target, check_width
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
-from .draft_session import DraftSession, causal_allowed, packed_allowed
+from .draft_session import DraftSession, causal_allowed, packed_allowed, still_drafted
 from .generation import DrafterView
 from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
 from .start_weights import check_init_layers, start_from_target
@@ -280,8 +280,17 @@ class PPOWDrafter(PreTrainedModel):
         """
         draft = self.draft_model
         if isinstance(draft, BlockDrafter):
-            anchors = features[..., 0].gather(1, prefixes)
-            return draft.along(self.block_states(features, cache, prefixes), anchors, choose, window)
+            anchors, states = features[..., 0].gather(1, prefixes), self.block_states(features, cache, prefixes)
+            along = draft.along(states, anchors, choose, window, goes_on)
+        else:
+            along = self._step_by_step(features, cache, prefixes, choose, window, goes_on)
+        if goes_on is None:  # all windows come to every token
+            return torch.stack([reached for _, reached in along], dim=2)
+        return spread_over_windows(along, prefixes.shape[1], window)
+
+    def _step_by_step(self, features, cache, prefixes, choose, window, goes_on):
+        """[`unroll`] by a draft step for each token: windows `[B, A]` that come to it, their features `[B, A, h]`."""
+        draft = self.draft_model
         first, (batch, count) = draft.first_prefix, prefixes.shape
         current = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
         windows = torch.arange(count, device=prefixes.device).expand(batch, -1)  # [B, A]: those that are drafted
@@ -298,10 +307,9 @@ class PPOWDrafter(PreTrainedModel):
                 break
             if goes_on is not None:
                 alive = alive & goes_on(j, current, windows)
-                most = int(alive.sum(1).max())
-                if most == 0:
+                order = still_drafted(alive)
+                if order.shape[1] == 0:
                     break
-                order = (~alive).long().argsort(dim=1, stable=True)[:, :most]
                 windows, alive, positions, tokens = (x.gather(1, order) for x in (windows, alive, positions, tokens))
                 current = current.gather(1, order[..., None].expand(-1, -1, current.shape[-1]))
                 allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
@@ -312,24 +320,27 @@ class PPOWDrafter(PreTrainedModel):
             places = draft.embed_positions(positions + 1 + j)
             current, cache = draft.advance(tokens, current, cache, places, allowed)
             along.append((windows, current))
-        if goes_on is None:
-            return torch.stack([features for _, features in along], dim=2)
-        spread = []
-        for windows, current in along:
-            nothing = current.new_zeros(batch, count, current.shape[-1])
-            spread.append(nothing.scatter(1, windows[..., None].expand(-1, -1, current.shape[-1]), current))
-        return torch.stack(spread + [torch.zeros_like(spread[0])] * (window - len(spread)), dim=2)
+        return along
 
     def block_states(self, features: torch.Tensor, cache: Any, prefixes: torch.Tensor) -> torch.Tensor:
-        """A block drafter's states `[B, M, K, h]` behind M prefixes of each sequence, in one forward.
+        """A block drafter's states `[B, M, K, h]` behind M prefixes of each sequence.
+
+        Windows of one prefix share a block. Blocks are computed so many at once as have about as many tokens as the
+        text: they see nothing of each other, and a mask over all of them would grow with the square of their number.
 
         Args:
             features (`torch.Tensor` of shape `(B, S, 1)`), cache: what [`prefix_features`] returned.
             prefixes (`torch.LongTensor` of shape `(B, M)`): of each block the prefix whose last token is its anchor.
         """
-        text = torch.arange(1, features.shape[1], device=prefixes.device)  # the state of token p - 1 is prefix p's
-        to_text = (text <= prefixes[..., None])[:, None]
-        return self.draft_model.block_states(features[..., 0].gather(1, prefixes), prefixes, cache, to_text)
+        draft, length = self.draft_model, features.shape[1]
+        distinct, places = distinct_in_rows(prefixes)
+        text = torch.arange(1, length, device=prefixes.device)  # the state of token p - 1 is prefix p's
+        parts = []
+        for part in distinct.split(max(length // draft.block_size, 1), dim=1):
+            to_text = (text <= part[..., None])[:, None]
+            parts.append(draft.block_states(features[..., 0].gather(1, part), part, cache, to_text))
+        states = torch.cat(parts, dim=1)
+        return states.gather(1, places[..., None, None].expand(-1, -1, *states.shape[2:]))
 
     def window_features(
         self,
@@ -485,7 +496,7 @@ class PPOWDrafter(PreTrainedModel):
         init_layers: Sequence[int] | None = None,
         **overrides,
     ) -> "PPOWDrafter":
-        """An untrained drafter for `target`, started from the target's own embeddings, head and final norm.
+        """An untrained drafter for `target`, started from the target's own embeddings and head.
 
         Args:
             target (`PreTrainedModel`): the causal language model to be drafted for.
@@ -569,6 +580,27 @@ def loading_problems(found: dict[str, Any]) -> list[str]:
         "errors": list(found.get("error_msgs") or []),
     }
     return [f"{kind}: {shortened_list(names)}" for kind, names in kinds.items() if names]
+
+
+def distinct_in_rows(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct `numbers` `[B, M]` of each row, ascending, `[B, D]`, and each number's place among them `[B, M]`.
+
+    Rows with fewer than others are filled up with their smallest.
+    """
+    ascending, order = numbers.sort(dim=1)
+    ranks = nn.functional.pad((ascending[:, 1:] != ascending[:, :-1]).long(), (1, 0)).cumsum(1)
+    distinct = ascending[:, :1].repeat(1, int(ranks.max()) + 1).scatter(1, ranks, ascending)
+    return distinct, torch.empty_like(order).scatter(1, order, ranks)
+
+
+def spread_over_windows(along: list[tuple[torch.Tensor, torch.Tensor]], count: int, window: int) -> torch.Tensor:
+    """`[B, count, window, h]` from the windows `[B, A]` that came to each token and their features `[B, A, h]`; 0
+    where a window did not come to a token."""
+    spread = []
+    for windows, features in along:
+        nothing = features.new_zeros(len(features), count, features.shape[-1])
+        spread.append(nothing.scatter(1, windows[..., None].expand(-1, -1, features.shape[-1]), features))
+    return torch.stack(spread + [torch.zeros_like(spread[0])] * (window - len(spread)), dim=2)
 
 
 def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a new drafter's weights begin with: its target's embeddings, head, final norm and, where wanted, layers.
+"""What a new drafter's weights begin with: its target's embeddings, head and, where wanted, layers.
 
 Knows both models' modules; knows nothing about training.
 """
