@@ -39,6 +39,7 @@ class ScriptArguments:
         drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
         architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
         draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
+        init_layers (`list[int]`, *optional*): the target's layers that a new drafter's begin with.
         target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
         resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
     """
@@ -73,6 +74,13 @@ class ScriptArguments:
     draft_vocab_size: int | None = dataclasses.field(
         default=None,
         metadata={"help": "Size of a new eagle drafter's own vocabulary; by default it is the target's."},
+    )
+    init_layers: list[int] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Layers of the target, from 0, whose weights a new drafter's own begin with: one for eagle, some "
+            "for standalone; by default they begin at random."
+        },
     )
     target_dtype: str = dataclasses.field(
         default="auto",
@@ -156,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif record is None:
         drafter, train_data = drafter_for_data(script, training, target, tokenizer)
     else:
-        drafter = drafter_for_record(script, record, tokenizer)
+        drafter = drafter_for_record(script, record, target or record.target, tokenizer)
     trainer = PPOWTrainer(
         model=drafter,
         target_model=target,
@@ -187,14 +195,14 @@ def drafter_for_data(script: ScriptArguments, training: Any, target: Any, tokeni
     return new_drafter(script, target, tokenizer, sequences.count_tokens(target_width(target))), sequences
 
 
-def drafter_for_record(script: ScriptArguments, record: "StateRecord", tokenizer: Any) -> "PPOWDrafter":
-    """A new drafter for the target whose states are recorded, reading those of the recorded layers."""
+def drafter_for_record(script: ScriptArguments, record: "StateRecord", target: Any, tokenizer: Any) -> "PPOWDrafter":
+    """A new drafter that reads the recorded layers, begun from `target`, or from what the record has of it."""
     from ..runtime.target_weights import target_width
 
-    named = dataclasses.replace(script, target=record.manifest["target"])
+    named = dataclasses.replace(script, target=script.target or record.manifest["target"])
     counts = record.sequences.count_tokens(target_width(record.target))
     layers = {"target_layer_ids": record.layer_ids} if script.architecture == "eagle" else {}
-    return new_drafter(named, record.target, tokenizer, counts, **layers)
+    return new_drafter(named, target, tokenizer, counts, **layers)
 
 
 def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
@@ -226,6 +234,7 @@ def new_drafter(
         script.architecture,
         draft_vocab_size=script.draft_vocab_size,
         token_counts=token_counts,
+        init_layers=script.init_layers,
         target_vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         target_name_or_path=script.target,
         **overrides,
