@@ -122,7 +122,7 @@ def visited_windows(
         kept[:, :, j].scatter_(1, windows, verdicts.to(kept))
         return verdicts
 
-    features, cache = drafter.prefix_features(input_ids, encoding.states, inputs["attention_mask"])
+    features, cache = drafter.prefix_features(input_ids, encoding.states)
     drafter.unroll(
         features, cache, prefixes, lambda j, _, windows: texts[:, :, j].gather(1, windows), steps + 1, keeps
     )
