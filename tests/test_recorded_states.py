@@ -69,10 +69,10 @@ def losses(tmp_path, target):
     return train
 
 
-@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa"])
+@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa", "confident"])
 @pytest.mark.parametrize("objective", ["supervised", "tv; 0.5: 0.3*kl + lk", "expected_length", "ppow"])
 def test_the_losses_are_those_of_training_with_the_target(make_record, losses, architecture, objective):
-    record = make_record(layers=LAYERS if architecture == "eagle" else [])
+    record = make_record(layers=LAYERS if architecture in ("eagle", "confident") else [])
     expected = losses(architecture, objective=objective)
     assert len(expected) == 5 and len(set(expected)) == 5
     assert losses(architecture, record, objective=objective) == pytest.approx(expected, abs=1e-6)
@@ -93,10 +93,11 @@ def test_a_target_in_bfloat16_gives_the_same_losses_from_states_in_bfloat16(make
     assert losses("eagle", record, drafter=drafters[1]) == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa"])
+@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa", "block"])
 def test_a_drafter_starts_from_the_record_as_from_the_target(make_record, target, architecture):
-    record = StateRecord(make_record(layers=LAYERS if architecture == "eagle" else []))
-    layers = {"target_layer_ids": LAYERS} if architecture == "eagle" else {}
+    reads_layers = architecture in ("eagle", "block")
+    record = StateRecord(make_record(layers=LAYERS if reads_layers else []))
+    layers = {"target_layer_ids": LAYERS} if reads_layers else {}
     drafters = []
     for pattern in (target, record.target):
         torch.manual_seed(0)

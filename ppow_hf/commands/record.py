@@ -26,13 +26,17 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--architecture",
-        choices=["eagle", "standalone", "medusa"],
+        choices=["eagle", "standalone", "medusa", "block"],
         default="eagle",
-        help="whose states are kept: eagle reads those of three layers and the last, others the last alone "
-        "(default: %(default)s)",
+        help="whose states are kept: eagle reads those of three layers and the last, block of some and the last, "
+        "others the last alone (default: %(default)s)",
     )
     parser.add_argument(
-        "--layers", type=int, nargs=3, metavar="N", help="the three layers (default: those of a new eagle drafter)"
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="the layers (default: those of a new eagle or block drafter)",
     )
     parser.add_argument(
         "--states-dtype",
@@ -54,7 +58,7 @@ def register(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`ppow record`."""
     check_options(arguments, "max_length", "max_gigabytes")
-    if arguments.layers is not None and arguments.architecture != "eagle":
+    if arguments.layers is not None and arguments.architecture not in ("eagle", "block"):
         raise ValueError(f"--layers: a {arguments.architecture} drafter reads the last state alone. Leave it out.")
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     check_source(arguments.data, "--data")
@@ -74,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     sequences = training_sequences(arguments.data, target, tokenizer, settings, "--data")
     layers: list[int] = []
-    if arguments.architecture == "eagle":
+    if arguments.architecture in ("eagle", "block"):
         count = target.config.get_text_config().num_hidden_layers
-        layers = target_layers_for("eagle", arguments.layers, count) or []
+        layers = target_layers_for(arguments.architecture, arguments.layers, count) or []
     recording = Recording(
         target,
         tokenizer,

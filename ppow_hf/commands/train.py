@@ -38,7 +38,10 @@ class ScriptArguments:
         eval_data (`list[str]`, *optional*): held-out data of the same kind; several as `NAME=SOURCE`.
         drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
         architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
-        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
+        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle or block drafter.
+        num_hidden_layers (`int`, *optional*): layers of a new standalone or block drafter, by default 1 and 2.
+        markov_rank (`int`, *optional*): rank of a new block drafter's Markov head; 0, the default, makes none.
+        confidence_head (`bool`, *optional*): whether a new block drafter has a confidence head.
         init_layers (`list[int]`, *optional*): the target's layers that a new drafter's begin with.
         target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
         resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
@@ -69,11 +72,24 @@ class ScriptArguments:
     )
     architecture: str = dataclasses.field(
         default="eagle",
-        metadata={"help": "Architecture of a new drafter.", "choices": ["eagle", "standalone", "medusa"]},
+        metadata={
+            "help": "Architecture of a new drafter. A block drafter's block is of --max_window tokens.",
+            "choices": ["eagle", "standalone", "medusa", "block"],
+        },
     )
     draft_vocab_size: int | None = dataclasses.field(
         default=None,
-        metadata={"help": "Size of a new eagle drafter's own vocabulary; by default it is the target's."},
+        metadata={"help": "Size of a new eagle or block drafter's own vocabulary; by default it is the target's."},
+    )
+    num_hidden_layers: int | None = dataclasses.field(
+        default=None, metadata={"help": "Layers of a new drafter; by default 1, of a block drafter 2."}
+    )
+    markov_rank: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Rank of a new block drafter's Markov head (DSpark); by default it has none (DFlash)."},
+    )
+    confidence_head: bool | None = dataclasses.field(
+        default=None, metadata={"help": "Whether a new block drafter estimates its tokens' acceptance (DSpark)."}
     )
     init_layers: list[int] | None = dataclasses.field(
         default=None,
@@ -164,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif record is None:
         drafter, train_data = drafter_for_data(script, training, target, tokenizer)
     else:
-        drafter = drafter_for_record(script, record, target or record.target, tokenizer)
+        drafter = drafter_for_record(script, training, record, target or record.target, tokenizer)
     trainer = PPOWTrainer(
         model=drafter,
         target_model=target,
@@ -190,19 +206,26 @@ def drafter_for_data(script: ScriptArguments, training: Any, target: Any, tokeni
     from ..training.preparation import training_sequences
 
     if script.draft_vocab_size is None:
-        return new_drafter(script, target, tokenizer), script.train_data
+        return new_drafter(script, training, target, tokenizer), script.train_data
     sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")
-    return new_drafter(script, target, tokenizer, sequences.count_tokens(target_width(target))), sequences
+    counts = sequences.count_tokens(target_width(target))
+    return new_drafter(script, training, target, tokenizer, counts), sequences
 
 
-def drafter_for_record(script: ScriptArguments, record: "StateRecord", target: Any, tokenizer: Any) -> "PPOWDrafter":
+def drafter_for_record(
+    script: ScriptArguments, training: Any, record: "StateRecord", target: Any, tokenizer: Any
+) -> "PPOWDrafter":
     """A new drafter that reads the recorded layers, begun from `target`, or from what the record has of it."""
     from ..runtime.target_weights import target_width
 
     named = dataclasses.replace(script, target=script.target or record.manifest["target"])
     counts = record.sequences.count_tokens(target_width(record.target))
-    layers = {"target_layer_ids": record.layer_ids} if script.architecture == "eagle" else {}
-    return new_drafter(named, target, tokenizer, counts, **layers)
+    layers = {}
+    if script.architecture == "eagle":
+        layers = {"target_layer_ids": record.layer_ids}
+    elif script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
+        layers = {"target_layer_ids": [layer for layer in record.layer_ids if layer] or record.layer_ids}
+    return new_drafter(named, training, target, tokenizer, counts, **layers)
 
 
 def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
@@ -220,7 +243,7 @@ def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
 
 
 def new_drafter(
-    script: ScriptArguments, target: Any, tokenizer: Any, token_counts: Any = None, **overrides: Any
+    script: ScriptArguments, training: Any, target: Any, tokenizer: Any, token_counts: Any = None, **overrides: Any
 ) -> "PPOWDrafter":
     """An untrained float32 drafter for `target`, as the arguments describe it; `overrides` as of `from_target`.
 
@@ -229,6 +252,11 @@ def new_drafter(
     from ..runtime.configuration_ppow import vocabulary_fingerprint
     from ..runtime.modeling_ppow import PPOWDrafter
 
+    if script.architecture == "block":
+        overrides["block_size"] = training.max_window
+    for name in ("num_hidden_layers", "markov_rank", "confidence_head"):
+        if getattr(script, name) is not None:
+            overrides[name] = getattr(script, name)
     drafter = PPOWDrafter.from_target(
         target,
         script.architecture,

@@ -84,6 +84,15 @@ def check_heeded(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {reason} Leave it out.")
 
 
+def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when a confidence head is to be trained that is not there."""
+    if not drafter.config.confidence_head and any("confidence" in phase.weights for phase in args.phases):
+        raise ValueError(
+            f"objective: {args.objective!r} trains a confidence head, and this {drafter.config.architecture} drafter "
+            'has none. Make one with architecture="block" and confidence_head=True, or leave the term out.'
+        )
+
+
 def check_token_ids(sequences: SequenceDataset, width: int) -> None:
     """Raise `ValueError` for token ids that the target does not have."""
     if sequences.largest_token_id >= width:

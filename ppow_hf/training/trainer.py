@@ -35,6 +35,7 @@ from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
 from .checks import (
     check_batch,
+    check_confidence,
     check_heeded,
     check_lengths,
     check_masks,
@@ -118,6 +119,7 @@ class PPOWTrainer(Trainer):
         if target_model is not None and not is_placed(target_model):
             target_model.to(args.device)
         model.config.check_window(args.max_window)
+        check_confidence(model, args)
         self.target = self._choose_target(record, model, args, train_dataset)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
@@ -292,6 +294,8 @@ class PPOWTrainer(Trainer):
     def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         args, drafter = self.args, self.accelerator.unwrap_model(model)
         weights = args.weights_at(self.progress)
+        if drafter.config.confidence_head:  # moved by nothing else, and moving nothing else
+            weights.setdefault("confidence", 1.0)
         drafts_windows = any(name in WINDOW_TERMS for name in weights)
         by_text = drafts_windows and self._verified_by_text(drafter, weights, inputs)
         with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
@@ -310,9 +314,10 @@ class PPOWTrainer(Trainer):
             self._micro_step += int(self.model.training)
             steps, weighting = args.unrolling_at(self.progress)
             # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
-            steps = {"eagle": steps, "medusa": args.max_window}.get(drafter.config.architecture, 1)
+            whole = args.max_window  # what these draft from one state is learned whole
+            steps = {"eagle": steps, "medusa": whole, "block": whole}.get(drafter.config.architecture, 1)
             loss, metrics = text_objective(
-                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting
+                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting, self.state.global_step
             )
             items = num_items_in_batch
             loss = loss / ((inputs["labels"] != -100).sum() if items is None else items)
