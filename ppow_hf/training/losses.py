@@ -144,7 +144,7 @@ def visited_windows(
     def keeps(j: int, _, windows: torch.Tensor) -> torch.Tensor:
         return kept[:, :, j].gather(1, windows) > 0
 
-    features, cache = drafter.prefix_features(input_ids, encoding.states, inputs["attention_mask"])
+    features, cache = drafter.prefix_features(input_ids, encoding.states)
     drafter.unroll(features, cache, prefixes, follow, steps, keeps)
     visited = (visit_probabilities(kept) > 0) & learned
     begins = visited.any(-1)
