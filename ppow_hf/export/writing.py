@@ -1,4 +1,4 @@
-"""Write a PPOWDrafter as a directory that serving engines load as it is, and check what was written.
+"""Write a PPOWDrafter as a directory or file that serving engines load as it is, and check what was written.
 
 Knows formats, files and the limits of the engines; changes no weight. What the engines do with the directory is
 tested against the engines themselves (tests/engines).
@@ -30,8 +30,9 @@ from .formats import (
     portable_rope,
     speculators_config,
 )
+from .gguf_files import NUMBER_FORMATS, write_causal_lm, write_eagle3
 
-FORMATS = ("vllm", "sglang", "speculators", "standalone")
+FORMATS = ("vllm", "sglang", "speculators", "standalone", "gguf")
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ExportReport:
 
     Args:
         folder (`Path`): the directory.
-        layout (`str`): `"eagle3"`, `"speculators"`, `"standalone"` or `"medusa"`.
+        layout (`str`): `"eagle3"`, `"speculators"`, `"standalone"`, `"medusa"` or `"gguf"`.
         files (`list[str]`): names of its files.
         tensors, parameters (`int`): counts.
         notes (`list[str]`): what an engine cannot serve, or what to know before it does.
@@ -64,25 +65,30 @@ def export_drafter(
     tokenizer: Any = None,
     share_embeddings: bool = False,
     speculative_tokens: int = 5,
+    gguf_dtype: str = "float16",
 ) -> ExportReport:
     """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
 
-    `"vllm"` and `"sglang"` write the same: an EAGLE-3 checkpoint that both read, or, for a standalone drafter, a plain
-    causal language model. Medusa heads are for vLLM alone.
+    `"vllm"` and `"sglang"` write the same: an EAGLE-3 checkpoint that both read, OpenVINO GenAI too, or, for a
+    standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"` writes one file for
+    llama.cpp, of a standalone or an eagle drafter, with the tokenizer in it.
 
     Args:
-        drafter ([`PPOWDrafter`]): the drafter; its weights are written in the number format they are in.
+        drafter ([`PPOWDrafter`]):
+            The drafter; its weights are written in the number format they are in, but for GGUF.
         output_dir (`str` or `Path`): the directory; made if need be; an earlier export in it is replaced.
-        format (`str`, *optional*, defaults to `"vllm"`): `"vllm"`, `"sglang"`, `"speculators"` or `"standalone"`.
+        format (`str`, *optional*, defaults to `"vllm"`): one of `FORMATS`.
         target (`PreTrainedModel`, *optional*):
             The target. Its embeddings are written for a drafter that shares them, or compared for `share_embeddings`.
         target_name (`str`, *optional*):
             Folder or Hub name of the target for the README and for speculators; by default the one that the drafter
             was trained for. A folder's config.json is read to check that the drafter fits.
-        tokenizer (*optional*): written beside a standalone drafter.
+        tokenizer (*optional*): written beside a standalone drafter; for GGUF, the target's, which is needed.
         share_embeddings (`bool`, *optional*, defaults to `False`):
             Leave out the embeddings, so that engines take the target's: for a drafter that has the very same.
         speculative_tokens (`int`, *optional*, defaults to `5`): window of the commands in the README.
+        gguf_dtype (`str`, *optional*, defaults to `"float16"`):
+            Number format of a GGUF file's matrices: `"float32"`, `"float16"`, `"bfloat16"` or `"q8_0"`.
 
     Returns:
         [`ExportReport`]
@@ -90,6 +96,7 @@ def export_drafter(
     Raises:
         `ValueError`: if the drafter's architecture has no such format, an argument is out of range, the target is
         another one, or what was written does not read back as it should.
+        `ImportError`: for `"gguf"` without the package of that name.
     """
     layout = _layout(drafter, format)
     if problems := drafter.weight_problems():
