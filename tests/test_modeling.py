@@ -582,3 +582,44 @@ def test_vocabulary_fingerprint_tells_vocabularies_apart():
 
     assert vocabulary_fingerprint(Words("abc")) == vocabulary_fingerprint(Words("abc"))
     assert len({vocabulary_fingerprint(Words(w)) for w in ("abc", "acb", "abcd")}) == 3
+
+
+# -- layers taken from the target
+
+
+def test_an_eagle_layer_begins_as_the_targets_on_states_alone(make_target):
+    target = make_target("llama")
+    drafter = PPOWDrafter.from_target(target, "eagle", init_layers=[1])
+    layer, source = drafter.draft_model.midlayer, target.model.layers[1]
+    states, embeddings = torch.randn(2, 1, 5, target.config.hidden_size).unbind(0)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        own = getattr(layer.self_attn, name).weight[:, target.config.hidden_size :]
+        inputs = layer.hidden_norm(states)
+        assert torch.equal(inputs @ own.T, getattr(source.self_attn, name)(source.input_layernorm(states)))
+    assert torch.equal(
+        layer.mlp(layer.post_attention_layernorm(states)), source.mlp(source.post_attention_layernorm(states))
+    )
+
+
+def test_a_standalone_drafter_of_all_layers_is_its_target(make_target):
+    target = make_target("llama")
+    layers = list(range(target.config.num_hidden_layers))
+    drafter = PPOWDrafter.from_target(target, "standalone", init_layers=layers).eval()
+    ids = torch.randint(target.config.vocab_size, (2, 9))
+    torch.testing.assert_close(drafter(ids).logits, target(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "said"),
+    [
+        ("eagle", {"init_layers": [0, 1]}, "one layer"),
+        ("eagle", {"init_layers": [99]}, "99"),
+        ("medusa", {"init_layers": [0]}, "medusa"),
+        ("standalone", {"init_layers": [0], "num_hidden_layers": 2}, "drafter of 2"),
+        ("eagle", {"init_layers": [0], "intermediate_size": 24}, "mlp"),
+    ],
+)
+def test_init_layers_that_do_not_fit_are_refused(make_target, architecture, options, said):
+    with pytest.raises(ValueError, match=r"^init_layers: ") as error:
+        PPOWDrafter.from_target(make_target("llama"), architecture, **options)
+    assert said in str(error.value)

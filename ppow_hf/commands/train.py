@@ -35,6 +35,7 @@ class ScriptArguments:
         drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
         architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
         draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
+        init_layers (`list[int]`, *optional*): the target's layers that a new drafter's begin with.
         target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
         resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
     """
@@ -62,6 +63,13 @@ class ScriptArguments:
     draft_vocab_size: int | None = dataclasses.field(
         default=None,
         metadata={"help": "Size of a new eagle drafter's own vocabulary; by default it is the target's."},
+    )
+    init_layers: list[int] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Layers of the target, from 0, whose weights a new drafter's own begin with: one for eagle, some "
+            "for standalone; by default they begin at random."
+        },
     )
     target_dtype: str = dataclasses.field(
         default="auto",
@@ -179,6 +187,7 @@ def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any, token_coun
         script.architecture,
         draft_vocab_size=script.draft_vocab_size,
         token_counts=token_counts,
+        init_layers=script.init_layers,
         target_vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         target_name_or_path=script.target,
     )

@@ -9,7 +9,7 @@ target's state of token p - 1 together with the embedding of token p.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
 from .draft_session import DraftSession, causal_allowed, packed_allowed
 from .generation import DrafterView
-from .target_weights import embedding_matrix, head_matrix, target_width
+from .start_weights import check_init_layers, start_from_target
+from .target_weights import embedding_matrix, target_width
 
 
 @dataclass
@@ -441,6 +442,7 @@ class PPOWDrafter(PreTrainedModel):
         architecture: str = "eagle",
         draft_vocab_size: int | None = None,
         token_counts: torch.Tensor | None = None,
+        init_layers: Sequence[int] | None = None,
         **overrides,
     ) -> "PPOWDrafter":
         """An untrained drafter for `target`, started from the target's own embeddings, head and final norm.
@@ -452,6 +454,10 @@ class PPOWDrafter(PreTrainedModel):
             token_counts (`torch.Tensor` of shape `(V,)`, *optional*):
                 How often each token occurs in the training data; needed with `draft_vocab_size`, whose tokens are the
                 most frequent ones.
+            init_layers (`list[int]`, *optional*):
+                Layers of the target whose weights the drafter's own layers begin with, counted from 0: one for an
+                eagle drafter, in the target's shape; as many as it has for a standalone one [ours]. Without it they
+                begin at random.
             overrides: fields of [`PPOWDrafterConfig`] (`max_window`, `target_layer_ids`, ...) or of the drafter's own
                 transformer (`num_hidden_layers`, `intermediate_size`, ...).
         """
@@ -465,6 +471,10 @@ class PPOWDrafter(PreTrainedModel):
         vocab_size = target_width(target)
         config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
+        if init_layers is not None:
+            check_init_layers(architecture, init_layers, text.num_hidden_layers)
+            if architecture == "standalone":
+                overrides.setdefault("num_hidden_layers", len(init_layers))
         draft_config = draft_config_for(architecture, text, vocab_size, overrides)
         if architecture == "eagle":
             source = embedding_matrix(target)
@@ -492,52 +502,11 @@ class PPOWDrafter(PreTrainedModel):
             },
         )
         drafter = cls(config)
-        drafter._start_from(target, token_counts)
+        start_from_target(drafter, target, token_counts, init_layers)
         if target.dtype.is_floating_point:
             for parameter in drafter.parameters():  # not the rotary frequencies, which stay in float32 as on loading
                 parameter.data = parameter.data.to(target.dtype)
         return drafter
-
-    @torch.no_grad()
-    def _start_from(self, target: PreTrainedModel, token_counts: torch.Tensor | None) -> None:
-        draft = self.draft_model
-        if isinstance(draft, MedusaDrafter):  # each head begins as the target's own, for the token that it knows
-            for parameter in draft.blocks.parameters():
-                parameter.zero_()
-            if (head := head_matrix(target)) is not None:
-                for draft_head in draft.lm_heads:
-                    draft_head.weight.copy_(head.to(draft_head.weight))
-            return
-        self.attach_target(target)
-        source = embedding_matrix(target)
-        embeddings = self.get_input_embeddings().weight
-        copies = not self.config.shares_target_embeddings
-        if copies and source is not None and source.shape[1] == embeddings.shape[1]:
-            rows = min(len(source), len(embeddings))
-            embeddings[:rows] = source[:rows].to(embeddings)
-        head = head_matrix(target)
-        if isinstance(draft, StandaloneDrafter):
-            draft_head = draft.model.get_output_embeddings().weight
-            if head is not None and draft_head is not embeddings and draft_head.shape == head.shape:
-                draft_head.copy_(head.to(draft_head))
-            return
-        kept = torch.arange(self.config.vocab_size)
-        if self.d2t is not None:
-            if token_counts is None or len(token_counts) > self.config.vocab_size:
-                raise ValueError(
-                    "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each "
-                    f"of the target's {self.config.vocab_size} tokens occurs in the training data; given was "
-                    f"{None if token_counts is None else tuple(token_counts.shape)}."
-                )
-            kept = token_counts.topk(len(self.d2t)).indices.sort().values
-            self.set_draft_vocabulary(kept)
-        if head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
-            draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
-        hidden, target_hidden = draft.fc.out_features, self.config.target_hidden_size
-        if hidden == target_hidden:
-            # The highest of the three states passes through at the start: what the target's own head reads is near.
-            draft.fc.weight.mul_(0.1)
-            draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
 
 
 def shortened_list(names: list[str], most: int = 5) -> str:

@@ -97,7 +97,7 @@ def train_stage(
         output_dir=str(output_dir),
         objective=stage.objective,
         learning_rate=stage.learning_rate,
-        max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+        max_length=max(len(train_data[n]["input_ids"]) for n in range(len(train_data))),
         adam_beta2=0.95,
         per_device_train_batch_size=8,
         max_steps=100_000,

@@ -131,6 +131,13 @@ class FrozenTarget:
             return False
         return type(head.weight.data) is torch.Tensor and head.weight.is_floating_point()
 
+    def _logits_to_keep(self) -> dict[str, Any]:
+        """The argument by which a forward computes as few logits as it can: those wanted are taken from the states."""
+        if not (self.keeps and self.head_is_plain):
+            return {}
+        none = torch.empty(0, dtype=torch.long, device=self.device)
+        return {"logits_to_keep": none if self._head_has_rows else 1}  # packed kernels may refuse to compute nothing
+
     def keep_encodings(self, max_bytes: int) -> None:
         """Keep sources and states of sequences in memory, up to `max_bytes`, for encodings without a cache.
 
@@ -149,7 +156,6 @@ class FrozenTarget:
             if all(key in self._kept for key in keys):
                 self.forward_tokens += sum(lengths)
                 return self._from_kept(keys, attention_mask)
-        kept = {"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}
         cache = DynamicCache() if with_cache else None
         outputs = self.model(
             input_ids=input_ids,
@@ -157,7 +163,7 @@ class FrozenTarget:
             use_cache=with_cache,
             output_hidden_states=True,
             **{cache_argument(self.model): cache},
-            **kept,
+            **self._logits_to_keep(),
         )
         self.forward_tokens += int(attention_mask.sum())
         sources = outputs.hidden_states[-1] if self.head_is_plain else outputs.logits
@@ -226,7 +232,7 @@ class FrozenTarget:
             use_cache=True,
             output_hidden_states=True,
             **{cache_argument(self.model): encoding.cache},
-            **({"logits_to_keep": 1} if self.keeps and self.head_is_plain else {}),
+            **self._logits_to_keep(),
         )
         self.forward_tokens += tokens.numel()
         return outputs.hidden_states[-1] if self.head_is_plain else outputs.logits

@@ -1,0 +1,144 @@
+"""What a new drafter's weights begin with: its target's embeddings, head, final norm and, where wanted, layers.
+
+Knows both models' modules; knows nothing about training.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
+from .target_weights import embedding_matrix, head_matrix
+
+# Where an eagle layer's weights lie in a decoder layer of the Llama kind; its attention reads [embedding, state].
+EAGLE_LAYER = {
+    "hidden_norm.weight": "input_layernorm.weight",
+    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attn.o_proj.weight",
+    **{f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+}
+EAGLE_ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v"))
+
+
+@torch.no_grad()
+def start_from_target(
+    drafter: Any, target: Any, token_counts: torch.Tensor | None, init_layers: Sequence[int] | None
+) -> None:
+    """Give an untrained `drafter` what it can take over from `target`; arguments are those of `from_target`."""
+    draft = drafter.draft_model
+    head = head_matrix(target)
+    if isinstance(draft, MedusaDrafter):
+        _start_medusa(draft, head)
+        return
+    drafter.attach_target(target)
+    embeddings = drafter.get_input_embeddings().weight
+    if not drafter.config.shares_target_embeddings:
+        source = embedding_matrix(target)
+        if source is not None and source.shape[1] == embeddings.shape[1]:
+            rows = min(len(source), len(embeddings))
+            embeddings[:rows] = source[:rows].to(embeddings)
+    if isinstance(draft, StandaloneDrafter):
+        draft_head = draft.model.get_output_embeddings().weight
+        if head is not None and draft_head is not embeddings and draft_head.shape == head.shape:
+            draft_head.copy_(head.to(draft_head))
+        if init_layers is not None:
+            _start_standalone_layers(draft.model, target, init_layers)
+        return
+    _start_eagle(drafter, head, token_counts)
+    if init_layers is not None:
+        _start_eagle_layer(draft, decoder_layers(target)[init_layers[0]])
+
+
+def _start_medusa(draft: MedusaDrafter, head: torch.Tensor | None) -> None:
+    """Each head begins as the target's own, for the token that it knows."""
+    for parameter in draft.blocks.parameters():
+        parameter.zero_()
+    if head is not None:
+        for draft_head in draft.lm_heads:
+            draft_head.weight.copy_(head.to(draft_head.weight))
+
+
+def _start_eagle(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
+    """The draft vocabulary of the most frequent tokens, the head's rows of them, and states let through."""
+    draft: EagleDrafter = drafter.draft_model
+    kept = torch.arange(drafter.config.vocab_size)
+    if drafter.d2t is not None:
+        if token_counts is None or len(token_counts) > drafter.config.vocab_size:
+            raise ValueError(
+                "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each "
+                f"of the target's {drafter.config.vocab_size} tokens occurs in the training data; given was "
+                f"{None if token_counts is None else tuple(token_counts.shape)}."
+            )
+        kept = token_counts.topk(len(drafter.d2t)).indices.sort().values
+        drafter.set_draft_vocabulary(kept)
+    if head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
+        draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
+    hidden = draft.fc.out_features
+    if hidden == drafter.config.target_hidden_size:
+        # The highest of the three states passes through at the start: what the target's own head reads is near.
+        draft.fc.weight.mul_(0.1)
+        draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+
+
+# -- the target's layers
+
+
+def check_init_layers(architecture: str, init_layers: Sequence[int], num_layers: int) -> None:
+    """Raise `ValueError` for layers that a target of `num_layers` lacks, or that a drafter has no place for."""
+    if architecture not in ("eagle", "standalone"):
+        raise ValueError(
+            f"init_layers: a drafter of architecture {architecture!r} begins without layers of its target."
+        )
+    if not init_layers or not all(0 <= layer < num_layers for layer in init_layers):
+        raise ValueError(f"init_layers: {list(init_layers)} given; the target's layers are 0 to {num_layers - 1}.")
+    if architecture == "eagle" and len(init_layers) != 1:
+        raise ValueError(f"init_layers: {list(init_layers)} given, but an eagle drafter has one layer; name one.")
+
+
+def decoder_layers(target: Any) -> nn.ModuleList:
+    """The target's decoder layers; `ValueError` where they are no list called `layers`."""
+    layers = getattr(target.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"init_layers: the layers of a {type(target).__name__} could not be found. Leave it out for this target."
+        )
+    return layers
+
+
+def _start_standalone_layers(model: Any, target: Any, init_layers: Sequence[int]) -> None:
+    """Copy whole layers, and the norm behind the last one."""
+    layers, sources = decoder_layers(model), decoder_layers(target)
+    if len(layers) != len(init_layers):
+        raise ValueError(f"init_layers: {len(init_layers)} layers given for a drafter of {len(layers)}.")
+    for layer, number in zip(layers, init_layers, strict=True):
+        _copy_weights(layer, dict(sources[number].named_parameters()), {name: name for name in layer.state_dict()})
+    norm, source = (getattr(one.get_decoder(), "norm", None) for one in (model, target))
+    if norm is not None and source is not None:
+        _copy_weights(norm, dict(source.named_parameters()), {name: name for name in norm.state_dict()})
+
+
+def _start_eagle_layer(draft: EagleDrafter, source: nn.Module) -> None:
+    """Copy a layer of the Llama kind; of the attention's inputs its weights read the state, and not the embedding."""
+    weights, layer = dict(source.named_parameters()), draft.midlayer
+    hidden = draft.fc.out_features
+    _copy_weights(layer, weights, EAGLE_LAYER)
+    for name in EAGLE_ATTENTION:
+        _copy_into(layer.get_parameter(name)[:, hidden:], weights.get(name), name)
+
+
+def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], names: dict[str, str]) -> None:
+    """Set the parameters `names` of a module from `weights`, by their names there."""
+    for name, source in names.items():
+        _copy_into(module.get_parameter(name), weights.get(source), source)
+
+
+def _copy_into(own: torch.Tensor, weight: torch.Tensor | None, name: str) -> None:
+    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.shape != own.shape:
+        given = "none in plain numbers" if weight is None or weight.is_meta else f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(
+            f"init_layers: the drafter's layer needs {name} of shape {list(own.shape)}, and the target's has {given}. "
+            "Leave init_layers out, or the options that change the drafter's shape."
+        )
+    own.copy_(weight)
