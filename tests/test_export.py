@@ -202,8 +202,8 @@ def test_what_an_engine_cannot_serve_is_said(tmp_path, make_target, target, draf
 
 
 def test_wrong_requests_are_refused(tmp_path, make_target, target, drafter):
-    with pytest.raises(ValueError, match="format: 'gguf' is not one of"):
-        export_drafter(drafter, tmp_path, "gguf")
+    with pytest.raises(ValueError, match="format: 'onnx' is not one of"):
+        export_drafter(drafter, tmp_path, "onnx")
     with pytest.raises(ValueError, match="format: 'standalone' is not for eagle drafters"):
         export_drafter(drafter, tmp_path, "standalone")
     with pytest.raises(ValueError, match="format: 'speculators' is not for standalone drafters"):

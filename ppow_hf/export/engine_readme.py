@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..tiny import is_embedded
+from .gguf_files import gguf_name
 
 EMBEDDED_FOLDER = '"$(python -c \'from ppow_hf import tiny; print(tiny.target_path("{name}"))\')"'
 
@@ -88,16 +89,50 @@ python -m sglang.launch_server --model-path {target} --speculative-algorithm {al
 ```
 """
 
+LLAMACPP = """
+## llama.cpp
+
+Tested with the server of `xllamacpp` 2026.10.11549 on a CPU, in float32 and q8_0, greedy: `pip install xllamacpp`.
+`TARGET.gguf` is the target as GGUF; `ppow_hf.export.write_causal_lm` writes Llama, Qwen2 and Qwen3 targets.
+
+```python
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path = "TARGET.gguf"
+params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_{kind}]
+params.speculative.draft.mparams.path = "{folder}/{file}"
+params.speculative.draft.n_max = {tokens}
+server = xllamacpp.Server(params)  # it answers HTTP requests at server.listening_address, too
+answer = server.handle_completions({{"prompt": "def add(a, b):", "max_tokens": 64, "temperature": 0}})
+print(answer["choices"][0]["text"])
+```
+
+llama.cpp's own program takes the same by these options (not run):
+
+```bash
+llama-server --model TARGET.gguf --spec-draft-model {folder}/{file} --spec-type {option} --spec-draft-n-max {tokens}
+```
+"""
+
 WHAT = {
     "eagle3": "An EAGLE-3 drafter (`LlamaForCausalLMEagle3`) that vLLM and SGLang load as it is.",
     "speculators": "An EAGLE-3 drafter in the format of speculators (`Eagle3DraftModel`), which vLLM serves too.",
     "standalone": "A small causal language model to draft for a larger one with the same vocabulary.",
+    "gguf": "A drafter as GGUF, with its target's tokenizer, for llama.cpp.",
     "medusa": "Medusa heads (`MedusaModel`) that vLLM loads as they are; it drafts a chain with them, no tree.",
 }
 
 
 def engine_readme(
-    drafter: Any, layout: str, folder: str, target: str | None, notes: list[str], tokens: int, version: str
+    drafter: Any,
+    layout: str,
+    folder: str,
+    target: str | None,
+    notes: list[str],
+    tokens: int,
+    version: str,
+    gguf_dtype: str = "float16",
 ) -> str:
     """The README of a directory called `folder`, as Markdown."""
     config = drafter.config
@@ -108,15 +143,24 @@ def engine_readme(
     if layout == "medusa":
         tokens = len(drafter.draft_model.lm_heads)
         rows["heads"] = str(tokens)
-    elif layout != "standalone":
+    elif config.architecture == "eagle":
         rows["draft vocabulary"] = f"{config.draft_vocab_size or config.vocab_size} tokens"
         layers = ", ".join(map(str, config.target_layer_ids))
         rows["target states read"] = f"behind {layers} of its layers (transformers' `hidden_states`)"
-    rows["number format"] = str(drafter.dtype).removeprefix("torch.")
+    rows["number format"] = gguf_dtype if layout == "gguf" else str(drafter.dtype).removeprefix("torch.")
     facts = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     text = HEAD.format(title=folder, what=WHAT[layout], version=version, facts=facts, folder=folder)
     if layout == "speculators":
         text += SPECULATORS.format(folder=folder)
+    elif layout == "gguf":
+        eagle = config.architecture == "eagle"
+        text += LLAMACPP.format(
+            folder=folder,
+            file=gguf_name(gguf_dtype),
+            kind="DRAFT_EAGLE3" if eagle else "DRAFT_SIMPLE",
+            option="draft-eagle3" if eagle else "draft-simple",
+            tokens=tokens,
+        )
     else:
         method = {"eagle3": "eagle3", "standalone": "draft_model", "medusa": "medusa"}[layout]
         speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})

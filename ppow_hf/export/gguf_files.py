@@ -43,6 +43,11 @@ def gguf_package() -> Any:
     return gguf
 
 
+def gguf_name(number_format: str) -> str:
+    """Name of an exported drafter's file."""
+    return f"drafter-{NUMBER_FORMATS[number_format].lower()}.gguf"
+
+
 def interleaved_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a query or key projection `[heads * d, ...]` in the order of llama.cpp's Llama family.
 
@@ -68,10 +73,13 @@ def rotary_factors(config: Any) -> torch.Tensor | None:
     return plain / scaled
 
 
-def write_causal_lm(path: str | Path, model: Any, tokenizer: Any, number_format: str = "float16") -> int:
+def write_causal_lm(
+    path: str | Path, model: Any, tokenizer: Any, number_format: str = "float16"
+) -> dict[str, torch.Tensor]:
     """Write a causal language model of the Llama, Qwen2 or Qwen3 family, with its tokenizer, as one GGUF file.
 
-    Returns the number of tensors. Raises `ValueError` for other families, rotary embeddings or tokenizers.
+    Returns the tensors by their names in the file. Raises `ValueError` for other families, rotary embeddings or
+    tokenizers.
     """
     gguf = gguf_package()
     config = model.config
@@ -102,14 +110,13 @@ def write_causal_lm(path: str | Path, model: Any, tokenizer: Any, number_format:
 
 def write_eagle3(
     path: str | Path, drafter: Any, tokenizer: Any, number_format: str = "float16", embeddings: bool = True
-) -> int:
+) -> dict[str, torch.Tensor]:
     """Write an eagle drafter as the GGUF file of an EAGLE-3 drafter, with its target's tokenizer.
 
-    `embeddings`: whether to write them; without, llama.cpp drafts with the target's. Returns the number of tensors.
+    `embeddings`: whether to write them; without, llama.cpp drafts with the target's. Returns the tensors by their
+    names in the file.
     """
     config, draft = drafter.config, drafter.config.draft_config
-    if len(config.target_layer_ids) != 3:
-        raise ValueError(f"drafter: it reads {len(config.target_layer_ids)} states of the target; llama.cpp gives 3.")
     found = eagle3_tensors(drafter, "midlayer.", embeddings=embeddings)
     found["midlayer.self_attn.q_proj.weight"] = interleaved_rotary(
         found["midlayer.self_attn.q_proj.weight"], draft.num_attention_heads
@@ -158,8 +165,8 @@ def _write(
     tensors: dict[str, torch.Tensor],
     vocabulary: GGUFVocabulary,
     number_format: str,
-) -> int:
-    """Write the file, and read it back to compare."""
+) -> dict[str, torch.Tensor]:
+    """Write the file, read it back to compare, and return `tensors`."""
     gguf = gguf_package()
     if number_format not in NUMBER_FORMATS:
         raise ValueError(f"dtype: {number_format!r} given; GGUF is written in {', '.join(NUMBER_FORMATS)}.")
@@ -187,7 +194,7 @@ def _write(
         raise ValueError(
             f"output_dir: {Path(path).name} reads back otherwise than it was written: {', '.join(wrong)}."
         )
-    return len(stored)
+    return tensors
 
 
 def _stored_format(gguf: Any, tensor: torch.Tensor, wanted: str) -> Any:

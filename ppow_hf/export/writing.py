@@ -30,7 +30,7 @@ from .formats import (
     portable_rope,
     speculators_config,
 )
-from .gguf_files import NUMBER_FORMATS, write_causal_lm, write_eagle3
+from .gguf_files import NUMBER_FORMATS, gguf_name, write_causal_lm, write_eagle3
 
 FORMATS = ("vllm", "sglang", "speculators", "standalone", "gguf")
 
@@ -120,33 +120,35 @@ def export_drafter(
     # Written beside and moved at the end: a directory that an engine may be reading never holds half of each.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
         written = Path(scratch)
-        if layout == "standalone":
+        if share_embeddings and drafter.config.architecture == "eagle":
+            _check_shared(drafter, target)
+        if layout == "gguf":
+            tensors = _write_gguf(drafter, written, tokenizer, gguf_dtype, embeddings=not share_embeddings)
+        elif layout == "standalone":
             tensors = _write_standalone(drafter, written, tokenizer)
         elif layout == "medusa":
             tensors = named_tensors(drafter)
             _write_medusa(written, tensors, medusa_config(drafter))
         else:
-            if share_embeddings:
-                _check_shared(drafter, target)
             tensors = eagle3_tensors(drafter, LAYER_NAMES[layout], embeddings=not share_embeddings)
             fields = eagle3_config(drafter)
             if layout == "speculators":
                 fields = _speculators_fields(drafter, written_name, target_config, speculative_tokens)
             _write_eagle3(written, tensors, fields)
         notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
-        if (
-            layout == "speculators"
-            and _is_local(name)
-            and not Path(folder.resolve().parent, str(written_name)).is_dir()
-        ):
-            notes.append(
-                f"`config.json` names the target {written_name!r} without its folder, since a directory may be "
-                "published. Serve it from where the target lies, or write its path into `verifier.name_or_path`."
-            )
-        text = engine_readme(
-            drafter, layout, folder.resolve().name, written_name, notes, speculative_tokens, package_version()
+        if layout == "speculators":
+            notes += _target_notes(name, str(written_name), folder)
+        readme = engine_readme(
+            drafter,
+            layout,
+            folder.resolve().name,
+            written_name,
+            notes,
+            speculative_tokens,
+            package_version(),
+            gguf_dtype,
         )
-        (written / "README.md").write_text(text, encoding="utf-8")
+        (written / "README.md").write_text(readme, encoding="utf-8")
         files = sorted(path.name for path in written.iterdir())
         _check_free(folder, files)
         for file in files:
@@ -172,8 +174,8 @@ def _check_free(folder: Path, files: list[str]) -> None:
 def _layout(drafter: PPOWDrafter, format: str) -> str:
     architecture = drafter.config.architecture
     layouts = {
-        "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators"},
-        "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone"},
+        "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators", "gguf": "gguf"},
+        "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone", "gguf": "gguf"},
         "medusa": {"vllm": "medusa"},
     }[architecture]
     if format not in FORMATS:
@@ -210,6 +212,15 @@ def _written_name(name: str | None, folder: Path) -> str | None:
         return public_name(name)
     target, beside = Path(name).expanduser().resolve(), folder.resolve().parent
     return target.relative_to(beside).as_posix() if target.is_relative_to(beside) else public_name(str(target))
+
+
+def _target_notes(name: str | None, written_name: str, folder: Path) -> list[str]:
+    if not _is_local(name) or Path(folder.resolve().parent, written_name).is_dir():
+        return []
+    return [
+        f"`config.json` names the target {written_name!r} without its folder, since a directory may be published. "
+        "Serve it from where the target lies, or write its path into `verifier.name_or_path`."
+    ]
 
 
 def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
@@ -330,6 +341,19 @@ def _write_standalone(drafter: PPOWDrafter, folder: Path, tokenizer: Any) -> dic
         problems.append(f"rope_parameters: read back as {found.config.rope_parameters}")
     _raise_problems(problems)
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def _write_gguf(
+    drafter: PPOWDrafter, folder: Path, tokenizer: Any, gguf_dtype: str, embeddings: bool
+) -> dict[str, torch.Tensor]:
+    if gguf_dtype not in NUMBER_FORMATS:
+        raise ValueError(f"gguf_dtype: {gguf_dtype!r} is not one of {list(NUMBER_FORMATS)}.")
+    if tokenizer is None:
+        raise ValueError("tokenizer: a GGUF file holds its tokenizer; pass the target's.")
+    path = folder / gguf_name(gguf_dtype)
+    if drafter.config.architecture == "standalone":
+        return write_causal_lm(path, drafter.draft_model.model, tokenizer, gguf_dtype)
+    return write_eagle3(path, drafter, tokenizer, gguf_dtype, embeddings)
 
 
 def _raise_problems(problems: list[str]) -> None:
