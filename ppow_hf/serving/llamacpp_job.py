@@ -5,7 +5,7 @@ RESULT`), so it imports xllamacpp and the standard library only, never the packa
 
 A job: `model` (GGUF file), `draft` (GGUF file or null), `kind` (llama.cpp's kind of speculation or null), `window`,
 `prompts` (lists of token ids), `max_tokens`, `ignore_eos`, `warm_up`, `context` (tokens of it), `threads`. Each prompt
-runs alone. A result: as that of vllm_job.py, and `texts` of the prompts.
+runs alone. A result: as that of vllm_job.py, without what was accepted per position, which the server does not say.
 """
 
 import importlib.metadata
@@ -34,21 +34,17 @@ def main(job_path, result_path):
     answers = [complete(server, job, prompt) for prompt in job["prompts"]]
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     outputs = [answer["tokens"] for answer in answers]
-    timings = [answer["timings"] for answer in answers]
-    accepted = sum(timing.get("draft_n_accepted", 0) for timing in timings)
+    accepted = sum(answer["timings"].get("draft_n_accepted", 0) for answer in answers)
     result = {
         "outputs": outputs,
-        "texts": [answer["content"] for answer in answers],
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "tokens": sum(map(len, outputs)),
         # Every target pass behind the prompt's gives one token of its own.
         "drafts": sum(map(len, outputs)) - len(outputs) - accepted if job["kind"] else 0,
-        "drafted": sum(timing.get("draft_n", 0) for timing in timings),
+        "drafted": sum(answer["timings"].get("draft_n", 0) for answer in answers),
         "accepted": accepted,
-        "accepted_per_position": [],
         "version": importlib.metadata.version("xllamacpp"),
-        "timings": timings,
     }
     Path(result_path).write_text(json.dumps(result))
 
