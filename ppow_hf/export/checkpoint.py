@@ -87,7 +87,7 @@ class Eagle3Checkpoint:
                 found.append(f"{name}: shape {given} instead of {wanted}")
         for name, tensor in self.tensors.items():
             if name not in expected:
-                # A full draft vocabulary may still come with its (empty) translation.
+                # A full draft vocabulary may still come with its translation, which changes nothing.
                 if name in ("d2t", "t2d") and self.draft_vocab_size == self.vocab_size:
                     continue
                 found.append(f"{name}: not a tensor of EAGLE-3")

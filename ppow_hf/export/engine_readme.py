@@ -89,6 +89,33 @@ python -m sglang.launch_server --model-path {target} --speculative-algorithm {al
 ```
 """
 
+OPENVINO = """
+## OpenVINO GenAI
+
+Tested with openvino-genai 2026.4.1 and optimum-intel 2.2.0 on a CPU, in float32, greedy. Other weight formats and
+devices were not tried.
+
+```bash
+optimum-cli export openvino --model {target} --task text-generation-with-past --weight-format fp32 ov-target
+optimum-cli export openvino --model {folder} --task text-generation-with-past --weight-format fp32{trust} ov-{folder}
+{layers}```
+
+```python
+import openvino_genai
+
+pipeline = openvino_genai.LLMPipeline(
+    "ov-target", "CPU", draft_model=openvino_genai.draft_model("ov-{folder}", "CPU")
+)
+print(pipeline.generate("def add(a, b):", max_new_tokens=64, num_assistant_tokens={tokens}))
+```
+"""
+
+# GenAI names a layer by the one behind which a state is taken, and without this takes three by its own rule.
+OPENVINO_LAYERS = (
+    'sed -i \'s|<eagle3_mode value="True" />|&<hidden_layers_list value="{layers}" />|\' '
+    "ov-{folder}/openvino_model.xml\n"
+)
+
 LLAMACPP = """
 ## llama.cpp
 
@@ -178,6 +205,18 @@ def engine_readme(
                 tokens=tokens,
                 tokens_and_one=tokens + 1,
             )
+            text += openvino_section(config, shell_target, folder, tokens)
     if notes:
         text += "\n## To know before serving\n\n" + "".join(f"- {note}\n" for note in notes)
     return text
+
+
+def openvino_section(config: Any, target: str, folder: str, tokens: int) -> str:
+    """How to convert the target and the exported `folder` for OpenVINO GenAI and run them."""
+    eagle = config.architecture == "eagle"
+    layers = ""
+    if eagle:
+        numbers = " ".join(str(layer - 1) for layer in config.target_layer_ids)
+        layers = OPENVINO_LAYERS.format(layers=numbers, folder=folder)
+    trust = " --trust-remote-code" if eagle else ""
+    return OPENVINO.format(target=target, folder=folder, trust=trust, layers=layers, tokens=tokens)
