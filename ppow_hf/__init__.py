@@ -29,14 +29,18 @@ __all__ = [
     "PPOWDrafterConfig",
     "PPOWTrainer",
     "PPOWTrainingArguments",
+    "drafter_path",
     "export_drafter",
+    "import_drafter",
     "import_eagle3",
 ]
 
 _MODULES = {
     "PPOWTrainer": "training",
     "PPOWTrainingArguments": "training",
+    "drafter_path": "tiny",
     "export_drafter": "export",
+    "import_drafter": "export",
     "import_eagle3": "export",
 }
 

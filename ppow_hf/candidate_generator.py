@@ -63,12 +63,18 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.conditions = StopConditions(stopping_criteria, generation_config, context_length)
         self.mask_length = getattr(generation_config, "_mask_length", None)  # where a mask of ones was left out
         self.session = self.model.start_session(target_width)
-        # Eagle and medusa read states; a standalone drafter spares the target the trouble of returning them.
+        # Eagle, medusa and block read states; a standalone drafter spares the target the trouble of returning them.
         self.target_kwargs = {"output_hidden_states": True} if config.target_layer_ids else {}
         self.model_kwargs_overrides: dict[str, Any] = self.target_kwargs  # what the loop adds to each target forward
-        costs = make_costs(settings["cost_ratio"], settings["verification_cost"], config.calibration)
+        costs = make_costs(settings["cost_ratio"], settings["verification_cost"], config.calibration, config.one_step)
         self.rule = make_window_rule(
-            settings["window"], settings["max_window"], costs, config.calibration, self.do_sample, settings["lookup"]
+            settings["window"],
+            settings["max_window"],
+            costs,
+            config.calibration,
+            self.do_sample,
+            settings["lookup"],
+            config.confidence_head,
         )
         drafter.last_trace = self.trace = GenerationTrace(window_rule=settings["window"])
         # The length of the text before a drawn token that ends it, the token, its distribution.

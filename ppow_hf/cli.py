@@ -21,6 +21,7 @@ from .commands import (
     overhead,
     push,
     quickstart,
+    record,
     tiny_drafter,
     tiny_results,
     tiny_target,
@@ -34,6 +35,7 @@ from .commands.parsing import parse
 COMMANDS = (  # in the order of `ppow --help`
     quickstart,
     write,
+    record,
     tiny_target,
     tiny_drafter,
     generate,

@@ -11,6 +11,8 @@ FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
 ARCHITECTURES = ["eagle", "standalone"]
 LENGTHS = [19, 11, 15]
 WINDOW = 4
+BLOCKS = ["dflash", "dspark"]
+BLOCK_OPTIONS = {"dflash": {}, "dspark": {"markov_rank": 3}, "confident": {"markov_rank": 3, "confidence_head": True}}
 
 
 def random_dataset(lengths=LENGTHS, vocab_size=64, seed=0, loss_masks=None, written=None) -> SequenceDataset:
@@ -25,8 +27,12 @@ def batch_of(dataset: SequenceDataset, indices=None) -> dict:
 
 
 def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWDrafter:
-    """An untrained drafter, disturbed so that nothing in it is still the target's."""
+    """An untrained drafter, disturbed so that nothing in it is still the target's; `architecture` may be a kind of
+    block drafter."""
     torch.manual_seed(seed)
+    if architecture in BLOCK_OPTIONS:
+        overrides = {"block_size": WINDOW, **BLOCK_OPTIONS[architecture], **overrides}
+        architecture = "block"
     if overrides.get("draft_vocab_size"):
         overrides["token_counts"] = torch.rand(target.config.vocab_size)
     drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
@@ -39,10 +45,12 @@ def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWD
 def trainer_maker(tmp_path, make_target):
     """What the fixture `make_trainer` gives: tiny pairs, windows of four tokens, every part of the reward on."""
 
-    def make(architecture, objective="ppow", family="llama", dataset=None, draft_vocab_size=None, **settings):
+    def make(
+        architecture, objective="ppow", family="llama", dataset=None, draft_vocab_size=None, overrides=None, **settings
+    ):
         target = make_target(family, initializer_range=0.3)
-        overrides = {"draft_vocab_size": draft_vocab_size} if draft_vocab_size else {}
-        drafter = make_drafter(target, architecture, **overrides)
+        reduced = {"draft_vocab_size": draft_vocab_size} if draft_vocab_size else {}
+        drafter = make_drafter(target, architecture, **reduced, **(overrides or {}))
         defaults = {
             "max_length": 32,
             "max_window": WINDOW,
@@ -73,6 +81,8 @@ def target_logits_along(target, ids: list[int], prefix: int, window: list[int]) 
 def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
     """`[K, DV]` on the drafter's own vocabulary, with gradients; one sequence, one token after another."""
     draft = drafter.draft_model
+    if drafter.config.architecture == "block":
+        return draft.logits(block_features_along(drafter, target, ids, prefix, window))
     if drafter.config.architecture == "standalone":
         return draft.model(torch.tensor([ids[: prefix + 1] + window[:-1]]), use_cache=False).logits[0, prefix:]
     with torch.no_grad():
@@ -88,6 +98,17 @@ def draft_logits_along(drafter, target, ids: list[int], prefix: int, window: lis
         place = draft.embed_positions(torch.tensor([[prefix + j]]))
         feature, cache = draft.advance(torch.tensor([[token]]), feature, cache, place, None)
     return torch.stack(logits)
+
+
+def block_features_along(drafter, target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
+    """`[len(window), h + r]`, with gradients: one block, which sees all of the text before it and itself."""
+    draft = drafter.draft_model
+    with torch.no_grad():
+        hidden = target(torch.tensor([ids[: prefix + 1]]), output_hidden_states=True).hidden_states
+    states = torch.cat([hidden[layer] for layer in drafter.config.target_layer_ids], dim=-1)[:, :prefix]
+    _, context = draft.encode(torch.tensor([ids[1 : prefix + 1]]), states, None, torch.arange(prefix)[None], None)
+    block = draft.block_states(torch.tensor([[ids[prefix]]]), torch.tensor([[prefix]]), context)[0, 0]
+    return draft.features(block[: len(window)], torch.tensor([ids[prefix], *window[:-1]]))
 
 
 def greedy_window_log_prob(target, ids: list[int], prefix: int, window: int) -> float:

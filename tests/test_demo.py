@@ -305,8 +305,6 @@ def test_settings_come_from_the_environment_and_mistakes_are_named():
     assert settings.DemoSettings.from_environment({}).compare == "tiny-standalone"
     with pytest.raises(ValueError, match="PPOW_DEMO_SECONDS: 'soon'"):
         settings.DemoSettings.from_environment({"PPOW_DEMO_SECONDS": "soon"})
-    with pytest.raises(ValueError, match="PPOW_DEMO_DRAFTER: a target was named without"):
-        settings.DemoSettings.from_environment({"PPOW_DEMO_TARGET": "user/target"})
 
 
 def test_labels_show_no_path_and_tell_the_stage(tmp_path):

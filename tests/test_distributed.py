@@ -14,6 +14,7 @@ from test_resume import COMMON, SCRIPT, environment, step_logs
 RUNS = {
     "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
     "ppow": {"objective": "ppow", "architecture": "standalone", "num_iterations": 2, "max_steps": 6},
+    "block": {"objective": "supervised", "architecture": "confident", "max_steps": 4, "num_anchors": 5},
 }
 EVALUATION = {
     "optim": "sgd", "evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "eval_prompts": 3,
@@ -57,7 +58,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
-@pytest.mark.parametrize("objective", ["supervised", "ppow"])
+@pytest.mark.parametrize("objective", RUNS)
 def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, objective):
     one, two = (folder / objective for folder in runs)
     assert (two / "state_1.json").is_file()  # there were two

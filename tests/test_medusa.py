@@ -217,7 +217,7 @@ def test_what_cannot_be_is_refused(make_target, tmp_path):
         PPOWDrafterConfig(architecture="medusa", medusa_heads=4, max_window=10)
     with pytest.raises(ValueError, match="medusa_heads: 0 is not"):
         PPOWDrafterConfig(architecture="medusa", medusa_heads=0)
-    with pytest.raises(ValueError, match="draft_vocab_size: only an eagle drafter"):
+    with pytest.raises(ValueError, match="draft_vocab_size: only an eagle or block drafter"):
         PPOWDrafter.from_target(target, "medusa", draft_vocab_size=16)
     with pytest.raises(ValueError, match=r"target_layer_ids: \[1, 2, 3\] given"):
         PPOWDrafter.from_target(target, "medusa", target_layer_ids=[1, 2, 3])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from slow_training import (
     ARCHITECTURES,
+    BLOCKS,
     FAMILIES,
     LENGTHS,
     WINDOW,
@@ -163,8 +164,9 @@ def check_rollout_slowly(trainer, inputs, rollout, step=0):
                 accepted += 1
             assert rollout.accepted[row, m] == accepted
             assert rollout.learned[row, m].tolist() == [j <= accepted for j in range(window)]
-            reward = args.speedup_weight * accepted / (accepted * trainer.cost_ratio + 1)
-            reward += args.throughput_weight * (accepted + 1) / (window * trainer.cost_ratio + 1)
+            steps = (1, 1) if drafter.config.one_step else (accepted, window)
+            reward = args.speedup_weight * accepted / (steps[0] * trainer.cost_ratio + 1)
+            reward += args.throughput_weight * (accepted + 1) / (steps[1] * trainer.cost_ratio + 1)
             if accepted == 0:
                 delta = greedy_window_log_prob(model, ids, prefix, window) - log_prob
                 reward += args.proximity_weight * (delta < args.proximity_threshold)
@@ -178,7 +180,7 @@ def check_rollout_slowly(trainer, inputs, rollout, step=0):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *BLOCKS])
 def test_rollouts_equal_a_check_of_every_window_on_its_own(make_trainer, architecture, temperature):
     trainer = make_trainer(
         architecture,
@@ -190,7 +192,7 @@ def test_rollouts_equal_a_check_of_every_window_on_its_own(make_trainer, archite
     rollout = rollout_of(trainer, inputs)
     check_rollout_slowly(trainer, inputs, rollout)
     assert rollout.has_prefix.all() and rollout.accepted.float().mean() < WINDOW
-    if architecture == "standalone" or temperature > 0:  # an untrained eagle drafter seldom meets the target's choice
+    if architecture == "standalone" or temperature > 0:  # other untrained drafters seldom meet the target's choice
         assert rollout.accepted.float().mean() > 0
         assert rollout.rewards["proximity"].unique().tolist() == [0.0, 0.5]
 
@@ -203,8 +205,9 @@ def test_rollouts_work_for_every_family(make_trainer, architecture, family):
     check_rollout_slowly(trainer, inputs, rollout_of(trainer, inputs))
 
 
-def test_rollouts_with_a_reduced_draft_vocabulary(make_trainer):
-    trainer = make_trainer("eagle", draft_vocab_size=24, target_temperature=1.0)
+@pytest.mark.parametrize("architecture", ["eagle", "dspark"])
+def test_rollouts_with_a_reduced_draft_vocabulary(make_trainer, architecture):
+    trainer = make_trainer(architecture, draft_vocab_size=24, target_temperature=1.0)
     inputs = batch_of(trainer.train_dataset)
     rollout = rollout_of(trainer, inputs, adaptive=True)
     assert set(rollout.draft_ids.unique().tolist()) <= set(trainer.model.kept_tokens.tolist())
@@ -212,7 +215,7 @@ def test_rollouts_with_a_reduced_draft_vocabulary(make_trainer):
 
 
 def test_rollouts_with_windows_of_one_token(make_trainer):
-    for architecture in ARCHITECTURES:
+    for architecture in [*ARCHITECTURES, "dspark"]:
         trainer = make_trainer(architecture, max_window=1)
         inputs = batch_of(trainer.train_dataset)
         check_rollout_slowly(trainer, inputs, rollout_of(trainer, inputs))
@@ -237,7 +240,7 @@ def test_greedy_windows_are_read_off_the_text_where_the_target_wrote_it(make_tra
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dspark"])
 def test_a_sequences_rollouts_do_not_depend_on_its_batch_or_padding(make_trainer, architecture, adaptive):
     # The last sequence is shorter than a window: none of its windows ends inside it.
     trainer = make_trainer(architecture, dataset=random_dataset([19, 11, 25, 4]), target_temperature=1.0)

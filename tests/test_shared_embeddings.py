@@ -91,7 +91,7 @@ def test_a_drafter_without_its_target_says_what_is_missing(target, make_target, 
     for _ in range(2):
         loaded.attach_target(target)
     assert torch.equal(features_of(target, loaded), features_of(target, sharing))
-    with pytest.raises(ValueError, match="only an eagle drafter can share them"):
+    with pytest.raises(ValueError, match="only an eagle or block drafter can share them"):
         PPOWDrafterConfig(architecture="medusa", shares_target_embeddings=True)
 
 

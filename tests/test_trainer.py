@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from slow_training import ARCHITECTURES, WINDOW, batch_of, draft_logits_along, make_drafter, random_dataset, rollout_of
+from slow_training import (
+    ARCHITECTURES,
+    BLOCKS,
+    WINDOW,
+    batch_of,
+    draft_logits_along,
+    make_drafter,
+    random_dataset,
+    rollout_of,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -20,7 +29,7 @@ from ppow_hf.training.checkpoints import check_complete, check_writable, last_co
 from ppow_hf.training.trainer import RepeatedBlocks
 
 OBJECTIVES = ["supervised", "ppow"]
-EVERY_KIND = [(architecture, objective) for architecture in ARCHITECTURES for objective in OBJECTIVES]
+EVERY_KIND = [(kind, objective) for kind in [*ARCHITECTURES, "confident"] for objective in OBJECTIVES]
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
 
 
@@ -155,7 +164,7 @@ def test_an_objective_follows_its_schedule_and_goes_on_with_it_after_a_resume(ma
     assert any((other.model.state_dict()[name] - value).abs().max() > 1e-4 for name, value in expected.items())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *BLOCKS])
 def test_supervised_loss_falls(make_trainer, architecture):
     train = random_dataset([24] * 8)
     trainer = make_trainer(
@@ -178,7 +187,7 @@ def test_ppow_raises_the_reward_of_a_drafter_that_only_has_to_choose(make_traine
     assert sum(rewards[-8:]) > 1.3 * sum(rewards[:8])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dspark"])
 def test_evaluated_acceptance_length_is_that_of_generate(make_trainer, make_target, architecture):
     evaluation = SequenceDataset([list(range(1, 13)), list(range(20, 35))], [[False] * 4 + [True] * 8, [True] * 15])
     trainer = make_trainer(architecture, evaluate=evaluation, eval_prompt_length=6, eval_new_tokens=10)

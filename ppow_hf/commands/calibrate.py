@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     window = drafter.config.max_window
     tables = draft_tables(target, drafter, test_prompts, arguments.max_new_tokens, window)
-    costs = CostModel(**calibration["costs"])
+    costs = CostModel(**calibration["costs"], one_step=drafter.config.one_step)
     greedy = calibration["greedy"]
     print(
         f"{greedy['observations']} draft tokens seen at T = 0, {greedy['acceptance']:.0%} kept; "

@@ -18,8 +18,16 @@ def register(subparsers: Any) -> None:
         description="Serve the page of the Space: gauge, windows and text of a run, round by round. What is not given "
         "here is read from the environment variables PPOW_DEMO_TARGET, PPOW_DEMO_DRAFTER, PPOW_DEMO_COMPARE, ...",
     )
-    parser.add_argument("--target", metavar="MODEL", help=f"the target: {MODEL_HELP} (default: tiny)")
-    parser.add_argument("--drafter", metavar="MODEL", help=f"the drafter: {MODEL_HELP} (default: tiny-eagle)")
+    parser.add_argument(
+        "--target",
+        metavar="MODEL",
+        help=f"the target: {MODEL_HELP} (default: one in the Hub's cache with a drafter here, else tiny)",
+    )
+    parser.add_argument(
+        "--drafter",
+        metavar="MODEL",
+        help=f"the drafter: {MODEL_HELP} (default: the one of the package for the target)",
+    )
     parser.add_argument(
         "--compare", metavar="MODEL", help="a second drafter of the same target, such as the supervised one"
     )

@@ -35,7 +35,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--share-embeddings",
         action="store_true",
-        help="leave out an eagle drafter's embeddings where they are the target's (compared, unless it shares them)",
+        help="leave out a drafter's embeddings where they are the target's (compared, unless it shares them)",
     )
     parser.add_argument(
         "--dtype",
@@ -45,9 +45,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--speculative-tokens",
         type=int,
-        default=5,
         metavar="N",
-        help="draft tokens a round in the commands (default: %(default)s)",
+        help="draft tokens a round in the commands (default: 5; of a block drafter its block)",
     )
     parser.set_defaults(run=run)
 
@@ -100,6 +99,8 @@ def _needed_tokenizer(arguments: argparse.Namespace, drafter: Any) -> Any:
 def _needed_target(arguments: argparse.Namespace, drafter: Any) -> str | None:
     """The target to load, for its embeddings; `None` where they are not needed, `ValueError` where it is not named."""
     shares = drafter.config.shares_target_embeddings
+    if drafter.config.architecture == "block" and not arguments.share_embeddings:
+        return None  # engines take what it shares from the target
     if arguments.share_embeddings == shares:
         return None
     name = arguments.target or (drafter.config.target_name_or_path if shares else None)

@@ -22,6 +22,7 @@ from ..data.sources import check_source
 
 if TYPE_CHECKING:
     from ..runtime.modeling_ppow import PPOWDrafter
+    from ..training.recorded_states import StateRecord
 
 
 @dataclasses.dataclass
@@ -29,23 +30,36 @@ class ScriptArguments:
     """What `ppow train` is given beside the training arguments.
 
     Args:
-        target (`str`): the target model: a folder, a name on the Hub, or an embedded model.
-        train_data (`str`): training data: a JSON Lines or text file, or a dataset as `NAME[/CONFIG][@SPLIT]`.
+        target (`str`, *optional*): the target model: a folder, a name on the Hub, or an embedded model.
+        train_data (`str`, *optional*): training data: a JSON Lines or text file, or a dataset as
+            `NAME[/CONFIG][@SPLIT]`.
+        target_states (`str`, *optional*): folder of `ppow record`, in place of both; with a target too, which then
+            evaluates only.
         eval_data (`list[str]`, *optional*): held-out data of the same kind; several as `NAME=SOURCE`.
         drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
         architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
-        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle drafter.
+        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle or block drafter.
+        num_hidden_layers (`int`, *optional*): layers of a new standalone or block drafter, by default 1 and 2.
+        markov_rank (`int`, *optional*): rank of a new block drafter's Markov head; 0, the default, makes none.
+        confidence_head (`bool`, *optional*): whether a new block drafter has a confidence head.
         init_layers (`list[int]`, *optional*): the target's layers that a new drafter's begin with.
         target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
         resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
     """
 
-    target: str = dataclasses.field(metadata={"help": f"The target model: {TARGET_HELP}."})
-    train_data: str = dataclasses.field(
+    target: str | None = dataclasses.field(default=None, metadata={"help": f"The target model: {TARGET_HELP}."})
+    train_data: str | None = dataclasses.field(
+        default=None,
         metadata={
             "help": "Training data with text, prompt, prompt and completion, or messages: a .jsonl file, or a dataset "
             "as NAME[/CONFIG][@SPLIT]; :COLUMN behind it names a column of prompts."
-        }
+        },
+    )
+    target_states: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Folder of ppow record, in place of target and training data; a target given too evaluates only."
+        },
     )
     eval_data: list[str] | None = dataclasses.field(
         default=None, metadata={"help": "Held-out data of the same kind; several as NAME=SOURCE."}
@@ -58,11 +72,24 @@ class ScriptArguments:
     )
     architecture: str = dataclasses.field(
         default="eagle",
-        metadata={"help": "Architecture of a new drafter.", "choices": ["eagle", "standalone", "medusa"]},
+        metadata={
+            "help": "Architecture of a new drafter. A block drafter's block is of --max_window tokens.",
+            "choices": ["eagle", "standalone", "medusa", "block"],
+        },
     )
     draft_vocab_size: int | None = dataclasses.field(
         default=None,
-        metadata={"help": "Size of a new eagle drafter's own vocabulary; by default it is the target's."},
+        metadata={"help": "Size of a new eagle or block drafter's own vocabulary; by default it is the target's."},
+    )
+    num_hidden_layers: int | None = dataclasses.field(
+        default=None, metadata={"help": "Layers of a new drafter; by default 1, of a block drafter 2."}
+    )
+    markov_rank: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Rank of a new block drafter's Markov head (DSpark); by default it has none (DFlash)."},
+    )
+    confidence_head: bool | None = dataclasses.field(
+        default=None, metadata={"help": "Whether a new block drafter estimates its tokens' acceptance (DSpark)."}
     )
     init_layers: list[int] | None = dataclasses.field(
         default=None,
@@ -99,6 +126,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     from ..measure.costs import bfloat16_pays
     from ..training import PPOWTrainingArguments
+    from ..training.recorded_states import StateRecord
 
     parser = HfArgumentParser(
         [ScriptArguments, PPOWTrainingArguments],
@@ -109,7 +137,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     chosen = any(word.startswith(("--bf16", "--fp16", "--target_dtype", "-h", "--help")) for word in words)
     if not chosen and not torch.accelerator.is_available() and bfloat16_pays("cpu"):
         words += ["--bf16", "true"]
+    states = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    states.add_argument("--target_states", "--target-states")
+    states.add_argument("--max_length", "--max-length")
+    given = states.parse_known_args(words)[0]
+    if given.target_states is not None and given.max_length is None:
+        words += ["--max_length", str(StateRecord(given.target_states).manifest["max_length"])]
     script, training = parser.parse_args_into_dataclasses(args=words)
+    missing = [f"--{name}" for name in ("target", "train_data") if getattr(script, name) is None]
+    if missing and script.target_states is None:
+        parser.error(f"the following arguments are required: {', '.join(missing)} (or --target_states)")
     return argparse.Namespace(script=script, training=training)
 
 
@@ -117,31 +154,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Load or make the drafter, train it, and save it."""
     from transformers import set_seed
 
-    from ..runtime.target_weights import target_width
     from ..training import PPOWTrainer
-    from ..training.preparation import training_sequences
+    from ..training.recorded_states import StateRecord
 
     script, training = arguments.script, arguments.training
     ensure_writable(training.output_dir, "--output_dir")
-    check_source(script.train_data, "--train_data")
+    if script.train_data is not None:
+        check_source(script.train_data, "--train_data")
     eval_sources = evaluation_sources(script.eval_data or [])
     set_seed(training.seed)  # which draws a new drafter's weights
     device = str(training.device)
     dtype: str | None = script.target_dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cpu" and training.bf16 else None
-    target = load_target(script.target, "--target", dtype, device)
-    tokenizer = load_tokenizer(script.target, "--target")
+    record = None if script.target_states is None else StateRecord(script.target_states)
+    target = None if script.target is None else load_target(script.target, "--target", dtype, device)
+    if record is None:
+        tokenizer = load_tokenizer(script.target, "--target")
+    else:
+        tokenizer = load_tokenizer(script.target_states, "--target_states")
     train_data: Any = script.train_data
     if script.drafter is not None:
         drafter = load_drafter(script.drafter, "--drafter", "float32", device)
         check_tokenizer(drafter, tokenizer, "--drafter")
+    elif record is None:
+        drafter, train_data = drafter_for_data(script, training, target, tokenizer)
     else:
-        token_counts = None
-        if script.draft_vocab_size is not None:
-            train_data = training_sequences(train_data, target, tokenizer, training, "--train_data")
-            token_counts = train_data.count_tokens(target_width(target))
-        drafter = new_drafter(script, target, tokenizer, token_counts)
+        drafter = drafter_for_record(script, training, record, tokenizer)
     trainer = PPOWTrainer(
         model=drafter,
         target_model=target,
@@ -149,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
         train_dataset=train_data,
         eval_dataset=eval_sources,
         processing_class=tokenizer,
+        target_states=record,
     )
     resume: bool | str | None = training.resume_from_checkpoint
     if script.resume or resume in ("auto", "true", "True"):
@@ -158,6 +198,32 @@ def run(arguments: argparse.Namespace) -> int:
         trainer.save_model()
     trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
     return 0
+
+
+def drafter_for_data(script: ScriptArguments, training: Any, target: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """A new drafter, and the training data, whose tokens choose a reduced vocabulary."""
+    from ..runtime.target_weights import target_width
+    from ..training.preparation import training_sequences
+
+    if script.draft_vocab_size is None:
+        return new_drafter(script, training, target, tokenizer), script.train_data
+    sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")
+    counts = sequences.count_tokens(target_width(target))
+    return new_drafter(script, training, target, tokenizer, counts), sequences
+
+
+def drafter_for_record(script: ScriptArguments, training: Any, record: "StateRecord", tokenizer: Any) -> "PPOWDrafter":
+    """A new drafter for the target whose states are recorded, reading those of the recorded layers."""
+    from ..runtime.target_weights import target_width
+
+    named = dataclasses.replace(script, target=record.manifest["target"])
+    counts = record.sequences.count_tokens(target_width(record.target))
+    layers = {}
+    if script.architecture == "eagle":
+        layers = {"target_layer_ids": record.layer_ids}
+    elif script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
+        layers = {"target_layer_ids": [layer for layer in record.layer_ids if layer] or record.layer_ids}
+    return new_drafter(named, training, record.target, tokenizer, counts, **layers)
 
 
 def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
@@ -174,14 +240,21 @@ def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:
     return named or None
 
 
-def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any, token_counts: Any = None) -> "PPOWDrafter":
-    """An untrained float32 drafter for `target`, as the arguments describe it.
+def new_drafter(
+    script: ScriptArguments, training: Any, target: Any, tokenizer: Any, token_counts: Any = None, **overrides: Any
+) -> "PPOWDrafter":
+    """An untrained float32 drafter for `target`, as the arguments describe it; `overrides` as of `from_target`.
 
     `token_counts` (`[vocab_size]`, of the training data) choose the tokens of a reduced draft vocabulary.
     """
     from ..runtime.configuration_ppow import vocabulary_fingerprint
     from ..runtime.modeling_ppow import PPOWDrafter
 
+    if script.architecture == "block":
+        overrides["block_size"] = training.max_window
+    for name in ("num_hidden_layers", "markov_rank", "confidence_head"):
+        if getattr(script, name) is not None:
+            overrides[name] = getattr(script, name)
     drafter = PPOWDrafter.from_target(
         target,
         script.architecture,
@@ -190,5 +263,6 @@ def new_drafter(script: ScriptArguments, target: Any, tokenizer: Any, token_coun
         init_layers=script.init_layers,
         target_vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         target_name_or_path=script.target,
+        **overrides,
     )
     return drafter.float()

@@ -114,8 +114,9 @@ def study_windows(
 
     any_prompt = next(iter(prompts.values()))[0]
     measured = measure_costs(target, drafter, any_prompt, max_window=16)
-    costs = {f"{ratio:g}": CostModel(ratio, 0.0) for ratio in arguments.cost_ratios}
-    costs[MACHINE] = CostModel(measured.cost_ratio, measured.verification_cost)
+    one_step = drafter.config.one_step
+    costs = {f"{ratio:g}": CostModel(ratio, 0.0, one_step) for ratio in arguments.cost_ratios}
+    costs[MACHINE] = CostModel(measured.cost_ratio, measured.verification_cost, one_step)
     depth = min(DEPTH, drafter.config.longest_window or DEPTH)
     fit_tables, test_tables = {}, {}
     for name, workload in prompts.items():
@@ -132,7 +133,7 @@ def study_windows(
     if arguments.live > 0:
         print("decoding in earnest", file=sys.stderr)
         checked = [table for tables in test_tables.values() for table in tables[: arguments.live]]
-        result["live"] = live_check(target, drafter, checked, calibration["greedy"], CostModel(0.12, 0.0))
+        result["live"] = live_check(target, drafter, checked, calibration["greedy"], CostModel(0.12, 0.0, one_step))
     result["costs"] = {"cost_ratio": measured.cost_ratio, "verification_cost": measured.verification_cost}
     result["provenance"] = provenance.describe(
         target.device,

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tiny import EMBEDDED_NAMES, embedded_path, is_embedded
+from ..tiny import EMBEDDED_NAMES, REAL_DRAFTERS, drafter_path, embedded_path, is_embedded
 from .sources import check_source, parse_source
 from .weights import brief, folder_damage
 
@@ -106,6 +106,30 @@ def check_tokenizer(drafter: "PPOWDrafter", tokenizer: Any, argument: str = "--d
             f"{argument}: it was trained for a target with another vocabulary{of}: fingerprint {expected}, and the "
             f"target's tokenizer has {vocabulary_fingerprint(tokenizer)}. Use a drafter of this target."
         )
+
+
+def shipped_drafter(tokenizer: Any) -> str | None:
+    """Name of the drafter that comes with the package for a target with this tokenizer; `None` if there is none."""
+    from ..runtime.configuration_ppow import PPOWDrafterConfig, has_vocabulary
+
+    for name in REAL_DRAFTERS:
+        fingerprint = PPOWDrafterConfig.from_pretrained(drafter_path(name)).target_vocabulary_fingerprint
+        if has_vocabulary(tokenizer, fingerprint):
+            return name
+    return None
+
+
+def downloaded_pair() -> tuple[str, str] | None:
+    """A target that lies in the Hub's cache, and the drafter that comes with the package for it; asks no server."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from ..runtime.configuration_ppow import PPOWDrafterConfig
+
+    for name in REAL_DRAFTERS:
+        target = PPOWDrafterConfig.from_pretrained(drafter_path(name)).target_name_or_path
+        if isinstance(try_to_load_from_cache(target, "model.safetensors"), str):
+            return target, name
+    return None
 
 
 def parse_workload(text: str) -> tuple[str, str]:

@@ -339,7 +339,7 @@ def _default_cache_folder() -> Path:
     return (Path(home).expanduser() if home else Path.home() / ".cache") / "ppow_hf" / "regenerated"
 
 
-def _target_identity(target: PreTrainedModel) -> str:
+def target_identity(target: PreTrainedModel) -> str:
     """Hash of the target's configuration and of a few elements of every parameter, whatever device it is on."""
     config = json.loads(target.config.to_json_string())
     for name in ("transformers_version", "_name_or_path"):  # another release or folder is not another target
@@ -357,7 +357,7 @@ def _target_identity(target: PreTrainedModel) -> str:
 def _cache_key(prompts: list[list[int]], target: PreTrainedModel, settings: dict[str, Any]) -> str:
     content = {
         "format_version": CACHE_FORMAT_VERSION,
-        "target": _target_identity(target),
+        "target": target_identity(target),
         "settings": settings,
         "prompts": prompts,
     }

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.models import check_tokenizer, load_drafter, load_target, load_tokenizer, resolve
+from ..data.models import (
+    check_tokenizer,
+    downloaded_pair,
+    load_drafter,
+    load_target,
+    load_tokenizer,
+    resolve,
+    shipped_drafter,
+)
 from ..tiny import is_embedded
 
 MAX_NEW_TOKENS = 512
@@ -51,7 +59,8 @@ class DemoSettings:
     """What the owner of the page sets.
 
     Args:
-        target, drafter (`str`): the pair: folders, names on the Hub, or embedded models.
+        target (`str`): a folder, a name on the Hub, or an embedded model.
+        drafter (`str`): the same; `""` is the one that comes with the package for this target.
         compare (`str`, *optional*): the drafter that the second tab sets beside it, such as the supervised one that
             PPOW began with; `""` leaves the tab out.
         dtype, device (`str`, *optional*): as in `ppow generate`.
@@ -74,7 +83,8 @@ class DemoSettings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "DemoSettings":
         """Read `PPOW_DEMO_TARGET`, `_DRAFTER`, `_COMPARE`, `_DTYPE`, `_DEVICE`, `_RESULTS`, `_CONCURRENCY`, `_QUEUE`,
-        `_SECONDS`. With another target or drafter there is no comparison unless one is named.
+        `_SECONDS`. Without target and drafter the pair is a real one whose target lies in the Hub's cache, or else the
+        embedded one. With another target or drafter there is no comparison unless one is named.
 
         Raises `ValueError` for a number that is none, or not above 0.
         """
@@ -94,10 +104,12 @@ class DemoSettings:
             for name in ("target", "drafter", "compare", "dtype", "device", "results")
             if environment.get(f"PPOW_DEMO_{name.upper()}", "").strip()
         }
+        if not {"target", "drafter", "compare"} & set(given) and (pair := downloaded_pair()):
+            given |= dict(zip(("target", "drafter"), pair, strict=True))
         if ("target" in given or "drafter" in given) and "compare" not in given:
             given["compare"] = ""
-        if "target" in given and not is_embedded(given["target"]) and "drafter" not in given:
-            raise ValueError("PPOW_DEMO_DRAFTER: a target was named without a drafter. Name the drafter made for it.")
+        if "target" in given and not is_embedded(given["target"]):
+            given.setdefault("drafter", "")
         return cls(
             **given,  # type: ignore[arg-type]
             concurrency=int(number("PPOW_DEMO_CONCURRENCY", 1)),
@@ -133,6 +145,10 @@ def load_models(settings: DemoSettings) -> Models:
     target = load_target(settings.target, "--target (PPOW_DEMO_TARGET)", settings.dtype, settings.device)
     tokenizer = load_tokenizer(settings.target, "--target (PPOW_DEMO_TARGET)")
 
+    name = settings.drafter or shipped_drafter(tokenizer)
+    if name is None:
+        raise ValueError("PPOW_DEMO_DRAFTER: a target was named without a drafter. Name the drafter made for it.")
+
     def drafter(name: str, argument: str) -> ShownDrafter:
         model = load_drafter(name, argument, settings.dtype, settings.device)
         check_tokenizer(model, tokenizer, argument)
@@ -142,7 +158,7 @@ def load_models(settings: DemoSettings) -> Models:
     return Models(
         target=target,
         tokenizer=tokenizer,
-        drafter=drafter(settings.drafter, "--drafter (PPOW_DEMO_DRAFTER)"),
+        drafter=drafter(name, "--drafter (PPOW_DEMO_DRAFTER)"),
         compare=drafter(settings.compare, "--compare (PPOW_DEMO_COMPARE)") if settings.compare else None,
         target_label=short_name(settings.target),
         examples=CODE_EXAMPLES if is_embedded(settings.target) else PROSE_EXAMPLES,

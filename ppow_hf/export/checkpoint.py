@@ -72,55 +72,81 @@ class Eagle3Checkpoint:
         return found
 
     def _tensor_problems(self) -> list[str]:
-        found = []
         expected = eagle3_shapes(self.fields, self.draft_vocab_size, LAYER_NAMES[self.format])
-        for name, shape in expected.items():
-            if name not in self.tensors:
-                if name not in OPTIONAL_TENSORS:
-                    found.append(f"{name}: missing")
-                continue
-            given = tuple(self.tensors[name].shape)
-            if len(given) != len(shape) or any(
-                want not in (None, have) for want, have in zip(shape, given, strict=True)
-            ):
-                wanted = tuple("any" if size is None else size for size in shape)
-                found.append(f"{name}: shape {given} instead of {wanted}")
-        for name, tensor in self.tensors.items():
-            if name not in expected:
-                # A full draft vocabulary may still come with its translation, which changes nothing.
-                if name in ("d2t", "t2d") and self.draft_vocab_size == self.vocab_size:
-                    continue
-                found.append(f"{name}: not a tensor of EAGLE-3")
-            elif name not in ("d2t", "t2d") and not tensor.is_floating_point():
-                found.append(f"{name}: {tensor.dtype} instead of a floating-point format")
-            elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                found.append(f"{name}: holds infinite or undefined numbers")
+        whole = self.draft_vocab_size == self.vocab_size
+        found = tensor_problems(self.tensors, expected, OPTIONAL_TENSORS, "EAGLE-3", whole)
         states = self.tensors.get("fc.weight")
         if self.layer_ids and states is not None and states.shape[-1] % len(self.layer_ids):
             found.append(f"fc.weight: {states.shape[-1]} columns for the states of {len(self.layer_ids)} layers")
         return found
 
     def _vocabulary_problems(self) -> list[str]:
-        offsets = self.tensors.get("d2t")
-        if offsets is None or offsets.ndim != 1:
-            return []
-        found = []
-        if offsets.dtype != torch.int64:
-            found.append(f"d2t: {offsets.dtype} instead of torch.int64")
-        ids = offsets.long() + torch.arange(len(offsets))
-        if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= self.vocab_size:
-            found.append(
-                "d2t: the target ids i + d2t[i] do not ascend within the target's vocabulary (d2t holds offsets, not "
-                "ids)"
-            )
-            return found
-        flags = self.tensors.get("t2d")
-        if flags is not None:
-            if flags.dtype != torch.bool:
-                found.append(f"t2d: {flags.dtype} instead of torch.bool")
-            elif flags.shape == (self.vocab_size,) and flags.nonzero().flatten().tolist() != ids.tolist():
-                found.append("t2d: marks other tokens than d2t names")
+        return vocabulary_problems(self.tensors, self.vocab_size)
+
+
+def tensor_problems(
+    tensors: dict[str, torch.Tensor],
+    expected: dict[str, tuple[int | None, ...]],
+    optional: tuple[str, ...],
+    kind: str,
+    whole_vocabulary: bool,
+) -> list[str]:
+    """What is missing of the `expected` names and shapes, of another kind or shape, not finite, or too much."""
+    found = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            if name not in optional:
+                found.append(f"{name}: missing")
+            continue
+        given = tuple(tensors[name].shape)
+        if len(given) != len(shape) or any(want not in (None, have) for want, have in zip(shape, given, strict=True)):
+            wanted = tuple("any" if size is None else size for size in shape)
+            found.append(f"{name}: shape {given} instead of {wanted}")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            # A full draft vocabulary may still come with its translation, which changes nothing.
+            if name in ("d2t", "t2d") and whole_vocabulary:
+                continue
+            found.append(f"{name}: not a tensor of {kind}")
+        elif name not in ("d2t", "t2d") and not tensor.is_floating_point():
+            found.append(f"{name}: {tensor.dtype} instead of a floating-point format")
+        elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            found.append(f"{name}: holds infinite or undefined numbers")
+    return found
+
+
+def vocabulary_problems(tensors: dict[str, torch.Tensor], vocab_size: int) -> list[str]:
+    """What is wrong with `d2t` and `t2d`."""
+    offsets = tensors.get("d2t")
+    if offsets is None or offsets.ndim != 1:
+        return []
+    found = []
+    if offsets.dtype != torch.int64:
+        found.append(f"d2t: {offsets.dtype} instead of torch.int64")
+    ids = offsets.long() + torch.arange(len(offsets))
+    if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
+        found.append(
+            "d2t: the target ids i + d2t[i] do not ascend within the target's vocabulary (d2t holds offsets, not ids)"
+        )
         return found
+    flags = tensors.get("t2d")
+    if flags is not None:
+        if flags.dtype != torch.bool:
+            found.append(f"t2d: {flags.dtype} instead of torch.bool")
+        elif flags.shape == (vocab_size,) and flags.nonzero().flatten().tolist() != ids.tolist():
+            found.append("t2d: marks other tokens than d2t names")
+    return found
+
+
+def read_config(folder: Path, argument: str) -> dict[str, Any]:
+    """The config.json of a checkpoint's folder; raises naming `argument` where there is none, or a file is damaged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: {str(folder)!r} has no config.json. Pass the folder of a drafter.")
+    damage = folder_damage(folder)
+    if damage is not None:
+        raise ValueError(f"{argument}: {str(folder)!r} cannot be read: {damage}.")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Checkpoint:
@@ -129,15 +155,7 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
     Raises `FileNotFoundError` or `ValueError` naming `argument` if `folder` holds no such checkpoint.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{argument}: {str(folder)!r} has no config.json. Pass the folder of an EAGLE-3 drafter."
-        )
-    damage = folder_damage(folder)
-    if damage is not None:
-        raise ValueError(f"{argument}: {str(folder)!r} cannot be read: {damage}.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_config(folder, argument)
     architectures = config.get("architectures") or []
     if EAGLE3_ARCHITECTURE in architectures:
         kind, fields = "eagle3", config
@@ -161,7 +179,7 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
         format=kind,
         config=config,
         fields=fields,
-        tensors=_read_tensors(folder, argument),
+        tensors=read_tensors(folder, argument),
         layer_ids=None if ids is None else [int(layer) for layer in ids],
         target_name=verifier.get("name_or_path"),
     )
@@ -181,7 +199,8 @@ def _read_pickle(file: Path, argument: str) -> dict[str, torch.Tensor]:
     )
 
 
-def _read_tensors(folder: Path, argument: str) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, argument: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's folder, by their names."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}

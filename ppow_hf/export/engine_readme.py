@@ -80,7 +80,8 @@ model = SpeculatorModel.from_pretrained("{folder}")
 SGLANG = """
 ## SGLang
 
-By SGLang's source; not run by ppow_hf's tests.
+Tested with SGLang 0.5.23 on a CPU, greedily and in float32, its compiled kernels stood in for by plain torch. CUDA,
+sampling and speed were not tried.
 
 ```bash
 python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\
@@ -148,7 +149,13 @@ WHAT = {
     "standalone": "A small causal language model to draft for a larger one with the same vocabulary.",
     "gguf": "A drafter as GGUF, with its target's tokenizer, for llama.cpp.",
     "medusa": "Medusa heads (`MedusaModel`) that vLLM loads as they are; it drafts a chain with them, no tree.",
+    "dflash": "A DFlash drafter (`DFlashDraftModel`) that vLLM and SGLang load as it is.",
+    "dspark": "A DSpark drafter (`Qwen3DSparkModel`) that vLLM and SGLang load as it is.",
+    "speculators-dflash": "A DFlash drafter in the format of speculators (`DFlashDraftModel`), which vLLM serves too.",
+    "speculators-dspark": "A DSpark drafter in the format of speculators (`DSparkDraftModel`), which vLLM serves too.",
 }
+METHODS = {"eagle3": "eagle3", "standalone": "draft_model"}  # what vLLM calls a layout, where not by its own name
+SGLANG_ALGORITHMS = {"eagle3": "EAGLE3", "standalone": "STANDALONE", "dflash": "DFLASH", "dspark": "DSPARK"}
 
 
 def engine_readme(
@@ -170,41 +177,40 @@ def engine_readme(
     if layout == "medusa":
         tokens = len(drafter.draft_model.lm_heads)
         rows["heads"] = str(tokens)
-    elif config.architecture == "eagle":
+    elif config.architecture in ("eagle", "block"):
+        if config.architecture == "block":
+            rows["drafted in one forward"] = f"{config.longest_window} tokens"
         rows["draft vocabulary"] = f"{config.draft_vocab_size or config.vocab_size} tokens"
         layers = ", ".join(map(str, config.target_layer_ids))
         rows["target states read"] = f"behind {layers} of its layers (transformers' `hidden_states`)"
     rows["number format"] = gguf_dtype if layout == "gguf" else str(drafter.dtype).removeprefix("torch.")
     facts = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     text = HEAD.format(title=folder, what=WHAT[layout], version=version, facts=facts, folder=folder)
-    if layout == "speculators":
+    if layout.startswith("speculators"):
         text += SPECULATORS.format(folder=folder)
     elif layout == "gguf":
-        eagle = config.architecture == "eagle"
-        text += LLAMACPP.format(
-            folder=folder,
-            file=gguf_name(gguf_dtype),
-            kind="DRAFT_EAGLE3" if eagle else "DRAFT_SIMPLE",
-            option="draft-eagle3" if eagle else "draft-simple",
-            tokens=tokens,
-        )
+        kind = "draft-eagle3" if config.architecture == "eagle" else "draft-simple"
+        constant, file = kind.upper().replace("-", "_"), gguf_name(gguf_dtype)
+        text += LLAMACPP.format(folder=folder, file=file, kind=constant, option=kind, tokens=tokens)
     else:
-        method = {"eagle3": "eagle3", "standalone": "draft_model", "medusa": "medusa"}[layout]
-        speculative = json.dumps({"method": method, "model": folder, "num_speculative_tokens": tokens})
+        speculative = json.dumps(
+            {"method": METHODS.get(layout, layout), "model": folder, "num_speculative_tokens": tokens}
+        )
         vllm = VLLM.format(target=shell_target, quoted=python_target, speculative=speculative)
         if is_embedded(name):
             vllm = vllm.replace("from vllm import", "from ppow_hf import tiny\nfrom vllm import")
         text += vllm
         if layout == "standalone":
             text += PROPOSER.format(quoted=python_target, tokens=tokens)
-        if layout != "medusa":
+        if layout != "medusa" and not (config.architecture == "block" and not config.shares_target_head):
             text += SGLANG.format(
                 target=shell_target,
-                algorithm="EAGLE3" if layout == "eagle3" else "STANDALONE",
+                algorithm=SGLANG_ALGORITHMS[layout],
                 folder=folder,
                 tokens=tokens,
                 tokens_and_one=tokens + 1,
             )
+        if layout in ("eagle3", "standalone"):
             text += openvino_section(config, shell_target, folder, tokens)
     if notes:
         text += "\n## To know before serving\n\n" + "".join(f"- {note}\n" for note in notes)

@@ -1,7 +1,7 @@
 """What the engines cannot serve, or serve otherwise than one would think, said before anyone tries.
 
-Facts about vLLM 0.32 and llama.cpp (measured on a CPU, or read in vLLM's source where so said) and SGLang (read in its
-source). Knows configurations only.
+Facts about vLLM 0.32, SGLang 0.5.23 and llama.cpp, measured on a CPU, or read in their source where so said. Knows
+configurations only.
 """
 
 from typing import Any
@@ -51,6 +51,8 @@ def serving_notes(
     if layout == "medusa":
         heads = len(drafter.draft_model.lm_heads)
         return [*notes, f"vLLM drafts with all heads or none: num_speculative_tokens must be {heads}."]
+    if config.architecture == "block":
+        return notes + _block_notes(config, layout, family)
     if family is not None and not family.startswith(VLLM_EAGLE3_TARGETS):
         notes.append(f"vLLM 0.32 takes no EAGLE-3 drafter for a {family} target, by its source.")
     if family not in (None, *TESTED_FAMILIES):
@@ -60,19 +62,33 @@ def serving_notes(
     if text is not None and max(config.target_layer_ids) == text.num_hidden_layers:
         notes.append(
             f"It reads the state behind the last layer, {text.num_hidden_layers}: transformers gives it after the "
-            "final norm and vLLM before it, so that vLLM will accept little."
+            "final norm and vLLM before it, so that vLLM will accept little. SGLang has no such state, by its source."
         )
     if layout == "speculators" and config.target_hidden_size not in (None, draft.hidden_size):
         notes.append(
             f"speculators' own class needs the target's width in the drafter ({config.target_hidden_size} and "
             f"{draft.hidden_size} given), by its source."
         )
-    if layout == "eagle3" and 0 in config.target_layer_ids:
-        notes.append("SGLang is told layer -1 for the target's embeddings, by its source; not run.")
-    if layout == "eagle3" and own_embeddings:
+    same_width = config.target_hidden_size in (None, draft.hidden_size)
+    if layout == "eagle3" and own_embeddings and same_width:
         notes.append(
             "SGLang drafts with the target's embeddings instead of the drafter's, which training changed "
-            "(train_embeddings): it will accept less."
+            "(train_embeddings): it will accept less, by its source."
+        )
+    return notes
+
+
+def _block_notes(config: Any, layout: str, family: str | None) -> list[str]:
+    tokens = config.longest_window
+    notes = [f"The block was trained to draft {tokens} tokens: num_speculative_tokens must be {tokens}."]
+    if family not in (None, *TESTED_FAMILIES):
+        notes.append(f"The target is a {family} model; vLLM 0.32 was tested for {' and '.join(TESTED_FAMILIES)}.")
+    if layout.endswith("dspark"):
+        notes.append("vLLM 0.32 drafts with a Markov head in its runner V2 only, which needs Triton and so a GPU.")
+    if config.draft_config.num_hidden_layers > 1:
+        notes.append(
+            "vLLM 0.32 on a CPU norms every layer's context keys by the first layer's k_norm: it accepts less than "
+            "ppow_hf does."
         )
     return notes
 

@@ -1,7 +1,7 @@
 """The directory formats of serving engines: names and shapes of tensors, and the fields of config.json.
 
-Pure tables and conversions in both directions; reads and writes no files. The formats are those that vLLM and
-speculators load, and SGLang by its source.
+Pure tables and conversions in both directions; reads and writes no files. The formats are those that vLLM, SGLang and
+speculators load.
 
 Words: *format A* is the one that the authors of EAGLE-3 publish (`LlamaForCausalLMEagle3`, layer called `midlayer`),
 read by vLLM and SGLang; *format B* is speculators' (`Eagle3DraftModel`, layer called `layers.0`).

@@ -1,4 +1,4 @@
-"""A published EAGLE-3 checkpoint as a PPOWDrafter, so that a drafter already in service can be trained on with PPOW.
+"""A published checkpoint as a PPOWDrafter, so that a drafter already in service can be trained on with PPOW.
 
 Knows checkpoints, their targets' configurations and the Hub; trains nothing and changes no weight.
 """
@@ -7,16 +7,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig, Qwen3Config
 
 from ..data.weights import brief
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import embedded_path, is_embedded
-from .checkpoint import Eagle3Checkpoint, read_eagle3
+from .block_checkpoint import BlockCheckpoint, is_block_config, read_block
+from .checkpoint import Eagle3Checkpoint, read_config, read_eagle3
 from .formats import drafter_state
 
 CHECKPOINT_FILES = ["config.json", "*.safetensors", "pytorch_model*.bin"]
+
+
+def import_drafter(
+    checkpoint: str | Path,
+    target: Any = None,
+    *,
+    target_layer_ids: list[int] | None = None,
+    revision: str | None = None,
+    **settings: Any,
+) -> PPOWDrafter:
+    """The EAGLE-3, DFlash or DSpark drafter of `checkpoint` as a [`PPOWDrafter`]; arguments as of [`import_eagle3`].
+
+    A DFlash or DSpark checkpoint without embeddings or head shares its target's. Its own layer ids hold.
+    """
+    folder = _local(checkpoint, revision)
+    if not is_block_config(read_config(folder, "checkpoint")):
+        return import_eagle3(folder, target, target_layer_ids=target_layer_ids, **settings)
+    if target_layer_ids is not None:
+        raise ValueError("target_layer_ids: a DFlash or DSpark checkpoint names its own. Leave it out.")
+    return import_block(folder, target, **settings)
+
+
+def import_block(checkpoint: str | Path, target: Any = None, **settings: Any) -> PPOWDrafter:
+    """The DFlash or DSpark drafter in the folder `checkpoint`, see [`import_drafter`]."""
+    found, target_config = read_block(checkpoint), _target_config(target)
+    problems = found.problems() + _misfits(found, target_config)
+    if problems:
+        raise ValueError(f"checkpoint: {str(checkpoint)!r} cannot be used as it is: {'; '.join(problems)}.")
+    config = _block_config(found, target, target_config, settings)
+    drafter = AutoModel.from_config(config, dtype=found.tensors["fc.weight"].dtype)
+    state = drafter_state(found.tensors)
+    if config.draft_vocab_size is None:
+        state = {name: tensor for name, tensor in state.items() if name not in ("d2t", "t2d")}
+    else:
+        drafter.set_draft_vocabulary(found.tensors["d2t"] + torch.arange(len(found.tensors["d2t"])))
+        state.setdefault("t2d", drafter.t2d)
+    # Assigned, since a confidence head may be kept in another number format than the rest.
+    drafter.load_state_dict(state, strict=True, assign=True)
+    if target is not None and not isinstance(target, str | Path):
+        drafter.attach_target(target)
+    return drafter.eval()
 
 
 def import_eagle3(
@@ -65,7 +107,7 @@ def import_eagle3(
     tensors = dict(found.tensors)
     if "embed_tokens.weight" not in tensors:
         tensors["embed_tokens.weight"] = _target_embeddings(target, found)
-    config = _drafter_config(found, tensors, target, target_config, settings)
+    config = _drafter_config(found, target, target_config, settings)
     # Not made and then cast: that would round the rotary frequencies, which stay float32 in every number format.
     drafter = AutoModel.from_config(config, dtype=tensors["fc.weight"].dtype)
     state = drafter_state(tensors)
@@ -98,7 +140,7 @@ def _target_config(target: Any) -> Any:
     return target.config.get_text_config()
 
 
-def _misfits(found: Eagle3Checkpoint, target_config: Any) -> list[str]:
+def _misfits(found: Eagle3Checkpoint | BlockCheckpoint, target_config: Any) -> list[str]:
     if target_config is None:
         return []
     problems = []
@@ -109,7 +151,7 @@ def _misfits(found: Eagle3Checkpoint, target_config: Any) -> list[str]:
             f"fc.weight: {width} columns, where {len(layers)} states of this target have "
             f"{len(layers) * target_config.hidden_size}"
         )
-    if max(layers) > target_config.num_hidden_layers:
+    if max(layers, default=0) > target_config.num_hidden_layers:
         problems.append(f"target_layer_ids: {layers} of a target with {target_config.num_hidden_layers} layers")
     if found.vocab_size != target_config.vocab_size:
         problems.append(f"vocab_size: {found.vocab_size}, and the target's is {target_config.vocab_size}")
@@ -137,7 +179,16 @@ def _target_embeddings(target: Any, found: Eagle3Checkpoint) -> torch.Tensor:
     return weight.to(found.tensors["fc.weight"].dtype)
 
 
-def _drafter_config(found, tensors, target, target_config, settings) -> PPOWDrafterConfig:
+# Fields of config.json that are not of the drafter's layers.
+NOT_OF_LAYERS = (
+    *("architectures", "model_type", "transformers_version", "auto_map", "torch_dtype", "dtype", "block_size"),
+    *("draft_vocab_size", "target_hidden_size", "num_target_layers", "mask_token_id", "target_layer_ids"),
+    *("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+    "sample_from_anchor",
+)
+
+
+def _drafter_config(found, target, target_config, settings) -> PPOWDrafterConfig:
     not_for_llama = ("architectures", "model_type", "transformers_version", "auto_map", "eagle_config", "torch_dtype")
     fields = {
         name: value
@@ -148,13 +199,51 @@ def _drafter_config(found, tensors, target, target_config, settings) -> PPOWDraf
         draft = LlamaConfig(**{**fields, "num_hidden_layers": 1, "tie_word_embeddings": False})
     except Exception as error:  # transformers checks fields by classes of its own
         raise ValueError(f"checkpoint: config.json is not a Llama layer's: {brief(error)}") from error
-    layers = found.layer_ids or []
+    return PPOWDrafterConfig(
+        architecture="eagle",
+        draft_config=draft,
+        vocab_size=found.vocab_size,
+        draft_vocab_size=None if found.draft_vocab_size == found.vocab_size else found.draft_vocab_size,
+        target_layer_ids=found.layer_ids,
+        **{**_described(found, draft, target, target_config), **settings},
+    )
+
+
+def _block_config(found: BlockCheckpoint, target: Any, target_config: Any, settings: dict) -> PPOWDrafterConfig:
+    names = ("dflash_config", "speculators_config", "transformer_layer_config", *NOT_OF_LAYERS)
+    fields = {name: value for name, value in found.fields.items() if name not in names}
+    try:
+        draft = Qwen3Config(**{**fields, "tie_word_embeddings": False})
+    except Exception as error:  # transformers checks fields by classes of its own
+        raise ValueError(f"checkpoint: config.json is not of Qwen3 layers: {brief(error)}") from error
+    whole = found.draft_vocab_size == found.vocab_size
+    return PPOWDrafterConfig(
+        architecture="block",
+        draft_config=draft,
+        vocab_size=found.vocab_size,
+        draft_vocab_size=None if whole else found.draft_vocab_size,
+        target_layer_ids=found.layer_ids,
+        shares_target_embeddings="embed_tokens.weight" not in found.tensors,
+        shares_target_head="lm_head.weight" not in found.tensors,
+        block_size=found.drafted,
+        sample_from_anchor=found.sample_from_anchor,
+        mask_token_id=found.mask_token_id,
+        markov_rank=found.markov_rank,
+        confidence_head=found.confidence_head,
+        **{"max_window": found.drafted, **_described(found, draft, target, target_config), **settings},
+    )
+
+
+def _described(
+    found: Eagle3Checkpoint | BlockCheckpoint, draft: Any, target: Any, target_config: Any
+) -> dict[str, Any]:
+    """What a drafter's configuration says about its target."""
     name = str(target) if isinstance(target, str | Path) else None
     if name is None and target is not None:
         name = target.config._name_or_path or None
     described: dict[str, Any] = {
         "target_name_or_path": name or found.target_name,
-        "target_hidden_size": tensors["fc.weight"].shape[-1] // len(layers),
+        "target_hidden_size": found.tensors["fc.weight"].shape[-1] // len(found.layer_ids or [0]),
         "target_model_type": getattr(target_config, "model_type", None),
         # Rotary positions have no end of their own: where the target is known its context is the limit.
         "context_length": getattr(target_config or draft, "max_position_embeddings", None),
@@ -162,11 +251,4 @@ def _drafter_config(found, tensors, target, target_config, settings) -> PPOWDraf
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given = found.fields.get(token)
         described[token] = given if given is not None else getattr(target_config, token, None)
-    return PPOWDrafterConfig(
-        architecture="eagle",
-        draft_config=draft,
-        vocab_size=found.vocab_size,
-        draft_vocab_size=None if found.draft_vocab_size == found.vocab_size else found.draft_vocab_size,
-        target_layer_ids=layers,
-        **{**described, **settings},
-    )
+    return described

@@ -16,6 +16,8 @@ import torch
 from ..measure.provenance import public_name
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import is_embedded, target_path
+from .block_checkpoint import read_block
+from .block_formats import block_tensors, is_dspark, native_config, speculators_block_config
 from .checkpoint import read_eagle3
 from .engine_readme import engine_readme
 from .engines import serving_notes
@@ -41,7 +43,9 @@ class ExportReport:
 
     Args:
         folder (`Path`): the directory.
-        layout (`str`): `"eagle3"`, `"speculators"`, `"standalone"`, `"medusa"` or `"gguf"`.
+        layout (`str`):
+            `"eagle3"`, `"speculators"`, `"standalone"`, `"medusa"`, `"gguf"`, `"dflash"`, `"dspark"`, or speculators'
+            of the last two, `"speculators-dflash"` and `"speculators-dspark"`.
         files (`list[str]`): names of its files.
         tensors, parameters (`int`): counts.
         notes (`list[str]`): what an engine cannot serve, or what to know before it does.
@@ -64,14 +68,14 @@ def export_drafter(
     target_name: str | None = None,
     tokenizer: Any = None,
     share_embeddings: bool = False,
-    speculative_tokens: int = 5,
+    speculative_tokens: int | None = None,
     gguf_dtype: str = "float16",
 ) -> ExportReport:
     """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
 
-    `"vllm"` and `"sglang"` write the same: an EAGLE-3 checkpoint that both read, OpenVINO GenAI too, or, for a
-    standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"` writes one file for
-    llama.cpp, of a standalone or an eagle drafter, with the tokenizer in it.
+    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read (EAGLE-3 OpenVINO
+    GenAI too), or, for a standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"`
+    writes one file for llama.cpp, of a standalone or an eagle drafter, with the tokenizer in it.
 
     Args:
         drafter ([`PPOWDrafter`]):
@@ -79,14 +83,16 @@ def export_drafter(
         output_dir (`str` or `Path`): the directory; made if need be; an earlier export in it is replaced.
         format (`str`, *optional*, defaults to `"vllm"`): one of `FORMATS`.
         target (`PreTrainedModel`, *optional*):
-            The target. Its embeddings are written for a drafter that shares them, or compared for `share_embeddings`.
+            The target. Its embeddings are written for an eagle drafter that shares them, or compared for
+            `share_embeddings`. A block drafter's export leaves out what it shares.
         target_name (`str`, *optional*):
             Folder or Hub name of the target for the README and for speculators; by default the one that the drafter
             was trained for. A folder's config.json is read to check that the drafter fits.
         tokenizer (*optional*): written beside a standalone drafter; for GGUF, the target's, which is needed.
         share_embeddings (`bool`, *optional*, defaults to `False`):
             Leave out the embeddings, so that engines take the target's: for a drafter that has the very same.
-        speculative_tokens (`int`, *optional*, defaults to `5`): window of the commands in the README.
+        speculative_tokens (`int`, *optional*):
+            Window of the commands in the README, and of speculators' configuration; by default 5, or a whole block.
         gguf_dtype (`str`, *optional*, defaults to `"float16"`):
             Number format of a GGUF file's matrices: `"float32"`, `"float16"`, `"bfloat16"` or `"q8_0"`.
 
@@ -101,27 +107,22 @@ def export_drafter(
     layout = _layout(drafter, format)
     if problems := drafter.weight_problems():
         raise ValueError(f"drafter: it cannot be exported: {'; '.join(problems)}. Train or load it again.")
-    if not 1 <= speculative_tokens <= 64:
-        raise ValueError(f"speculative_tokens: {speculative_tokens} given; a window of 1 to 64 tokens is needed.")
+    tokens = _speculative_tokens(drafter, speculative_tokens)
     name = target_name or drafter.config.target_name_or_path
     target_config = _target_config(target, name)
     if target_config is not None:
         _check_target(drafter, target_config)
+    if drafter.config.architecture == "block":
+        _check_block(drafter, format, target_config)
     if target is not None:
         drafter.attach_target(target)
-    elif drafter.config.shares_target_embeddings and not share_embeddings and drafter.get_input_embeddings() is None:
-        raise ValueError(
-            "target: the drafter shares its target's embeddings, which belong into the export; pass the target, or "
-            "share_embeddings to leave them out."
-        )
+    _check_embeddings(drafter, target, share_embeddings)
     folder = Path(output_dir)
     written_name = _written_name(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside and moved at the end: a directory that an engine may be reading never holds half of each.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
         written = Path(scratch)
-        if share_embeddings and drafter.config.architecture == "eagle":
-            _check_shared(drafter, target)
         if layout == "gguf":
             tensors = _write_gguf(drafter, written, tokenizer, gguf_dtype, embeddings=not share_embeddings)
         elif layout == "standalone":
@@ -129,26 +130,25 @@ def export_drafter(
         elif layout == "medusa":
             tensors = named_tensors(drafter)
             _write_medusa(written, tensors, medusa_config(drafter))
+        elif drafter.config.architecture == "block":
+            tensors = block_tensors(drafter, embeddings=not share_embeddings)
+            if format == "speculators":
+                fields = _speculators_fields(drafter, written_name, target_config, tokens)
+            else:
+                fields = native_config(drafter, target_config)
+            _write_block(written, tensors, fields, drafter)
         else:
             tensors = eagle3_tensors(drafter, LAYER_NAMES[layout], embeddings=not share_embeddings)
             fields = eagle3_config(drafter)
             if layout == "speculators":
-                fields = _speculators_fields(drafter, written_name, target_config, speculative_tokens)
+                fields = _speculators_fields(drafter, written_name, target_config, tokens)
             _write_eagle3(written, tensors, fields)
         notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
-        if layout == "speculators":
+        if format == "speculators":
             notes += _target_notes(name, str(written_name), folder)
-        readme = engine_readme(
-            drafter,
-            layout,
-            folder.resolve().name,
-            written_name,
-            notes,
-            speculative_tokens,
-            package_version(),
-            gguf_dtype,
-        )
-        (written / "README.md").write_text(readme, encoding="utf-8")
+        place = folder.resolve().name
+        text = engine_readme(drafter, layout, place, written_name, notes, tokens, package_version(), gguf_dtype)
+        (written / "README.md").write_text(text, encoding="utf-8")
         files = sorted(path.name for path in written.iterdir())
         _check_free(folder, files)
         for file in files:
@@ -172,17 +172,50 @@ def _check_free(folder: Path, files: list[str]) -> None:
 
 
 def _layout(drafter: PPOWDrafter, format: str) -> str:
-    architecture = drafter.config.architecture
+    architecture, block = drafter.config.architecture, "dspark" if is_dspark(drafter) else "dflash"
     layouts = {
         "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators", "gguf": "gguf"},
         "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone", "gguf": "gguf"},
         "medusa": {"vllm": "medusa"},
+        "block": {"vllm": block, "sglang": block, "speculators": f"speculators-{block}"},
     }[architecture]
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is not one of {list(FORMATS)}.")
     if format not in layouts:
         raise ValueError(f"format: {format!r} is not for {architecture} drafters; take one of {list(layouts)}.")
     return layouts[format]
+
+
+def _speculative_tokens(drafter: PPOWDrafter, given: int | None) -> int:
+    """The window of the commands: the given one, or as long as the drafter's forward gives for nothing more."""
+    longest = drafter.config.longest_window if drafter.config.architecture == "block" else None
+    tokens = (longest or 5) if given is None else given
+    if not 1 <= tokens <= (longest or 64):
+        limit = f"{longest}, the block of this drafter" if longest else "64"
+        raise ValueError(f"speculative_tokens: {given} given; a window of 1 to {limit} tokens is needed.")
+    return tokens
+
+
+def _check_block(drafter: PPOWDrafter, format: str, target_config: Any) -> None:
+    """Raise `ValueError` for a block drafter that the engine would not load, or not as it was trained."""
+    config = drafter.config
+    problem = None
+    layers = None if target_config is None else target_config.get_text_config().num_hidden_layers
+    if 0 in config.target_layer_ids:
+        problem = "it reads the target's embeddings (0 of target_layer_ids), which engines do not hand out as a state"
+    elif layers is not None and max(config.target_layer_ids) >= layers:
+        problem = (
+            f"it reads the state behind the target's last layer, {layers}, which vLLM hands out before the final norm "
+            "and transformers after it"
+        )
+    elif config.sample_from_anchor and not is_dspark(drafter):
+        problem = "sample_from_anchor goes with a Markov head in the engines (markov_rank above 0)"
+    elif config.confidence_head and not is_dspark(drafter):
+        problem = "a confidence head goes with a Markov head in the engines (markov_rank above 0)"
+    elif format == "sglang" and (config.draft_vocab_size is not None or not config.shares_target_head):
+        problem = 'SGLang reads neither a reduced vocabulary nor a head of its own, by its source; use format="vllm"'
+    if problem is not None:
+        raise ValueError(f"drafter: it cannot be exported: {problem}. Train another one.")
 
 
 # -- the target
@@ -254,6 +287,19 @@ def _has_own_embeddings(drafter: PPOWDrafter, target: Any) -> bool | None:
     return theirs.shape != own.shape or not torch.equal(theirs, own)
 
 
+def _check_embeddings(drafter: PPOWDrafter, target: Any, share_embeddings: bool) -> None:
+    """Raise `ValueError` where embeddings that belong into the export are not there, or those left out are others."""
+    config = drafter.config
+    if share_embeddings and config.architecture in ("eagle", "block"):
+        _check_shared(drafter, target)
+    missing = config.shares_target_embeddings and drafter.get_input_embeddings() is None
+    if missing and config.architecture == "eagle" and not share_embeddings:  # a block drafter's stay the target's
+        raise ValueError(
+            "target: the drafter shares its target's embeddings, which belong into the export; pass the target, or "
+            "share_embeddings to leave them out."
+        )
+
+
 def _check_shared(drafter: PPOWDrafter, target: Any) -> None:
     if target is None and not drafter.config.shares_target_embeddings:
         raise ValueError("target: share_embeddings needs the target itself, to compare its embeddings.")
@@ -303,13 +349,35 @@ def _write_eagle3(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[s
     _raise_problems(problems)
 
 
+def _write_block(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any], drafter: PPOWDrafter) -> None:
+    _save(folder, tensors, fields)
+    found = read_block(folder, "output_dir")
+    problems, config = found.problems(), drafter.config
+    if found.tensors.keys() != tensors.keys():
+        problems.append(f"tensors: {sorted(found.tensors.keys() ^ tensors.keys())} differ from what was written")
+    problems += [
+        f"{name}: reads back as other numbers"
+        for name in found.tensors.keys() & tensors.keys()
+        if not torch.equal(found.tensors[name], tensors[name])
+    ]
+    wanted = {
+        "target_layer_ids": (found.layer_ids, list(config.target_layer_ids)),
+        "block_size": (found.drafted, config.longest_window),
+        "mask_token_id": (found.mask_token_id, config.mask_token_id),
+        "markov_rank": (found.markov_rank, config.markov_rank),
+    }
+    problems += [f"{name}: reads back as {read}, not {own}" for name, (read, own) in wanted.items() if read != own]
+    _raise_problems(problems)
+
+
 def _speculators_fields(drafter, name, target_config, speculative_tokens) -> dict[str, Any]:
     if name is None or target_config is None:
         raise ValueError(
             f"target_name: {name!r} given; the speculators format names its target, and that target's architecture is "
             "read from it. Pass the target's folder, or the target itself and its name on the Hub."
         )
-    return speculators_config(drafter, name, list(target_config.architectures or []), speculative_tokens)
+    write = speculators_block_config if drafter.config.architecture == "block" else speculators_config
+    return write(drafter, name, list(target_config.architectures or []), speculative_tokens)
 
 
 def _write_standalone(drafter: PPOWDrafter, folder: Path, tokenizer: Any) -> dict[str, torch.Tensor]:

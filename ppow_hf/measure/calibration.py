@@ -78,7 +78,7 @@ def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
     traces = _fitting_traces(tables)
     for trace in traces:
         for one_round in trace.rounds:
-            one_round.features = [[*features[:4], 0.0, 0.0, 0.0] for features in one_round.features]
+            one_round.features = [[*features[:4], 0.0, 0.0, 0.0, features[7]] for features in one_round.features]
     estimate = fit_estimator(traces)
     estimate["weights"] |= {"margin": 0.0, "foretold": 0.0, "conflict": 0.0}
     return estimate

@@ -23,7 +23,8 @@ class Costs:
     """What drafting and verifying cost on this machine.
 
     Args:
-        draft_step_seconds (`float`): median time of one draft step, the choice of its token included.
+        draft_step_seconds (`float`): median time of one draft step, the choice of its token included; of a block
+            drafter the step that gives a window of `max_window` tokens.
         target_forward_seconds (`float`): median time of a one-token target forward behind a cached context.
         cost_ratio (`float`): gamma, the first over the second.
         verification_cost (`float`): slope of v(W) = 1 + verification_cost * W, the (W+1)-token target forward over the
@@ -112,13 +113,15 @@ def measure_costs(
         session = model.start_session(target_width(target))
         read = None if states is None else states[:, : length - first].to(model.device)
         session.observe(input_ids[:, first:].to(model.device), read, first)
+        block_started = now(model.device)
         token = session.first_logits().argmax(-1, keepdim=True)
         seconds = []
-        for drafted in range(max(max_window - 1, 1)):
+        longest = min(max_window, model.config.longest_window or max_window)
+        for drafted in range(max(longest - 1, 0 if session.one_step else 1)):
             started = now(model.device)
             token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
             seconds.append(now(model.device) - started)
-        return seconds
+        return [now(model.device) - block_started] if session.one_step else seconds
 
     windows = sorted({0, max_window} | {window for window in (2, 5) if window < max_window})
     tokens = input_ids.repeat(1, max_window // length + 1)

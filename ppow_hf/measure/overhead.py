@@ -128,6 +128,10 @@ class BareForwards:
     def draft_step(self) -> float:
         """Seconds of one draft step."""
         session = self.session
+        if session.one_step:
+            started = now(self.drafter.device)
+            session.first_logits()
+            return now(self.drafter.device) - started
         position = torch.tensor([[session._position - self.draft.first_prefix]], device=self.drafter.device)
         cache = self.draft.cropped(session._cache, session._committed)
         token = self.tokens[:, :1].to(self.drafter.device)

@@ -4,7 +4,7 @@ Knows tables and rules ([`window_study`]) and what the numbers are for; reads no
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ def speed(traces: Sequence[GenerationTrace], costs: CostModel) -> dict[str, floa
 
 def run(make_rule: MakeRule, tables: Sequence[DraftTable], costs: CostModel, as_one: bool) -> list[GenerationTrace]:
     """Replay on each table, with a new rule for each as in a call of its own, or `as_one` text with one rule."""
-    given = OnlineCosts(costs.cost_ratio, costs.verification_cost)
+    given = OnlineCosts(costs.cost_ratio, costs.verification_cost, costs)
     if as_one:
         rule = make_rule(given)
         return [replay(rule, table) for table in tables]
@@ -86,15 +86,16 @@ def study(
         `dict`: results, one entry for each workload and cost, with a `summary`; and the calibrations that were fitted.
     """
     fit_tables = [table for workload in fitting.values() for table in workload]
+    unasked = CostModel(one_step=any(cost.one_step for cost in costs.values()))  # of rules that do not ask
     calibrations = {OURS: fit_on_tables(fit_tables), CONFIDENCE_ONLY: without_look_up(fit_tables)}
     entropy_traces = {
-        threshold: run(UNPRICED[f"entropy stop from {threshold}"], fit_tables, CostModel(), False)
+        threshold: run(UNPRICED[f"entropy stop from {threshold}"], fit_tables, unasked, False)
         for threshold in ENTROPY_THRESHOLDS
     }
     results = []
     for workload, texts in {**tables, MIXED: mixed_stream(tables, segment_tokens)}.items():
         as_one = workload == MIXED
-        unpriced = {name: run(maker, texts, CostModel(), as_one) for name, maker in UNPRICED.items()}
+        unpriced = {name: run(maker, texts, unasked, as_one) for name, maker in UNPRICED.items()}
         for cost_name, cost in costs.items():
             speeds = {name: speed(traces, cost) for name, traces in unpriced.items()}
             fit_speeds = {value: speed(traces, cost)["tokens_per_cost"] for value, traces in entropy_traces.items()}
@@ -134,7 +135,7 @@ def most_thrifty(
     """The speed with the least waste among true costs (`as_told`) and higher ones, while it is `least_speed`."""
     thrifty = as_told | {"told_costs_times": 1.0}
     for factor in THRIFT:
-        told = CostModel(cost.cost_ratio * factor, cost.verification_cost * factor)
+        told = replace(cost, cost_ratio=cost.cost_ratio * factor, verification_cost=cost.verification_cost * factor)
         slower = speed(run(make_rule, tables, told, as_one), cost)
         if slower["tokens_per_cost"] < least_speed:
             break
@@ -284,7 +285,7 @@ def live_check(
     }
     stored = drafter.config.calibration
     drafter.config.calibration = {"greedy": calibration}
-    given = asdict(costs)
+    given = {"cost_ratio": costs.cost_ratio, "verification_cost": costs.verification_cost}
     checks: dict[str, Any] = {}
     try:
         for name, chosen in settings.items():
@@ -297,7 +298,7 @@ def live_check(
                 rule = make_window_rule(
                     chosen["window"],
                     chosen["max_window"],
-                    OnlineCosts(costs.cost_ratio, costs.verification_cost),
+                    OnlineCosts(costs.cost_ratio, costs.verification_cost, costs),
                     drafter.config.calibration,
                     lookup=chosen.get("lookup", False),
                 )

@@ -44,6 +44,7 @@ class DraftTable:
             is rejected.
         outside (`numpy.ndarray` of shape `(N - 1, K)`): the target's mass outside the draft vocabulary there.
         accepted (`numpy.ndarray` of shape `(N - 1,)`): how many of a row's draft tokens the target keeps.
+        predicted (`numpy.ndarray` of shape `(N - 1, K)`, *optional*): a confidence head's log-odds for each.
         max_new_tokens (`int`): where the call that the text stands for would have ended.
         eos_token_ids (`frozenset[int]`): tokens that end a text; a draft ends before one.
     """
@@ -59,11 +60,13 @@ class DraftTable:
     accepted: numpy.ndarray
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    predicted: numpy.ndarray | None = None
 
-    @property
-    def looked_at(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """What a rule is told of each distribution, in the order of [`WindowRule.describe`]."""
-        return self.max_probability, self.second_probability, self.entropy
+    def looked_at(self, row: int, position: int) -> list[float]:
+        """What a rule is told of a distribution, in the order of [`Distributions.look`]."""
+        columns = [self.max_probability, self.second_probability, self.entropy, self.draft_ids]
+        columns += [] if self.predicted is None else [self.predicted]
+        return [column[row, position].item() for column in columns]
 
     @property
     def tokens(self) -> int:
@@ -117,6 +120,7 @@ def draft_table(
         accepted,
         max_new_tokens,
         eos_of(target),
+        columns.get("predicted"),
     )
 
 
@@ -141,13 +145,15 @@ def _draft_everywhere(
 ) -> dict[str, numpy.ndarray]:
     """Greedy drafts of `depth` tokens from every prefix of `ids` `[1, n + N]` behind the first `before` tokens.
 
-    Columns `[N - 1, depth]` by name: the tokens, what [`likeliest_tokens`] says, and what
-    [`divergence_on_support`] says.
+    Columns `[N - 1, depth]` by name: the tokens, what [`likeliest_tokens`] says, what [`divergence_on_support`] says,
+    and what a confidence head says.
     """
     length, width = ids.shape[1], target_logits.shape[-1]
     states = None if states is None else states.to(drafter.device)
     features, cache = drafter.prefix_features(ids.to(drafter.device), states)
-    names = ("ids", "max_probability", "second_probability", "entropy", "kl", "outside")
+    names = ["ids", "max_probability", "second_probability", "entropy", "kl", "outside"]
+    confident = drafter.config.confidence_head
+    names += ["predicted"] if confident else []
     chunks: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for start in range(before, length - 1, PREFIXES_AT_ONCE):
         prefixes = torch.arange(start, min(start + PREFIXES_AT_ONCE, length - 1), device=drafter.device)[None]
@@ -159,7 +165,8 @@ def _draft_everywhere(
             goal = target_logits[places.to(target_logits.device)].to(draft_features.device)
             first, second, entropies, likeliest = likeliest_tokens(logits.log_softmax(-1)).unbind(-1)
             kl, outside = divergence_on_support(goal, logits)
-            steps.append((likeliest.long(), first, second, entropies, kl.clamp(0.0, MAX_KL), outside))
+            predicted = (drafter.draft_model.confidence(draft_features[0]),) if confident else ()
+            steps.append((likeliest.long(), first, second, entropies, kl.clamp(0.0, MAX_KL), outside, *predicted))
             return likeliest.long()[None]
 
         drafter.unroll(features, cache, prefixes, look, depth)
@@ -228,17 +235,15 @@ class RecordedDistributions:
     """What a table knows of the distributions behind one of its prefixes, for [`draft_windows`]."""
 
     def __init__(self, table: DraftTable, committed: int, looks: bool):
-        row = committed - 1
-        self.draft_ids, self.looks, self.position = table.draft_ids[row].tolist(), looks, 0
-        self.columns = [column[row] for column in table.looked_at]
+        self.table, self.row, self.looks, self.position = table, committed - 1, looks, 0
 
     def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
         if not self.looks:
             return None
-        return [[*(column[self.position].item() for column in self.columns), self.draft_ids[self.position]]]
+        return [self.table.looked_at(self.row, self.position)]
 
     def draw(self) -> Sequence[int]:
-        return [self.draft_ids[self.position]]
+        return [self.table.draft_ids[self.row, self.position].item()]
 
     def advance(self) -> None:
         self.position += 1
@@ -299,7 +304,8 @@ def clairvoyant(table: DraftTable, costs: CostModel) -> GenerationTrace:
     trace, committed = GenerationTrace(rounds=[RoundTrace(0, 0, [])]), 1
     while committed < end:
         window = best[committed]
-        trace.rounds.append(RoundTrace(window, window, table.draft_ids[committed - 1, :window].tolist(), window))
+        steps = int(costs.draft_steps(window))
+        trace.rounds.append(RoundTrace(window, steps, table.draft_ids[committed - 1, :window].tolist(), window))
         committed += window + 1
     return trace
 

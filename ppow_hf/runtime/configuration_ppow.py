@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-ARCHITECTURES = ("eagle", "standalone", "medusa")
+ARCHITECTURES = ("eagle", "standalone", "medusa", "block")
 WINDOWS = ("kl", "fixed", "heuristic")
 MAX_APPENDED = 64  # tokens that may stand behind a known vocabulary; each takes one more fingerprint to find out
 
@@ -77,6 +77,12 @@ def default_target_layers(num_layers: int) -> list[int]:
     return [top // 3, (2 * top) // 3, top]
 
 
+def default_block_layers(num_layers: int) -> list[int]:
+    """The target layers a block drafter reads: an eagle drafter's, each once, without the embeddings (0) if it can."""
+    layers = sorted(set(default_target_layers(num_layers)))
+    return layers[1:] if layers[0] == 0 and len(layers) > 1 else layers
+
+
 class PPOWDrafterConfig(PreTrainedConfig):
     r"""
     Configuration of a [`PPOWDrafter`].
@@ -84,24 +90,41 @@ class PPOWDrafterConfig(PreTrainedConfig):
     Args:
         architecture (`str`, *optional*, defaults to `"eagle"`):
             `"eagle"`: the EAGLE-3 computation over the target's hidden states; `"standalone"`: a causal language model
-            of its own; `"medusa"`: heads on the target's last state, one for each token of a window.
+            of its own; `"medusa"`: heads on the target's last state, one for each token of a window; `"block"`: a
+            window in one forward over the target's states, as DFlash (2602.06036) and DSpark (2607.05147) do.
         draft_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the drafter's own transformer. For `"eagle"` a Llama configuration whose one layer's shape
-            is used; for `"standalone"` the configuration of any causal language model; not used by `"medusa"`.
+            is used; for `"block"` a Qwen3 configuration; for `"standalone"` the configuration of any causal language
+            model; not used by `"medusa"`.
         vocab_size (`int`, *optional*, defaults to `32000`):
             Width of the target's logits.
         draft_vocab_size (`int`, *optional*):
-            Width of the drafter's own logits. `eagle` may have fewer tokens than the target (`d2t` maps them).
-        target_hidden_size (`int`, *optional*): width of the target's hidden states (eagle, medusa).
+            Width of the drafter's own logits. `eagle` and `block` may have fewer tokens than the target (`d2t` maps
+            them).
+        target_hidden_size (`int`, *optional*): width of the target's hidden states (eagle, medusa, block).
         target_layer_ids (`list[int]`, *optional*):
-            Target states that the drafter reads; id k is transformers' `hidden_states[k]`. Three for eagle; for medusa
-            the last one, after the final norm.
+            Target states that the drafter reads; id k is transformers' `hidden_states[k]`. Three for eagle; one or
+            more, ascending, for block; for medusa the last one, after the final norm.
         shares_target_embeddings (`bool`, *optional*, defaults to `False`):
-            Read the target's own token embeddings and hold none (eagle): they are neither saved nor trained, and are
-            there once [`PPOWDrafter.attach_target`] was called, as generation and training do.
+            Read the target's own token embeddings and hold none (eagle, block): they are neither saved nor trained,
+            and are there once [`PPOWDrafter.attach_target`] was called, as generation and training do.
+        shares_target_head (`bool`, *optional*, defaults to `False`):
+            The same for the target's output head (block, without `draft_vocab_size`).
         medusa_heads (`int`, *optional*):
             Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
         medusa_layers (`int`, *optional*, defaults to `1`): residual layers of each head.
+        block_size (`int`, *optional*):
+            Tokens K that a block drafter drafts in one forward, its longest window; `None`: as many as `max_window`.
+            The published fields of this name count the block: K + 1 in DFlash, where the anchor drafts nothing.
+        sample_from_anchor (`bool`, *optional*, defaults to `False`):
+            Whether the anchor, the newest token, drafts the window's first token (DSpark), and K - 1 mask tokens the
+            others. Else K mask tokens draft (DFlash).
+        mask_token_id (`int`, *optional*, defaults to `0`): token whose embedding stands for a token to be drafted.
+        markov_rank (`int`, *optional*, defaults to `0`):
+            Rank of the bias that a token adds to the next one's logits (DSpark's vanilla Markov head); 0: none.
+        confidence_head (`bool`, *optional*, defaults to `False`):
+            Whether a block drafter estimates each token's acceptance with a head of its own (DSpark). The window rule
+            reads it.
         target_name_or_path, target_revision, target_model_type (`str`, *optional*): the target it was trained for.
         target_vocabulary_fingerprint (`str`, *optional*): see [`vocabulary_fingerprint`].
         context_length (`int`, *optional*): longest sequence that drafter and target take together.
@@ -113,7 +136,8 @@ class PPOWDrafterConfig(PreTrainedConfig):
             `"heuristic"`: transformers' rule, two more after a fully accepted window and one fewer otherwise.
         max_window (`int`, *optional*, defaults to `10`): longest window K [paper].
         cost_ratio (`float`, *optional*):
-            gamma, seconds of a draft step over seconds of a one-token target forward. `None`: measured while decoding.
+            gamma, seconds of a draft step over seconds of a one-token target forward; of a block drafter the step that
+            gives the whole window. `None`: measured while decoding.
         verification_cost (`float`, *optional*):
             How much each further token adds to a target forward, in one-token forwards: v(W) = 1 + verification_cost *
             W. `None`: measured while decoding.
@@ -137,8 +161,14 @@ class PPOWDrafterConfig(PreTrainedConfig):
         target_hidden_size: int | None = None,
         target_layer_ids: list[int] | None = None,
         shares_target_embeddings: bool = False,
+        shares_target_head: bool = False,
         medusa_heads: int | None = None,
         medusa_layers: int = 1,
+        block_size: int | None = None,
+        sample_from_anchor: bool = False,
+        mask_token_id: int = 0,
+        markov_rank: int = 0,
+        confidence_head: bool = False,
         target_name_or_path: str | None = None,
         target_revision: str | None = None,
         target_model_type: str | None = None,
@@ -158,7 +188,8 @@ class PPOWDrafterConfig(PreTrainedConfig):
         if isinstance(draft_config, dict) and "model_type" in draft_config:
             draft_config = AutoConfig.for_model(**draft_config)
         elif draft_config is None:
-            draft_config = AutoConfig.for_model("llama", num_hidden_layers=1, vocab_size=vocab_size)
+            family = "qwen3" if architecture == "block" else "llama"
+            draft_config = AutoConfig.for_model(family, num_hidden_layers=1, vocab_size=vocab_size)
         if not isinstance(draft_config, PreTrainedConfig):
             raise ValueError(f"draft_config: {draft_config!r} is no configuration of a model, with its model_type.")
         self.architecture = architecture
@@ -168,8 +199,14 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.target_hidden_size = target_hidden_size
         self.target_layer_ids = target_layer_ids
         self.shares_target_embeddings = shares_target_embeddings
+        self.shares_target_head = shares_target_head
         self.medusa_heads = medusa_heads
         self.medusa_layers = medusa_layers
+        self.block_size = block_size
+        self.sample_from_anchor = sample_from_anchor
+        self.mask_token_id = mask_token_id
+        self.markov_rank = markov_rank
+        self.confidence_head = confidence_head
         self.target_name_or_path = target_name_or_path
         self.target_revision = target_revision
         self.target_model_type = target_model_type
@@ -190,21 +227,22 @@ class PPOWDrafterConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         check_settings(architecture=self.architecture)
-        if self.shares_target_embeddings and self.architecture != "eagle":
+        if self.shares_target_embeddings and self.architecture not in ("eagle", "block"):
             raise ValueError(
-                f"shares_target_embeddings: only an eagle drafter can share them, not a {self.architecture} one. "
-                "Leave it out."
+                "shares_target_embeddings: only an eagle or block drafter can share them, not a "
+                f"{self.architecture} one. Leave it out."
             )
         names = ("window", "max_window", "cost_ratio", "verification_cost", "lookup")
         check_settings(**{name: getattr(self, name) for name in names})
         call_settings(self, {"lookup": self.lookup})
-        for name in ("medusa_heads", "medusa_layers"):
+        for name in ("medusa_heads", "medusa_layers", "block_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
         self.check_window(self.max_window)
         self.check_layers()
         self.check_sizes()
+        self.check_block()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -233,29 +271,73 @@ class PPOWDrafterConfig(PreTrainedConfig):
 
     def check_layers(self) -> None:
         """Raise `ValueError` for layer ids that no target can have, or not as many as the architecture reads."""
-        ids, count = self.target_layer_ids, {"eagle": 3, "medusa": 1, "standalone": 0}[self.architecture]
+        ids = self.target_layer_ids
         if ids is None:
             return
         whole = isinstance(ids, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if self.architecture == "block":
+            if not whole or not ids or min(ids) < 0 or list(ids) != sorted(set(ids)):
+                raise ValueError(
+                    f"target_layer_ids: {ids!r} given; a block drafter reads one or more of the target's states, "
+                    "numbered from 0, in ascending order."
+                )
+            return
+        count = {"eagle": 3, "medusa": 1, "standalone": 0}[self.architecture]
         if not whole or min(ids, default=0) < 0 or len(ids) != count:
             raise ValueError(
                 f"target_layer_ids: {ids!r} given; a {self.architecture} drafter reads {count} of the target's "
                 "states, numbered from 0."
             )
 
+    def check_block(self) -> None:
+        """Raise `ValueError` for fields of a block drafter that are out of range, or given to another one."""
+        block = self.architecture == "block"
+        for name in ("shares_target_head", "sample_from_anchor", "confidence_head"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: {value!r} is not True or False.")
+            if value and not block:
+                raise ValueError(f"{name}: only a block drafter has it, not a {self.architecture} one. Leave it out.")
+        rank, mask = self.markov_rank, self.mask_token_id
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise ValueError(f"markov_rank: {rank!r} is not a whole number of at least 0 (0: no Markov head).")
+        if rank and not block:
+            raise ValueError(f"markov_rank: only a block drafter has it, not a {self.architecture} one. Leave it out.")
+        if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id: {mask!r} given; it is one of the target's {self.vocab_size} tokens, counted from 0."
+            )
+        if self.shares_target_head and self.draft_vocab_size is not None:
+            raise ValueError(
+                f"shares_target_head: the target's head gives all {self.vocab_size} tokens, and draft_vocab_size is "
+                f"{self.draft_vocab_size}. Leave out one of the two."
+            )
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the drafter gives a whole window in one step."""
+        return self.architecture == "block"
+
     @property
     def longest_window(self) -> int | None:
-        """The longest window that the drafter can draft at all: a medusa drafter's heads; `None`: no limit."""
-        return (self.medusa_heads or self.max_window) if self.architecture == "medusa" else None
+        """The longest window that can be drafted at all: a medusa drafter's heads, a block; `None`: no limit."""
+        sizes = {"medusa": self.medusa_heads, "block": self.block_size}
+        return (sizes[self.architecture] or self.max_window) if self.architecture in sizes else None
 
     def check_window(self, max_window: int) -> None:
         """Raise `ValueError` when a drafter of this configuration cannot draft windows of `max_window` tokens."""
         longest = self.longest_window
-        if longest is not None and max_window > longest:
+        if longest is None or max_window <= longest:
+            return
+        if self.architecture == "block":
             raise ValueError(
-                f"max_window: {max_window} given, but this medusa drafter has {longest} heads, one for each token of "
-                "a window. Give at most that many, or make a drafter with more medusa_heads."
+                f"max_window: {max_window} given, but this block drafter drafts {longest} tokens in its one forward. "
+                "Give at most that many, or make a drafter with a larger block_size."
             )
+        raise ValueError(
+            f"max_window: {max_window} given, but this medusa drafter has {longest} heads, one for each token of "
+            "a window. Give at most that many, or make a drafter with more medusa_heads."
+        )
 
 
 LONGEST = {"max_window": 1024, "tree_nodes": 4096, "tree_branches": 256}  # beyond, a round never pays

@@ -58,6 +58,11 @@ def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Te
     return allowed[:, None]
 
 
+def still_drafted(alive: torch.Tensor) -> torch.Tensor:
+    """Places `[B, A']` of the windows that are `alive` `[B, A]` bool; shorter rows are filled up with others."""
+    return (~alive).long().argsort(dim=1, stable=True)[:, : int(alive.sum(1).max())]
+
+
 def cache_argument(model: nn.Module) -> str:
     """What this model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     parameters = _forward_parameters(model.__class__)
@@ -106,6 +111,8 @@ class DraftSession:
     the left of what was observed, never seen again (`visible` False).
     """
 
+    one_step = False  # whether `first_logits` computes what all of a window's distributions need
+
     def __init__(self, drafter: Any, width: int | None = None):
         self.drafter = drafter
         self.width = width or drafter.config.vocab_size
@@ -119,6 +126,11 @@ class DraftSession:
         self._places_from = 0
         embeddings = drafter.get_input_embeddings()
         self._known = self.width if embeddings is None else min(self.width, len(embeddings.weight))
+
+    @property
+    def confidence(self) -> torch.Tensor | None:
+        """Log-odds `[B, k]` of a confidence head for the logits that were computed last; `None` without one."""
+        return None
 
     @property
     def is_empty(self) -> bool:

@@ -22,7 +22,8 @@ class Distributions(Protocol):
     """Where the distributions along the windows of B rows come from, one position after the other."""
 
     def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
-        """Of each row what [`likeliest_tokens`] says of the distribution behind its draft tokens; `None`: unseen."""
+        """Of each row what [`likeliest_tokens`] says of the distribution behind its draft tokens, and behind that what
+        a confidence head says, where there is one; `None`: unseen."""
 
     def draw(self) -> Sequence[int]:
         """A token of each row's distribution."""
@@ -61,11 +62,12 @@ class Window:
         """Ask the rule whether a token is drawn from the next distribution; where unseen (`None`), one is."""
         if not self.drafting:
             return
-        self.record.draft_steps += 1
+        if self.record.draft_steps == 0 or not self.rule.costs.one_step:
+            self.record.draft_steps += 1
         if looked is None:
             return
-        first, second, entropy, likeliest = looked
-        self._features = self.rule.describe(first, second, entropy, int(likeliest), self.record.draft_ids)
+        first, second, entropy, likeliest, *predicted = looked
+        self._features = self.rule.describe(first, second, entropy, int(likeliest), self.record.draft_ids, *predicted)
         # NaN is not above 0: nothing can be drawn from such a distribution.
         self.drafting = first > 0 and self.rule.include(self.record.window, self._features)
 
@@ -188,6 +190,7 @@ class DrafterDistributions:
         self.log_probs: Any = None  # [B, V] of the position last looked at
         self.steps = 1
         self._logits = session.first_logits()
+        self._looked = 4 + (session.confidence is not None)
         self._computed: list[Position] = []  # that were not looked at yet, the next one first
 
     def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
@@ -195,7 +198,7 @@ class DrafterDistributions:
             self._compute(drafts, 1 if self.tokens else self.ahead)
         self._position = self._computed.pop(0)
         self.log_probs = self._position.log_probs
-        return [row[:4] for row in self._position.rows] if self.looks else None
+        return [row[: self._looked] for row in self._position.rows] if self.looks else None
 
     def draw(self) -> Sequence[int]:
         scores, log_probs, token, rows = self._position
@@ -212,7 +215,7 @@ class DrafterDistributions:
 
     def _step(self, token: torch.Tensor, drafted: int) -> None:
         self._logits = self.session.next_logits(token.to(self._logits.device), drafted)
-        self.steps += 1
+        self.steps += not self.session.one_step
 
     def _compute(self, drafts: Sequence[list[int]], count: int) -> None:
         """Compute the next `count` positions, and bring to the host what it needs of them."""
@@ -223,9 +226,9 @@ class DrafterDistributions:
                 self._step(positions[-1].token, place - 1)
             scores = self.process(self._logits.float(), drafts)
             log_probs = scores.log_softmax(-1) if self.looks else None
-            parts = [] if log_probs is None else [likeliest_tokens(log_probs)]  # [B, 4]
+            parts = [] if log_probs is None else [self._look_at(log_probs)]  # [B, 4 or 5]
             if self._draw is None:
-                token = parts[0][:, 3:].long() if parts else scores.argmax(-1, keepdim=True)
+                token = parts[0][:, 3:4].long() if parts else scores.argmax(-1, keepdim=True)
             elif self.draws_first:
                 token = self._draw(scores.log_softmax(-1) if log_probs is None else log_probs)
             else:
@@ -236,6 +239,11 @@ class DrafterDistributions:
             shown.append(torch.cat(parts, dim=-1) if parts else scores.new_zeros(len(scores), 0))
         tables = torch.stack(shown).tolist() if shown[0].numel() else [[] for _ in shown]
         self._computed = [position._replace(rows=rows) for position, rows in zip(positions, tables, strict=True)]
+
+    def _look_at(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[B, V]` -> what [`likeliest_tokens`] says, and a confidence head's log-odds: `[B, 5]`."""
+        looked, confidence = likeliest_tokens(log_probs), self.session.confidence
+        return looked if confidence is None else torch.cat([looked, confidence.to(looked)], dim=-1)
 
 
 def read_and_draft(
@@ -258,7 +266,8 @@ def read_and_draft(
         started = now(session.drafter.device)
     distributions = DrafterDistributions(session, *args, **options)
     draft_windows(windows, distributions)
-    costs.observe_drafting(distributions.steps - first_read, time.perf_counter() - started)
+    in_time = distributions.steps - (first_read and not session.one_step)  # a block's step comes after the reading
+    costs.observe_drafting(in_time, time.perf_counter() - started)
     return distributions
 
 

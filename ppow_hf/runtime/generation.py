@@ -231,7 +231,9 @@ class SpeculativeCall:
         self.endings = Endings(stopping_criteria, generation_config, input_ids, context_length)
 
         settings = call_settings(self.config, view.settings)
-        self.costs = make_costs(settings["cost_ratio"], settings["verification_cost"], self.config.calibration)
+        self.costs = make_costs(
+            settings["cost_ratio"], settings["verification_cost"], self.config.calibration, self.config.one_step
+        )
         self.lookup, self.trees = settings["lookup"], view.settings.get("tree_nodes") is not None
         self.target = self._open_target(target, generation_config, model_kwargs)
         self.session = view.drafter.start_session(target_width(target))
@@ -274,7 +276,13 @@ class SpeculativeCall:
         paddings = (~self.target.visible).sum(1).tolist()
         for place, (ids, padding) in enumerate(zip(self.input_ids.tolist(), paddings, strict=True)):
             rule = make_window_rule(
-                window, settings["max_window"], self.costs, calibration, self.do_sample, self.lookup
+                window,
+                settings["max_window"],
+                self.costs,
+                calibration,
+                self.do_sample,
+                self.lookup,
+                self.config.confidence_head,
             )
             rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=window)))
         return rows
@@ -285,7 +293,13 @@ class SpeculativeCall:
         if isinstance(rule, KLAdaptiveWindow):
             estimates = rule
         else:
-            estimates = make_adaptive_rule(rule.max_window, self.costs, self.config.calibration, self.do_sample)
+            estimates = make_adaptive_rule(
+                rule.max_window,
+                self.costs,
+                self.config.calibration,
+                self.do_sample,
+                confidence_head=self.config.confidence_head,
+            )
         return TreeRule(rule, estimates, self.costs, nodes, branches, self.do_sample)
 
     # -- the loop
@@ -497,9 +511,10 @@ class SpeculativeCall:
             record, rule = row.trace.rounds[-1], self.tree_rules[row.place]
             record.window, record.accepted, record.draft_ids = len(tree.tokens), len(path), tree.tokens
             record.parents, (record.kl, record.outside) = tree.parents, row_divergences
-            record.draft_steps = max((level + 1 for level, _ in tree.expanded.values()), default=0)
+            levels = max((level + 1 for level, _ in tree.expanded.values()), default=0)
+            record.draft_steps = int(self.costs.model.draft_steps(levels))
             record.draft_seconds, record.verify_seconds = drafted - started, verified - drafted
-            rule.update(record.draft_steps, record.window, record.accepted)
+            rule.update(levels, record.window, record.accepted)
             update_window_rule(row.rule, tree, path, record)
             if rule.estimates is not row.rule:
                 update_window_rule(rule.estimates, tree, path, record)
@@ -519,7 +534,8 @@ class SpeculativeCall:
             ),
             self.endings.eos,
         )
-        self.costs.observe_drafting(len(grown.level_scores) - first_read, time.perf_counter() - begun)
+        steps = 1 if self.session.one_step else len(grown.level_scores) - first_read
+        self.costs.observe_drafting(steps, time.perf_counter() - begun)
         return grown
 
     def _as_chains(

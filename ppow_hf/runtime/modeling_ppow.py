@@ -5,10 +5,10 @@ and how to draft on from there. Knows nothing about verification, windows or tra
 
 Words: a *prefix* p of a sequence is its tokens 0..p; the drafter's *feature* of prefix p gives its distribution of
 token p + 1. A standalone drafter has a feature for every prefix, an eagle drafter from prefix 1 on, since it reads the
-target's state of token p - 1 together with the embedding of token p.
+target's state of token p - 1 together with the embedding of token p. A block drafter has features along windows only;
+its feature of a prefix is the last token itself, the anchor of a window behind it.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
+from .block_model import BlockDrafter, BlockSession
 from .compatibility import check_target, check_width
-from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings, default_target_layers
+from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
-from .draft_session import DraftSession, causal_allowed, packed_allowed
+from .draft_session import DraftSession, causal_allowed, packed_allowed, still_drafted
 from .generation import DrafterView
+from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
 from .start_weights import check_init_layers, start_from_target
 from .target_weights import embedding_matrix, target_width
 
@@ -36,16 +38,19 @@ class PPOWDrafterOutput(ModelOutput):
         loss (`torch.Tensor`, *optional*): what `loss_function` returned.
         logits (`torch.Tensor` of shape `(B, S, V)`, *optional*):
             Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes
-            before `first_prefix`. Not computed when `loss_function` is given.
+            before `first_prefix`. Not computed when `loss_function` is given, and not by a block drafter.
         features (`torch.Tensor` of shape `(B, S, h)`): features of all prefixes.
         window_features (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
             Features along the windows of `draft_ids`: entry j gives the distribution of the window's token j.
+        block_states (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
+            States of a block drafter behind `prefixes`, where no `draft_ids` were given.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     features: torch.Tensor | None = None
     window_features: torch.Tensor | None = None
+    block_states: torch.Tensor | None = None
 
 
 # Attention scores of one unrolled step (batch * heads * windows * prefixes) up to which eagle attends to text and
@@ -53,7 +58,12 @@ class PPOWDrafterOutput(ModelOutput):
 # a step, where a fused kernel keeps none.
 APART_SCORES = 2**24
 
-DRAFT_MODELS: dict[str, Any] = {"eagle": EagleDrafter, "standalone": StandaloneDrafter, "medusa": MedusaDrafter}
+DRAFT_MODELS: dict[str, Any] = {
+    "eagle": EagleDrafter,
+    "standalone": StandaloneDrafter,
+    "medusa": MedusaDrafter,
+    "block": BlockDrafter,
+}
 
 
 class PPOWDrafter(PreTrainedModel):
@@ -70,14 +80,14 @@ class PPOWDrafter(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["EagleDecoderLayer", "MedusaBlock"]
+    _no_split_modules = ["EagleDecoderLayer", "MedusaBlock", "BlockLayer"]
 
     def __init__(self, config: PPOWDrafterConfig):
         super().__init__(config)
         config.draft_config._attn_implementation = config._attn_implementation
         self.draft_model: Any = DRAFT_MODELS[config.architecture](config)
         width = config.draft_vocab_size
-        if width is not None and config.architecture == "eagle":
+        if width is not None and config.architecture in ("eagle", "block"):
             # Named and meant as in published EAGLE-3 checkpoints: target id = draft id + d2t[draft id].
             self.register_buffer("d2t", torch.zeros(width, dtype=torch.long))
             kept = torch.zeros(config.vocab_size, dtype=torch.bool)
@@ -160,7 +170,7 @@ class PPOWDrafter(PreTrainedModel):
         return draft.target_embeddings.module if draft.embed_tokens is None else draft.embed_tokens
 
     def set_input_embeddings(self, value):
-        if isinstance(self.draft_model, EagleDrafter):
+        if isinstance(self.draft_model, EagleDrafter | BlockDrafter):
             self.draft_model.embed_tokens = value
             self.config.shares_target_embeddings = False
         elif isinstance(self.draft_model, StandaloneDrafter):
@@ -169,11 +179,13 @@ class PPOWDrafter(PreTrainedModel):
             raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
 
     def attach_target(self, target: PreTrainedModel) -> None:
-        """Read `target`'s token embeddings from now on, where the drafter shares them; others need nothing of it.
+        """Read `target`'s token embeddings and head from now on, where the drafter shares them; others need nothing.
 
         Generation, training, measurements and exports call it. Raises `ValueError` where the target's are of another
         size.
         """
+        if self.config.shares_target_head:
+            self._attach_head(target)
         if not self.config.shares_target_embeddings:
             return
         module: Any = target.get_input_embeddings()
@@ -187,10 +199,21 @@ class PPOWDrafter(PreTrainedModel):
         check_width(self.config.vocab_size, rows)
         self.draft_model.target_embeddings.module = module
 
+    def _attach_head(self, target: PreTrainedModel) -> None:
+        head: Any = target.get_output_embeddings()
+        hidden, own_hidden = getattr(head, "in_features", None), self.config.draft_config.hidden_size
+        if hidden != own_hidden or target_width(target) != self.config.vocab_size:
+            raise ValueError(
+                f"target: this drafter shares its target's output head, {self.config.vocab_size} tokens from "
+                f"{own_hidden} numbers, and this target's has {target_width(target)} from {hidden}. Use "
+                f"{self.config.target_name_or_path or 'the target it was made for'}."
+            )
+        self.draft_model.target_head.module = head
+
     def train_embeddings(self, trained: bool) -> None:
-        """Whether an eagle drafter's token embeddings are trained: shared ones become a copy of its own if so."""
+        """Whether the token embeddings of an eagle or block drafter are trained: a copy of shared ones if so."""
         draft = self.draft_model
-        if not isinstance(draft, EagleDrafter):
+        if not isinstance(draft, EagleDrafter | BlockDrafter):
             return
         if trained and draft.embed_tokens is None:
             tokens = torch.arange(self.config.vocab_size, device=self.device)
@@ -256,6 +279,18 @@ class PPOWDrafter(PreTrainedModel):
             window did not come to it.
         """
         draft = self.draft_model
+        if isinstance(draft, BlockDrafter):
+            anchors, states = features[..., 0].gather(1, prefixes), self.block_states(features, cache, prefixes)
+            along = draft.along(states, anchors, choose, window, goes_on)
+        else:
+            along = self._step_by_step(features, cache, prefixes, choose, window, goes_on)
+        if goes_on is None:  # all windows come to every token
+            return torch.stack([reached for _, reached in along], dim=2)
+        return spread_over_windows(along, prefixes.shape[1], window)
+
+    def _step_by_step(self, features, cache, prefixes, choose, window, goes_on):
+        """[`unroll`] by a draft step for each token: windows `[B, A]` that come to it, their features `[B, A, h]`."""
+        draft = self.draft_model
         first, (batch, count) = draft.first_prefix, prefixes.shape
         current = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
         windows = torch.arange(count, device=prefixes.device).expand(batch, -1)  # [B, A]: those that are drafted
@@ -272,10 +307,9 @@ class PPOWDrafter(PreTrainedModel):
                 break
             if goes_on is not None:
                 alive = alive & goes_on(j, current, windows)
-                most = int(alive.sum(1).max())
-                if most == 0:
+                order = still_drafted(alive)
+                if order.shape[1] == 0:
                     break
-                order = (~alive).long().argsort(dim=1, stable=True)[:, :most]
                 windows, alive, positions, tokens = (x.gather(1, order) for x in (windows, alive, positions, tokens))
                 current = current.gather(1, order[..., None].expand(-1, -1, current.shape[-1]))
                 allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
@@ -286,13 +320,27 @@ class PPOWDrafter(PreTrainedModel):
             places = draft.embed_positions(positions + 1 + j)
             current, cache = draft.advance(tokens, current, cache, places, allowed)
             along.append((windows, current))
-        if goes_on is None:
-            return torch.stack([features for _, features in along], dim=2)
-        spread = []
-        for windows, current in along:
-            nothing = current.new_zeros(batch, count, current.shape[-1])
-            spread.append(nothing.scatter(1, windows[..., None].expand(-1, -1, current.shape[-1]), current))
-        return torch.stack(spread + [torch.zeros_like(spread[0])] * (window - len(spread)), dim=2)
+        return along
+
+    def block_states(self, features: torch.Tensor, cache: Any, prefixes: torch.Tensor) -> torch.Tensor:
+        """A block drafter's states `[B, M, K, h]` behind M prefixes of each sequence.
+
+        Windows of one prefix share a block. Blocks are computed so many at once as have about as many tokens as the
+        text: they see nothing of each other, and a mask over all of them would grow with the square of their number.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, S, 1)`), cache: what [`prefix_features`] returned.
+            prefixes (`torch.LongTensor` of shape `(B, M)`): of each block the prefix whose last token is its anchor.
+        """
+        draft, length = self.draft_model, features.shape[1]
+        distinct, places = distinct_in_rows(prefixes)
+        text = torch.arange(1, length, device=prefixes.device)  # the state of token p - 1 is prefix p's
+        parts = []
+        for part in distinct.split(max(length // draft.block_size, 1), dim=1):
+            to_text = (text <= part[..., None])[:, None]
+            parts.append(draft.block_states(features[..., 0].gather(1, part), part, cache, to_text))
+        states = torch.cat(parts, dim=1)
+        return states.gather(1, places[..., None, None].expand(-1, -1, *states.shape[2:]))
 
     def window_features(
         self,
@@ -359,30 +407,33 @@ class PPOWDrafter(PreTrainedModel):
             target_states (`torch.Tensor` of shape `(B, S, 3*h_target)`, *optional*): the target's states (eagle).
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding.
             prefixes (`torch.LongTensor` of shape `(B, M)`, *optional*), draft_ids (`(B, M, K)`, *optional*):
-                windows to follow; both or neither.
+                windows to follow; both or neither (block: `prefixes` alone give `block_states`).
             loss_function (`Callable`, *optional*):
                 `loss_function(drafter, output)` is evaluated here, inside forward, so that DDP and FSDP see every use
                 of a parameter.
             goes_on (`Callable`, *optional*): which windows are followed further, see [`unroll`].
         """
+        output = PPOWDrafterOutput()
+        is_block = isinstance(self.draft_model, BlockDrafter)
         if prefixes is not None and draft_ids is not None:
-            features, along = self.window_features(
+            output.features, output.window_features = self.window_features(
                 input_ids, target_states, attention_mask, prefixes, draft_ids, goes_on
             )
         else:
-            features, along = self.prefix_features(input_ids, target_states, attention_mask)[0], None
-        output = PPOWDrafterOutput(features=features, window_features=along)
-        if loss_function is None:
-            output.logits = self.compute_logits(features)
-        else:
+            output.features, cache = self.prefix_features(input_ids, target_states, attention_mask)
+            if is_block and prefixes is not None:
+                output.block_states = self.block_states(output.features, cache, prefixes)
+        if loss_function is not None:
             output.loss = loss_function(self, output)
+        elif not is_block:
+            output.logits = self.compute_logits(output.features)
         return output
 
     # -- one sequence, token by token (decoding)
 
     def start_session(self, width: int | None = None) -> DraftSession:
         """A [`DraftSession`]: the drafter's side of one generation call; `width` is that of the target's logits."""
-        return DraftSession(self, width)
+        return (BlockSession if isinstance(self.draft_model, BlockDrafter) else DraftSession)(self, width)
 
     def with_settings(self, **settings) -> DrafterView:
         """This drafter with other window settings, for one call: `assistant_model=drafter.with_settings(window=...)`.
@@ -449,8 +500,9 @@ class PPOWDrafter(PreTrainedModel):
 
         Args:
             target (`PreTrainedModel`): the causal language model to be drafted for.
-            architecture (`str`, *optional*, defaults to `"eagle"`): `"eagle"`, `"standalone"` or `"medusa"`.
-            draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary (eagle only).
+            architecture (`str`, *optional*, defaults to `"eagle"`):
+                `"eagle"`, `"standalone"`, `"medusa"` or `"block"`.
+            draft_vocab_size (`int`, *optional*): size of a reduced draft vocabulary (eagle, block).
             token_counts (`torch.Tensor` of shape `(V,)`, *optional*):
                 How often each token occurs in the training data; needed with `draft_vocab_size`, whose tokens are the
                 most frequent ones.
@@ -465,8 +517,8 @@ class PPOWDrafter(PreTrainedModel):
         if isinstance(target, PPOWDrafter):
             raise ValueError("target: a PPOWDrafter given; pass the causal language model that it is to draft for.")
         check_target(target)
-        if architecture != "eagle" and draft_vocab_size is not None:
-            raise ValueError("draft_vocab_size: only an eagle drafter has a reduced vocabulary.")
+        if architecture not in ("eagle", "block") and draft_vocab_size is not None:
+            raise ValueError("draft_vocab_size: only an eagle or block drafter has a reduced vocabulary.")
         text = target.config.get_text_config()
         vocab_size = target_width(target)
         config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
@@ -476,13 +528,16 @@ class PPOWDrafter(PreTrainedModel):
             if architecture == "standalone":
                 overrides.setdefault("num_hidden_layers", len(init_layers))
         draft_config = draft_config_for(architecture, text, vocab_size, overrides)
-        if architecture == "eagle":
+        if architecture in ("eagle", "block"):
             source = embedding_matrix(target)
             same = source is not None and tuple(source.shape) == (vocab_size, draft_config.hidden_size)
             settings.setdefault("shares_target_embeddings", same)
-        if architecture == "medusa":
-            settings.setdefault("medusa_heads", settings.get("max_window", PPOWDrafterConfig().max_window))
-            settings.setdefault("max_window", settings["medusa_heads"])
+        if architecture == "block":
+            set_block_defaults(settings, target, draft_vocab_size, draft_config.hidden_size)
+        longest = {"medusa": "medusa_heads", "block": "block_size"}.get(architecture)
+        if longest is not None:
+            settings.setdefault(longest, settings.get("max_window", PPOWDrafterConfig().max_window))
+            settings.setdefault("max_window", settings[longest])
         layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), text.num_hidden_layers)
         lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
         config = PPOWDrafterConfig(
@@ -527,103 +582,33 @@ def loading_problems(found: dict[str, Any]) -> list[str]:
     return [f"{kind}: {shortened_list(names)}" for kind, names in kinds.items() if names]
 
 
+def distinct_in_rows(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct `numbers` `[B, M]` of each row, ascending, `[B, D]`, and each number's place among them `[B, M]`.
+
+    Rows with fewer than others are filled up with their smallest.
+    """
+    ascending, order = numbers.sort(dim=1)
+    ranks = nn.functional.pad((ascending[:, 1:] != ascending[:, :-1]).long(), (1, 0)).cumsum(1)
+    distinct = ascending[:, :1].repeat(1, int(ranks.max()) + 1).scatter(1, ranks, ascending)
+    return distinct, torch.empty_like(order).scatter(1, order, ranks)
+
+
+def spread_over_windows(along: list[tuple[torch.Tensor, torch.Tensor]], count: int, window: int) -> torch.Tensor:
+    """`[B, count, window, h]` from the windows `[B, A]` that came to each token and their features `[B, A, h]`; 0
+    where a window did not come to a token."""
+    spread = []
+    for windows, features in along:
+        nothing = features.new_zeros(len(features), count, features.shape[-1])
+        spread.append(nothing.scatter(1, windows[..., None].expand(-1, -1, features.shape[-1]), features))
+    return torch.stack(spread + [torch.zeros_like(spread[0])] * (window - len(spread)), dim=2)
+
+
 def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:
     """Logits `[..., V]` cut, or padded with -inf, to `width`: both are padded vocabularies of one tokenizer."""
     surplus = logits.shape[-1] - width
     if surplus > 0:
         return logits[..., :width]
     return nn.functional.pad(logits, (0, -surplus), value=-torch.inf) if surplus else logits
-
-
-def draft_config_for(architecture: str, text_config, vocab_size: int, overrides: dict[str, Any]):
-    """The configuration of a new drafter's own transformer, `overrides` being fields of it.
-
-    A standalone drafter's is the target's with one layer, or the `draft_config` among the overrides.
-    """
-    if architecture == "standalone":
-        given = overrides.pop("draft_config", None)
-        draft_config = copy.deepcopy(given if given is not None else text_config)
-        draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
-        if given is None:
-            overrides.setdefault("num_hidden_layers", 1)
-            draft_config.vocab_size = vocab_size
-        check_width(draft_config.vocab_size, vocab_size)
-    else:
-        if overrides.get("tie_word_embeddings"):
-            raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
-        draft_config = eagle_layer_config(text_config, vocab_size)
-        check_layer_options(architecture, overrides)
-    for name, value in overrides.items():
-        if not hasattr(draft_config, name):
-            raise ValueError(
-                f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the "
-                "drafter's own transformer."
-            )
-        setattr(draft_config, name, value)
-    if getattr(draft_config, "layer_types", None):
-        draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
-    return draft_config
-
-
-def target_layers_for(architecture: str, given: list[int] | None, num_layers: int) -> list[int] | None:
-    """The target's states that a new drafter reads, of a target with `num_layers` layers."""
-    if architecture == "standalone":
-        return None
-    if architecture == "medusa":
-        if given not in (None, [num_layers]):
-            raise ValueError(
-                f"target_layer_ids: {given} given, but medusa heads read the target's last state, [{num_layers}]. "
-                "Leave it out."
-            )
-        return [num_layers]
-    layers = given or default_target_layers(num_layers)
-    if len(layers) != 3 or not 0 <= min(layers) <= max(layers) < num_layers:
-        raise ValueError(
-            f"target_layer_ids: {layers} must be three ids from 0 to {num_layers - 1}, the states behind so many of "
-            "the target's layers."
-        )
-    return list(layers)
-
-
-def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
-    """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not heed."""
-    if architecture == "medusa":
-        for name in options:
-            raise ValueError(
-                f"{name}: a medusa drafter has heads and no transformer of its own. Give medusa_heads, medusa_layers."
-            )
-    fixed = {"num_hidden_layers": 1, "attention_bias": False, "attention_dropout": 0.0}
-    for name, value in fixed.items():
-        if options.get(name, value) != value:
-            raise ValueError(
-                f"{name}: {options[name]!r} given, but an eagle drafter has one layer, without bias or dropout in its "
-                f'attention ({name}={value}). Leave it out, or use architecture="standalone".'
-            )
-
-
-def eagle_layer_config(text_config, vocab_size: int):
-    """The Llama configuration of an eagle drafter's one layer: the target's shape where it has one."""
-    hidden = text_config.hidden_size
-    heads = text_config.num_attention_heads
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    theta = parameters.get("rope_theta", 10000.0) if isinstance(parameters, dict) else 10000.0
-    return AutoConfig.for_model(
-        "llama",
-        hidden_size=hidden,
-        intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * hidden,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
-        vocab_size=vocab_size,
-        max_position_embeddings=getattr(text_config, "max_position_embeddings", 2048),
-        rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-6),
-        rope_parameters={"rope_type": "default", "rope_theta": theta or 10000.0},
-        tie_word_embeddings=False,
-        bos_token_id=getattr(text_config, "bos_token_id", None),
-        eos_token_id=getattr(text_config, "eos_token_id", None),
-        pad_token_id=getattr(text_config, "pad_token_id", None),
-    )
 
 
 def collect_target_states(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int] | None) -> torch.Tensor | None:

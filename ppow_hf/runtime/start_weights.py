@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .block_model import BlockDrafter
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
 from .target_weights import embedding_matrix, head_matrix
 
@@ -46,7 +47,10 @@ def start_from_target(
         if init_layers is not None:
             _start_standalone_layers(draft.model, target, init_layers)
         return
-    _start_eagle(drafter, head, token_counts)
+    _start_states_and_head(drafter, head, token_counts)
+    scale = final_norm_scale(target)
+    if head is not None and scale is not None and scale.shape == draft.norm.weight.shape:
+        draft.norm.weight.copy_(scale)
     if init_layers is not None:
         _start_eagle_layer(draft, decoder_layers(target)[init_layers[0]])
 
@@ -60,9 +64,10 @@ def _start_medusa(draft: MedusaDrafter, head: torch.Tensor | None) -> None:
             draft_head.weight.copy_(head.to(draft_head.weight))
 
 
-def _start_eagle(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
-    """The draft vocabulary of the most frequent tokens, the head's rows of them, and states let through."""
-    draft: EagleDrafter = drafter.draft_model
+def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
+    """Of an eagle or block drafter: the draft vocabulary of the most frequent tokens, the head's rows of them, states
+    let through, and a Markov head that adds nothing yet."""
+    draft: EagleDrafter | BlockDrafter = drafter.draft_model
     kept = torch.arange(drafter.config.vocab_size)
     if drafter.d2t is not None:
         if token_counts is None or len(token_counts) > drafter.config.vocab_size:
@@ -73,11 +78,13 @@ def _start_eagle(drafter: Any, head: torch.Tensor | None, token_counts: torch.Te
             )
         kept = token_counts.topk(len(drafter.d2t)).indices.sort().values
         drafter.set_draft_vocabulary(kept)
-    if head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
+    if draft.lm_head is not None and head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
         draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
+    if isinstance(draft, BlockDrafter) and draft.markov_head is not None:
+        draft.markov_head.markov_w2.weight.zero_()
     hidden = draft.fc.out_features
     if hidden == drafter.config.target_hidden_size:
-        # The highest of the three states passes through at the start: what the target's own head reads is near.
+        # The highest of the target's states passes through at the start: what the target's own head reads is near.
         draft.fc.weight.mul_(0.1)
         draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
 
@@ -95,6 +102,20 @@ def check_init_layers(architecture: str, init_layers: Sequence[int], num_layers:
         raise ValueError(f"init_layers: {list(init_layers)} given; the target's layers are 0 to {num_layers - 1}.")
     if architecture == "eagle" and len(init_layers) != 1:
         raise ValueError(f"init_layers: {list(init_layers)} given, but an eagle drafter has one layer; name one.")
+
+
+def final_norm_scale(target: Any) -> torch.Tensor | None:
+    """What the target's final RMS norm multiplies each channel by, `[H]`, which the head's weights belong to.
+
+    `None` for another kind of norm.
+    """
+    norm = getattr(target.get_decoder(), "norm", None)
+    if norm is None or not type(norm).__name__.endswith("RMSNorm"):
+        return None
+    weight: Any = norm.weight
+    if weight.is_meta:
+        return None
+    return norm(torch.ones_like(weight)[None])[0]  # of ones, whose norm is 1; some families add 1 to their weights
 
 
 def decoder_layers(target: Any) -> nn.ModuleList:

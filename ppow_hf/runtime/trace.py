@@ -14,7 +14,7 @@ class RoundTrace:
     Args:
         window (`int`): draft tokens that the target verified, W; of a tree its nodes.
         draft_steps (`int`): distributions that the drafter computed for it; one more than its tokens where it stopped
-            by doubt.
+            by doubt. Of a block drafter its forwards: 1.
         draft_ids (`list[int]`): the drafted tokens.
         looked_up (`int`): how many of them, the last ones, came from the text instead of from the drafter.
         parents (`list[int]`): of a tree, the node that each token follows (-1: the context); empty for a chain.

@@ -123,7 +123,8 @@ class TreeRule:
             self.estimates.start(limit)
         self._model = self.costs.model
         speed = (self._tokens + 4 * self._model.speedup(0.7, 4)) / (self._cost + 4)
-        self._level_worth = speed * self._model.cost_ratio if self.adaptive else 0.0
+        level_cost = 0.0 if self._model.one_step else self._model.cost_ratio
+        self._level_worth = speed * level_cost if self.adaptive else 0.0
         self._node_worth = speed * self._model.verification_cost if self.adaptive else 0.0
         self._least = self._node_worth
         if self.sampling and limit:  # drawn nodes cannot be pruned, so the budget is shared out beforehand
@@ -154,7 +155,7 @@ class TreeRule:
         """Learn from a round: levels drafted, nodes verified, length of the accepted path."""
         decay = 0.97
         self._tokens = decay * self._tokens + accepted + 1
-        self._cost = decay * self._cost + self._model.cost_ratio * levels + 1 + self._model.verification_cost * nodes
+        self._cost = decay * self._cost + self._model.round_cost(nodes, self._model.draft_steps(levels))
         reached = accepted + (accepted < levels)
         if levels and reached:
             self._evidence = min(self._evidence + reached, 40.0)
@@ -199,7 +200,8 @@ class LevelCandidates:
     """What the distributions of a level offer, as nested lists.
 
     Args:
-        looked (`[B, k, 4]`): the two highest probabilities, the entropy in nats, the likeliest token.
+        looked (`[B, k, 4 or 5]`): the two highest probabilities, the entropy in nats, the likeliest token; behind
+            them a confidence head's log-odds.
         tokens, probabilities (`[B, k, b]`): b candidates: the most probable ones, or drawn without replacement, in
             the order of drawing.
     """
@@ -234,10 +236,10 @@ class GrowingTrees:
         tree, rule = self.trees[row], self.rules[row]
         offers: list[tuple[float, int, int, int]] = []  # minus the reach, place among siblings, place, parent
         for place, node in enumerate(self.frontiers[row]):
-            first, second, entropy_, likeliest = candidates.looked[row][place]
+            first, second, entropy_, likeliest, *predicted = candidates.looked[row][place]
             if not first > 0:  # NaN: nothing to draw from
                 continue
-            features = rule.rule.describe(first, second, entropy_, int(likeliest), tree.path_tokens(node))
+            features = rule.rule.describe(first, second, entropy_, int(likeliest), tree.path_tokens(node), *predicted)
             tree.expanded[node], tree.features[node] = (self.level, place), features
             reach = 1.0 if node == CONTEXT else tree.reach[node]
             probabilities = candidates.probabilities[row][place]
@@ -301,7 +303,7 @@ def grow_trees(
     while True:
         scores = process(logits.float(), growing.paths())
         level_scores.append(scores)
-        candidates = _candidates(scores, rules[0].branches, rules[0].sampling)
+        candidates = _candidates(scores, rules[0].branches, rules[0].sampling, session.confidence)
         frontiers = [growing.expand(row, candidates) for row in range(len(rules))]
         if not any(frontiers):
             break
@@ -312,13 +314,21 @@ def grow_trees(
     return GrownTrees([tree.pruned(rule.nodes) for tree, rule in zip(growing.trees, rules, strict=True)], level_scores)
 
 
-def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> LevelCandidates:
-    """The candidates of scores `[B, k, V]`, at most `branches` of each distribution, in one transfer."""
+def _candidates(
+    scores: torch.Tensor, branches: int, sampling: bool, confidence: torch.Tensor | None
+) -> LevelCandidates:
+    """The candidates of scores `[B, k, V]`, at most `branches` of each distribution, in one transfer.
+
+    `confidence` `[B, k]` is what a confidence head says of each.
+    """
     log_probs = scores.log_softmax(-1)
     probs = log_probs.exp()
     count = min(branches, probs.shape[-1])
     top = probs.topk(max(count, 2))
     looked = torch.cat([top.values[..., :2], entropy(log_probs)[..., None], top.indices[..., :1].to(probs)], dim=-1)
+    if confidence is not None:
+        looked = torch.cat([looked, confidence[..., None].to(looked)], dim=-1)
+    split = looked.shape[-1]
     drawn, drawn_probs = top.indices[..., :count], top.values[..., :count]
     if sampling:
         # The order of p / Exp(1) is that of draws one by one without replacement; impossible tokens come last.
@@ -327,9 +337,9 @@ def _candidates(scores: torch.Tensor, branches: int, sampling: bool) -> LevelCan
         drawn_probs = probs.gather(-1, drawn)
     table = torch.cat([looked, drawn.to(probs), drawn_probs], dim=-1).tolist()  # token ids are exact below 2^24
     return LevelCandidates(
-        [[found[:4] for found in row] for row in table],
-        [[[int(token) for token in found[4 : 4 + count]] for found in row] for row in table],
-        [[found[4 + count :] for found in row] for row in table],
+        [[found[:split] for found in row] for row in table],
+        [[[int(token) for token in found[split : split + count]] for found in row] for row in table],
+        [[found[split + count :] for found in row] for row in table],
     )
 
 

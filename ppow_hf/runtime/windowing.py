@@ -23,14 +23,30 @@ class CostModel:
     Args:
         cost_ratio (`float`, *optional*, defaults to `0.12`): gamma [paper: 0.12].
         verification_cost (`float`, *optional*, defaults to `0.0`): slope of v(W) = 1 + slope * W.
+        one_step (`bool`, *optional*, defaults to `False`): whether one draft step gives a whole window (block).
     """
 
     cost_ratio: float = 0.12
     verification_cost: float = 0.0
+    one_step: bool = False
+
+    def draft_steps(self, positions: float) -> float:
+        """Draft steps that give the distributions of `positions` tokens of a window."""
+        return min(positions, 1) if self.one_step else positions
+
+    @property
+    def start_cost(self) -> float:
+        """What a window costs before its first token."""
+        return self.cost_ratio if self.one_step else 0.0
+
+    @property
+    def token_cost(self) -> float:
+        """What each token of a window costs: its verification, and its draft step if it has one of its own."""
+        return self.verification_cost + (0.0 if self.one_step else self.cost_ratio)
 
     def round_cost(self, window: float, draft_steps: float | None = None) -> float:
-        """Cost of drafting `window` tokens in `draft_steps` steps (default: as many) and verifying them."""
-        steps = window if draft_steps is None else draft_steps
+        """Cost of drafting `window` tokens in `draft_steps` steps (default: as many as it takes) and verifying."""
+        steps = self.draft_steps(window) if draft_steps is None else draft_steps
         return steps * self.cost_ratio + 1 + self.verification_cost * window
 
     def cost_per_accepted(self, window: float, accepted: float) -> float:
@@ -80,6 +96,11 @@ class OnlineCosts:
             self._moments = [old * self.decay + new for old, new in zip(self._moments, update, strict=True)]
 
     @property
+    def one_step(self) -> bool:
+        """See [`CostModel`]."""
+        return self.prior.one_step
+
+    @property
     def model(self) -> CostModel:
         """The cost model of now."""
         base, slope = self._verification_line()
@@ -93,7 +114,7 @@ class OnlineCosts:
             gamma = self.given_cost_ratio
         if self.given_verification_cost is not None:
             per_token = self.given_verification_cost
-        return CostModel(gamma, per_token)
+        return CostModel(gamma, per_token, self.one_step)
 
     def _verification_line(self) -> tuple[float | None, float | None]:
         weight, window, square, seconds, product = self._moments
@@ -127,6 +148,7 @@ class AcceptanceEstimator:
             Of the log-odds that the text's own repetitions give to what they foretell
             ([`TextMemory`]), where that is the likeliest token; taken negative where it is another.
         conflict (`float`): of whether it is another.
+        predicted (`float`): of the log-odds that the drafter's confidence head gives.
     """
 
     bias: float = 0.0
@@ -137,6 +159,15 @@ class AcceptanceEstimator:
     margin: float = 0.4
     foretold: float = 0.7
     conflict: float = -0.5
+    predicted: float = 0.0
+
+    @classmethod
+    def default(cls, confidence_head: bool = False) -> "AcceptanceEstimator":
+        """The weights for a drafter that nobody fitted them to: a confidence head's estimate in place of the drafter's
+        probabilities."""
+        if not confidence_head:
+            return cls()
+        return cls(confidence=0.0, divergence=0.0, margin=0.0, predicted=1.0)
 
     @staticmethod
     def features(
@@ -147,11 +178,13 @@ class AcceptanceEstimator:
         second_probability: float | None = None,
         foretold: float | None = None,
         is_foretold: bool = True,
+        predicted: float | None = None,
     ) -> list[float]:
-        """The seven features, each finite whatever the inputs (NaN counts as the most doubtful value).
+        """The eight features, each finite whatever the inputs (NaN counts as the most doubtful value).
 
         `second_probability` left out leaves the margin at 0. `foretold` is the probability of what the text foretells,
-        `None` where it foretells nothing; `is_foretold` whether that is the likeliest token.
+        `None` where it foretells nothing; `is_foretold` whether that is the likeliest token. `predicted` is what the
+        confidence head gives, log-odds, `None` without one.
         """
         probability = min(max(_finite(max_probability, 0.0), 1e-4), 1 - 1e-4)
         second = probability if second_probability is None else _finite(second_probability, 1.0)
@@ -163,6 +196,7 @@ class AcceptanceEstimator:
             math.log(probability / min(max(second, 1e-4), probability)),
             0.0 if foretold is None else _log_odds(foretold) * (1.0 if is_foretold else -1.0),
             float(foretold is not None and not is_foretold),
+            0.0 if predicted is None else min(max(_finite(predicted, -15.0), -15.0), 15.0),
         ]
 
     @property
@@ -176,6 +210,7 @@ class AcceptanceEstimator:
             self.margin,
             self.foretold,
             self.conflict,
+            self.predicted,
         )
 
     def probability(self, features: Sequence[float], shift: float = 0.0) -> float:
@@ -192,7 +227,8 @@ class AcceptanceEstimator:
     ) -> "AcceptanceEstimator":
         """Logistic regression by Newton's method on observed (features, accepted) pairs of reached positions.
 
-        `ridge` pulls the weights towards the default ones, and a thirtieth of it the bias, so that a few hundred pairs
+        `ridge` pulls the weights towards the default ones (those of a confidence head where the features have its
+        estimates), and a thirtieth of it the bias, so that a few hundred pairs
         do no harm. Fewer than 20 pairs, or pairs of one kind only, give a constant estimate (Laplace's rule).
         """
         import numpy
@@ -200,11 +236,12 @@ class AcceptanceEstimator:
         kept = sum(map(bool, accepted))
         if len(accepted) < 20 or kept in (0, len(accepted)):
             share = (kept + 1) / (len(accepted) + 2)
-            return cls(math.log(share / (1 - share)), *[0.0] * 7)
+            return cls(math.log(share / (1 - share)), *[0.0] * 8)
         x = numpy.column_stack([numpy.ones(len(accepted)), numpy.asarray(features, dtype=float)])
         y = numpy.asarray(accepted, dtype=float)
         penalty = numpy.diag([ridge / 30] + [ridge] * (x.shape[1] - 1))
-        default = numpy.asarray([cls().bias, *cls().weights])
+        start = cls.default(confidence_head=bool(x[:, -1].any()))
+        default = numpy.asarray([start.bias, *start.weights])
         weights = default.copy()
         for _ in range(50):
             p = 1 / (1 + numpy.exp(-numpy.clip(x @ weights, -30, 30)))
@@ -246,9 +283,16 @@ class WindowRule:
         self.memory.read(tokens)
 
     def describe(
-        self, max_probability: float, second_probability: float, entropy: float, likeliest: int, drafted: Sequence[int]
+        self,
+        max_probability: float,
+        second_probability: float,
+        entropy: float,
+        likeliest: int,
+        drafted: Sequence[int],
+        predicted: float | None = None,
     ) -> list[float]:
-        """Features of the distribution behind `drafted`, this round's draft tokens so far; `likeliest` is its mode.
+        """Features of the distribution behind `drafted`, this round's draft tokens so far; `likeliest` is its mode,
+        `predicted` the confidence head's log-odds where there is one.
 
         Looks at nothing that is drawn there, so that sampling stays unbiased.
         """
@@ -256,7 +300,14 @@ class WindowRule:
         probability = None if foretold is None else self.memory.acceptance.probability(foretold)
         is_foretold = foretold is not None and foretold.token == likeliest
         return AcceptanceEstimator.features(
-            max_probability, entropy, self.lagged_kl, len(drafted), second_probability, probability, is_foretold
+            max_probability,
+            entropy,
+            self.lagged_kl,
+            len(drafted),
+            second_probability,
+            probability,
+            is_foretold,
+            predicted,
         )
 
     def start(self, limit: int) -> int:
@@ -347,6 +398,10 @@ class KLAdaptiveWindow(FixedWindow):
     2, 4, ... up to `probe_every` rounds, so that a poor drafter costs next to nothing and one that gets better is
     noticed.
 
+    Where one draft step gives the whole window (block drafters), gamma is the price of a window and not of a token: a
+    window is begun when its tokens together, of the running acceptances, are worth it; then each distribution is
+    there, and a token is verified while S_j >= lambda * slope.
+
     E[alpha_j], before its distribution is known, is half way between alpha_(j-1) and the running acceptance. (A second
     logistic regression for it, from the features of position j - 1, did no better: the running acceptance follows the
     text, and it does not.)
@@ -388,16 +443,28 @@ class KLAdaptiveWindow(FixedWindow):
         self._reached, self._next_estimate, self._estimates = 1.0, self._acceptance, []
         if limit < 1:
             return 0
-        first_step = self._cost_model.cost_ratio + self._cost_model.verification_cost
-        self._worth = self._first_acceptance >= first_step * max(self._speed, 1.0)
+        longest = min(self.max_window, limit)
+        self._worth = self._pays_to_start(longest)
         if self._worth:
             self._rest, self._wait = 0, 1
-            return min(self.max_window, limit)
+            return longest
         if self._rest < self._wait:
             self._rest += 1
             return 0
         self._rest, self._wait = 0, min(self._wait * 2, self.probe_every)
-        return 1
+        return longest if self._cost_model.one_step else 1
+
+    def _pays_to_start(self, longest: int) -> bool:
+        """Whether a window of at most `longest` tokens is worth its first draft step."""
+        first_token = self._price(self._cost_model.token_cost)
+        if not self._cost_model.one_step:
+            return self._first_acceptance >= first_token
+        gain = window_gain(self._first_acceptance, self._acceptance, first_token, longest)
+        return gain >= self._price(self._cost_model.start_cost)
+
+    def _price(self, cost: float) -> float:
+        """Tokens that could be had for `cost` otherwise; rounds without a draft always can."""
+        return max(self._speed, 1.0) * cost
 
     def include(self, position: int, features: Sequence[float]) -> bool:
         alpha = self.acceptance_probability(features)
@@ -410,8 +477,9 @@ class KLAdaptiveWindow(FixedWindow):
         return True
 
     def go_on(self, position: int) -> bool:
-        marginal = self._cost_model.cost_ratio + self._cost_model.verification_cost
-        return self._reached * self._next_estimate >= marginal * self._speed
+        if self._cost_model.one_step:  # the distribution is there: `include` looks at it
+            return True
+        return self._reached * self._next_estimate >= self._cost_model.token_cost * self._speed
 
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
         super().update(window, draft_steps, accepted, kl)
@@ -479,21 +547,14 @@ class LookupWindow(KLAdaptiveWindow):
     def prefers_text(self, drafted: Sequence[int]) -> bool:
         _, text_gain = self._chain(drafted, self._limit)
         alpha = self._next_estimate if drafted else self._first_acceptance
-        price = self._price(self._cost_model.cost_ratio + self._cost_model.verification_cost)
-        reached, gain = self._reached * alpha, 0.0
-        for _ in range(self._limit - len(drafted)):
-            if reached < price:
-                break
-            gain += reached - price
-            reached *= self._acceptance
+        price = self._price(self._cost_model.token_cost)
+        gain = window_gain(self._reached * alpha, self._acceptance, price, self._limit - len(drafted))
+        if not drafted:
+            gain = max(gain - self._price(self._cost_model.start_cost), 0.0)
         return text_gain > gain
 
     def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
         return self._chain(drafted, min(self.max_window, limit))[0]
-
-    def _price(self, cost: float) -> float:
-        """Tokens that could be had for `cost` otherwise; rounds without a draft always can."""
-        return max(self._speed, 1.0) * cost
 
     def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], float]:
         """Tokens from the text behind `drafted` that are worth their verification, and what they gain."""
@@ -520,6 +581,18 @@ class LookupWindow(KLAdaptiveWindow):
         return self._worth or self._tokens > self._cost
 
 
+def window_gain(reached: float, acceptance: float, price: float, longest: int) -> float:
+    """Tokens that the best window of at most `longest` tokens gives beyond their price, where the first is kept with
+    probability `reached` and each further one with `acceptance` more."""
+    gain = 0.0
+    for _ in range(longest):
+        if reached < price:
+            break
+        gain += reached - price
+        reached *= acceptance
+    return gain
+
+
 def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
     """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""
     for value in kl:
@@ -529,11 +602,18 @@ def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float
 
 
 def make_costs(
-    cost_ratio: float | None, verification_cost: float | None, calibration: dict | None = None
+    cost_ratio: float | None,
+    verification_cost: float | None,
+    calibration: dict | None = None,
+    one_step: bool = False,
 ) -> OnlineCosts:
-    """The costs of a call: the given ones, others measured; until then those of the machine that calibrated."""
+    """The costs of a call: the given ones, others measured; until then those of the machine that calibrated.
+
+    `one_step` as of [`CostModel`]; a step is taken to cost three times as much then, until it is measured [ours].
+    """
     stored = (calibration or {}).get("costs") or {}
-    prior = CostModel(stored.get("cost_ratio", 0.12), stored.get("verification_cost", 0.04))
+    guess = 0.36 if one_step else 0.12
+    prior = CostModel(stored.get("cost_ratio", guess), stored.get("verification_cost", 0.04), one_step)
     return OnlineCosts(cost_ratio, verification_cost, prior)
 
 
@@ -544,25 +624,32 @@ def make_window_rule(
     calibration: dict | None = None,
     sampling: bool = False,
     lookup: bool = False,
+    confidence_head: bool = False,
 ) -> WindowRule:
-    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`; `lookup` is for the first."""
+    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`; `lookup` and `confidence_head` (whether the
+    drafter has one) are for the first."""
     if window == "fixed":
         return FixedWindow(max_window, costs)
     if window == "heuristic":
         return HeuristicWindow(max_window, costs)
     if window != "kl":
         raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
-    return make_adaptive_rule(max_window, costs, calibration, sampling, lookup)
+    return make_adaptive_rule(max_window, costs, calibration, sampling, lookup, confidence_head)
 
 
 def make_adaptive_rule(
-    max_window: int, costs: OnlineCosts, calibration: dict | None = None, sampling: bool = False, lookup: bool = False
+    max_window: int,
+    costs: OnlineCosts,
+    calibration: dict | None = None,
+    sampling: bool = False,
+    lookup: bool = False,
+    confidence_head: bool = False,
 ) -> KLAdaptiveWindow:
     """`window="kl"`, its estimator as calibrated."""
     stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
     weights = stored.get("weights", {})
     if not set(weights) <= {one.name for one in fields(AcceptanceEstimator)}:  # fitted to other features, once
         weights = {}
-    estimator = AcceptanceEstimator(**weights)
+    estimator = AcceptanceEstimator(**weights) if weights else AcceptanceEstimator.default(confidence_head)
     rule = LookupWindow if lookup else KLAdaptiveWindow
     return rule(max_window, costs, estimator, prior_acceptance=stored.get("acceptance", 0.7))

@@ -127,7 +127,8 @@ def evaluate_drafter(
         per_prompt[f"group_t0_c{count}"] = group_chains(target, drafter, tables[:slow_texts], count, window, seed)
     for ratio in cost_ratios:
         per_prompt[f"speed_t0_{ratio:g}"] = [
-            _speed(table, window, CostModel(ratio, verification_cost), {"greedy": fit}) for table in tables
+            _speed(table, window, CostModel(ratio, verification_cost, drafter.config.one_step), {"greedy": fit})
+            for table in tables
         ]
     for count in tree_nodes:
         for temperature in (0.0, 1.0):
@@ -174,7 +175,7 @@ def _kept(trace: GenerationTrace, window: int) -> tuple[float, float]:
 
 def _speed(table: DraftTable, window: int, costs: CostModel, calibration: dict[str, Any]) -> tuple[float, float]:
     """Tokens committed and what they cost in one-token target forwards, with the adaptive window."""
-    rule = make_window_rule("kl", window, OnlineCosts(costs.cost_ratio, costs.verification_cost), calibration)
+    rule = make_window_rule("kl", window, OnlineCosts(costs.cost_ratio, costs.verification_cost, costs), calibration)
     rounds = replay(rule, table).rounds[1:]
     return (
         float(sum(r.accepted + 1 for r in rounds)),

@@ -1,4 +1,4 @@
-"""Where the embedded default pair lies: a tiny target and the drafters made for it.
+"""Where the models lie that come with the package: a tiny target with its drafters, and a drafter of a real target.
 
 Knows folders only; imports nothing heavy, so that the command line can ask it before anything is loaded.
 """
@@ -8,11 +8,13 @@ from pathlib import Path
 _ROOT = Path(__file__).parent
 _TARGETS = {"tiny": "llama", "tiny-llama": "llama"}
 _DRAFTERS = {"tiny-eagle": "eagle", "tiny-standalone": "standalone"}
+_REAL_DRAFTERS = {"smollm2-135m-eagle": "smollm2-135m-eagle"}  # of targets that are named on the Hub
 _TARGET_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _DRAFTER_FILES = ("config.json", "model.safetensors")
 
 EMBEDDED_DRAFTERS = tuple(_DRAFTERS)
-EMBEDDED_NAMES = (*_TARGETS, *_DRAFTERS)
+REAL_DRAFTERS = tuple(_REAL_DRAFTERS)
+EMBEDDED_NAMES = (*_TARGETS, *_DRAFTERS, *_REAL_DRAFTERS)
 
 
 def target_path(name: str = "tiny") -> Path:
@@ -27,10 +29,14 @@ def target_path(name: str = "tiny") -> Path:
 
 
 def drafter_path(name: str) -> Path:
-    """Folder of an embedded drafter for the target `tiny`: `"tiny-eagle"` or `"tiny-standalone"`.
+    """Folder of a drafter that comes with the package.
 
-    Raises as [`target_path`] does.
+    `"tiny-eagle"` and `"tiny-standalone"` are of the target `tiny`, `"smollm2-135m-eagle"` is of
+    HuggingFaceTB/SmolLM2-135M-Instruct. Raises as [`target_path`] does.
     """
+    if name in _REAL_DRAFTERS:
+        remake = "Install the package anew; the commands that trained it are in its card, README.md."
+        return _complete(_ROOT / _REAL_DRAFTERS[name], name, _DRAFTER_FILES, remake)
     architecture = _folder_name(name, _DRAFTERS)
     remake = (
         f"Make it again with: ppow tiny-drafter --architecture {architecture} --output-dir ppow_hf/tiny/{architecture}"

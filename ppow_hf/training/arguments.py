@@ -27,6 +27,7 @@ AT_LEAST = {
     "max_window": (1, "draft tokens (K)"),
     "num_rollouts": (1, "windows of a group (G)"),
     "num_prefixes": (1, "prefixes of a sequence (N)"),
+    "num_anchors": (1, "windows of a sequence"),
     "num_iterations": (1, "gradient steps"),
     "unroll_steps": (1, "draft steps"),
     "per_device_train_batch_size": (1, "sequences"),
@@ -91,6 +92,9 @@ class PPOWTrainingArguments(TrainingArguments):
             - `"lk"`: -log of the acceptance rate [2602.23881].
             - `"expected_length"`: minus the expected share of a window that is accepted, in closed form along the
               text [ours].
+            - `"confidence"`: binary cross-entropy of a block drafter's confidence head against the acceptance of its
+              tokens: sum min(P, Q) at `target_temperature` [DSpark, 2607.05147], or at 0 whether both choose the same
+              token [ours]. Only the head learns from it, with a weight of 1 in phases that do not name it [ours].
 
             Terms along windows that the drafter drafts and the target verifies:
 
@@ -100,8 +104,8 @@ class PPOWTrainingArguments(TrainingArguments):
 
             Terms along the text that stand beside these follow the text behind the windows' prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether to train an eagle drafter's token embeddings, as a copy of its own that is saved with it. By
-            default they stay the target's, which are read where they are and not saved [EAGLE-3].
+            Whether to train an eagle or block drafter's token embeddings, as a copy of its own that is saved with it.
+            By default they stay the target's, which are read where they are and not saved [EAGLE-3].
 
         > Parameters that control the data
 
@@ -131,12 +135,16 @@ class PPOWTrainingArguments(TrainingArguments):
             Defaults to 3 in a phase that another one follows, and to `max_window` in the last one and for
             `expected_length` [ours].
         unroll_decay (`float`, *optional*, defaults to `0.9`):
-            Weight of each unrolled step relative to the one before it, with `text_weighting="decay"` [ours].
+            Weight of each token of a window relative to the one before it, with `text_weighting="decay"` [ours];
+            exp(-1/4) = 0.78 in DSpark, exp(-1/7) = 0.87 for 16 tokens in DFlash.
         text_weighting (`str`, *optional*):
-            Tokens of an eagle or medusa drafter's unrolled windows that are learned: `"decay"`, all of the windows
+            Tokens of an eagle, medusa or block drafter's windows that are learned: `"decay"`, all of the windows
             behind every prefix, weighted by `unroll_decay`; `"visited"`, only those that decoding the text would
             draft. Defaults to `"decay"` in a phase that another one follows and for `expected_length`, and to
             `"visited"` elsewhere [ours].
+        num_anchors (`int`, *optional*, defaults to `512`):
+            Maximum number of windows of a block drafter that are learned along a sequence; where there are more, they
+            are drawn at random [DFlash, 2602.06036].
 
         > Parameters that control the terms along drafted windows
 
@@ -224,7 +232,9 @@ class PPOWTrainingArguments(TrainingArguments):
             "weighted sum '0.3*kl + tv'; a schedule 'kl; 0.5: 0.3*kl + tv'."
         },
     )
-    train_embeddings: bool = field(default=False, metadata={"help": "Train an eagle drafter's token embeddings too."})
+    train_embeddings: bool = field(
+        default=False, metadata={"help": "Train the token embeddings of an eagle or block drafter too."}
+    )
     max_length: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
     packing: bool = field(default=True, metadata={"help": "Join text rows and cut them into full sequences."})
     regenerate: bool | None = field(
@@ -242,7 +252,7 @@ class PPOWTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Unrolled draft steps of an eagle drafter; by default 3, and max_window in the last phase."},
     )
-    unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further unrolled step."})
+    unroll_decay: float = field(default=0.9, metadata={"help": "Weight of each further token of a window."})
     text_weighting: str | None = field(
         default=None,
         metadata={
@@ -250,6 +260,7 @@ class PPOWTrainingArguments(TrainingArguments):
             "in the last phase."
         },
     )
+    num_anchors: int = field(default=512, metadata={"help": "Most windows of a block drafter along a sequence."})
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})

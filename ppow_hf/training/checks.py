@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
@@ -13,6 +12,9 @@ from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import target_width
 from .arguments import PPOWTrainingArguments
+from .objectives import WINDOW_TERMS
+from .recorded_states import StateRecord
+from .rollout import written_prefixes
 from .target import FrozenTarget
 
 logger = logging.get_logger(__name__)
@@ -27,7 +29,7 @@ UNHEEDED = {
 }
 
 
-def check_pair(drafter: Any, target: PreTrainedModel, tokenizer: Any, args: Any) -> None:
+def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
     """Raise `ValueError` when drafter, target and tokenizer do not belong together, or the arguments to another."""
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
@@ -82,6 +84,15 @@ def check_heeded(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {reason} Leave it out.")
 
 
+def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` when a confidence head is to be trained that is not there."""
+    if not drafter.config.confidence_head and any("confidence" in phase.weights for phase in args.phases):
+        raise ValueError(
+            f"objective: {args.objective!r} trains a confidence head, and this {drafter.config.architecture} drafter "
+            'has none. Make one with architecture="block" and confidence_head=True, or leave the term out.'
+        )
+
+
 def check_token_ids(sequences: SequenceDataset, width: int) -> None:
     """Raise `ValueError` for token ids that the target does not have."""
     if sequences.largest_token_id >= width:
@@ -115,6 +126,55 @@ def check_masks(target: FrozenTarget, args: PPOWTrainingArguments) -> None:
             f"objective={args.objective!r} has drafted windows read under one. Load the target with "
             'attn_implementation="sdpa", or train by terms along the text, such as objective="supervised".'
         )
+
+
+def check_recorded(
+    record: StateRecord, drafter: PPOWDrafter, args: PPOWTrainingArguments, train_dataset: Any, has_target: bool
+) -> None:
+    """Raise `ValueError` for what takes a forward of the target, where its recorded states are trained from."""
+    if train_dataset is not None:
+        raise ValueError("train_dataset: recorded states come with the texts that they are of. Leave it out.")
+    if args.metric_for_best_model is not None and not has_target:
+        raise ValueError(
+            f"metric_for_best_model: {args.metric_for_best_model!r} is measured by decoding with the target, and only "
+            "its recorded states are given. Pass the target too, or leave it out."
+        )
+    if not args.uses_rollouts:
+        return
+    names = " + ".join({name: None for phase in args.phases for name in phase.weights if name in WINDOW_TERMS})
+    reason = None
+    if args.verify_with == "target":
+        reason = "verify_with='target'"
+    elif args.target_temperature > 0:
+        reason = f"target_temperature={args.target_temperature}"
+    elif "ppow" in names and args.proximity_weight > 0:
+        reason = f"proximity_weight={args.proximity_weight}"
+    else:
+        limits = drafter.draft_model.first_prefix, args.max_window, drafter.config.context_length
+        items = (record.sequences[row] for row in range(len(record.sequences)))
+        count = sum(not bool(written_prefixes(item, *limits).any()) for item in map(as_batch, items))
+        if count:
+            reason = f"{count} of {len(record.sequences)} sequences without a window that the target wrote at T = 0"
+    if reason is not None:
+        raise ValueError(
+            f"objective: {names} with {reason} has windows verified by new forwards of the target, which recorded "
+            "states do not give. Train with the target, or by terms along the text, such as objective='supervised'."
+        )
+    if args.cost_ratio is None and not has_target:
+        raise ValueError(
+            f"cost_ratio: None given; the rewards of {names} weigh it, and it is measured with the target. Pass it "
+            "(0.1, say), or the target too."
+        )
+
+
+def as_batch(item: dict[str, Any]) -> dict[str, Any]:
+    """A sequence of a dataset as a batch of one."""
+    return {name: value[None] for name, value in item.items() if name != "index"}
+
+
+def is_placed(target: Any) -> bool:
+    """Whether a target stays where it is: its device map or its number format has placed it."""
+    return hasattr(target, "hf_device_map") or getattr(target, "is_quantized", False)
 
 
 def use_one_device(args: PPOWTrainingArguments) -> None:

@@ -14,6 +14,7 @@ from ..runtime.acceptance import entropy
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import PPOWTrainingArguments
 from .objectives import (
+    acceptance,
     clipped_policy_loss,
     cross_entropy,
     expected_length_gradients,
@@ -26,7 +27,7 @@ from .objectives import (
     without_gradients,
 )
 from .rewards import position_advantages
-from .rollout import Rollout, paired_logits
+from .rollout import Rollout, keyed_uniforms, paired_logits
 from .target import FrozenTarget, TargetEncoding
 from .window_sampling import text_windows
 
@@ -46,27 +47,35 @@ def text_objective(
     encoding: TargetEncoding,
     steps: int,
     weighting: str,
+    step: int = 0,
 ) -> Loss:
     """Sum over the text's tokens of the weighted terms, of windows of `steps` tokens (see `text_weighting`).
 
-    `model` is the `drafter`, perhaps wrapped for several processes.
+    `model` is the `drafter`, perhaps wrapped for several processes. The training `step` keys random numbers.
     """
     input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
     prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
     windows: dict[str, Any] = {}
     visited: torch.Tensor | None = None
-    if steps > 1:
+    scales: torch.Tensor | None = None
+    if steps > 1 or drafter.config.one_step:
         if weighting == "visited":
             prefixes, visited = visited_windows(drafter, target, args, inputs, encoding, steps)
-            if "expected_length" not in weights:  # which is of whole windows
-                windows["goes_on"] = goes_on_within(visited)
+        if drafter.config.one_step and prefixes.shape[1] > args.num_anchors:
+            begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
+            uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
+            chosen, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], args.num_anchors)
+            prefixes = prefixes.gather(1, chosen)
+            visited = None if visited is None else visited.gather(1, chosen[..., None].expand(-1, -1, steps))
+        if visited is not None and "expected_length" not in weights:  # which is of whole windows
+            windows["goes_on"] = goes_on_within(visited)
         windows |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
     metrics: dict[str, float] = {}
 
     def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
         features = output.window_features if windows else output.features[:, first:-1, None]  # type: ignore[index]
         loss, text_metrics = text_loss(
-            drafter, target, args, weights, features, prefixes, inputs, encoding.sources, visited
+            drafter, target, args, weights, features, prefixes, inputs, encoding.sources, visited, scales
         )
         metrics.update(text_metrics)
         return loss
@@ -84,6 +93,16 @@ def text_objective(
 def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
     """`goes_on` of [`PPOWDrafter.unroll`] for windows that are drafted as far as `followed` `[B, M, K]` bool."""
     return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
+
+
+def chosen_windows(begun: torch.Tensor, uniforms: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places `[B, count]`, ascending, of windows drawn from those that are `begun` `[B, M]` bool, without replacement,
+    by `uniforms` `[B, M]`; and by what a sum over them is multiplied, `[B]`, to be that over all on average.
+
+    Rows in which fewer are begun are filled up with others.
+    """
+    places = uniforms.masked_fill(~begun, 2.0).argsort(dim=1)[:, :count].sort(dim=1).values
+    return places, (begun.sum(1) / count).clamp_min(1.0)
 
 
 @without_gradients()
@@ -104,11 +123,11 @@ def visited_windows(
     """
     input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
     prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-    texts = text_windows(input_ids, prefixes, steps + 1)
+    texts = text_windows(input_ids, prefixes, steps)
     learned = learned_windows(inputs, prefixes, steps)
     kept = torch.zeros(learned.shape, device=input_ids.device)
 
-    def keeps(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    def follow(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         verdicts = torch.zeros_like(windows, dtype=torch.bool)
         asked = learned[:, :, j] & (kept[:, :, j - 1] > 0) if j else learned[:, :, 0]
         rows, columns = asked.gather(1, windows).nonzero(as_tuple=True)
@@ -120,12 +139,13 @@ def visited_windows(
                 drafter, target, args, features[row, column], sources, texts[row, window, j]
             )
         kept[:, :, j].scatter_(1, windows, verdicts.to(kept))
-        return verdicts
+        return texts[:, :, j].gather(1, windows)
+
+    def keeps(j: int, _, windows: torch.Tensor) -> torch.Tensor:
+        return kept[:, :, j].gather(1, windows) > 0
 
     features, cache = drafter.prefix_features(input_ids, encoding.states, inputs["attention_mask"])
-    drafter.unroll(
-        features, cache, prefixes, lambda j, _, windows: texts[:, :, j].gather(1, windows), steps + 1, keeps
-    )
+    drafter.unroll(features, cache, prefixes, follow, steps, keeps)
     visited = (visit_probabilities(kept) > 0) & learned
     begins = visited.any(-1)
     chosen = (~begins).long().argsort(dim=1, stable=True)[:, : int(begins.sum(1).max())]
@@ -160,9 +180,10 @@ def text_loss(
     inputs: Mapping[str, torch.Tensor],
     sources: torch.Tensor,
     visited: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> Loss:
     """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j decay, or those
-    that are `visited` `[B, M, J]` bool count alike and others nothing.
+    that are `visited` `[B, M, J]` bool count alike and others nothing. `scales` `[B]` multiply a sequence's sum.
 
     `expected_length` is of whole windows: the share of them that is kept, or of those that anything of is visited the
     kept tokens, so that all terms of visited windows are sums over the text.
@@ -179,19 +200,24 @@ def text_loss(
     places, order = places_in_batch(inputs["input_ids"], prefixes, learned)
     labels, flat_sources = inputs["input_ids"].flatten()[places + 1], sources.flatten(0, 1)
     features, step_weights = features[learned][order], step_weights[learned][order]
+    scales = scales if scales is None else scales[learned.nonzero()[:, 0]][order]
     is_first = (learned.nonzero()[:, 2] == 0)[order]
     by_length = None
     if "expected_length" in weights:
         kept = keep_rows(drafter, target, args, features.detach(), flat_sources, labels, places)
         by_length = length_weights(kept, learned, args.max_window, order) * (1 if visited is None else steps)
 
-    def chunk(features, places, labels, step_weights, is_first, by_length):
+    def chunk(features, places, labels, step_weights, is_first, by_length, scales):
         source_places, goal_rows = torch.unique_consecutive(places, return_inverse=True)
-        draft = drafter.draft_logits(features).float()
-        draft, goal = paired_logits(drafter, target, draft, flat_sources[source_places])
+        draft, chunk_sources = drafter.draft_logits(features).float(), flat_sources[source_places]
+        draft, goal = paired_logits(drafter, target, draft, chunk_sources)
         labels = draft_labels(drafter, labels, draft.shape[-1])
-        terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows)
-        loss = (coefficients[:, None] * terms * torch.where(of_windows[:, None], 1, step_weights)).sum()
+        confidence = None
+        if "confidence" in names:
+            confidence = confidence_loss(drafter, target, args, features, draft, goal, chunk_sources, goal_rows)
+        terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows, confidence)
+        weighted = coefficients[:, None] * terms * torch.where(of_windows[:, None], 1, step_weights)
+        loss = (weighted if scales is None else weighted * scales).sum()
         with torch.no_grad():
             draft, goal, first_terms = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
             agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
@@ -200,7 +226,7 @@ def text_loss(
             sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *sums])
         return torch.cat([loss[None], sums])
 
-    rows = features, places, labels, step_weights, is_first, by_length
+    rows = features, places, labels, step_weights, is_first, by_length, scales
     totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *rows)
     kl, agreed, count, *sums = totals[1:].detach().tolist()
     metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, sums, strict=True))
@@ -230,11 +256,12 @@ def text_terms(
     args: PPOWTrainingArguments,
     by_length: torch.Tensor | None = None,
     goal_rows: torch.Tensor | None = None,
+    confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
 
     With `goal_rows` `[R]` a row's target logits are `goal[goal_rows]`: rows may share them. `by_length` `[R, 2]`
-    weighs what `expected_length` is made of, see [`length_weights`].
+    weighs what `expected_length` is made of, see [`length_weights`]; `confidence` `[R]` is that term.
     """
     row_goal = goal
     if goal_rows is not None and {"tv", "lk", "expected_length"} & set(names):
@@ -249,6 +276,9 @@ def text_terms(
             terms.append(total_variation(row_goal, draft))
         elif name == "lk":
             terms.append(negative_log_acceptance(row_goal, draft))
+        elif name == "confidence":
+            assert confidence is not None
+            terms.append(confidence)
         else:
             assert by_length is not None
             temperatures = args.rollout_temperature, args.target_temperature
@@ -256,6 +286,29 @@ def text_terms(
             # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
             terms.append(-(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach())))
     return torch.stack(terms)
+
+
+def confidence_loss(
+    drafter: PPOWDrafter,
+    target: FrozenTarget,
+    args: PPOWTrainingArguments,
+    features: torch.Tensor,
+    draft: torch.Tensor,
+    goal: torch.Tensor,
+    sources: torch.Tensor,
+    goal_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Binary cross-entropy `[R]` of a block drafter's confidence head against measured [`acceptance`] [DSpark].
+
+    `features` `[R, h + r]` and `draft` `[R, DV]` are of the rows; `goal` `[R', DV]`, `sources` `[R', H]` and
+    `goal_rows` as of [`text_terms`]. Only the head learns from it: the features take no gradient [ours].
+    """
+    with torch.no_grad():
+        kept = drafter.kept_tokens
+        whole = goal if kept is None else target.logits(sources)  # what the drafter cannot propose is rejected
+        accepted = acceptance(whole, draft, args.target_temperature, kept, goal_rows)
+    log_odds = drafter.draft_model.confidence(features.detach())
+    return torch.nn.functional.binary_cross_entropy_with_logits(log_odds, accepted, reduction="none")
 
 
 @without_gradients()
@@ -463,7 +516,10 @@ def window_text_loss(
     def chunk(features, sources, labels, by_length):
         draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
         labels = draft_labels(drafter, labels, draft.shape[-1])
-        sums = text_terms(names, draft, goal, labels, args, by_length).sum(-1)
+        confidence = None
+        if "confidence" in names:
+            confidence = confidence_loss(drafter, target, args, features, draft, goal, sources)
+        sums = text_terms(names, draft, goal, labels, args, by_length, confidence=confidence).sum(-1)
         return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
 
     rows_of_chunks = features, sources, labels, by_length

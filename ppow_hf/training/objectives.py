@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-TEXT_TERMS = ("ce", "kl", "tv", "lk", "expected_length")
+TEXT_TERMS = ("ce", "kl", "tv", "lk", "expected_length", "confidence")
 WINDOW_TERMS = ("ppow", "token_rl", "opd")
 GROUP_TERMS = ("ppow", "token_rl")  # those that compare the windows of a group
 NAMES = ("supervised", *TEXT_TERMS, *WINDOW_TERMS)
@@ -168,6 +168,30 @@ def negative_log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Ten
     """-log alpha `[R]`, alpha = sum_x min(P(x), Q(x)): the LK loss (2602.23881), TV's gradient divided by alpha."""
     alpha = torch.minimum(target_logits.float().softmax(-1), draft_logits.float().softmax(-1)).sum(-1)
     return -alpha.clamp_min(1e-12).log()
+
+
+def acceptance(
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    temperature: float,
+    kept_tokens: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Probability `[R]` that a drafted token is accepted, from logits `[R, V]` and `[R, DV]`.
+
+    At `temperature` 0: 1 where both choose the same token, else 0 [ours]. Above: sum_x min(P, Q)(x), both at that
+    temperature; DSpark's at 1. `kept_tokens` `[DV]` are the target's ids of a reduced draft vocabulary. With
+    `target_rows` `[R]` each row's target is `target_logits[target_rows]`.
+    """
+    target, draft = target_logits.float(), draft_logits.float()
+    rows = slice(None) if target_rows is None else target_rows
+    if temperature == 0:
+        choices = draft.argmax(-1)
+        choices = choices if kept_tokens is None else kept_tokens[choices]
+        return (choices == target.argmax(-1)[rows]).float()
+    probs = (target / temperature).softmax(-1)
+    probs = probs if kept_tokens is None else probs[..., kept_tokens]
+    return torch.minimum(probs[rows], (draft / temperature).softmax(-1)).sum(-1).clamp_max(1.0)
 
 
 def cross_entropy(draft_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

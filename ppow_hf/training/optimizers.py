@@ -102,14 +102,15 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def muon_groups(model: nn.Module) -> list[dict]:
-    """What of a model is trained, in two groups: hidden matrices for Muon; embeddings, vocabulary matrices and all
-    that is no matrix for AdamW."""
+    """What of a model is trained, in two groups: hidden matrices for Muon; embeddings, vocabulary matrices, a
+    confidence head and all that is no matrix for AdamW."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = ("lm_head", "embed_out", "markov_w2", "confidence_head")
     hidden = {
         name
         for name, parameter in named
-        if parameter.ndim == 2 and id(parameter) not in tables and "lm_head" not in name and "embed_out" not in name
+        if parameter.ndim == 2 and id(parameter) not in tables and not any(other in name for other in others)
     }
     return [
         {"params": [parameter for name, parameter in named if name in hidden], "kind": "muon"},

@@ -6,15 +6,21 @@ B sequences, N chosen prefixes of each, G rollouts from every prefix, W tokens i
 import torch
 
 
-def speedup_reward(accepted: torch.Tensor, cost_ratio: float) -> torch.Tensor:
-    """R_speedup = k / (k * gamma + 1) [paper]: it charges accepted tokens only. Any shape."""
+def speedup_reward(accepted: torch.Tensor, cost_ratio: float, one_step: bool = False) -> torch.Tensor:
+    """R_speedup = k / (k * gamma + 1) [paper]: it charges accepted tokens only. Any shape.
+
+    With `one_step`, where one draft step gives a whole window, k / (gamma + 1) [ours].
+    """
     accepted = accepted.float()
-    return accepted / (accepted * cost_ratio + 1)
+    return accepted / ((1 if one_step else accepted) * cost_ratio + 1)
 
 
-def throughput_reward(accepted: torch.Tensor, window: int, cost_ratio: float) -> torch.Tensor:
-    """R_throughput = (k + 1) / (W * gamma + 1) [ours]: what a round yields per one-token target forward."""
-    return (accepted.float() + 1) / (window * cost_ratio + 1)
+def throughput_reward(accepted: torch.Tensor, window: int, cost_ratio: float, one_step: bool = False) -> torch.Tensor:
+    """R_throughput = (k + 1) / (W * gamma + 1) [ours]: what a round yields per one-token target forward.
+
+    With `one_step`, where one draft step gives a whole window, (k + 1) / (gamma + 1).
+    """
+    return (accepted.float() + 1) / ((1 if one_step else window) * cost_ratio + 1)
 
 
 def proximity_reward(

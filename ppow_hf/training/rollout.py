@@ -117,7 +117,9 @@ def collect_rollout(
     was_training = drafter.training
     drafter.eval()
     features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states, inputs["attention_mask"])
-    chosen, has_prefix = choose_starts(drafter, target, features, encoding, inputs, args, step, adaptive, by_text)
+    chosen, has_prefix = choose_starts(
+        drafter, target, features, cache, encoding, inputs, args, step, adaptive, by_text
+    )
     prefixes = chosen.repeat_interleave(args.num_rollouts, dim=1)
     texts = text_windows(inputs["input_ids"], prefixes, args.max_window) if by_text else None
     draws = keyed_uniforms(args.seed, step, inputs["index"], (prefixes.shape[1], args.max_window), "draft")
@@ -144,19 +146,25 @@ def collect_rollout(
         else:
             verdicts, accepted = (draft_ids == choices).float(), greedy_accepted_counts(draft_ids, choices)
     by_group = accepted.unflatten(1, (-1, args.num_rollouts)), log_probs.unflatten(1, (-1, args.num_rollouts))
-    rewards = window_rewards(target, encoding, inputs, chosen, *by_group, args, cost_ratio, proximity=not by_text)
+    rewards = window_rewards(
+        target, encoding, inputs, chosen, *by_group, args, cost_ratio,
+        proximity=not by_text, one_step=drafter.config.one_step,
+    )  # fmt: skip
     advantages = group_advantages(rewards["total"]).flatten(1)
     learned = first_rejection_mask(accepted, args.max_window) & has_prefix[:, None, None]
     drafter.train(was_training)
     return Rollout(prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix, verdicts)
 
 
-def choose_starts(drafter, target, features, encoding, inputs, args, step, adaptive, by_text):
+def choose_starts(drafter, target, features, cache, encoding, inputs, args, step, adaptive, by_text):
     """The prefixes `[B, N]` that windows start from, and whether each sequence has any `[B]` bool."""
     limits = drafter.draft_model.first_prefix, args.max_window, drafter.config.context_length
     eligible = written_prefixes(inputs, *limits) if by_text else eligible_prefixes(inputs["loss_mask"], *limits)
     priorities = None
     if adaptive:
+        if drafter.config.one_step:  # the distribution behind a prefix is its block's first
+            every = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
+            features = drafter.unroll(features, cache, every, lambda *_: every, window=1)[:, :, 0]
         divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
         priorities = window_priorities(divergence, args.max_window, inputs["attention_mask"])
     # Drawn for the longest possible row, so that the numbers do not depend on how a batch was padded.
@@ -225,12 +233,15 @@ def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_si
     return tuple(torch.cat(parts).view(draft_ids.shape) for parts in (choices, log_probs, probs))
 
 
-def window_rewards(target, encoding, inputs, chosen, accepted, log_probs, args, cost_ratio, proximity=True):
+def window_rewards(
+    target, encoding, inputs, chosen, accepted, log_probs, args, cost_ratio, proximity=True, one_step=False
+):
     """Each weighted part of the reward and their `total`, `[B, N, G]`, from the accepted counts `[B, N, G]` and the
-    target's log P of the drafted tokens `[B, N, G, K]`. Without `proximity` that part is 0."""
+    target's log P of the drafted tokens `[B, N, G, K]`. Without `proximity` that part is 0; with `one_step` one draft
+    step gives a window."""
     rewards = {
-        "speedup": args.speedup_weight * speedup_reward(accepted, cost_ratio),
-        "throughput": args.throughput_weight * throughput_reward(accepted, args.max_window, cost_ratio),
+        "speedup": args.speedup_weight * speedup_reward(accepted, cost_ratio, one_step),
+        "throughput": args.throughput_weight * throughput_reward(accepted, args.max_window, cost_ratio, one_step),
     }
     rewards["proximity"] = torch.zeros_like(rewards["speedup"])
     if proximity and args.proximity_weight > 0 and bool((accepted == 0).any()):

@@ -38,7 +38,47 @@ class TargetEncoding:
         return self.sources.shape[1]
 
 
-class FrozenTarget:
+class TargetHead:
+    """A target's head: what its logits are computed from becomes logits.
+
+    Args:
+        head (`torch.nn.Module`, *optional*): the target's output head.
+        head_is_plain (`bool`): whether the head gives the target's own logits from its last state; else `sources` are
+            the logits themselves.
+    """
+
+    def __init__(self, head: Any, head_is_plain: bool):
+        self.head, self.head_is_plain = head, head_is_plain
+        self._kept_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+
+    def logits(self, sources: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Sources `[..., H]` -> logits `[..., V]` in float32, on the sources' device; those of tokens `kept` alone."""
+        if kept is not None:
+            return self._kept_logits(sources, kept)
+        return (self.head(sources).to(sources.device) if self.head_is_plain else sources).float()
+
+    def _kept_logits(self, sources: torch.Tensor, kept_tokens: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., DV]` of the tokens `kept_tokens` `[DV]` alone, in float32 [ours].
+
+        Where the head is an ordinary matrix its rows are taken once, and the other tokens' logits are never computed.
+        """
+        if not self._head_has_rows:
+            return self.logits(sources)[..., kept_tokens]
+        if self._kept_rows is None or not torch.equal(self._kept_rows[0], kept_tokens):
+            rows = kept_tokens.to(self.head.weight.device)
+            bias = None if self.head.bias is None else self.head.bias.detach()[rows].to(sources.device)
+            self._kept_rows = (kept_tokens, self.head.weight.detach()[rows].to(sources.device), bias)
+        return torch.nn.functional.linear(sources, *self._kept_rows[1:]).float()
+
+    @property
+    def _head_has_rows(self) -> bool:
+        """Whether the head's rows can be read: it is not adapted, quantised, split over processes or offloaded."""
+        if not self.head_is_plain or type(self.head) is not torch.nn.Linear or self.head.weight.is_meta:
+            return False
+        return type(self.head.weight.data) is torch.Tensor and self.head.weight.is_floating_point()
+
+
+class FrozenTarget(TargetHead):
     """A target that is read and never trained. It may be quantised, sharded over devices or PEFT-wrapped.
 
     Within [`frozen`] it is in eval mode and takes no gradients; behind it the model is as it was.
@@ -48,17 +88,16 @@ class FrozenTarget:
     """
 
     def __init__(self, model: PreTrainedModel, layer_ids: list[int] | None):
+        super().__init__(model.get_output_embeddings(), head_is_plain=False)  # until it is checked below
         self.model = model
         self._is_frozen = False
         self.layer_ids = layer_ids
         self.keeps = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
-        self.head = model.get_output_embeddings()
         self.forward_tokens = 0  # read by the target, or charged as such where a kept encoding spared the forward
         self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self._bytes_left = 0
         with self.frozen():
             self.head_is_plain = self._head_is_plain()
-        self._kept_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         text = model.config.get_text_config()
         self.vocab_size = target_width(model)
         windows = [getattr(text, "sliding_window", None)] if getattr(text, "use_sliding_window", True) else []
@@ -103,34 +142,6 @@ class FrozenTarget:
     def device(self) -> torch.device:
         return input_device(self.model)
 
-    def logits(self, sources: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Sources `[..., H]` -> logits `[..., V]` in float32, on the sources' device; those of tokens `kept` alone."""
-        if kept is not None:
-            return self._kept_logits(sources, kept)
-        return (self.head(sources).to(sources.device) if self.head_is_plain else sources).float()  # type: ignore[misc]
-
-    def _kept_logits(self, sources: torch.Tensor, kept_tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., DV]` of the tokens `kept_tokens` `[DV]` alone, in float32 [ours].
-
-        Where the head is an ordinary matrix its rows are taken once, and the other tokens' logits are never computed.
-        """
-        if not self._head_has_rows:
-            return self.logits(sources)[..., kept_tokens]
-        if self._kept_rows is None or not torch.equal(self._kept_rows[0], kept_tokens):
-            head: Any = self.head
-            rows = kept_tokens.to(head.weight.device)
-            bias = None if head.bias is None else head.bias.detach()[rows].to(sources.device)
-            self._kept_rows = (kept_tokens, head.weight.detach()[rows].to(sources.device), bias)
-        return torch.nn.functional.linear(sources, *self._kept_rows[1:]).float()
-
-    @property
-    def _head_has_rows(self) -> bool:
-        """Whether the head's rows can be read: it is not adapted, quantised, split over processes or offloaded."""
-        head: Any = self.head
-        if not self.head_is_plain or type(head) is not torch.nn.Linear or head.weight.is_meta:
-            return False
-        return type(head.weight.data) is torch.Tensor and head.weight.is_floating_point()
-
     def _logits_to_keep(self) -> dict[str, Any]:
         """The argument by which a forward computes as few logits as it can: those wanted are taken from the states."""
         if not (self.keeps and self.head_is_plain):
@@ -146,8 +157,10 @@ class FrozenTarget:
         self._kept, self._bytes_left = {}, max_bytes
 
     @torch.no_grad()
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool) -> TargetEncoding:
-        """One forward over right-padded sequences `[B, S]`."""
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool, rows: torch.Tensor | None = None
+    ) -> TargetEncoding:
+        """One forward over right-padded sequences `[B, S]`; `rows` `[B]`, their numbers in the data, go unread."""
         lengths = attention_mask.sum(1).tolist()
         keys = []
         if self._kept is not None and not with_cache:

@@ -7,6 +7,7 @@ whole or not there. The mathematics is in objectives.py, losses.py, rewards.py, 
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -34,18 +35,22 @@ from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
 from .checks import (
     check_batch,
+    check_confidence,
     check_heeded,
     check_lengths,
     check_masks,
     check_pair,
     check_reach,
+    check_recorded,
     check_token_ids,
+    is_placed,
     use_one_device,
 )
 from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, training_sequences
+from .recorded_states import RecordedTarget, StateRecord
 from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
@@ -70,13 +75,17 @@ class PPOWTrainer(Trainer):
     Args:
         model ([`PPOWDrafter`]): the drafter.
         target_model (`PreTrainedModel`): the target; frozen while the drafter trains, and given back as it was.
-            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine.
+            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine. With `target_states` it is needed to
+            evaluate only.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
             a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
             completes rows with a `prompt` or `messages`, see `regenerate`.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
+        target_states (`str` or [`StateRecord`], *optional*): folder of `ppow record`, which holds the training data
+            too. The target is then not asked, so that only terms along the text can be trained, and windows that the
+            text verifies.
     """
 
     train_dataset: Any
@@ -87,36 +96,45 @@ class PPOWTrainer(Trainer):
     def __init__(
         self,
         model: PPOWDrafter,
-        target_model: PreTrainedModel,
-        args: PPOWTrainingArguments,
+        target_model: PreTrainedModel | None = None,
+        args: PPOWTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        target_states: str | os.PathLike | StateRecord | None = None,
         **kwargs,
     ):
-        check_pair(model, target_model, processing_class, args)
+        record = StateRecord(target_states) if isinstance(target_states, str | os.PathLike) else target_states
+        for target in [target_model] if record is None else [record.target, target_model]:
+            if record is None or target is not None:
+                check_pair(model, target, processing_class, args)
+        assert args is not None
         check_heeded(kwargs)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         use_one_device(args)
-        self.target_model = target_model
-        if not hasattr(target_model, "hf_device_map") and not getattr(target_model, "is_quantized", False):
+        self.target_model: Any = target_model
+        if target_model is not None and not is_placed(target_model):
             target_model.to(args.device)
-        self.target = FrozenTarget(target_model, model.config.target_layer_ids)
         model.config.check_window(args.max_window)
-        check_reach(self.target, args)
-        check_masks(self.target, args)
+        check_confidence(model, args)
+        self.target = self._choose_target(record, model, args, train_dataset)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
-        model.attach_target(target_model)
+        model.attach_target(target_model if record is None else record.target)
         model.train_embeddings(args.train_embeddings)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
-        train_sequences = None
+        train_sequences = None if record is None else record.sequences
         if train_dataset is not None:
             train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
         eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
+        if target_model is None and eval_sequences is not None:
+            logger.warning(
+                "eval_dataset: evaluation decodes with the target, and only its recorded states are given; it is "
+                "skipped. Pass the target too, or measure the drafter afterwards."
+            )
         if train_sequences is not None:
             check_token_ids(train_sequences, self.target.vocab_size)
             check_lengths(train_sequences, args, model.config.context_length)
@@ -145,6 +163,16 @@ class PPOWTrainer(Trainer):
         self._run_record: dict[str, Any] = {}
         self.already_finished = False  # whether the last call of train found its run at its end
         self.add_callback(CurvesCallback())
+
+    def _choose_target(self, record: StateRecord | None, model, args, train_dataset) -> FrozenTarget | RecordedTarget:
+        """What tells the target's states and logits in training, once nothing speaks against it."""
+        if record is not None:
+            check_recorded(record, model, args, train_dataset, has_target=self.target_model is not None)
+            return RecordedTarget(record, model.config.target_layer_ids, args.device)
+        target = FrozenTarget(self.target_model, model.config.target_layer_ids)
+        check_reach(target, args)
+        check_masks(target, args)
+        return target
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.muon and self.optimizer_cls_and_kwargs is None:
@@ -196,7 +224,8 @@ class PPOWTrainer(Trainer):
             self._measure_cost_ratio()
             self._train_began = time.perf_counter()
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.args.calibrate_at_end and self.eval_dataset is not None and self.args.eval_prompts != 0:
+        calibrates = self.args.calibrate_at_end and self.target_model is not None
+        if calibrates and self.eval_dataset is not None and self.args.eval_prompts != 0:
             if self.accelerator.is_main_process:
                 drafter = self.accelerator.unwrap_model(self.model)
                 drafter.config.max_window = self.args.max_window
@@ -229,8 +258,11 @@ class PPOWTrainer(Trainer):
         return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     def _measure_cost_ratio(self) -> None:
-        """gamma, measured on the main process unless given or resumed, and the same on all."""
-        if self.cost_ratio is None:
+        """gamma, measured on the main process unless given or resumed, and the same on all.
+
+        Without a target it stays unknown, and `check_recorded` has seen to it that no reward asks for it.
+        """
+        if self.cost_ratio is None and self.target_model is not None:
             measured = [None]
             if self.accelerator.is_main_process:
                 ids = self.train_dataset[0]["input_ids"][None, :64].to(self.args.device)
@@ -262,10 +294,12 @@ class PPOWTrainer(Trainer):
     def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         args, drafter = self.args, self.accelerator.unwrap_model(model)
         weights = args.weights_at(self.progress)
+        if drafter.config.confidence_head:  # moved by nothing else, and moving nothing else
+            weights.setdefault("confidence", 1.0)
         drafts_windows = any(name in WINDOW_TERMS for name in weights)
         by_text = drafts_windows and self._verified_by_text(drafter, weights, inputs)
         with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
-        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=with_cache)
+        encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache, inputs["index"])
         if drafts_windows:
             rollout = self._next_rollout(drafter, inputs, encoding, by_text)
             loss, metrics = window_objective(
@@ -280,9 +314,10 @@ class PPOWTrainer(Trainer):
             self._micro_step += int(self.model.training)
             steps, weighting = args.unrolling_at(self.progress)
             # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
-            steps = {"eagle": steps, "medusa": args.max_window}.get(drafter.config.architecture, 1)
+            whole = args.max_window  # what these draft from one state is learned whole
+            steps = {"eagle": steps, "medusa": whole, "block": whole}.get(drafter.config.architecture, 1)
             loss, metrics = text_objective(
-                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting
+                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting, self.state.global_step
             )
             items = num_items_in_batch
             loss = loss / ((inputs["labels"] != -100).sum() if items is None else items)
@@ -405,6 +440,10 @@ class PPOWTrainer(Trainer):
         `eval_prompts` prompts are taken of each, by default as many as a tenth of the training's time allows.
         `eval_dataset` is for this call.
         """
+        if self.target_model is None:
+            if self.is_in_train:
+                return {}
+            raise ValueError("target_model: None given; evaluation decodes with the target.")
         given: Any = self.eval_dataset
         if eval_dataset is not None:
             given = evaluation_sequences(eval_dataset, self.processing_class, self.args)

@@ -42,13 +42,13 @@ def generate(target, prompts: list[list[int]], **way) -> list[list[int]]:
     return output[:, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("lookup", [False, True])
-def test_text_past_the_sliding_window_is_lossless(pair, lookup):
+@pytest.mark.parametrize("settings", [{"window": "fixed", "max_window": 5}, {"lookup": True}], ids=str)
+def test_text_past_the_sliding_window_is_lossless(pair, settings):
     target, drafter, ids = pair
     assert target.config.get_text_config().sliding_window == 512
     for length in (500, 700):
         prompt = ids[:length]
-        view = drafter.with_settings(lookup=lookup, window="fixed", max_window=5)
+        view = drafter.with_settings(**settings)
         assert generate(target, [prompt], assistant_model=view) == generate(target, [prompt])
         assert view.last_trace.drafted > 0
 

@@ -1,0 +1,120 @@
+"""`ppow record`: a target's states along texts, on disk, so that drafters train without the target."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from ..data.models import TARGET_HELP, check_options, ensure_writable, load_target, load_tokenizer
+from ..data.sources import DATA_HELP, check_source
+
+
+def register(commands: Any) -> None:
+    """Add the parser of `ppow record`."""
+    parser = commands.add_parser(
+        "record",
+        help="record a target's states, to train drafters without it",
+        description="Read texts with the target once and keep the states that drafters learn from. Run again with the "
+        "same folder, it goes on where it was; run several times at once, the processes share the work. Train with "
+        "`ppow train --target_states FOLDER`.",
+    )
+    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
+    parser.add_argument("--data", required=True, metavar="DATA", help=f"training data as of ppow train: {DATA_HELP}")
+    parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="folder to record into or to go on with")
+    parser.add_argument(
+        "--max-length", "--max_length", type=int, default=256, help="tokens of a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--architecture",
+        choices=["eagle", "standalone", "medusa", "block"],
+        default="eagle",
+        help="whose states are kept: eagle reads those of three layers and the last, block of some and the last, "
+        "others the last alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="the layers (default: those of a new eagle or block drafter)",
+    )
+    parser.add_argument(
+        "--states-dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="number format of the states on disk (default: %(default)s)",
+    )
+    parser.add_argument("--max-gigabytes", type=float, help="most disk taken; texts beyond it are left out")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="number format of the target (default: on a CPU bfloat16 where this machine computes it faster, else "
+        "float32; on a GPU the model's own)",
+    )
+    parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`ppow record`."""
+    check_options(arguments, "max_length", "max_gigabytes")
+    if arguments.layers is not None and arguments.architecture not in ("eagle", "block"):
+        raise ValueError(f"--layers: a {arguments.architecture} drafter reads the last state alone. Leave it out.")
+    folder = ensure_writable(arguments.output_dir, "--output-dir")
+    check_source(arguments.data, "--data")
+    import torch
+    from tqdm.auto import tqdm
+
+    from ..runtime.modeling_ppow import target_layers_for
+    from ..training import PPOWTrainingArguments
+    from ..training.preparation import training_sequences
+    from ..training.recording import Recording
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = load_target(arguments.target, "--target", arguments.dtype or default_dtype(device), device)
+    tokenizer = load_tokenizer(arguments.target, "--target")
+    settings = PPOWTrainingArguments(
+        str(folder), max_length=arguments.max_length, use_cpu=device == "cpu", report_to=[]
+    )
+    sequences = training_sequences(arguments.data, target, tokenizer, settings, "--data")
+    layers: list[int] = []
+    if arguments.architecture in ("eagle", "block"):
+        count = target.config.get_text_config().num_hidden_layers
+        layers = target_layers_for(arguments.architecture, arguments.layers, count) or []
+    recording = Recording(
+        target,
+        tokenizer,
+        sequences,
+        layers,
+        arguments.max_length,
+        getattr(torch, arguments.states_dtype),
+        arguments.max_gigabytes,
+    )
+    recording.manifest["target"] = arguments.target
+    print(describe(recording))
+    missing = recording.open_folder(folder)
+    started = time.perf_counter()
+    with tqdm(total=sum(recording.lengths), unit="token", unit_scale=True, disable=None) as bar:
+        tokens = recording.record(folder, missing, bar.update)
+    seconds = time.perf_counter() - started
+    print(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)")
+    left = recording.missing_shards(folder)
+    if left:
+        print(f"{len(left)} shards are being recorded by other processes", file=sys.stderr)
+    return 0
+
+
+def default_dtype(device: str) -> str | None:
+    """Number format of a target that only reads: bfloat16 on a CPU that computes it faster."""
+    from ..measure.costs import bfloat16_pays
+
+    return "bfloat16" if device == "cpu" and bfloat16_pays("cpu") else None
+
+
+def describe(recording: Any) -> str:
+    """What will be recorded, and the disk that it takes."""
+    left_out = f"; {recording.left_out} are left out" if recording.left_out else ""
+    return (
+        f"{len(recording.lengths)} sequences of {sum(recording.lengths)} tokens{left_out}: "
+        f"{recording.bytes_per_token} bytes a token, {recording.total_bytes / 1e9:.2f} GB with head and embeddings"
+    )

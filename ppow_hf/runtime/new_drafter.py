@@ -1,0 +1,136 @@
+"""What a new drafter begins with: the configuration of its own transformer, and which of the target's states it reads.
+
+Knows configurations; makes no model.
+"""
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from .compatibility import check_width
+from .configuration_ppow import default_block_layers, default_target_layers
+from .target_weights import embedding_matrix, target_width
+
+
+def draft_config_for(architecture: str, text_config, vocab_size: int, overrides: dict[str, Any]):
+    """The configuration of a new drafter's own transformer, `overrides` being fields of it.
+
+    A standalone drafter's is the target's with one layer, or the `draft_config` among the overrides.
+    """
+    if architecture == "standalone":
+        given = overrides.pop("draft_config", None)
+        draft_config = copy.deepcopy(given if given is not None else text_config)
+        draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
+        if given is None:
+            overrides.setdefault("num_hidden_layers", 1)
+            draft_config.vocab_size = vocab_size
+        check_width(draft_config.vocab_size, vocab_size)
+    else:
+        if overrides.get("tie_word_embeddings"):
+            raise ValueError("tie_word_embeddings: only a standalone drafter's embeddings can be tied.")
+        check_layer_options(architecture, overrides)
+        family, layers = ("qwen3", overrides.get("num_hidden_layers", 2)) if architecture == "block" else ("llama", 1)
+        draft_config = layer_config(family, layers, text_config, vocab_size)
+    for name, value in overrides.items():
+        if not hasattr(draft_config, name):
+            raise ValueError(
+                f"{name}: neither a field of PPOWDrafterConfig nor of {type(draft_config).__name__}, the "
+                "drafter's own transformer."
+            )
+        setattr(draft_config, name, value)
+    if getattr(draft_config, "layer_types", None):
+        draft_config.layer_types = draft_config.layer_types[: draft_config.num_hidden_layers]
+    return draft_config
+
+
+def set_block_defaults(settings: dict[str, Any], target: PreTrainedModel, draft_vocab_size: int | None, hidden: int):
+    """What a new block drafter's `settings` leave out: DSpark's way of sampling with a Markov head, DFlash's without;
+    the target's head where it can be shared; a mask token."""
+    settings.setdefault("sample_from_anchor", settings.get("markov_rank", 0) > 0)
+    head: Any = target.get_output_embeddings()
+    whole = draft_vocab_size is None and getattr(head, "in_features", None) == hidden
+    settings.setdefault("shares_target_head", whole and getattr(head, "bias", None) is None)
+    if "mask_token_id" not in settings:
+        source, last = embedding_matrix(target), target_width(target) - 1
+        if source is not None:  # a padding token's row can be zeros, which tell a layer nothing
+            last = min(last, int(source.abs().sum(1).nonzero()[-1]))
+        settings["mask_token_id"] = last
+
+
+def target_layers_for(architecture: str, given: list[int] | None, num_layers: int) -> list[int] | None:
+    """The target's states that a new drafter reads, of a target with `num_layers` layers."""
+    if architecture == "standalone":
+        return None
+    if architecture == "medusa":
+        if given not in (None, [num_layers]):
+            raise ValueError(
+                f"target_layer_ids: {given} given, but medusa heads read the target's last state, [{num_layers}]. "
+                "Leave it out."
+            )
+        return [num_layers]
+    if architecture == "block":
+        layers = given or default_block_layers(num_layers)
+        if max(layers) >= num_layers:
+            raise ValueError(
+                f"target_layer_ids: {layers} must be ids from 0 to {num_layers - 1}, the states behind so many of the "
+                "target's layers; the last layer's engines hand out otherwise than transformers."
+            )
+        return list(layers)
+    layers = given or default_target_layers(num_layers)
+    if len(layers) != 3 or not 0 <= min(layers) <= max(layers) < num_layers:
+        raise ValueError(
+            f"target_layer_ids: {layers} must be three ids from 0 to {num_layers - 1}, the states behind so many of "
+            "the target's layers."
+        )
+    return list(layers)
+
+
+def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not heed."""
+    if architecture == "medusa":
+        for name in options:
+            raise ValueError(
+                f"{name}: a medusa drafter has heads and no transformer of its own. Give medusa_heads, medusa_layers."
+            )
+    if architecture == "block":
+        for name, value in {"attention_dropout": 0.0, "use_sliding_window": False}.items():
+            if options.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: {options[name]!r} given, but every layer of a block drafter sees all of the text and "
+                    f"the block ({name}={value}). Leave it out."
+                )
+        return
+    fixed = {"num_hidden_layers": 1, "attention_bias": False, "attention_dropout": 0.0}
+    for name, value in fixed.items():
+        if options.get(name, value) != value:
+            raise ValueError(
+                f"{name}: {options[name]!r} given, but an eagle drafter has one layer, without bias or dropout in its "
+                f'attention ({name}={value}). Leave it out, or use architecture="standalone".'
+            )
+
+
+def layer_config(family: str, num_layers: int, text_config, vocab_size: int):
+    """The configuration of an eagle (`"llama"`) or block (`"qwen3"`) drafter's layers: the target's shape where it has
+    one."""
+    hidden = text_config.hidden_size
+    heads = text_config.num_attention_heads
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", 10000.0) if isinstance(parameters, dict) else 10000.0
+    return AutoConfig.for_model(
+        family,
+        hidden_size=hidden,
+        intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * hidden,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=getattr(text_config, "max_position_embeddings", 2048),
+        rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-6),
+        rope_parameters={"rope_type": "default", "rope_theta": theta or 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=getattr(text_config, "bos_token_id", None),
+        eos_token_id=getattr(text_config, "eos_token_id", None),
+        pad_token_id=getattr(text_config, "pad_token_id", None),
+    )

@@ -1,0 +1,176 @@
+"""A target's states on disk, and training from them without the target.
+
+Knows the folder that recording.py writes: its sequences, the states of every token in shards, and the target's head,
+embeddings and configuration. Knows nothing about drafters' weights, rewards or optimizers.
+"""
+
+import bisect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from ..data.sequences import SequenceDataset
+from .target import TargetEncoding, TargetHead
+
+logger = logging.get_logger(__name__)
+
+FORMAT = 1
+MANIFEST, SEQUENCES, WEIGHTS = "record.json", "sequences.safetensors", "target.safetensors"
+LAST = "last"  # the state behind the final norm, which the head reads
+SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
+
+
+def shard_name(number: int) -> str:
+    return f"states-{number:05d}.safetensors"
+
+
+def layer_name(layer: int, num_layers: int) -> str:
+    """The tensor of a shard that holds the states behind `layer` of a target's `num_layers` layers."""
+    return LAST if layer == num_layers else f"layer.{layer}"
+
+
+class StateRecord:
+    """What `ppow record` left in a folder. States are read from the disk when they are asked for.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+
+    Attributes:
+        sequences ([`SequenceDataset`]): those whose states are recorded, in the order of the data.
+        target (`PreTrainedModel`): the target's configuration, token embeddings and head; its layers have no weights.
+
+    Raises `ValueError` for a folder without a record, or with a damaged one.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder).expanduser()
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            tensors = load_file(self.folder / SEQUENCES)
+            weights = load_file(self.folder / WEIGHTS)
+            self._starts: list[int] = self.manifest["shard_starts"]  # first sequence of each shard, and the end
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"target_states: {str(folder)!r} has no {Path(error.filename or MANIFEST).name}, so that it holds no "
+                "recorded states. Write them with ppow record."
+            ) from error
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"target_states: the record in {str(folder)!r} is damaged ({error}). Record the states again."
+            ) from error
+        lengths = tensors["lengths"]
+        self._ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).tolist()
+        self._rows = self._recorded_rows()
+        parts = {name: tensors[name].split(lengths.tolist()) for name in SEQUENCE_TENSORS}
+        self.sequences = SequenceDataset(*([parts[name][row] for row in self._rows] for name in SEQUENCE_TENSORS))
+        self.target = self._skeleton(weights)
+
+    @property
+    def layer_ids(self) -> list[int]:
+        """The layers whose states are recorded beside the last ones."""
+        return self.manifest["layer_ids"]
+
+    def _recorded_rows(self) -> list[int]:
+        """The numbers of the sequences whose shards are there."""
+        shards = range(len(self._starts) - 1)
+        found = [shard for shard in shards if (self.folder / shard_name(shard)).is_file()]
+        rows = [row for shard in found for row in range(self._starts[shard], self._starts[shard + 1])]
+        if not rows:
+            raise ValueError(f"target_states: {str(self.folder)!r} holds no shard yet. Run ppow record to its end.")
+        if len(found) < len(shards):
+            logger.warning(
+                f"target_states: {len(found)} of {len(shards)} shards are recorded; {self._starts[-1] - len(rows)} "
+                "sequences of the others are left out. Run ppow record again for the rest."
+            )
+        return rows
+
+    def _skeleton(self, weights: dict[str, torch.Tensor]) -> Any:
+        config = AutoConfig.from_pretrained(self.folder)
+        with torch.device("meta"):
+            target = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.manifest["target_dtype"]))
+        target.config._name_or_path = self.manifest["target"]
+        target.config._commit_hash = self.manifest["target_revision"]
+        embeddings: Any = target.get_input_embeddings()
+        head: Any = target.get_output_embeddings()
+        embeddings.weight = nn.Parameter(weights["embeddings.weight"], requires_grad=False)
+        head.weight = nn.Parameter(weights.get("head.weight", weights["embeddings.weight"]), requires_grad=False)
+        bias = weights.get("head.bias")
+        head.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return target.requires_grad_(False).eval()
+
+    def read(self, index: int, names: list[str]) -> list[torch.Tensor]:
+        """The recorded states `[S, h]` of sequence `index`, one tensor for each of `names`."""
+        row = self._rows[index]
+        shard = bisect.bisect_right(self._starts, row) - 1
+        first = self._ends[self._starts[shard]]
+        span = slice(self._ends[row] - first, self._ends[row + 1] - first)
+        path = self.folder / shard_name(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return [file.get_slice(name)[span] for name in names]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"target_states: {str(path)!r} cannot be read ({error}). Delete it and run ppow record again."
+            ) from error
+
+
+class RecordedTarget(TargetHead):
+    """A target of which recorded states are read, with the interface of [`FrozenTarget`].
+
+    Args:
+        record ([`StateRecord`]): what was recorded.
+        layer_ids (`list[int]`, *optional*): states that the drafter reads.
+        device (`torch.device`): where batches are.
+    """
+
+    def __init__(self, record: StateRecord, layer_ids: list[int] | None, device: torch.device):
+        head = record.target.get_output_embeddings().to(device)
+        super().__init__(head, head_is_plain=True)
+        record.target.get_input_embeddings().to(device)
+        self.record, self.layer_ids, self.device = record, layer_ids, device
+        self.vocab_size: int = head.out_features
+        self.forward_tokens = 0  # nothing is read by the target
+        num_layers = record.target.config.get_text_config().num_hidden_layers
+        missing = sorted(set(layer_ids or ()) - {*record.layer_ids, num_layers})
+        if missing:
+            raise ValueError(
+                f"target_states: the states behind the layers {missing}, which the drafter reads, are not recorded; "
+                f"those behind {[*record.layer_ids, num_layers]} are. Record them, or make a drafter with "
+                "target_layer_ids of the record."
+            )
+        self._names = [layer_name(layer, num_layers) for layer in layer_ids or ()]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Nothing of the target is trained."""
+        yield
+
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool, rows: torch.Tensor | None = None
+    ) -> TargetEncoding:
+        """What was recorded of right-padded sequences `[B, S]`, which are the record's `rows` `[B]`."""
+        assert rows is not None
+        if with_cache:
+            raise ValueError(
+                "objective: the text does not verify all windows of this batch, and recorded states cannot. Train "
+                "with the target, or by terms along the text, such as objective='supervised'."
+            )
+        length = input_ids.shape[1]
+        names = [LAST, *(name for name in dict.fromkeys(self._names) if name != LAST)]
+        batches: dict[str, Any] = {name: [] for name in names}
+        for row in rows.tolist():
+            for name, part in zip(names, self.record.read(row, names), strict=True):
+                batches[name].append(nn.functional.pad(part, (0, 0, 0, length - len(part))))
+        found = {name: torch.stack(parts).to(self.device) for name, parts in batches.items()}
+        states = torch.cat([found[name] for name in self._names], dim=-1) if self._names else None
+        return TargetEncoding(found[LAST].to(self.head.weight.dtype), states, None, attention_mask)

@@ -1,0 +1,284 @@
+"""The states of a target along texts, written to disk so that drafters train without it.
+
+Every shard holds the states of consecutive sequences. Processes that record into one folder take shards in turn; a
+shard appears whole or not at all. Knows files and the target's forward; knows no drafter.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from transformers import PreTrainedModel
+
+from ..data.regeneration import target_identity
+from ..data.sequences import SequenceDataset, collate_sequences
+from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.target_weights import embedding_matrix, head_matrix
+from .recorded_states import FORMAT, LAST, MANIFEST, SEQUENCE_TENSORS, SEQUENCES, WEIGHTS, layer_name, shard_name
+from .target import FrozenTarget
+
+try:
+    import fcntl
+except ImportError:  # Windows: several processes would record the same shards
+    fcntl = None  # type: ignore[assignment]
+
+SHARD_BYTES = 2**28
+TOKENS_PER_FORWARD = 2048
+SHORTEST = 0.9  # of a forward's longest sequence, so that little is padding
+OWN_BYTES = 6  # of a token: its id and its two masks
+
+
+class Recording:
+    """What is to be recorded, and how it is laid out on disk.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        sequences ([`SequenceDataset`]): what it reads.
+        layer_ids (`list[int]`): layers whose states are kept beside the last ones.
+        max_length (`int`): what the sequences were cut to.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): number format of the states on disk.
+        max_gigabytes (`float`, *optional*): most that the folder may take; sequences beyond it are left out.
+
+    Raises `ValueError` for a target whose logits are more than its head on its last state, and where not one sequence
+    fits in `max_gigabytes`.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: Any,
+        sequences: SequenceDataset,
+        layer_ids: list[int],
+        max_length: int,
+        dtype: torch.dtype = torch.bfloat16,
+        max_gigabytes: float | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        text: Any = target.config.get_text_config()
+        self.target, self.tokenizer, self.dtype = FrozenTarget(target, layer_ids or None), tokenizer, dtype
+        if not self.target.head_is_plain:
+            raise ValueError(
+                f"--target: {type(target).__name__} scales or caps its logits behind its head, so that its last "
+                "states do not tell them. Train with the target itself."
+            )
+        self.layer_names = [layer_name(layer, text.num_hidden_layers) for layer in layer_ids]
+        self.hidden_size: int = text.hidden_size
+        self.bytes_per_token = (len(layer_ids) + 1) * self.hidden_size * dtype.itemsize + OWN_BYTES
+        self.weights = target_tensors(target)
+        self.weight_bytes = sum(tensor.nbytes for tensor in self.weights.values())
+        lengths = [len(sequences[row]["input_ids"]) for row in range(len(sequences))]
+        self.left_out = 0
+        if max_gigabytes is not None:
+            kept = sequences_within(lengths, max_gigabytes * 1e9 - self.weight_bytes, self.bytes_per_token)
+            if kept == 0:
+                raise ValueError(
+                    f"--max-gigabytes: {max_gigabytes} given, and the target's embeddings, its head and one sequence "
+                    f"take {(self.weight_bytes + lengths[0] * self.bytes_per_token) / 1e9:.3g}. Raise it."
+                )
+            self.left_out, lengths = len(lengths) - kept, lengths[:kept]
+            if self.left_out:
+                items = [sequences[row] for row in range(kept)]
+                sequences = SequenceDataset(*([item[name] for item in items] for name in SEQUENCE_TENSORS))
+        self.sequences, self.lengths = sequences, lengths
+        self.manifest = {
+            "format": FORMAT,
+            "target": target.config._name_or_path,
+            "target_revision": getattr(target.config, "_commit_hash", None),
+            "target_dtype": str(target.dtype).removeprefix("torch."),
+            "target_fingerprint": target_identity(target)[:16],
+            "vocabulary_fingerprint": vocabulary_fingerprint(tokenizer),
+            "data_fingerprint": sequences.fingerprint,
+            "max_length": max_length,
+            "layer_ids": list(layer_ids),
+            "states_dtype": str(dtype).removeprefix("torch."),
+            "sequences": len(lengths),
+            "tokens": sum(lengths),
+            "shard_starts": shard_starts(lengths, shard_bytes // self.bytes_per_token),
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        """What the finished folder takes, small files aside."""
+        return sum(self.lengths) * self.bytes_per_token + self.weight_bytes
+
+    def open_folder(self, folder: Path) -> list[int]:
+        """Write what is not in shards, once, and return the numbers of the shards that are missing.
+
+        Raises `ValueError` for a folder with another record, and where the disk is too small for the rest.
+        """
+        path = folder / MANIFEST
+        if path.is_file():
+            check_same_record(folder, self.manifest)
+        starts, missing = self.manifest["shard_starts"], self.missing_shards(folder)
+        needed = sum(sum(self.lengths[starts[n] : starts[n + 1]]) for n in missing) * self.bytes_per_token
+        if not path.is_file():
+            needed += self.weight_bytes
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(
+                f"--output-dir: {needed / 1e9:.1f} GB are needed in {str(folder)!r} and {free / 1e9:.1f} GB are free. "
+                "Pass --max-gigabytes, or a folder on another disk."
+            )
+        if not path.is_file():
+            self._write_once(folder)
+        return missing
+
+    def missing_shards(self, folder: Path) -> list[int]:
+        return [n for n in range(len(self.manifest["shard_starts"]) - 1) if not (folder / shard_name(n)).is_file()]
+
+    def _write_once(self, folder: Path) -> None:
+        items = [self.sequences[row] for row in range(len(self.sequences))]
+        tensors = {name: torch.cat([item[name] for item in items]) for name in SEQUENCE_TENSORS}
+        tensors["input_ids"] = tensors["input_ids"].int()
+        write_whole(folder / SEQUENCES, save(tensors | {"lengths": torch.tensor(self.lengths)}))
+        write_whole(folder / WEIGHTS, save(self.weights))
+        self.tokenizer.save_pretrained(folder)
+        config = self.target.model.config.to_dict()
+        config.pop("quantization_config", None)  # the head and the embeddings are kept as plain numbers
+        write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
+        write_whole(folder / MANIFEST, (json.dumps(self.manifest, indent=1) + "\n").encode())
+
+    def record(self, folder: Path, missing: list[int], progress: Callable[[int], None]) -> int:
+        """Record the `missing` shards that no other process has taken; `progress` is told tokens. Returns tokens."""
+        tokens = 0
+        for number in missing:
+            path = folder / shard_name(number)
+            with claimed(path) as file:
+                if file is None:
+                    continue
+                rows = range(*self.manifest["shard_starts"][number : number + 2])
+                file.write(save(self.shard(rows, progress)))
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+                tokens += sum(self.lengths[row] for row in rows)
+        return tokens
+
+    def shard(self, rows: range, progress: Callable[[int], None]) -> dict[str, torch.Tensor]:
+        """The states `[T, h]` of consecutive sequences, T tokens end to end, by the names of their layers."""
+        starts = {}
+        total = 0
+        for row in rows:
+            starts[row] = total
+            total += self.lengths[row]
+        names = [*self.layer_names, LAST]
+        states = {name: torch.empty(total, self.hidden_size, dtype=self.dtype) for name in names}
+        pad = self.tokenizer.pad_token_id or 0
+        with self.target.frozen():
+            for batch in batches_by_length(rows, self.lengths, TOKENS_PER_FORWARD):
+                inputs = collate_sequences([self.sequences[row] for row in batch], pad)
+                input_ids, mask = (inputs[name].to(self.target.device) for name in ("input_ids", "attention_mask"))
+                encoding = self.target.encode(input_ids, mask, with_cache=False)
+                parts = [] if encoding.states is None else encoding.states.split(self.hidden_size, dim=-1)
+                for name, part in zip(names, [*parts, encoding.sources], strict=True):
+                    for place, row in enumerate(batch):
+                        length = self.lengths[row]
+                        states[name][starts[row] : starts[row] + length] = part[place, :length].to(self.dtype)
+                progress(sum(self.lengths[row] for row in batch))
+        return states
+
+
+def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The target's embeddings and head as plain matrices; of tied ones the embeddings alone."""
+    embeddings, head = embedding_matrix(target), head_matrix(target)
+    if embeddings is None or head is None:
+        raise ValueError("--target: its embeddings or its head cannot be read. Load it in another number format.")
+    tensors = {"embeddings.weight": embeddings.cpu().contiguous()}
+    if head.data_ptr() != embeddings.data_ptr() or head.shape != embeddings.shape:
+        tensors["head.weight"] = head.cpu().contiguous()
+    bias = getattr(target.get_output_embeddings(), "bias", None)
+    if isinstance(bias, torch.Tensor):
+        tensors["head.bias"] = bias.detach().cpu().contiguous()
+    return tensors
+
+
+def sequences_within(lengths: list[int], most_bytes: float, bytes_per_token: int) -> int:
+    """How many of the first sequences fit in `most_bytes`."""
+    total = 0
+    for count, length in enumerate(lengths):
+        total += length * bytes_per_token
+        if total > most_bytes:
+            return count
+    return len(lengths)
+
+
+def shard_starts(lengths: list[int], most_tokens: int) -> list[int]:
+    """The first sequence of each shard of at most `most_tokens` tokens (or one sequence), and the end."""
+    starts, tokens = [0], 0
+    for row, length in enumerate(lengths):
+        if tokens and tokens + length > most_tokens:
+            starts.append(row)
+            tokens = 0
+        tokens += length
+    return [*starts, len(lengths)]
+
+
+def batches_by_length(rows: range, lengths: list[int], most_tokens: int) -> Iterator[list[int]]:
+    """Rows of about the same length, together at most `most_tokens` tokens (or one row)."""
+    batch: list[int] = []
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        longest = lengths[batch[0]] if batch else lengths[row]
+        if batch and ((len(batch) + 1) * longest > most_tokens or lengths[row] < SHORTEST * longest):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def check_same_record(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise `ValueError` where the record in `folder` is of something else, saying in what."""
+    try:
+        stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"--output-dir: {MANIFEST} in {str(folder)!r} is damaged ({error}). Pass another folder."
+        ) from error
+    named = {name: value for name, value in manifest.items() if name not in ("target", "shard_starts")}
+    different = [
+        f"{name} is {stored.get(name)!r} there and {value!r} here"
+        for name, value in named.items()
+        if stored.get(name) != value
+    ]
+    if different or stored["shard_starts"] != manifest["shard_starts"]:
+        raise ValueError(
+            f"--output-dir: {str(folder)!r} holds another record: {'; '.join(different) or 'its shards differ'}. Give "
+            "what it was recorded with, or another folder."
+        )
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Any]:
+    """An empty file beside `path`, to be moved there, held by this process alone; `None` where another one has it.
+
+    The claim of a process that died is free.
+    """
+    with open(path.with_name(f"{path.name}.part"), "ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        if path.exists():  # another process finished it meanwhile, and this may be its file
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                os.unlink(file.name)
+            yield None
+            return
+        file.truncate(0)
+        yield file
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Other processes see the old file or the new one, never a part."""
+    staged = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    staged.write_bytes(content)
+    os.replace(staged, path)
