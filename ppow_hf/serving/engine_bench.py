@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .vllm_runner import PYTHON_VARIABLE, EngineRun, run_vllm, vllm_python
+from .engine_process import EngineRun
+from .vllm_runner import PYTHON_VARIABLE, run_vllm, vllm_python
 
 if TYPE_CHECKING:
     import torch
