@@ -108,9 +108,9 @@ def run(
     print(format_rows(rows))
     print(
         f"{len(prompts)} prompts one by one, {arguments.max_new_tokens} new tokens each, "
-        f"{str(target.dtype).removeprefix('torch.')}, greedy, {ENGINES[arguments.engine]} {version}. Acceptance length "
-        "counts the target's own token. vLLM drafts whole windows up to the last token, llama.cpp and we no further "
-        "than there is room."
+        f"{str(target.dtype).removeprefix('torch.')}, greedy, {ENGINES[arguments.engine]} {version}. Acceptance "
+        "length counts the target's own token. vLLM drafts whole windows up to the last token, llama.cpp and we no "
+        "further than there is room."
     )
     if arguments.json:
         described = [asdict(row) | {"acceptance_length": row.acceptance_length} for row in rows]
