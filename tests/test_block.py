@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from ppow_hf import PPOWDrafter
+from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.runtime.modeling_ppow import collect_target_states
 
 B, S, M, K = 2, 11, 5, 4
@@ -238,3 +238,88 @@ def test_state_names_are_those_of_published_checkpoints(target):
     expected |= {f"{name}.weight" for name in ("fc", "hidden_norm", "norm", "embed_tokens", "lm_head")}
     expected |= {f"markov_head.{name}.weight" for name in ("markov_w1", "markov_w2")}
     assert names == expected | {"confidence_head.proj.weight", "confidence_head.proj.bias", "d2t", "t2d"}
+
+
+# -- made from a target
+
+
+def test_a_new_drafter_begins_with_what_its_target_gives(make_target):
+    target = make_target("qwen3", num_layers=12)
+    drafter = PPOWDrafter.from_target(target, "block")
+    config = drafter.config
+    assert config.block_size == config.max_window == 10 and config.draft_config.num_hidden_layers == 2
+    assert config.target_layer_ids == [2, 6, 9] and config.draft_config.model_type == "qwen3"
+    assert not config.sample_from_anchor and config.markov_rank == 0 and not config.confidence_head
+    assert PPOWDrafter.from_target(target, "block", max_window=6).config.block_size == 6
+    dspark = PPOWDrafter.from_target(target, "block", markov_rank=4, confidence_head=True)
+    assert dspark.config.sample_from_anchor
+    assert not dspark.draft_model.markov_head.markov_w2.weight.any()  # at the start it is DFlash
+    two = PPOWDrafter.from_target(make_target("llama", num_layers=2), "block")
+    assert two.config.target_layer_ids == [1]
+
+
+def test_the_mask_token_has_an_embedding(make_target):
+    """A padding token's row can be zeros, which tell a layer nothing."""
+    target = copy.deepcopy(make_target("llama"))
+    assert PPOWDrafter.from_target(target, "block").config.mask_token_id == 63
+    with torch.no_grad():
+        target.get_input_embeddings().weight[60:] = 0.0
+    assert PPOWDrafter.from_target(target, "block").config.mask_token_id == 59
+    assert PPOWDrafter.from_target(target, "block", mask_token_id=7).config.mask_token_id == 7
+
+
+def test_a_target_of_another_width_gives_neither_embeddings_nor_head(make_target):
+    target = make_target("llama")
+    drafter = PPOWDrafter.from_target(target, "block", hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    assert not drafter.config.shares_target_embeddings and not drafter.config.shares_target_head
+    assert drafter.draft_model.lm_head.weight.shape == (64, 16) and drafter.draft_model.fc.weight.shape == (16, 96)
+    with pytest.raises(ValueError, match="shares its target's output head, 64 tokens from 32 numbers, and this"):
+        make_drafter(target).attach_target(make_target("llama", hidden_size=16))
+
+
+def test_train_embeddings_makes_a_copy_that_is_trained(target):
+    drafter, input_ids = make_drafter(target), tokens(B, S)
+    states, (prefixes, windows) = states_of(target, drafter, input_ids), prefixes_and_windows()
+    expected = drafter(input_ids, states, prefixes=prefixes, draft_ids=windows).window_features
+    drafter.train_embeddings(True)
+    features = drafter(input_ids, states, prefixes=prefixes, draft_ids=windows).window_features
+    assert torch.equal(features, expected) and not drafter.config.shares_target_embeddings
+    features.sum().backward()
+    assert drafter.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_window": 5, "block_size": 4}, "max_window: 5 given, but this block drafter drafts 4 tokens"),
+        ({"block_size": 0, "max_window": 2}, "block_size: 0 is not a whole number"),
+        ({"markov_rank": -1}, "markov_rank: -1 is not a whole number of at least 0"),
+        ({"confidence_head": 1}, "confidence_head: 1 is not True or False"),
+        ({"mask_token_id": 64}, "mask_token_id: 64 given; it is one of the target's 64 tokens"),
+        ({"target_layer_ids": [2, 1]}, r"target_layer_ids: \[2, 1\] given; a block drafter reads one or more"),
+        ({"target_layer_ids": [1, 4]}, r"target_layer_ids: \[1, 4\] must be ids from 0 to 3"),
+        ({"shares_target_head": True, "draft_vocab_size": 8}, "shares_target_head: the target's head gives all 64"),
+        ({"draft_vocab_size": 8}, "token_counts: a reduced draft vocabulary keeps the most frequent"),
+        ({"attention_dropout": 0.1}, "attention_dropout: 0.1 given, but every layer of a block drafter"),
+        ({"use_sliding_window": True}, "use_sliding_window: True given, but every layer of a block drafter"),
+        ({"init_layers": [1]}, "init_layers: a drafter of architecture 'block'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: only a standalone drafter's"),
+    ],
+)
+def test_what_cannot_be_is_refused(target, options, message):
+    with pytest.raises(ValueError, match=message):
+        PPOWDrafter.from_target(target, "block", **options)
+
+
+@pytest.mark.parametrize("name", ["markov_rank", "confidence_head", "sample_from_anchor", "shares_target_head"])
+def test_fields_of_a_block_drafter_are_refused_in_another(name):
+    with pytest.raises(ValueError, match=f"{name}: only a block drafter has it, not a standalone one"):
+        PPOWDrafterConfig(architecture="standalone", **{name: True if name != "markov_rank" else 2})
+
+
+def test_states_are_asked_for_and_windows_beyond_the_block_are_not_drafted(target):
+    drafter = make_drafter(target)
+    with pytest.raises(ValueError, match="target_states: this block drafter reads the target's hidden states"):
+        drafter(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(ValueError, match=f"max_window: {K + 1} given, but this block drafter drafts {K} tokens"):
+        drafter.with_settings(max_window=K + 1)

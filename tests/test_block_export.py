@@ -204,4 +204,4 @@ def test_command_line_there_and_back(tmp_path, capsys):
     ours, theirs = drafter.state_dict(), PPOWDrafter.from_pretrained(imported, dtype="auto").state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert main(["import", exported, "--target-layer-ids", "1,2,3", "--output-dir", imported]) == 2
-    assert "target_layer_ids: a DFlash or DSpark checkpoint names its own" in capsys.readouterr().err
+    assert "--target-layer-ids: a DFlash or DSpark checkpoint names its own" in capsys.readouterr().err

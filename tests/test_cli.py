@@ -312,3 +312,16 @@ assert not heavy, sorted(heavy)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_prompts_are_asked_as_turns_of_a_chat(tmp_path):
+    from transformers import AutoTokenizer
+
+    from ppow_hf.data.models import load_prompts, load_target
+
+    target, tokenizer = load_target("tiny"), AutoTokenizer.from_pretrained(tiny.target_path())
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<answer>"
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "def f"}\n{"question": "class A"}\n')
+    prompts = load_prompts(f"{path}:question", 2, tokenizer, target, 8, chat=True)
+    assert [tokenizer.decode(ids[0]) for ids in prompts] == ["<user>def f\n<answer>", "<user>class A\n<answer>"]

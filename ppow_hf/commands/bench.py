@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.models import (
     MODEL_HELP,
     STDLIB_PROMPT_TOKENS,
+    add_chat,
     add_models,
     check_options,
     check_positive,
@@ -45,6 +46,7 @@ def register(subparsers: Any) -> None:
         help=f"{DATA_HELP}; a .txt file with one prompt a line; or stdlib for functions of the standard library, cut "
         f"to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
     )
+    add_chat(parser)
     parser.add_argument(
         "--num-prompts", type=int, default=20, help="prompts taken, from the first on (default: %(default)s)"
     )
@@ -98,7 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.standalone:
         standalone = load_drafter(arguments.standalone, "--standalone", arguments.dtype, arguments.device)
         check_tokenizer(standalone, tokenizer, "--standalone")
-    prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+    prompts = load_prompts(
+        arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
+    )
     if arguments.engine:
         return engine_bench.run(arguments, target, drafter, prompts)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.models import (
+    add_chat,
     add_models,
     check_options,
     ensure_writable,
@@ -43,6 +44,7 @@ def register(subparsers: Any) -> None:
         metavar="DATA",
         help="prompts as for `ppow bench`, that the drafter was not trained on (default: %(default)s)",
     )
+    add_chat(parser)
     parser.add_argument("--fit-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
     parser.add_argument(
         "--num-prompts", type=int, default=8, help="prompts behind them to compare on (default: %(default)s)"

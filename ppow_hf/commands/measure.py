@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.models import (
     STDLIB_PROMPT_TOKENS,
+    add_chat,
     add_models,
     check_options,
     ensure_file_writable,
@@ -37,6 +38,7 @@ def register(subparsers: Any) -> None:
         help=f"a workload, may be given several times: {DATA_HELP}; a .txt file; or stdlib for functions of the "
         f"standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: stdlib)",
     )
+    add_chat(parser)
     parser.add_argument("--num-prompts", type=int, default=20, help="prompts of each (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens behind each (default: %(default)s)")
     parser.add_argument("--temperature", default="0", help="temperatures, with commas between (default: %(default)s)")
@@ -64,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     target, tokenizer, drafter = load_pair(arguments)
     workloads = {}
     for name, source in sources.items():
-        prompts = load_prompts(source, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+        prompts = load_prompts(
+            source, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
+        )
         workloads[name] = [ids[0].tolist() for ids in prompts]
     from ..measure.benchmark_report import write_benchmark
     from ..metrics import measure_acceptance

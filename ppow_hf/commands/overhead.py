@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.models import (
+    add_chat,
     add_models,
     check_fits,
     check_options,
@@ -34,6 +35,7 @@ def register(subparsers: Any) -> None:
         metavar="DATA",
         help="prompts as for `ppow bench` (default: %(default)s)",
     )
+    add_chat(parser)
     parser.add_argument("--num-prompts", type=int, default=4, help="prompts taken (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, help="tokens generated from each (default: %(default)s)"
@@ -51,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         ensure_file_writable(arguments.json, "--json")
     check_prompts(arguments.prompts)
     target, tokenizer, drafter = load_pair(arguments)
-    prompts = load_prompts(arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens)
+    prompts = load_prompts(
+        arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
+    )
     for prompt in prompts:
         check_fits("--prompts", prompt.shape[1], arguments.max_new_tokens, target)
     from ..measure.overhead import measure_overhead

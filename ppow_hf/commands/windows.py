@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.models import (
+    add_chat,
     add_models,
     check_options,
     ensure_writable,
@@ -45,6 +46,7 @@ def register(subparsers: Any) -> None:
         metavar="[NAME=]DATA",
         help="workloads, each data as for `ppow bench` (default: stdlib)",
     )
+    add_chat(parser)
     parser.add_argument(
         "--num-prompts", type=int, default=20, help="prompts of each workload to compare on (default: %(default)s)"
     )
@@ -174,7 +176,7 @@ def write_study(result: dict[str, Any], folder: Path) -> None:
 def workload_prompts(name: str, arguments: argparse.Namespace, source: str, tokenizer: Any, target: Any) -> list[Any]:
     """Token ids `[1, n]` of the workload's first prompts: those to fit on, then those to compare on."""
     count = arguments.fit_prompts + arguments.num_prompts
-    prompts = load_prompts(source, count, tokenizer, target, arguments.max_new_tokens)
+    prompts = load_prompts(source, count, tokenizer, target, arguments.max_new_tokens, arguments.chat)
     if len(prompts) <= arguments.fit_prompts:
         raise ValueError(
             f"--fit-prompts: {arguments.fit_prompts} of the {len(prompts)} prompts of {name} are to be fitted on, "

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.models import (
     TARGET_HELP,
+    add_chat,
     check_positive,
     ensure_file_writable,
     load_config,
@@ -38,7 +39,7 @@ def register(commands: Any) -> None:
         "--self-prompted", type=int, metavar="N", help="an instruct target writes the user's turns of N chats too"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the .jsonl file to write or to go on with")
-    parser.add_argument("--chat", action="store_true", help="ask each prompt as a user's turn of a chat")
+    add_chat(parser)
     parser.add_argument("--num-prompts", type=int, help="prompts taken, from the first on (default: all)")
     parser.add_argument(
         "--temperature",

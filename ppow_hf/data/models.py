@@ -145,9 +145,16 @@ def check_prompts(source: str) -> None:
         check_source(source, "--prompts")
 
 
-def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int) -> list["torch.Tensor"]:
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """The argument by which [`load_prompts`] asks prompts as turns of a chat."""
+    parser.add_argument("--chat", action="store_true", help="ask each prompt as a user's turn of a chat")
+
+
+def load_prompts(
+    source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int, chat: bool = False
+) -> list["torch.Tensor"]:
     """Token ids `[1, n]` of the first `count` prompts of a file or dataset (see [`parse_source`]), or
-    of held-out functions of the standard library (`"stdlib"`)."""
+    of held-out functions of the standard library (`"stdlib"`); with `chat` each is a user's turn of a chat."""
     import torch
 
     from .sequences import extract_prompts, read_rows
@@ -168,10 +175,18 @@ def load_prompts(source: str, count: int, tokenizer: Any, target: Any, max_new_t
         rows = [{"prompt": line} for line in lines if line.strip()]
     else:
         rows = read_rows(source, "--prompts")
+    if chat:
+        rows = [_as_chat(row) for row in rows]
     prompts = extract_prompts(rows[:count], tokenizer, room, argument="--prompts")
     if len(prompts) < min(count, len(rows)):  # some rows have none
         prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
     return [torch.tensor([prompt]) for prompt in prompts]
+
+
+def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's prompt as a user's turn; rows of messages are chats already."""
+    text = row.get("prompt", row.get("text"))
+    return row if "messages" in row or not text else {"messages": [{"role": "user", "content": text}]}
 
 
 def ensure_writable(folder: str | Path, argument: str) -> Path:

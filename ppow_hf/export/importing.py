@@ -48,11 +48,11 @@ def import_block(checkpoint: str | Path, target: Any = None, **settings: Any) ->
         raise ValueError(f"checkpoint: {str(checkpoint)!r} cannot be used as it is: {'; '.join(problems)}.")
     config = _block_config(found, target, target_config, settings)
     drafter = AutoModel.from_config(config, dtype=found.tensors["fc.weight"].dtype)
-    state = drafter_state(found.tensors)
-    if config.draft_vocab_size is None:
-        state = {name: tensor for name, tensor in state.items() if name not in ("d2t", "t2d")}
-    else:
+    tables = ("d2t", "t2d")
+    state = {f"draft_model.{name}": tensor for name, tensor in found.tensors.items() if name not in tables}
+    if config.draft_vocab_size is not None:
         drafter.set_draft_vocabulary(found.tensors["d2t"] + torch.arange(len(found.tensors["d2t"])))
+        state |= {name: tensor for name, tensor in found.tensors.items() if name in tables}
         state.setdefault("t2d", drafter.t2d)
     # Assigned, since a confidence head may be kept in another number format than the rest.
     drafter.load_state_dict(state, strict=True, assign=True)

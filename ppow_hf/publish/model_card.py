@@ -30,6 +30,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "drafter_card.md"
 EMBEDDED_FACTS = {"license": "apache-2.0", "language": "code"}
 ARCHITECTURES = {
     "eagle": "an EAGLE-3 drafter that reads three of the target's hidden states",
+    "block": "a block drafter (DFlash, DSpark) that drafts a window in one forward over the target's hidden states",
     "medusa": "Medusa heads on the target's last hidden state",
     "standalone": "a small causal language model of its own",
 }
@@ -390,17 +391,16 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
         "print(drafter.last_trace.acceptance_length)\n```\n"
     )
     text = f"### transformers\n\n{embedded_use if embedded else without}"
-    if config["architecture"] == "medusa":
-        method, algorithm = "medusa", None
-    elif config["architecture"] == "eagle":
-        method, algorithm = "eagle3", "EAGLE3"
-    else:
-        method, algorithm = "draft_model", "STANDALONE"
+    architecture, tokens = config["architecture"], 5
+    if architecture == "block":
+        architecture, tokens = "dspark" if config.get("markov_rank") else "dflash", config["block_size"]
+    method = {"eagle": "eagle3", "standalone": "draft_model"}.get(architecture, architecture)
+    algorithm = {"eagle": "EAGLE3", "standalone": "STANDALONE"}.get(architecture)
     served = shlex.quote(_plain(target or "TARGET"))
     if is_embedded(served):
         served = f'"$(python -c \'from ppow_hf import tiny; print(tiny.target_path("{served}"))\')"'
     exported = shlex.quote(shown)
-    speculative = json.dumps({"method": method, "model": "exported", "num_speculative_tokens": 5})
+    speculative = json.dumps({"method": method, "model": "exported", "num_speculative_tokens": tokens})
     text += (
         "\n### vLLM\n\n"
         f"```bash\nppow export {exported} --format vllm --output-dir exported\n"

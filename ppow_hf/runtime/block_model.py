@@ -88,7 +88,11 @@ class BlockLayer(GradientCheckpointingLayer):
         self.input_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x, angles, mask, context: KeysValues | GrowingKeys):
+    def forward(self, x, angles, mask=None, context: KeysValues | GrowingKeys | None = None):
+        """A block's `x` behind a text's keys and values; without these `x` are the target's states of a text, whose
+        keys and values come back (through forward, so that a sharded layer's weights are there)."""
+        if context is None:
+            return self.self_attn.keys_values(x, angles)
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -173,7 +177,7 @@ class BlockDrafter(nn.Module):
         """
         context = self.hidden_norm(self.fc(states.to(self.fc.weight.dtype)))
         angles = self.embed_positions(positions)
-        known = [layer.self_attn.keys_values(context, angles) for layer in self.layers]
+        known = [layer(context, angles) for layer in self.layers]
         if cache is None:
             return tokens[..., None], known
         for layer, keys_values in zip(cache, known, strict=True):

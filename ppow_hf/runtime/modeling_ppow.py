@@ -494,7 +494,7 @@ class PPOWDrafter(PreTrainedModel):
         init_layers: Sequence[int] | None = None,
         **overrides,
     ) -> "PPOWDrafter":
-        """An untrained drafter for `target`, started from the target's own embeddings, head and final norm.
+        """An untrained drafter for `target`, started from the target's own embeddings and head.
 
         Args:
             target (`PreTrainedModel`): the causal language model to be drafted for.

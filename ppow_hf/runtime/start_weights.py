@@ -1,4 +1,4 @@
-"""What a new drafter's weights begin with: its target's embeddings, head, final norm and, where wanted, layers.
+"""What a new drafter's weights begin with: its target's embeddings, head and, where wanted, layers.
 
 Knows both models' modules; knows nothing about training.
 """
@@ -48,9 +48,6 @@ def start_from_target(
             _start_standalone_layers(draft.model, target, init_layers)
         return
     _start_states_and_head(drafter, head, token_counts)
-    scale = final_norm_scale(target)
-    if head is not None and scale is not None and scale.shape == draft.norm.weight.shape:
-        draft.norm.weight.copy_(scale)
     if init_layers is not None:
         _start_eagle_layer(draft, decoder_layers(target)[init_layers[0]])
 
@@ -102,20 +99,6 @@ def check_init_layers(architecture: str, init_layers: Sequence[int], num_layers:
         raise ValueError(f"init_layers: {list(init_layers)} given; the target's layers are 0 to {num_layers - 1}.")
     if architecture == "eagle" and len(init_layers) != 1:
         raise ValueError(f"init_layers: {list(init_layers)} given, but an eagle drafter has one layer; name one.")
-
-
-def final_norm_scale(target: Any) -> torch.Tensor | None:
-    """What the target's final RMS norm multiplies each channel by, `[H]`, which the head's weights belong to.
-
-    `None` for another kind of norm.
-    """
-    norm = getattr(target.get_decoder(), "norm", None)
-    if norm is None or not type(norm).__name__.endswith("RMSNorm"):
-        return None
-    weight: Any = norm.weight
-    if weight.is_meta:
-        return None
-    return norm(torch.ones_like(weight)[None])[0]  # of ones, whose norm is 1; some families add 1 to their weights
 
 
 def decoder_layers(target: Any) -> nn.ModuleList:

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .vllm_runner import PYTHON_VARIABLE, EngineRun, run_vllm, vllm_python
+from .engine_process import EngineRun
+from .vllm_runner import PYTHON_VARIABLE, run_vllm, vllm_python
 
 if TYPE_CHECKING:
     import torch
 
     from ..runtime.modeling_ppow import PPOWDrafter
 
-METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa"}
+METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa", "block": "dflash"}
 
 
 @dataclass
@@ -121,7 +122,8 @@ def compare(
         target (`PreTrainedModel`), drafter ([`PPOWDrafter`]): both loaded, for transformers.
         prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
         max_new_tokens (`int`, *optional*, defaults to `64`): of each prompt.
-        window (`int`, *optional*, defaults to `5`): draft tokens a round; a medusa drafter's heads instead.
+        window (`int`, *optional*, defaults to `5`):
+            Draft tokens a round; of a medusa or block drafter its longest window instead.
         python (`str`, *optional*): see [`vllm_python`].
         engine: further arguments of `vllm.LLM`.
 
@@ -131,8 +133,8 @@ def compare(
     from ..export import export_drafter
 
     architecture = drafter.config.architecture
-    if architecture == "medusa":
-        window = len(drafter.draft_model.lm_heads)
+    window = drafter.config.longest_window or window
+    method = "dspark" if drafter.config.markov_rank else METHODS[architecture]
     ids = [prompt[0].tolist() for prompt in prompts]
     common: dict[str, Any] = {
         "python": python,
@@ -144,7 +146,7 @@ def compare(
     }
     with tempfile.TemporaryDirectory(prefix="ppow-export-") as folder:
         export_drafter(drafter, folder, "vllm", target=target, target_name=target_name)
-        speculative = {"method": METHODS[architecture], "model": folder, "num_speculative_tokens": window}
+        speculative = {"method": method, "model": folder, "num_speculative_tokens": window}
         plain = run_vllm(target_name, ids, max_new_tokens, **common)
         with_drafter = run_vllm(target_name, ids, max_new_tokens, speculative, **common)
     rows = [_engine_row("vLLM", plain, plain), _engine_row(f"vLLM, drafter, {window} tokens", with_drafter, plain)]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ppow_hf
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
+from ppow_hf.data.models import shipped_drafter
 from ppow_hf.measure.evaluation import left_padded, until_end
 
 pytestmark = pytest.mark.real
@@ -118,3 +119,7 @@ def test_train_save_load_generate_and_export(folder, target, drafter, tokenizer,
         out = tmp_path / format
         assert main(["export", "--drafter", str(trained), *model, "--format", format, "--output-dir", str(out)]) == 0
         assert (out / "config.json").is_file()
+
+
+def test_the_drafter_of_the_package_is_found_by_the_targets_tokenizer(tokenizer):
+    assert shipped_drafter(tokenizer) == "smollm2-135m-eagle"

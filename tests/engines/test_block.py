@@ -1,0 +1,116 @@
+"""DFlash drafters in a real vLLM on a CPU, on its ordinary runner: the same text as without, our acceptance.
+
+One layer: with more of them vLLM 0.32 on a CPU norms all layers' context keys by the first one's k_norm.
+"""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from engine_helpers import NEW_TOKENS, WINDOW, assert_same_acceptance, run_ours
+from safetensors.torch import load_file, save_file
+
+from ppow_hf import PPOWDrafter, tiny
+from ppow_hf.measure.evaluation import decode
+from ppow_hf.runtime.modeling_ppow import collect_target_states
+from ppow_hf.serving.vllm_runner import run_vllm
+
+pytestmark = pytest.mark.engines
+
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def block(target, eagle, prompts) -> PPOWDrafter:
+    """Trained here for a minute on what the target writes behind some of the prompts; head and embeddings shared."""
+    torch.manual_seed(0)
+    drafter = PPOWDrafter.from_target(target, "block", block_size=WINDOW, num_hidden_layers=1)
+    outputs, _ = decode(target, eagle, prompts[:10], NEW_TOKENS)
+    shortest = min(32, *map(len, prompts[:10]))
+    ids = torch.tensor([[*prompt[-shortest:], *output] for prompt, output in zip(prompts[:10], outputs, strict=False)])
+    with torch.no_grad():
+        hidden_states = target(ids, output_hidden_states=True).hidden_states
+    states = collect_target_states(hidden_states, drafter.config.target_layer_ids)
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=2e-3)
+    for step in range(STEPS):
+        prefixes = torch.arange(1 + step % 3, ids.shape[1] - WINDOW, 3).expand(len(ids), -1)
+        windows = ids[:, prefixes[0][:, None] + 1 + torch.arange(WINDOW)]
+        features = drafter(ids, states, prefixes=prefixes, draft_ids=windows).window_features
+        logits = drafter.draft_logits(features)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), windows.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return drafter.eval()
+
+
+@pytest.fixture(scope="module")
+def reduced_block(block, target, prompts) -> PPOWDrafter:
+    """The same with a head of its own for 1,000 tokens, a scale moved from it to the norm, and another mask token."""
+    outputs, _ = decode(target, block, prompts[:10], NEW_TOKENS)
+    counts = torch.bincount(torch.tensor(outputs).flatten(), minlength=block.config.vocab_size).float()
+    counts[::5] += 0.5
+    kept = counts.topk(1000).indices.sort().values
+    config = copy.deepcopy(block.config)
+    config.draft_vocab_size, config.shares_target_head = len(kept), False
+    drafter = PPOWDrafter(config)
+    weights = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    scale = torch.logspace(-1, 1, config.draft_config.hidden_size)
+    weights["draft_model.norm.weight"] *= scale
+    weights["draft_model.lm_head.weight"] = target.get_output_embeddings().weight[kept] / scale
+    drafter.load_state_dict(weights, strict=False)
+    drafter.set_draft_vocabulary(kept)
+    drafter.attach_target(target)
+    return drafter.eval()
+
+
+@pytest.fixture(scope="module")
+def our_runs(block, reduced_block, target, prompts):
+    return {name: run_ours(target, drafter, prompts) for name, drafter in drafters(block, reduced_block).items()}
+
+
+def drafters(block, reduced_block) -> dict[str, PPOWDrafter]:
+    return {"block": block, "reduced-block": reduced_block}
+
+
+def speculative(folder):
+    return {"method": "dflash", "model": str(folder), "num_speculative_tokens": WINDOW}
+
+
+@pytest.mark.parametrize("name", ["block", "reduced-block"])
+def test_dflash_export_is_served_with_our_acceptance(name, block, reduced_block, exported, our_runs, plain, prompts):
+    folder = exported(name, drafters(block, reduced_block)[name])
+    served = run_vllm(tiny.target_path(), prompts, NEW_TOKENS, speculative(folder))
+    assert served.outputs == plain.outputs
+    assert served.outputs == our_runs[name].outputs
+    assert_same_acceptance(served, our_runs[name])
+
+
+def test_speculators_directory_is_served_by_itself(reduced_block, exported, our_runs, plain, prompts):
+    folder = exported("reduced-block", reduced_block, "speculators")
+    served = run_vllm(folder, prompts, NEW_TOKENS)
+    assert served.outputs == plain.outputs
+    assert_same_acceptance(served, our_runs["reduced-block"])
+
+
+@pytest.mark.parametrize("damage", ["d2t", "norm.weight", "mask_token_id"])
+def test_acceptance_betrays_a_damaged_directory(damage, reduced_block, exported, our_runs, prompts, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported("reduced-block", reduced_block), folder)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    if damage == "mask_token_id":
+        config["dflash_config"][damage] = 0
+    else:
+        del tensors[damage]
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        served = run_vllm(tiny.target_path(), prompts, NEW_TOKENS, speculative(folder))
+    except RuntimeError as error:  # a later vLLM may refuse it, which is better still
+        assert damage in str(error) or "weights" in str(error)
+        return
+    with pytest.raises(AssertionError, match="vLLM"):
+        assert_same_acceptance(served, our_runs["reduced-block"])
