@@ -60,7 +60,10 @@ def text_objective(
     scales: torch.Tensor | None = None
     if steps > 1 or drafter.config.one_step:
         if weighting == "visited":
-            prefixes, visited = visited_windows(drafter, target, args, inputs, encoding, steps)
+            with torch.no_grad():  # what DDP looks at, to expect no backward pass
+                prefixes, visited = model(
+                    inside=lambda drafter: visited_windows(drafter, target, args, inputs, encoding, steps)
+                )
         if drafter.config.one_step and prefixes.shape[1] > args.num_anchors:
             begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
             uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
