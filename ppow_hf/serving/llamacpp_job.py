@@ -20,7 +20,7 @@ KINDS = {
     "eagle3": "COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3",
     "ngram": "COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE",
 }
-NGRAM = 3  # tokens that must have occurred before, as in the other engines' rows
+NGRAM = 3  # tokens that must have occurred before, as in engine_bench
 
 
 def main(job_path, result_path):
