@@ -20,26 +20,25 @@ from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
 
-STEPS = 240
+LEARNED, STEPS = 3, 120
 
 
 @pytest.fixture(scope="module")
 def block(target, eagle, prompts) -> PPOWDrafter:
-    """Trained here for a minute on what the target writes behind some of the prompts; head and embeddings shared."""
+    """Trained here for a minute, until it knows by heart what the target writes behind the first prompts."""
     torch.manual_seed(0)
     drafter = PPOWDrafter.from_target(target, "block", block_size=WINDOW, num_hidden_layers=1)
-    outputs, _ = decode(target, eagle, prompts[:10], NEW_TOKENS)
-    shortest = min(32, *map(len, prompts[:10]))
-    ids = torch.tensor([[*prompt[-shortest:], *output] for prompt, output in zip(prompts[:10], outputs, strict=False)])
+    outputs, _ = decode(target, eagle, prompts[:LEARNED], NEW_TOKENS)
+    texts = [torch.tensor([[*prompt, *output]]) for prompt, output in zip(prompts, outputs, strict=False)]
     with torch.no_grad():
-        hidden_states = target(ids, output_hidden_states=True).hidden_states
-    states = collect_target_states(hidden_states, drafter.config.target_layer_ids)
+        layers = drafter.config.target_layer_ids
+        states = [collect_target_states(target(t, output_hidden_states=True).hidden_states, layers) for t in texts]
     optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-3)
     for step in range(STEPS):
-        some = torch.arange(step % 2, len(ids), 2)
-        prefixes = torch.arange(1 + step % 3, ids.shape[1] - WINDOW, 3).expand(len(some), -1)
-        windows = ids[some][:, prefixes[0][:, None] + 1 + torch.arange(WINDOW)]
-        features = drafter(ids[some], states[some], prefixes=prefixes, draft_ids=windows).window_features
+        text, state, start = texts[step % LEARNED], states[step % LEARNED], len(prompts[step % LEARNED])
+        prefixes = torch.arange(start, text.shape[1] - WINDOW)[None]
+        windows = text[:, prefixes[0][:, None] + 1 + torch.arange(WINDOW)]
+        features = drafter(text, state, prefixes=prefixes, draft_ids=windows).window_features
         logits = drafter.draft_logits(features)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), windows.flatten())
         optimizer.zero_grad()
@@ -53,7 +52,7 @@ def block(target, eagle, prompts) -> PPOWDrafter:
 @pytest.fixture(scope="module")
 def reduced_block(block, target, prompts) -> PPOWDrafter:
     """The same with a head of its own for 1,000 tokens, a scale moved from it to the norm, and another mask token."""
-    outputs, _ = decode(target, block, prompts[:10], NEW_TOKENS)
+    outputs, _ = decode(target, block, prompts[:LEARNED], NEW_TOKENS)
     counts = torch.bincount(torch.tensor(outputs).flatten(), minlength=block.config.vocab_size).float()
     counts[::5] += 0.5
     kept = counts.topk(1000).indices.sort().values
