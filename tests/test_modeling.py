@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
-from ppow_hf.runtime import modeling_ppow
+from ppow_hf.runtime import draft_models
 from ppow_hf.runtime.compatibility import check_width
 from ppow_hf.runtime.configuration_ppow import default_target_layers, vocabulary_fingerprint
 from ppow_hf.runtime.draft_session import AHEAD, packed_allowed
@@ -147,24 +147,46 @@ def test_window_features_equal_separate_forwards_on_prefix_and_draft(make_target
 
 @pytest.mark.lowest
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_windows_too_many_to_attend_apart_have_the_same_features_and_gradients(make_target, monkeypatch, family):
+def test_windows_that_attend_in_blocks_have_the_same_features_and_gradients(make_target, monkeypatch, family):
     target = make_target(family)
     drafter = make_drafter(target, "eagle")
     input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
     states = states_of(target, drafter, input_ids)
     features, gradients = [], []
     for most in (0, 10**6):
-        monkeypatch.setattr(modeling_ppow, "APART_SCORES", most)
+        monkeypatch.setattr(draft_models, "SCORES_AT_ONCE", most)
+        monkeypatch.setattr(draft_models, "BLOCK_SCORES", 100)
         drafter.zero_grad()
         output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
         (output.window_features * torch.linspace(-1, 1, K)[:, None]).square().sum().backward()
         features.append(output.window_features.detach())
         gradients.append([p.grad.clone() for p in drafter.parameters() if p.grad is not None])
-    assert not torch.equal(*features)  # two ways of computing it, not one
     torch.testing.assert_close(*features, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
     expected = slow_window_features(drafter, states, input_ids, prefixes, draft_ids)
     torch.testing.assert_close(features[0], expected.detach(), atol=2e-4, rtol=2e-4)
+
+
+def test_what_training_keeps_of_many_windows_grows_with_text_and_windows_not_their_product(monkeypatch, target):
+    monkeypatch.setattr(draft_models, "SCORES_AT_ONCE", 2**12)
+    monkeypatch.setattr(draft_models, "BLOCK_SCORES", 2**12)
+    drafter = make_drafter(target, "eagle")
+    kept_bytes = []
+    for length in (60, 120, 240):
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        input_ids = tokens(1, length)
+        prefixes = torch.arange(1, length - 1)[None]
+        draft_ids = torch.zeros(1, length - 2, 3, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            drafter(input_ids, states_of(target, drafter, input_ids), prefixes=prefixes, draft_ids=draft_ids)
+        kept_bytes.append(sum(kept.values()))
+    first, second = kept_bytes[1] - kept_bytes[0], kept_bytes[2] - kept_bytes[1]
+    assert second < 2.2 * first  # 4 where it grew with the product
 
 
 @pytest.mark.parametrize("most", [0, 10**6])
@@ -173,7 +195,8 @@ def test_windows_that_end_early_have_the_features_and_gradients_of_their_beginni
     make_target, monkeypatch, architecture, most
 ):
     """Each window its own length, among them none and all of it."""
-    monkeypatch.setattr(modeling_ppow, "APART_SCORES", most)
+    monkeypatch.setattr(draft_models, "SCORES_AT_ONCE", most)
+    monkeypatch.setattr(draft_models, "BLOCK_SCORES", 100)
     target = make_target("llama")
     drafter = make_drafter(target, architecture)
     input_ids, (prefixes, draft_ids) = tokens(B, S), windows()

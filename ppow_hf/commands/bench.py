@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
     )
     if arguments.engine:
-        return engine_bench.run(arguments, target, drafter, prompts)
+        return engine_bench.run(arguments, target, tokenizer, drafter, prompts)
 
     from ..measure.benchmark import run_benchmark
     from ..measure.benchmark_report import format_table, plot_windows, verdict, write_benchmark

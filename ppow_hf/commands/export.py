@@ -1,4 +1,4 @@
-"""`ppow export`: a drafter as a directory that vLLM, SGLang or speculators serve as it is.
+"""`ppow export`: a drafter as a directory or GGUF file that serving engines load as it is.
 
 Knows arguments and messages; names, shapes and checks are in export/.
 """
@@ -14,16 +14,17 @@ def register(subparsers: Any) -> None:
     """Add the parser of `ppow export`."""
     parser = subparsers.add_parser(
         "export",
-        help="write a drafter as a directory for vLLM, SGLang or speculators",
+        help="write a drafter for vLLM, SGLang, OpenVINO GenAI, speculators or llama.cpp",
         description="Write a drafter as a directory that a serving engine loads as it is, check it, and say what an "
         "engine cannot serve. The directory's README holds the commands that serve it.",
     )
     parser.add_argument("drafter", metavar="DRAFTER", help=f"the drafter: {MODEL_HELP}")
     parser.add_argument(
         "--format",
-        choices=["vllm", "sglang", "speculators", "standalone"],
+        choices=["vllm", "sglang", "speculators", "standalone", "gguf"],
         default="vllm",
-        help="what it is for; vllm and sglang are the same directory (default: %(default)s)",
+        help="what it is for; vllm and sglang are the same directory, which OpenVINO reads too; gguf is for llama.cpp "
+        "(default: %(default)s)",
     )
     parser.add_argument("--output-dir", required=True, help="folder of the directory's files")
     parser.add_argument(
@@ -38,8 +39,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="number format of the weights (default: the drafter's own)",
+        choices=["float32", "bfloat16", "float16", "q8_0"],
+        help="number format of the weights; q8_0 for gguf only (default: the drafter's own; float16 for gguf)",
     )
     parser.add_argument(
         "--speculative-tokens",
@@ -53,13 +54,13 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the directory and say what is in it."""
     ensure_writable(arguments.output_dir, "--output-dir")
-    drafter = load_drafter(arguments.drafter, "DRAFTER", arguments.dtype or "auto", "cpu")
+    gguf = arguments.format == "gguf"
+    if arguments.dtype == "q8_0" and not gguf:
+        raise ValueError(f"--dtype: q8_0 is for --format gguf; {arguments.format} takes float32, bfloat16 or float16.")
+    drafter = load_drafter(arguments.drafter, "DRAFTER", "auto" if gguf else arguments.dtype or "auto", "cpu")
     name = _needed_target(arguments, drafter)
     target = None if name is None else load_target(name, "--target", "auto", "cpu")
-    tokenizer = None
-    own_tokenizer = Path(resolve(arguments.drafter), "tokenizer_config.json")
-    if drafter.config.architecture == "standalone" and own_tokenizer.is_file():
-        tokenizer = load_tokenizer(arguments.drafter, "DRAFTER")
+    tokenizer = _needed_tokenizer(arguments, drafter)
     from ..export import export_drafter
 
     report = export_drafter(
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         share_embeddings=arguments.share_embeddings,
         speculative_tokens=arguments.speculative_tokens,
+        gguf_dtype=arguments.dtype or "float16",
     )
     print(
         f"{report.folder}: {report.layout}, {report.tensors} tensors, {report.parameters / 1e6:.2f} million "
@@ -80,6 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"The commands that serve it are in {report.folder / 'README.md'}")
     return 0
+
+
+def _needed_tokenizer(arguments: argparse.Namespace, drafter: Any) -> Any:
+    """The tokenizer to write: of a standalone drafter where it has one, for GGUF at least its target's."""
+    gguf = arguments.format == "gguf"
+    own = Path(resolve(arguments.drafter), "tokenizer_config.json").is_file()
+    if own and (gguf or drafter.config.architecture == "standalone"):
+        return load_tokenizer(arguments.drafter, "DRAFTER")
+    name = arguments.target or drafter.config.target_name_or_path
+    if gguf and name is None:
+        raise ValueError("--target: a GGUF file holds its tokenizer and the drafter has none; name the target.")
+    return load_tokenizer(name, "--target") if gguf else None
 
 
 def _needed_target(arguments: argparse.Namespace, drafter: Any) -> str | None:

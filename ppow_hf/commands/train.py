@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif record is None:
         drafter, train_data = drafter_for_data(script, training, target, tokenizer)
     else:
-        drafter = drafter_for_record(script, training, record, tokenizer)
+        drafter = drafter_for_record(script, training, record, target or record.target, tokenizer)
     trainer = PPOWTrainer(
         model=drafter,
         target_model=target,
@@ -212,18 +212,20 @@ def drafter_for_data(script: ScriptArguments, training: Any, target: Any, tokeni
     return new_drafter(script, training, target, tokenizer, counts), sequences
 
 
-def drafter_for_record(script: ScriptArguments, training: Any, record: "StateRecord", tokenizer: Any) -> "PPOWDrafter":
-    """A new drafter for the target whose states are recorded, reading those of the recorded layers."""
+def drafter_for_record(
+    script: ScriptArguments, training: Any, record: "StateRecord", target: Any, tokenizer: Any
+) -> "PPOWDrafter":
+    """A new drafter that reads the recorded layers, begun from `target`, or from what the record has of it."""
     from ..runtime.target_weights import target_width
 
-    named = dataclasses.replace(script, target=record.manifest["target"])
+    named = dataclasses.replace(script, target=script.target or record.manifest["target"])
     counts = record.sequences.count_tokens(target_width(record.target))
     layers = {}
     if script.architecture == "eagle":
         layers = {"target_layer_ids": record.layer_ids}
     elif script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
         layers = {"target_layer_ids": [layer for layer in record.layer_ids if layer] or record.layer_ids}
-    return new_drafter(named, training, record.target, tokenizer, counts, **layers)
+    return new_drafter(named, training, target, tokenizer, counts, **layers)
 
 
 def evaluation_sources(given: list[str]) -> str | dict[str, str] | None:

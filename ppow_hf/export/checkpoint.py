@@ -104,7 +104,7 @@ def tensor_problems(
             found.append(f"{name}: shape {given} instead of {wanted}")
     for name, tensor in tensors.items():
         if name not in expected:
-            # A full draft vocabulary may still come with its (empty) translation.
+            # A full draft vocabulary may still come with its translation, which changes nothing.
             if name in ("d2t", "t2d") and whole_vocabulary:
                 continue
             found.append(f"{name}: not a tensor of {kind}")

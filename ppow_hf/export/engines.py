@@ -1,7 +1,7 @@
 """What the engines cannot serve, or serve otherwise than one would think, said before anyone tries.
 
-Facts about vLLM 0.32 and SGLang 0.5.23, measured on a CPU, or read in their source where so said. Knows configurations
-only.
+Facts about vLLM 0.32, SGLang 0.5.23 and llama.cpp, measured on a CPU, or read in their source where so said. Knows
+configurations only.
 """
 
 from typing import Any
@@ -22,6 +22,8 @@ def serving_notes(
 
     `own_embeddings`: whether an eagle drafter's embeddings differ from the target's, where that is known.
     """
+    if layout == "gguf":
+        return gguf_notes(drafter, target_config)
     config, draft = drafter.config, drafter.config.draft_config
     text = None if target_config is None else target_config.get_text_config()
     notes = []
@@ -88,6 +90,24 @@ def _block_notes(config: Any, layout: str, family: str | None) -> list[str]:
             "vLLM 0.32 on a CPU norms every layer's context keys by the first layer's k_norm: it accepts less than "
             "ppow_hf does."
         )
+    return notes
+
+
+def gguf_notes(drafter: Any, target_config: Any = None) -> list[str]:
+    """Sentences about what a drafter will meet in llama.cpp; empty if nothing is known to be in its way."""
+    config = drafter.config
+    text = None if target_config is None else target_config.get_text_config()
+    family = config.target_model_type or getattr(text, "model_type", None)
+    if config.architecture != "eagle":
+        return []
+    notes = []
+    if family not in (None, *TESTED_FAMILIES):
+        notes.append(
+            f"The target is a {family} model; llama.cpp was tested with {' and '.join(TESTED_FAMILIES)}, and "
+            "hands out its layers' states for some families only."
+        )
+    if text is not None and max(config.target_layer_ids) == text.num_hidden_layers:
+        notes.append(f"It reads the state behind the last layer, {text.num_hidden_layers}; not tried in llama.cpp.")
     return notes
 
 

@@ -23,7 +23,7 @@ def eagle3_shapes(fields: dict[str, Any], width: int, layer: str) -> dict[str, t
 
     Args:
         fields (`dict`): config.json's fields of the one layer.
-        width (`int`): size of the draft vocabulary. `d2t` and `t2d` belong to a reduced one only.
+        width (`int`): size of the draft vocabulary. `d2t` and `t2d` must be there for a reduced one only.
         layer (`str`): what the layer is called, one of `LAYER_NAMES`.
     """
     hidden, inner, heads = fields["hidden_size"], fields["intermediate_size"], fields["num_attention_heads"]
@@ -59,7 +59,8 @@ def named_tensors(drafter: Any) -> dict[str, torch.Tensor]:
 def eagle3_tensors(drafter: Any, layer: str, embeddings: bool = True) -> dict[str, torch.Tensor]:
     """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU.
 
-    With `embeddings` those of a drafter that shares its target's too, which must have been attached.
+    With `embeddings` those of a drafter that shares its target's too, which must have been attached. `d2t` and `t2d`
+    are there for a whole vocabulary too: without them OpenVINO's converter leaves the translation uninitialised.
     """
     tensors = {}
     if drafter.config.shares_target_embeddings and embeddings:
@@ -69,8 +70,10 @@ def eagle3_tensors(drafter: Any, layer: str, embeddings: bool = True) -> dict[st
         if name.startswith(LAYER_NAMES["eagle3"]):
             name = layer + name.removeprefix(LAYER_NAMES["eagle3"])
         tensors[name] = tensor
-    if drafter.config.draft_vocab_size == drafter.config.vocab_size:  # a permutation of nothing: engines want it gone
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    width, size = drafter.config.draft_vocab_size, drafter.config.vocab_size
+    if width in (None, size):
+        tensors["d2t"] = torch.zeros(size, dtype=torch.int64)
+        tensors["t2d"] = torch.ones(size, dtype=torch.bool)
     if not embeddings:
         tensors.pop("embed_tokens.weight", None)
     return tensors

@@ -1,4 +1,4 @@
-"""Write a PPOWDrafter as a directory that serving engines load as it is, and check what was written.
+"""Write a PPOWDrafter as a directory or file that serving engines load as it is, and check what was written.
 
 Knows formats, files and the limits of the engines; changes no weight. What the engines do with the directory is
 tested against the engines themselves (tests/engines).
@@ -32,8 +32,9 @@ from .formats import (
     portable_rope,
     speculators_config,
 )
+from .gguf_files import NUMBER_FORMATS, gguf_name, write_causal_lm, write_eagle3
 
-FORMATS = ("vllm", "sglang", "speculators", "standalone")
+FORMATS = ("vllm", "sglang", "speculators", "standalone", "gguf")
 
 
 @dataclass
@@ -43,8 +44,8 @@ class ExportReport:
     Args:
         folder (`Path`): the directory.
         layout (`str`):
-            `"eagle3"`, `"speculators"`, `"standalone"`, `"medusa"`, `"dflash"`, `"dspark"`, or speculators' of the
-            last two, `"speculators-dflash"` and `"speculators-dspark"`.
+            `"eagle3"`, `"speculators"`, `"standalone"`, `"medusa"`, `"gguf"`, `"dflash"`, `"dspark"`, or speculators'
+            of the last two, `"speculators-dflash"` and `"speculators-dspark"`.
         files (`list[str]`): names of its files.
         tensors, parameters (`int`): counts.
         notes (`list[str]`): what an engine cannot serve, or what to know before it does.
@@ -68,27 +69,32 @@ def export_drafter(
     tokenizer: Any = None,
     share_embeddings: bool = False,
     speculative_tokens: int | None = None,
+    gguf_dtype: str = "float16",
 ) -> ExportReport:
     """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
 
-    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read, or, for a
-    standalone drafter, a plain causal language model. Medusa heads are for vLLM alone.
+    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read (EAGLE-3 OpenVINO
+    GenAI too), or, for a standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"`
+    writes one file for llama.cpp, of a standalone or an eagle drafter, with the tokenizer in it.
 
     Args:
-        drafter ([`PPOWDrafter`]): the drafter; its weights are written in the number format they are in.
+        drafter ([`PPOWDrafter`]):
+            The drafter; its weights are written in the number format they are in, but for GGUF.
         output_dir (`str` or `Path`): the directory; made if need be; an earlier export in it is replaced.
-        format (`str`, *optional*, defaults to `"vllm"`): `"vllm"`, `"sglang"`, `"speculators"` or `"standalone"`.
+        format (`str`, *optional*, defaults to `"vllm"`): one of `FORMATS`.
         target (`PreTrainedModel`, *optional*):
             The target. Its embeddings are written for an eagle drafter that shares them, or compared for
             `share_embeddings`. A block drafter's export leaves out what it shares.
         target_name (`str`, *optional*):
             Folder or Hub name of the target for the README and for speculators; by default the one that the drafter
             was trained for. A folder's config.json is read to check that the drafter fits.
-        tokenizer (*optional*): written beside a standalone drafter.
+        tokenizer (*optional*): written beside a standalone drafter; for GGUF, the target's, which is needed.
         share_embeddings (`bool`, *optional*, defaults to `False`):
             Leave out the embeddings, so that engines take the target's: for a drafter that has the very same.
         speculative_tokens (`int`, *optional*):
             Window of the commands in the README, and of speculators' configuration; by default 5, or a whole block.
+        gguf_dtype (`str`, *optional*, defaults to `"float16"`):
+            Number format of a GGUF file's matrices: `"float32"`, `"float16"`, `"bfloat16"` or `"q8_0"`.
 
     Returns:
         [`ExportReport`]
@@ -96,6 +102,7 @@ def export_drafter(
     Raises:
         `ValueError`: if the drafter's architecture has no such format, an argument is out of range, the target is
         another one, or what was written does not read back as it should.
+        `ImportError`: for `"gguf"` without the package of that name.
     """
     layout = _layout(drafter, format)
     if problems := drafter.weight_problems():
@@ -116,7 +123,9 @@ def export_drafter(
     # Written beside and moved at the end: a directory that an engine may be reading never holds half of each.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
         written = Path(scratch)
-        if layout == "standalone":
+        if layout == "gguf":
+            tensors = _write_gguf(drafter, written, tokenizer, gguf_dtype, embeddings=not share_embeddings)
+        elif layout == "standalone":
             tensors = _write_standalone(drafter, written, tokenizer)
         elif layout == "medusa":
             tensors = named_tensors(drafter)
@@ -135,16 +144,10 @@ def export_drafter(
                 fields = _speculators_fields(drafter, written_name, target_config, tokens)
             _write_eagle3(written, tensors, fields)
         notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
-        if (
-            format == "speculators"
-            and _is_local(name)
-            and not Path(folder.resolve().parent, str(written_name)).is_dir()
-        ):
-            notes.append(
-                f"`config.json` names the target {written_name!r} without its folder, since a directory may be "
-                "published. Serve it from where the target lies, or write its path into `verifier.name_or_path`."
-            )
-        text = engine_readme(drafter, layout, folder.resolve().name, written_name, notes, tokens, package_version())
+        if format == "speculators":
+            notes += _target_notes(name, str(written_name), folder)
+        place = folder.resolve().name
+        text = engine_readme(drafter, layout, place, written_name, notes, tokens, package_version(), gguf_dtype)
         (written / "README.md").write_text(text, encoding="utf-8")
         files = sorted(path.name for path in written.iterdir())
         _check_free(folder, files)
@@ -171,8 +174,8 @@ def _check_free(folder: Path, files: list[str]) -> None:
 def _layout(drafter: PPOWDrafter, format: str) -> str:
     architecture, block = drafter.config.architecture, "dspark" if is_dspark(drafter) else "dflash"
     layouts = {
-        "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators"},
-        "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone"},
+        "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators", "gguf": "gguf"},
+        "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone", "gguf": "gguf"},
         "medusa": {"vllm": "medusa"},
         "block": {"vllm": block, "sglang": block, "speculators": f"speculators-{block}"},
     }[architecture]
@@ -242,6 +245,15 @@ def _written_name(name: str | None, folder: Path) -> str | None:
         return public_name(name)
     target, beside = Path(name).expanduser().resolve(), folder.resolve().parent
     return target.relative_to(beside).as_posix() if target.is_relative_to(beside) else public_name(str(target))
+
+
+def _target_notes(name: str | None, written_name: str, folder: Path) -> list[str]:
+    if not _is_local(name) or Path(folder.resolve().parent, written_name).is_dir():
+        return []
+    return [
+        f"`config.json` names the target {written_name!r} without its folder, since a directory may be published. "
+        "Serve it from where the target lies, or write its path into `verifier.name_or_path`."
+    ]
 
 
 def _check_target(drafter: PPOWDrafter, target_config: Any) -> None:
@@ -397,6 +409,19 @@ def _write_standalone(drafter: PPOWDrafter, folder: Path, tokenizer: Any) -> dic
         problems.append(f"rope_parameters: read back as {found.config.rope_parameters}")
     _raise_problems(problems)
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def _write_gguf(
+    drafter: PPOWDrafter, folder: Path, tokenizer: Any, gguf_dtype: str, embeddings: bool
+) -> dict[str, torch.Tensor]:
+    if gguf_dtype not in NUMBER_FORMATS:
+        raise ValueError(f"gguf_dtype: {gguf_dtype!r} is not one of {list(NUMBER_FORMATS)}.")
+    if tokenizer is None:
+        raise ValueError("tokenizer: a GGUF file holds its tokenizer; pass the target's.")
+    path = folder / gguf_name(gguf_dtype)
+    if drafter.config.architecture == "standalone":
+        return write_causal_lm(path, drafter.draft_model.model, tokenizer, gguf_dtype)
+    return write_eagle3(path, drafter, tokenizer, gguf_dtype, embeddings)
 
 
 def _raise_problems(problems: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +27,11 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_ppow import PPOWDrafterConfig
 from .draft_session import KeysValues, additive_mask, cache_argument, causal_allowed, rearrange_cache
 
+# Attention scores of a draft step (batch * heads * windows * text) that are held at once, of 14 bytes each. Of more,
+# blocks of windows attend one after the other, and the backward pass computes each block's again.
+SCORES_AT_ONCE = 2**24
+BLOCK_SCORES = 2**22
+
 
 @dataclass
 class WindowKeys:
@@ -33,10 +39,12 @@ class WindowKeys:
 
     Args:
         text (`[B, heads, S, d]` each): the text's.
+        ends (`[B, M]`): the last of the text's keys that each window sees.
         own (`[B, heads, M, j, d]` each, *optional*): of the j tokens that each window has.
     """
 
     text: KeysValues
+    ends: torch.Tensor
     own: KeysValues | None = None
 
     def extended(self, keys: torch.Tensor, values: torch.Tensor) -> "WindowKeys":
@@ -44,33 +52,61 @@ class WindowKeys:
         own = keys[:, :, :, None], values[:, :, :, None]
         if self.own is not None:
             own = torch.cat([self.own[0], own[0]], dim=3), torch.cat([self.own[1], own[1]], dim=3)
-        return WindowKeys(self.text, own)
+        return WindowKeys(self.text, self.ends, own)
 
     def of_windows(self, order: torch.Tensor) -> "WindowKeys":
         """Those of the windows `order` `[B, A]` alone."""
+        ends = self.ends.gather(1, order)
         if self.own is None:
-            return self
+            return WindowKeys(self.text, ends)
         index = order[:, None, :, None, None].expand(-1, self.own[0].shape[1], -1, *self.own[0].shape[3:])
-        return WindowKeys(self.text, (self.own[0].gather(2, index), self.own[1].gather(2, index)))
+        return WindowKeys(self.text, ends, (self.own[0].gather(2, index), self.own[1].gather(2, index)))
 
-    def attend(self, queries: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What queries `[B, q_heads, M, d]` see: of the text what `allowed` `[B, 1, M, S]` says, and their own window.
+    def attend(self, queries: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What queries `[B, q_heads, M, d]` see of the text and of their own window: `[B, M, q_heads * d]`.
 
-        A window's own tokens are few: one product each, where a mask over all windows' tokens would be M times as
-        wide. Returns `[B, M, q_heads * d]`.
+        Memory grows with text and windows: no more than [`SCORES_AT_ONCE`] of their product are held.
         """
         assert self.own is not None
-        (keys, values), (own_keys, own_values) = self.text, self.own
-        batch, heads, count, width = own_keys.shape[0], own_keys.shape[1], queries.shape[2], queries.shape[3]
-        grouped = queries.view(batch, heads, -1, count, width)
-        to_text = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
-        to_text = to_text.masked_fill(~allowed[:, :, None], -torch.inf)
-        to_own = (grouped[:, :, :, :, None] * own_keys[:, :, None]).sum(-1)
-        weights = (torch.cat([to_text.float(), to_own.float()], dim=-1) * scaling).softmax(-1).to(values.dtype)
-        of_text, of_own = weights.split([keys.shape[2], own_keys.shape[3]], dim=-1)
-        seen = (of_text.flatten(2, 3) @ values).view(grouped.shape)
-        seen = seen + (of_own[..., None] * own_values[:, :, None]).sum(-2)
-        return seen.flatten(1, 2).transpose(1, 2).flatten(2)
+        scores = queries[..., 0].numel() * self.text[0].shape[2]
+        if scores <= SCORES_AT_ONCE:
+            return attend_windows(queries, *self.own, self.ends, *self.text, scaling)
+        blocks = -(-scores // BLOCK_SCORES)
+        parts = (
+            tensor.tensor_split(blocks, dim)
+            for tensor, dim in ((queries, 2), *((x, 2) for x in self.own), (self.ends, 1))
+        )
+        seen = [
+            checkpoint(attend_windows, *block, *self.text, scaling, use_reentrant=False, preserve_rng_state=False)
+            for block in zip(*parts, strict=True)
+        ]
+        return torch.cat(seen, dim=1)
+
+
+def attend_windows(
+    queries: torch.Tensor,
+    own_keys: torch.Tensor,
+    own_values: torch.Tensor,
+    ends: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of windows' newest tokens, `[B, M, q_heads * d]`; shapes as of [`WindowKeys`].
+
+    A window's own tokens are few: one product each, where a mask over all windows' tokens would be M times as wide.
+    """
+    batch, heads, count, width = own_keys.shape[0], own_keys.shape[1], queries.shape[2], queries.shape[3]
+    grouped = queries.reshape(batch, heads, -1, count, width)
+    to_text = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
+    beyond = torch.arange(keys.shape[2], device=ends.device) > ends[..., None]  # [B, M, S]
+    to_text = to_text.masked_fill(beyond[:, None, None], -torch.inf)
+    to_own = (grouped[:, :, :, :, None] * own_keys[:, :, None]).sum(-1)
+    weights = (torch.cat([to_text.float(), to_own.float()], dim=-1) * scaling).softmax(-1).to(values.dtype)
+    of_text, of_own = weights.split([keys.shape[2], own_keys.shape[3]], dim=-1)
+    seen = (of_text.flatten(2, 3) @ values).view(grouped.shape)
+    seen = seen + (of_own[..., None] * own_values[:, :, None]).sum(-2)
+    return seen.flatten(1, 2).transpose(1, 2).flatten(2)
 
 
 class GrowingKeys:
@@ -134,7 +170,7 @@ class EagleAttention(nn.Module):
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # masks are always explicit
+        self.is_causal = False  # unless there is neither a mask nor anything before
         self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
@@ -150,13 +186,14 @@ class EagleAttention(nn.Module):
         queries, keys = turned.split([queries.shape[1], keys.shape[1]], dim=1)
         if isinstance(past, WindowKeys):
             past = past.extended(keys, values)
-            return self.o_proj(past.attend(queries, mask, self.scaling)), past
+            return self.o_proj(past.attend(queries, self.scaling)), past
         if isinstance(past, GrowingKeys):
             keys, values = past.extended(keys, values)
         elif past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        causal = mask is None and past is None
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
+        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=causal)
         output = self.o_proj(output.reshape(batch, length, -1))
         return output, past if isinstance(past, GrowingKeys) else (keys, values)
 
@@ -241,7 +278,10 @@ class EagleDrafter(nn.Module):
         self.rotary_emb = LlamaRotaryEmbedding(draft)
 
     def encode(self, tokens, states, cache, positions, allowed):
-        """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache."""
+        """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache.
+
+        Without a cache, `allowed` may be `None`: each token sees those before it.
+        """
         features = self.fc(states.to(self.fc.weight.dtype))
         return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
 
@@ -254,8 +294,10 @@ class EagleDrafter(nn.Module):
         own = self.embed_tokens
         embeddings = self.target_embeddings.rows(tokens, self.fc.weight.dtype) if own is None else own(tokens)
         mask = allowed
-        if mask is not None and self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
-            mask = additive_mask(mask, embeddings.dtype)
+        if self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
+            if mask is None and cache is None:
+                mask = causal_allowed(tokens.shape[1], 0, tokens.device)
+            mask = None if mask is None else additive_mask(mask, embeddings.dtype)
         return self.midlayer(embeddings, features, angles, mask, cache)
 
     def logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .block_model import BlockDrafter, BlockSession
 from .compatibility import check_target, check_width
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
-from .draft_session import DraftSession, causal_allowed, packed_allowed, still_drafted
+from .draft_session import DraftSession, packed_allowed, still_drafted
 from .generation import DrafterView
 from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
 from .start_weights import check_init_layers, start_from_target
@@ -52,11 +52,6 @@ class PPOWDrafterOutput(ModelOutput):
     window_features: torch.Tensor | None = None
     block_states: torch.Tensor | None = None
 
-
-# Attention scores of one unrolled step (batch * heads * windows * prefixes) up to which eagle attends to text and
-# windows apart, which is faster than masking every window's tokens from the others; each score takes about 14 bytes
-# a step, where a fused kernel keeps none.
-APART_SCORES = 2**24
 
 DRAFT_MODELS: dict[str, Any] = {
     "eagle": EagleDrafter,
@@ -225,23 +220,17 @@ class PPOWDrafter(PreTrainedModel):
     # -- whole sequences (training, evaluation)
 
     def prefix_features(
-        self,
-        input_ids: torch.Tensor,
-        target_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, target_states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
-        """Features of all prefixes `[B, S, h]` and the cache behind them. Rows are padded on the right.
+        """Features of all prefixes `[B, S, h]` and the cache behind them.
+
+        Rows are padded on the right, where no token sees the padding; its features mean nothing.
 
         `target_states` `[B, S, 3*h_target]` is needed by eagle; entry i is the target's state of token i.
         """
         batch, length = input_ids.shape
         first = self.draft_model.first_prefix
         positions = torch.arange(first, length, device=input_ids.device).expand(batch, -1) - first
-        allowed = causal_allowed(length - first, 0, input_ids.device).expand(batch, 1, -1, -1)
-        if attention_mask is not None and not bool(attention_mask.all()):
-            visible = attention_mask[:, None, None, first:].bool()
-            diagonal = torch.eye(length - first, dtype=torch.bool, device=input_ids.device)
-            allowed = (allowed & visible) | diagonal  # padding sees itself: a row without any key would be NaN
         states = None
         if first:
             if target_states is None:
@@ -250,7 +239,7 @@ class PPOWDrafter(PreTrainedModel):
                     f"{self.config.target_layer_ids}; pass them (see collect_target_states)."
                 )
             states = target_states[:, :-1]
-        features, cache = self.draft_model.encode(input_ids[:, first:], states, None, positions, allowed)
+        features, cache = self.draft_model.encode(input_ids[:, first:], states, None, positions, None)
         return nn.functional.pad(features, (0, 0, first, 0)), cache
 
     def unroll(
@@ -296,11 +285,12 @@ class PPOWDrafter(PreTrainedModel):
         windows = torch.arange(count, device=prefixes.device).expand(batch, -1)  # [B, A]: those that are drafted
         alive = torch.ones_like(windows, dtype=torch.bool)
         positions, along = prefixes - first, [(windows, current)]
-        key_prefixes = torch.arange(first, features.shape[1], device=prefixes.device)
-        allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S - first]
-        apart = isinstance(draft, EagleDrafter) and allowed.numel() * draft.config.num_attention_heads <= APART_SCORES
-        if apart:
-            cache = WindowKeys(cache)
+        allowed: torch.Tensor | None = None
+        if isinstance(draft, EagleDrafter):
+            cache = WindowKeys(cache, positions)
+        elif isinstance(draft, StandaloneDrafter):
+            key_prefixes = torch.arange(features.shape[1], device=prefixes.device)
+            allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S]
         for j in range(window):
             tokens = choose(j, current, windows)
             if j == window - 1:
@@ -312,9 +302,10 @@ class PPOWDrafter(PreTrainedModel):
                     break
                 windows, alive, positions, tokens = (x.gather(1, order) for x in (windows, alive, positions, tokens))
                 current = current.gather(1, order[..., None].expand(-1, -1, current.shape[-1]))
-                allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
-                cache = cache.of_windows(order) if apart else cache
-            if not apart:
+                if allowed is not None:
+                    allowed = allowed.gather(2, order[:, None, :, None].expand(-1, 1, -1, allowed.shape[-1]))
+                cache = cache.of_windows(order) if isinstance(cache, WindowKeys) else cache
+            if allowed is not None:
                 itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
                 allowed = torch.cat([allowed, itself], dim=-1)
             places = draft.embed_positions(positions + 1 + j)
@@ -358,7 +349,7 @@ class PPOWDrafter(PreTrainedModel):
         window = draft_ids.shape[-1]
         if isinstance(self.draft_model, StandaloneDrafter):
             return self._packed_features(input_ids, attention_mask, prefixes, draft_ids)
-        features, cache = self.prefix_features(input_ids, target_states, attention_mask)
+        features, cache = self.prefix_features(input_ids, target_states)
 
         def given(j: int, _, windows: torch.Tensor) -> torch.Tensor:
             return draft_ids[:, :, j].gather(1, windows)
@@ -391,13 +382,14 @@ class PPOWDrafter(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         target_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         prefixes: torch.LongTensor | None = None,
         draft_ids: torch.LongTensor | None = None,
         loss_function: Callable[["PPOWDrafter", PPOWDrafterOutput], torch.Tensor] | None = None,
         goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        inside: Callable[["PPOWDrafter"], Any] | None = None,
         **kwargs,
     ) -> PPOWDrafterOutput:
         """Features of all prefixes, and along given windows.
@@ -412,7 +404,13 @@ class PPOWDrafter(PreTrainedModel):
                 `loss_function(drafter, output)` is evaluated here, inside forward, so that DDP and FSDP see every use
                 of a parameter.
             goes_on (`Callable`, *optional*): which windows are followed further, see [`unroll`].
+            inside (`Callable`, *optional*):
+                `inside(drafter)` is evaluated in place of all else and returned: what is drafted without gradients,
+                inside forward for the same reason.
         """
+        if inside is not None:
+            return inside(self)
+        assert input_ids is not None
         output = PPOWDrafterOutput()
         is_block = isinstance(self.draft_model, BlockDrafter)
         if prefixes is not None and draft_ids is not None:
@@ -420,7 +418,7 @@ class PPOWDrafter(PreTrainedModel):
                 input_ids, target_states, attention_mask, prefixes, draft_ids, goes_on
             )
         else:
-            output.features, cache = self.prefix_features(input_ids, target_states, attention_mask)
+            output.features, cache = self.prefix_features(input_ids, target_states)
             if is_block and prefixes is not None:
                 output.block_states = self.block_states(output.features, cache, prefixes)
         if loss_function is not None:

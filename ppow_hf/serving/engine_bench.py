@@ -1,6 +1,7 @@
-"""`ppow bench --engine vllm`: what an engine makes of a drafter, next to ours in transformers, on the same prompts.
+"""`ppow bench --engine`: what a serving engine makes of a drafter, next to ours in transformers, on the same prompts.
 
-Knows exports, a vLLM in its own environment, and clocks. Each prompt runs alone on both sides, so that rows compare.
+Knows exports, engines in environments of their own, and clocks. Each prompt runs alone on both sides, so that rows
+compare.
 """
 
 import argparse
@@ -12,14 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .vllm_runner import PYTHON_VARIABLE, EngineRun, run_vllm, vllm_python
+from . import llamacpp_runner, vllm_runner
+from .engine_process import EngineRun
+from .llamacpp_runner import llamacpp_python, run_llamacpp
+from .vllm_runner import run_vllm, vllm_python
 
 if TYPE_CHECKING:
     import torch
 
     from ..runtime.modeling_ppow import PPOWDrafter
 
+ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
 METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa", "block": "dflash"}
+NGRAM = 3  # tokens that must have occurred before, in the engines' own lookup
 
 
 @dataclass
@@ -56,44 +62,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ppow bench` that this module reads."""
     parser.add_argument(
         "--engine",
-        choices=["vllm"],
-        help="compare with and without the drafter in this engine instead, next to ours in transformers",
+        choices=list(ENGINES),
+        help="compare plain decoding, the drafter and n-gram lookup in this engine instead, next to ours in "
+        "transformers",
     )
     parser.add_argument(
         "--engine-python",
         metavar="FILE",
-        help=f"the interpreter of the engine's own environment (default: ${PYTHON_VARIABLE})",
+        help="the interpreter of the engine's own environment (default: "
+        f"${vllm_runner.PYTHON_VARIABLE} or ${llamacpp_runner.PYTHON_VARIABLE})",
     )
     parser.add_argument(
-        "--engine-tokens", type=int, default=5, metavar="N", help="draft tokens a round there (default: %(default)s)"
+        "--engine-tokens",
+        type=int,
+        nargs="+",
+        default=[3, 5, 8],
+        metavar="N",
+        help="draft tokens a round, a row for each (default: 3 5 8)",
     )
 
 
-def run(arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prompts: Sequence["torch.Tensor"]) -> int:
-    """`ppow bench --engine vllm` with everything loaded: print the table, and write it with `--json`."""
+def run(
+    arguments: argparse.Namespace,
+    target: Any,
+    tokenizer: Any,
+    drafter: "PPOWDrafter",
+    prompts: Sequence["torch.Tensor"],
+) -> int:
+    """`ppow bench --engine` with everything loaded: print the table, and write it with `--json`."""
     from ..data.models import resolve
     from ..measure.provenance import describe
 
-    vllm_python(arguments.engine_python)  # before anything is run
+    python = {"vllm": vllm_python, "llamacpp": llamacpp_python}[arguments.engine](arguments.engine_python)
     rows, version = compare(
+        arguments.engine,
         resolve(arguments.target),
         target,
+        tokenizer,
         drafter,
         prompts,
         arguments.max_new_tokens,
         arguments.engine_tokens,
-        arguments.engine_python,
+        python,
     )
     print(format_rows(rows))
     print(
         f"{len(prompts)} prompts one by one, {arguments.max_new_tokens} new tokens each, "
-        f"{str(target.dtype).removeprefix('torch.')}, greedy, vLLM {version}; acceptance length counts the target's "
-        "own token. Engines draft whole windows up to the last token, we draft no further than there is room."
+        f"{str(target.dtype).removeprefix('torch.')}, greedy, {ENGINES[arguments.engine]} {version}. Acceptance "
+        "length counts the target's own token. vLLM drafts whole windows up to the last token, llama.cpp and we no "
+        "further than there is room."
     )
     if arguments.json:
         described = [asdict(row) | {"acceptance_length": row.acceptance_length} for row in rows]
         content = {
-            "engine": "vllm",
+            "engine": arguments.engine,
             "version": version,
             "prompts": len(prompts),
             "max_new_tokens": arguments.max_new_tokens,
@@ -105,55 +127,45 @@ def run(arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prom
 
 
 def compare(
+    engine: str,
     target_name: str,
     target: Any,
+    tokenizer: Any,
     drafter: "PPOWDrafter",
     prompts: Sequence["torch.Tensor"],
-    max_new_tokens: int = 64,
-    window: int = 5,
-    python: str | None = None,
-    **engine: Any,
+    max_new_tokens: int,
+    windows: Sequence[int],
+    python: str,
 ) -> tuple[list[EngineRow], str]:
-    """Greedy generation in vLLM and in transformers, each with and without the drafter.
+    """Greedy generation in an engine and in transformers: plain, with the drafter, and by lookup in the engine.
 
     Args:
+        engine (`str`): one of `ENGINES`.
         target_name (`str`): folder or Hub name of the target, for vLLM.
-        target (`PreTrainedModel`), drafter ([`PPOWDrafter`]): both loaded, for transformers.
+        target (`PreTrainedModel`), tokenizer, drafter ([`PPOWDrafter`]): loaded, for transformers and GGUF files.
         prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
-        max_new_tokens (`int`, *optional*, defaults to `64`): of each prompt.
-        window (`int`, *optional*, defaults to `5`):
-            Draft tokens a round; of a medusa or block drafter its longest window instead.
-        python (`str`, *optional*): see [`vllm_python`].
-        engine: further arguments of `vllm.LLM`.
+        max_new_tokens (`int`): of each prompt.
+        windows (`list[int]`): draft tokens a round; a medusa or block drafter has its longest window only.
+        python (`str`): interpreter of the engine's environment.
 
     Returns:
-        The rows, and vLLM's version.
+        The rows, and the engine's version.
     """
-    from ..export import export_drafter
-
-    architecture = drafter.config.architecture
-    window = drafter.config.longest_window or window
-    method = "dspark" if drafter.config.markov_rank else METHODS[architecture]
+    longest = drafter.config.longest_window
+    windows = [longest] if longest else list(windows)
     ids = [prompt[0].tolist() for prompt in prompts]
-    common: dict[str, Any] = {
-        "python": python,
-        "one_by_one": True,
-        "ignore_eos": target.generation_config.eos_token_id is None,
-        "warm_up": True,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        **engine,
-    }
     with tempfile.TemporaryDirectory(prefix="ppow-export-") as folder:
-        export_drafter(drafter, folder, "vllm", target=target, target_name=target_name)
-        speculative = {"method": method, "model": folder, "num_speculative_tokens": window}
-        plain = run_vllm(target_name, ids, max_new_tokens, **common)
-        with_drafter = run_vllm(target_name, ids, max_new_tokens, speculative, **common)
-    rows = [_engine_row("vLLM", plain, plain), _engine_row(f"vLLM, drafter, {window} tokens", with_drafter, plain)]
-    views = {
-        "transformers": None,
-        f"transformers, drafter, {window} tokens": drafter.with_settings(window="fixed", max_window=window),
-        "transformers, drafter, adaptive": drafter.with_settings(window="kl"),
-    }
+        if engine == "vllm":
+            runs = _vllm_runs(Path(folder), target_name, target, drafter, ids, max_new_tokens, windows, python)
+        else:
+            runs = _llamacpp_runs(Path(folder), target, tokenizer, drafter, ids, max_new_tokens, windows, python)
+    plain = runs[ENGINES[engine]]
+    rows = [_engine_row(name, run, plain) for name, run in runs.items()]
+    views: dict[str, Any] = {"transformers": None}
+    for window in windows:
+        view = drafter.with_settings(window="fixed", max_window=window)
+        views[f"transformers, drafter, {window} tokens"] = view
+    views["transformers, drafter, adaptive"] = drafter.with_settings(window="kl")
     said: list[list[int]] = []
     for name, view in views.items():
         row, outputs = _own_row(name, target, view, prompts, max_new_tokens)
@@ -161,6 +173,88 @@ def compare(
         row.different_prompts = sum(one != other for one, other in zip(outputs, said, strict=True))
         rows.append(row)
     return rows, plain.version
+
+
+def _vllm_runs(
+    folder: Path,
+    target_name: str,
+    target: Any,
+    drafter: "PPOWDrafter",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    windows: list[int],
+    python: str,
+) -> dict[str, EngineRun]:
+    from ..export import export_drafter
+
+    export_drafter(drafter, folder, "vllm", target=target, target_name=target_name)
+    method = "dspark" if drafter.config.markov_rank else METHODS[drafter.config.architecture]
+    speculative: dict[str, Any] = {"vLLM": None}
+    for window in windows:
+        drafted = {"method": method, "model": str(folder), "num_speculative_tokens": window}
+        speculative[f"vLLM, drafter, {window} tokens"] = drafted
+    window = windows[len(windows) // 2]
+    lookup = {
+        "method": "ngram",
+        "num_speculative_tokens": window,
+        "prompt_lookup_max": NGRAM,
+        "prompt_lookup_min": NGRAM,
+    }
+    speculative[f"vLLM, ngram, {window} tokens"] = lookup
+    return {
+        name: run_vllm(
+            target_name,
+            prompts,
+            max_new_tokens,
+            options,
+            python=python,
+            one_by_one=True,
+            ignore_eos=target.generation_config.eos_token_id is None,
+            warm_up=True,
+            dtype=str(target.dtype).removeprefix("torch."),
+        )
+        for name, options in speculative.items()
+    }
+
+
+def _llamacpp_runs(
+    folder: Path,
+    target: Any,
+    tokenizer: Any,
+    drafter: "PPOWDrafter",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    windows: list[int],
+    python: str,
+) -> dict[str, EngineRun]:
+    import torch
+
+    from ..export import export_drafter, write_causal_lm
+
+    dtype = str(target.dtype).removeprefix("torch.")
+    report = export_drafter(drafter, folder, "gguf", target=target, tokenizer=tokenizer, gguf_dtype=dtype)
+    draft = folder / next(name for name in report.files if name.endswith(".gguf"))
+    model = folder / "target.gguf"
+    write_causal_lm(model, target, tokenizer, dtype)
+    method = METHODS[drafter.config.architecture]
+    ways: dict[str, tuple[str | None, Path | None, int]] = {"llama.cpp": (None, None, 0)}
+    for window in windows:
+        ways[f"llama.cpp, drafter, {window} tokens"] = (method, draft, window)
+    window = windows[len(windows) // 2]
+    ways[f"llama.cpp, ngram, {window} tokens"] = ("ngram", None, window)
+    return {
+        name: run_llamacpp(
+            model,
+            prompts,
+            max_new_tokens,
+            *way,
+            python=python,
+            ignore_eos=target.generation_config.eos_token_id is None,
+            warm_up=True,
+            threads=torch.get_num_threads(),
+        )
+        for name, way in ways.items()
+    }
 
 
 def _engine_row(name: str, run: EngineRun, plain: EngineRun) -> EngineRow:
@@ -209,7 +303,7 @@ def format_rows(rows: Sequence[EngineRow]) -> str:
     lines = [f"{'':40} {'tokens/s':>9} {'ratio':>6} {'acceptance':>11} {'wasted':>7} {'identical':>10}"]
     plain = rows[0]
     for row in rows:
-        plain = row if not row.drafted and "drafter" not in row.name else plain
+        plain = row if "," not in row.name else plain
         wasted = f"{1 - row.accepted / row.drafted:.0%}" if row.drafted else "-"
         same = "yes" if not row.different_prompts else f"no ({row.different_prompts})"
         lines.append(

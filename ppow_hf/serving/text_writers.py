@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.regeneration import complete_batch, end_token_ids, padding_token_id, plain_distribution
 from ..data.writing import Answer, Request
-from .vllm_runner import CPU_ENVIRONMENT, ERROR_LINES, vllm_python
+from .engine_process import ERROR_LINES
+from .vllm_runner import CPU_ENVIRONMENT, vllm_python
 
 logger = logging.getLogger(__name__)
 

@@ -3,17 +3,13 @@
 Knows processes and files; vLLM itself is only met in [`vllm_job`], which the other environment's interpreter executes.
 """
 
-import json
-import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .engine_process import EngineRun, engine_python, run_job
+
 PYTHON_VARIABLE = "PPOW_VLLM_PYTHON"
-ERROR_LINES = 15
 # In the process that asks, one engine after the other: starts in seconds instead of tens of them.
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -23,53 +19,13 @@ CPU_ENVIRONMENT = {
 }
 
 
-@dataclass
-class EngineRun:
-    """What vLLM did with the prompts.
-
-    Args:
-        outputs (`list[list[int]]`): new token ids of each prompt.
-        seconds (`float`): time of all of them, starting the engine not counted.
-        cpu_seconds (`float`): time that its process computed; on a CPU that others use too, what compares runs.
-        tokens (`int`): new tokens in all.
-        drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
-        accepted_per_position (`list[int]`): windows whose draft tokens up to each position were kept.
-        version (`str`): vLLM's.
-    """
-
-    outputs: list[list[int]]
-    seconds: float
-    cpu_seconds: float
-    tokens: int
-    drafts: int
-    drafted: int
-    accepted: int
-    accepted_per_position: list[int]
-    version: str
-
-    @property
-    def acceptance_length(self) -> float:
-        """Mean of accepted + 1 over verified windows (the target's own token counted); 1 without any."""
-        return 1 + self.accepted / self.drafts if self.drafts else 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-
 def vllm_python(python: str | None = None) -> str:
     """The interpreter of vLLM's environment: `python`, or what `PPOW_VLLM_PYTHON` names.
 
     Raises `FileNotFoundError`, saying how to make one, if there is none.
     """
-    path = python or os.environ.get(PYTHON_VARIABLE)
-    if not path or not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{PYTHON_VARIABLE}: {path!r} is no interpreter. vLLM needs an environment of its own; make one for a CPU "
-            "with tests/engines/make_environment.sh FOLDER, or install vllm in a new virtual environment, and name "
-            "its bin/python."
-        )
-    return str(path)
+    how = "make one for a CPU with tests/engines/make_environment.sh FOLDER, or install vllm in a new one"
+    return engine_python("vLLM", PYTHON_VARIABLE, how, python)
 
 
 def run_vllm(
@@ -124,19 +80,5 @@ def run_vllm(
         "ignore_eos": ignore_eos,
         "warm_up": warm_up,
     }
-    with tempfile.TemporaryDirectory(prefix="ppow-vllm-") as scratch:
-        job_path, result_path = Path(scratch, "job.json"), Path(scratch, "result.json")
-        job_path.write_text(json.dumps(job), encoding="utf-8")
-        finished = subprocess.run(
-            [interpreter, str(Path(__file__).with_name("vllm_job.py")), str(job_path), str(result_path)],
-            env={**os.environ, **CPU_ENVIRONMENT, **(environment or {})},
-            cwd=scratch,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout_seconds,
-        )
-        if finished.returncode != 0 or not result_path.is_file():
-            last = "\n".join(finished.stdout.strip().splitlines()[-ERROR_LINES:])
-            raise RuntimeError(f"vLLM ended with exit code {finished.returncode}:\n{last}")
-        return EngineRun(**json.loads(result_path.read_text(encoding="utf-8")))
+    script = Path(__file__).with_name("vllm_job.py")
+    return run_job("vLLM", interpreter, script, job, {**CPU_ENVIRONMENT, **(environment or {})}, timeout_seconds)

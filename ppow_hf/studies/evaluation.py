@@ -296,7 +296,7 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
     )  # fmt: skip
     states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
     width, drawn = outputs.logits.shape[-1], count - 1
-    features, cache = drafter.prefix_features(ids, None if states is None else states.to(device), mask)
+    features, cache = drafter.prefix_features(ids, None if states is None else states.to(device))
     committed = longest - drafter.draft_model.first_prefix
     uniforms = torch.stack([_group_uniforms(seed, number + row, longest, drawn, window) for row in range(len(tables))])
     uniforms = uniforms.to(device)

@@ -60,7 +60,10 @@ def text_objective(
     scales: torch.Tensor | None = None
     if steps > 1 or drafter.config.one_step:
         if weighting == "visited":
-            prefixes, visited = visited_windows(drafter, target, args, inputs, encoding, steps)
+            with torch.no_grad():  # what DDP looks at, to expect no backward pass
+                prefixes, visited = model(
+                    inside=lambda drafter: visited_windows(drafter, target, args, inputs, encoding, steps)
+                )
         if drafter.config.one_step and prefixes.shape[1] > args.num_anchors:
             begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
             uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
@@ -144,7 +147,7 @@ def visited_windows(
     def keeps(j: int, _, windows: torch.Tensor) -> torch.Tensor:
         return kept[:, :, j].gather(1, windows) > 0
 
-    features, cache = drafter.prefix_features(input_ids, encoding.states, inputs["attention_mask"])
+    features, cache = drafter.prefix_features(input_ids, encoding.states)
     drafter.unroll(features, cache, prefixes, follow, steps, keeps)
     visited = (visit_probabilities(kept) > 0) & learned
     begins = visited.any(-1)

@@ -47,7 +47,8 @@ class StateRecord:
 
     Attributes:
         sequences ([`SequenceDataset`]): those whose states are recorded, in the order of the data.
-        target (`PreTrainedModel`): the target's configuration, token embeddings and head; its layers have no weights.
+        target (`PreTrainedModel`): the target's configuration, token embeddings, final norm and head; its layers have
+            no weights.
 
     Raises `ValueError` for a folder without a record, or with a damaged one.
     """
@@ -106,6 +107,8 @@ class StateRecord:
         head.weight = nn.Parameter(weights.get("head.weight", weights["embeddings.weight"]), requires_grad=False)
         bias = weights.get("head.bias")
         head.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if "norm.weight" in weights:
+            target.get_decoder().norm.weight = nn.Parameter(weights["norm.weight"])
         return target.requires_grad_(False).eval()
 
     def read(self, index: int, names: list[str]) -> list[torch.Tensor]:

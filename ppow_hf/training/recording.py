@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..data.regeneration import target_identity
 from ..data.sequences import SequenceDataset, collate_sequences
 from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.start_weights import final_norm_scale
 from ..runtime.target_weights import embedding_matrix, head_matrix
 from .recorded_states import FORMAT, LAST, MANIFEST, SEQUENCE_TENSORS, SEQUENCES, WEIGHTS, layer_name, shard_name
 from .target import FrozenTarget
@@ -187,7 +188,7 @@ class Recording:
 
 
 def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The target's embeddings and head as plain matrices; of tied ones the embeddings alone."""
+    """The target's embeddings and head as plain matrices, of tied ones the embeddings alone, and the final norm."""
     embeddings, head = embedding_matrix(target), head_matrix(target)
     if embeddings is None or head is None:
         raise ValueError("--target: its embeddings or its head cannot be read. Load it in another number format.")
@@ -197,6 +198,8 @@ def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
     bias = getattr(target.get_output_embeddings(), "bias", None)
     if isinstance(bias, torch.Tensor):
         tensors["head.bias"] = bias.detach().cpu().contiguous()
+    if final_norm_scale(target) is not None:
+        tensors["norm.weight"] = target.get_decoder().norm.weight.detach().cpu()
     return tensors
 
 

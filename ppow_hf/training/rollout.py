@@ -116,7 +116,7 @@ def collect_rollout(
     `by_text` (see [`text_judges`]), from prefixes with text of the target's behind them."""
     was_training = drafter.training
     drafter.eval()
-    features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states, inputs["attention_mask"])
+    features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states)
     chosen, has_prefix = choose_starts(
         drafter, target, features, cache, encoding, inputs, args, step, adaptive, by_text
     )

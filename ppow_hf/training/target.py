@@ -164,8 +164,8 @@ class FrozenTarget(TargetHead):
         lengths = attention_mask.sum(1).tolist()
         keys = []
         if self._kept is not None and not with_cache:
-            rows = input_ids.cpu()
-            keys = [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+            tokens = input_ids.cpu()
+            keys = [row[:length].numpy().tobytes() for row, length in zip(tokens, lengths, strict=True)]
             if all(key in self._kept for key in keys):
                 self.forward_tokens += sum(lengths)
                 return self._from_kept(keys, attention_mask)

@@ -1,26 +1,42 @@
-"""`ppow bench --engine vllm`: both sides say the same and accept alike; the table is printed (`pytest -s`)."""
+"""`ppow bench --engine`: both sides say the same and accept alike; the table is printed (`pytest -s`)."""
 
 import argparse
 import json
+import os
 
 import pytest
 import torch
 from engine_helpers import NEW_TOKENS
 
+from ppow_hf.data.models import load_tokenizer
 from ppow_hf.serving import engine_bench
+from ppow_hf.serving.llamacpp_runner import PYTHON_VARIABLE
 
 pytestmark = pytest.mark.engines
 
 
+@pytest.fixture
+def python(engine, request):
+    if engine == "vllm":
+        return request.getfixturevalue("engine_python")
+    if PYTHON_VARIABLE not in os.environ:
+        pytest.skip(f"{PYTHON_VARIABLE} is not set: see tests/engines/make_llamacpp_environment.sh")
+    return os.environ[PYTHON_VARIABLE]
+
+
 @pytest.mark.parametrize("name", ["eagle", "standalone"])
-def test_engine_and_transformers_side_by_side(engine_python, target, ours, prompts, tmp_path, capsys, name):
+@pytest.mark.parametrize("engine", ["vllm", "llamacpp"])
+def test_engine_and_transformers_side_by_side(
+    engine, name, python, target, eagle, standalone, prompts, tmp_path, capsys
+):
     parser = argparse.ArgumentParser()
     engine_bench.add_arguments(parser)
-    arguments = parser.parse_args(["--engine", "vllm", "--engine-python", engine_python, "--engine-tokens", "4"])
+    arguments = parser.parse_args(["--engine", engine, "--engine-python", python, "--engine-tokens", "4"])
     arguments.target, arguments.max_new_tokens, arguments.json = "tiny", NEW_TOKENS, str(tmp_path / "bench.json")
-    arguments.command = "ppow bench --engine vllm"
+    arguments.command = "ppow bench --engine"
     some = [torch.tensor([prompt]) for prompt in prompts[:8]]
-    assert engine_bench.run(arguments, target, ours.drafters[name], some) == 0
+    drafter = {"eagle": eagle, "standalone": standalone}[name]
+    assert engine_bench.run(arguments, target, load_tokenizer("tiny"), drafter, some) == 0
     printed = capsys.readouterr().out
     with capsys.disabled():
         print(f"\n{name}\n{printed}")
@@ -28,6 +44,8 @@ def test_engine_and_transformers_side_by_side(engine_python, target, ours, promp
     assert content["prompts"] == 8 and content["provenance"]["versions"]["torch"] == torch.__version__
     rows = {row["name"]: row for row in content["rows"]}
     assert all(row["different_prompts"] == 0 and row["tokens"] == 8 * NEW_TOKENS for row in rows.values())
-    theirs, own = rows["vLLM, drafter, 4 tokens"], rows["transformers, drafter, 4 tokens"]
+    engine_name = engine_bench.ENGINES[engine]
+    theirs, own = rows[f"{engine_name}, drafter, 4 tokens"], rows["transformers, drafter, 4 tokens"]
     assert theirs["acceptance_length"] == pytest.approx(own["acceptance_length"], rel=0.1)  # they differ at the ends
-    assert rows["vLLM"]["drafted"] == rows["transformers"]["drafted"] == 0
+    assert rows[engine_name]["drafted"] == rows["transformers"]["drafted"] == 0
+    assert rows[f"{engine_name}, ngram, 4 tokens"]["accepted"] > 0
