@@ -19,6 +19,7 @@ from .commands import (
     import_,
     measure,
     overhead,
+    plan,
     push,
     quickstart,
     record,
@@ -35,6 +36,7 @@ from .commands.parsing import parse
 COMMANDS = (  # in the order of `ppow --help`
     quickstart,
     write,
+    plan,
     record,
     tiny_target,
     tiny_drafter,

@@ -299,12 +299,36 @@ def test_training_curves_tell_the_two_stages_apart():
 # -- settings
 
 
-def test_settings_come_from_the_environment_and_mistakes_are_named():
+def test_settings_come_from_the_environment_and_mistakes_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # nothing was downloaded
     given = settings.DemoSettings.from_environment({"PPOW_DEMO_DRAFTER": "user/drafter", "PPOW_DEMO_QUEUE": "5"})
     assert (given.drafter, given.queue, given.compare, given.target) == ("user/drafter", 5, "", "tiny")
     assert settings.DemoSettings.from_environment({}).compare == "tiny-standalone"
     with pytest.raises(ValueError, match="PPOW_DEMO_SECONDS: 'soon'"):
         settings.DemoSettings.from_environment({"PPOW_DEMO_SECONDS": "soon"})
+
+
+def test_the_pair_is_a_real_one_where_its_target_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert settings.DemoSettings.from_environment({}).target == "tiny"
+    cached = tmp_path / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    for file, text in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/model.safetensors", "")):
+        path = cached / file
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    found = settings.DemoSettings.from_environment({})
+    assert (found.target, found.drafter) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-eagle")
+    assert found.compare == ""
+    assert settings.DemoSettings.from_environment({"PPOW_DEMO_TARGET": "tiny"}).drafter == "tiny-eagle"
+
+
+def test_a_target_alone_needs_a_drafter_that_comes_with_the_package(qwen3_pair, tmp_path):
+    target, tokenizer = qwen3_pair
+    target.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    named = settings.DemoSettings.from_environment({"PPOW_DEMO_TARGET": str(tmp_path)})
+    with pytest.raises(ValueError, match="^PPOW_DEMO_DRAFTER: a target was named without a drafter"):
+        settings.load_models(named)
 
 
 def test_labels_show_no_path_and_tell_the_stage(tmp_path):

@@ -13,6 +13,7 @@ from test_resume import COMMON, SCRIPT, environment, step_logs
 
 RUNS = {
     "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
+    "tv": {"objective": "tv", "architecture": "eagle", "max_steps": 4},  # on the windows that decoding visits
     "ppow": {"objective": "ppow", "architecture": "standalone", "num_iterations": 2, "max_steps": 6},
     "block": {"objective": "supervised", "architecture": "confident", "max_steps": 4, "num_anchors": 5},
 }
@@ -30,23 +31,28 @@ def free_port() -> int:
 
 
 def train(folder: Path, processes: int) -> None:
-    """Both objectives, one after the other, in `processes` processes."""
+    """All objectives, one after the other, in `processes` processes."""
     folder.mkdir()
     runs = [
         COMMON | EVALUATION | run | {"output_dir": str(folder / name), "per_device_train_batch_size": 4 // processes}
         for name, run in RUNS.items()
     ]
+    done = launch(folder, SCRIPT, processes, json.dumps(runs))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def launch(folder: Path, code: str, processes: int, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    """A script in `processes` processes."""
     script = folder / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(code)
     command = [sys.executable]
     if processes > 1:
         # --multi_gpu is accelerate's word for torch's launcher; with --cpu it starts one process, unless by MPI.
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    command += [str(script), json.dumps(runs)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command += [str(script), *words]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,80 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, o
     assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[2]["best"]).is_dir()
     weights = [load_file(folder / "final/model.safetensors") for folder in (one, two)]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
+    """Its weights are no numbers from the second step on, while the other waits for its gradients."""
+    spoil = """
+class Spoiler(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if args.process_index == 1 and state.global_step == 1:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+"""
+    code = SCRIPT.replace("def save_half", spoil + "\n\ndef save_half").replace("[Killer()]", "[Killer(), Spoiler()]")
+    run = COMMON | RUNS["supervised"] | {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2}
+    done = launch(tmp_path, code, 2, json.dumps([run]))
+    assert done.returncode != 0
+    assert "the loss is nan at step 1, so the drafter's logits are no longer finite" in done.stderr
+
+
+def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
+    settings = COMMON | EVALUATION | RUNS["tv"] | {"output_dir": str(tmp_path / "tv"), "save_steps": 2}
+    two = json.dumps([settings | {"per_device_train_batch_size": 2}])
+    assert launch(tmp_path, SCRIPT, 2, two, KILL="step:3").returncode != 0
+    one = json.dumps([settings | {"per_device_train_batch_size": 4, "resume": True}])
+    done = launch(tmp_path, SCRIPT, 1, one)
+    assert done.returncode == 0, done.stderr[-4000:]
+    expected, found = (step_logs(folder / "tv") for folder in (runs[0], tmp_path))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
+
+
+SHARDED = """
+import json, os, sys
+sys.path[:0] = [os.environ["TESTS"], os.environ["LIBRARY"]]
+import torch
+from conftest import build_target
+from slow_training import batch_of, make_drafter, random_dataset
+from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+
+torch.set_num_threads(1)
+folder, run = sys.argv[1], json.loads(sys.argv[2])
+target, data = build_target("llama", initializer_range=0.3), random_dataset([13, 11, 15, 12])
+drafter = make_drafter(target, run.pop("architecture"))
+args = PPOWTrainingArguments(folder, use_cpu=True, report_to=[], muon=0, **run)
+trainer = PPOWTrainer(drafter, target, args, train_dataset=data)
+if args.world_size > 1:
+    from torch.distributed.fsdp import fully_shard
+    fully_shard(drafter, mesh=torch.distributed.init_device_mesh("cpu", (args.world_size,)))
+    assert type(next(drafter.parameters())).__name__ == "DTensor"
+inputs = batch_of(data, range(args.process_index, 4, args.world_size))
+items, optimizer, losses = sum(len(data[row]["input_ids"]) - 1 for row in range(4)), None, []
+trainer._train_began, trainer.state.max_steps = 0.0, 3
+for step in range(3):
+    trainer.state.global_step = step
+    optimizer = optimizer or torch.optim.SGD(drafter.parameters(), lr=0.1)
+    loss = trainer.compute_loss(drafter, inputs, num_items_in_batch=items)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(trainer.accelerator.gather(loss.detach()[None]).mean().item())
+if args.process_index == 0:
+    with open(os.path.join(folder, f"losses_{args.world_size}.json"), "w") as file:
+        json.dump(losses, file)
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("objective", ["supervised", "tv", "ppow"])
+def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective):
+    run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle"}
+    for processes in (1, 2):
+        words = str(tmp_path), json.dumps(run | {"per_device_train_batch_size": 4 // processes})
+        done = launch(tmp_path, SHARDED, processes, *words)
+        assert done.returncode == 0, done.stderr[-4000:]
+    expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, 2))
+    assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == 3
 
 
 WRITE = """

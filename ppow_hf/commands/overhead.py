@@ -64,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         target, drafter, prompts, arguments.window, arguments.max_new_tokens, record=arguments.record
     )
     print(
-        f"round {measured.round_seconds * 1e3:.2f} ms = {measured.ratio:.3f} x (window {measured.window} x draft step "
+        f"round {measured.round_seconds * 1e3:.2f} ms = {measured.ratio:.3f} x ({measured.draft_steps} x draft step "
         f"{measured.draft_step_seconds * 1e3:.2f} ms + target forward {measured.target_seconds * 1e3:.2f} ms); "
-        f"medians of {measured.rounds} rounds, acceptance length {measured.acceptance_length:.2f}"
+        f"medians of {measured.rounds} rounds of {measured.window} draft tokens, acceptance length "
+        f"{measured.acceptance_length:.2f}"
     )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")

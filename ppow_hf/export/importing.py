@@ -227,7 +227,7 @@ def _block_config(found: BlockCheckpoint, target: Any, target_config: Any, setti
         shares_target_head="lm_head.weight" not in found.tensors,
         block_size=found.drafted,
         sample_from_anchor=found.sample_from_anchor,
-        mask_token_id=found.mask_token_id,
+        mask_token_id=found.mask_token_id or 0,  # `problems` has looked that there is one
         markov_rank=found.markov_rank,
         confidence_head=found.confidence_head,
         **{"max_window": found.drafted, **_described(found, draft, target, target_config), **settings},

@@ -194,9 +194,10 @@ def _check_block(drafter: PPOWDrafter, format: str, target_config: Any) -> None:
     config = drafter.config
     problem = None
     layers = None if target_config is None else target_config.get_text_config().num_hidden_layers
-    if 0 in config.target_layer_ids:
+    ids = config.target_layer_ids or []
+    if 0 in ids:
         problem = "it reads the target's embeddings (0 of target_layer_ids), which engines do not hand out as a state"
-    elif layers is not None and max(config.target_layer_ids) >= layers:
+    elif layers is not None and max(ids, default=0) >= layers:
         problem = (
             f"it reads the state behind the target's last layer, {layers}, which vLLM hands out before the final norm "
             "and transformers after it"
@@ -354,7 +355,7 @@ def _write_block(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[st
         if not torch.equal(found.tensors[name], tensors[name])
     ]
     wanted = {
-        "target_layer_ids": (found.layer_ids, list(config.target_layer_ids)),
+        "target_layer_ids": (found.layer_ids, config.target_layer_ids),
         "block_size": (found.drafted, config.longest_window),
         "mask_token_id": (found.mask_token_id, config.mask_token_id),
         "markov_rank": (found.markov_rank, config.markov_rank),

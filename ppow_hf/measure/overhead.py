@@ -25,9 +25,10 @@ class Overhead:
         rounds (`int`): rounds measured.
         round_seconds (`float`): a round of the loop that drafts and verifies W tokens.
         draft_step_seconds (`float`): the drafter's forward of one token behind a cache of a round's length, logits
-            included.
+            included; of a block drafter that of a window, with its Markov head's chain.
         target_seconds (`float`): the target's forward of W + 1 tokens behind a cache of that length.
         new_tokens (`int`), acceptance_length (`float`): of the texts that were written meanwhile.
+        draft_steps (`int`): of a round; W, or 1 of a block drafter.
     """
 
     window: int
@@ -37,11 +38,12 @@ class Overhead:
     target_seconds: float
     new_tokens: int
     acceptance_length: float
+    draft_steps: int
 
     @property
     def ratio(self) -> float:
-        """Round time over W bare draft steps and one bare target forward; 1 would be a loop that costs nothing."""
-        return self.round_seconds / (self.window * self.draft_step_seconds + self.target_seconds)
+        """Round time over its bare draft steps and one bare target forward; 1 would be a loop that costs nothing."""
+        return self.round_seconds / (self.draft_steps * self.draft_step_seconds + self.target_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ratio": self.ratio}
@@ -99,6 +101,7 @@ def measure_overhead(
         statistics.median(forwards),
         new_tokens,
         statistics.mean(accepted),
+        1 if drafter.config.one_step else window,
     )
 
 
@@ -130,7 +133,9 @@ class BareForwards:
         session = self.session
         if session.one_step:
             started = now(self.drafter.device)
-            session.first_logits()
+            token = session.first_logits().argmax(-1, keepdim=True)
+            for drafted in range(self.tokens.shape[1] - 2):  # W - 1
+                token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
             return now(self.drafter.device) - started
         position = torch.tensor([[session._position - self.draft.first_prefix]], device=self.drafter.device)
         cache = self.draft.cropped(session._cache, session._committed)

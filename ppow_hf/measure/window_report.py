@@ -285,7 +285,7 @@ def live_check(
     }
     stored = drafter.config.calibration
     drafter.config.calibration = {"greedy": calibration}
-    given = {"cost_ratio": costs.cost_ratio, "verification_cost": costs.verification_cost}
+    given: dict[str, Any] = {"cost_ratio": costs.cost_ratio, "verification_cost": costs.verification_cost}
     checks: dict[str, Any] = {}
     try:
         for name, chosen in settings.items():

@@ -382,13 +382,14 @@ class PPOWDrafter(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         target_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         prefixes: torch.LongTensor | None = None,
         draft_ids: torch.LongTensor | None = None,
         loss_function: Callable[["PPOWDrafter", PPOWDrafterOutput], torch.Tensor] | None = None,
         goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        inside: Callable[["PPOWDrafter"], Any] | None = None,
         **kwargs,
     ) -> PPOWDrafterOutput:
         """Features of all prefixes, and along given windows.
@@ -403,7 +404,13 @@ class PPOWDrafter(PreTrainedModel):
                 `loss_function(drafter, output)` is evaluated here, inside forward, so that DDP and FSDP see every use
                 of a parameter.
             goes_on (`Callable`, *optional*): which windows are followed further, see [`unroll`].
+            inside (`Callable`, *optional*):
+                `inside(drafter)` is evaluated in place of all else and returned: what is drafted without gradients,
+                inside forward for the same reason.
         """
+        if inside is not None:
+            return inside(self)
+        assert input_ids is not None
         output = PPOWDrafterOutput()
         is_block = isinstance(self.draft_model, BlockDrafter)
         if prefixes is not None and draft_ids is not None:

@@ -187,7 +187,7 @@ class Recording:
 
 
 def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The target's embeddings and head as plain matrices; of tied ones the embeddings alone."""
+    """The target's embeddings and head as plain matrices, of tied ones the embeddings alone."""
     embeddings, head = embedding_matrix(target), head_matrix(target)
     if embeddings is None or head is None:
         raise ValueError("--target: its embeddings or its head cannot be read. Load it in another number format.")

@@ -55,7 +55,7 @@ from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
 from .run_folder import check_same_run, is_saved, lock_folder, run_record
-from .target import FrozenTarget
+from .target import FrozenTarget, TrainingTarget
 
 logger = logging.get_logger(__name__)
 
@@ -150,6 +150,8 @@ class PPOWTrainer(Trainer):
             optimizers=optimizers,
             **kwargs,
         )
+        if self.is_fsdp_enabled:  # one unit: how often a layer is called differs from process to process
+            model._no_split_modules = []
         # The loss is divided by what the whole global batch holds, here, not by Trainer.
         self.model_accepts_loss_kwargs = True
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the loop counts them
@@ -164,7 +166,7 @@ class PPOWTrainer(Trainer):
         self.already_finished = False  # whether the last call of train found its run at its end
         self.add_callback(CurvesCallback())
 
-    def _choose_target(self, record: StateRecord | None, model, args, train_dataset) -> FrozenTarget | RecordedTarget:
+    def _choose_target(self, record: StateRecord | None, model, args, train_dataset) -> TrainingTarget:
         """What tells the target's states and logits in training, once nothing speaks against it."""
         if record is not None:
             check_recorded(record, model, args, train_dataset, has_target=self.target_model is not None)
@@ -301,7 +303,7 @@ class PPOWTrainer(Trainer):
         with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
         encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache, inputs["index"])
         if drafts_windows:
-            rollout = self._next_rollout(drafter, inputs, encoding, by_text)
+            rollout = self._next_rollout(model, inputs, encoding, by_text)
             loss, metrics = window_objective(
                 model, drafter, self.target, args, weights, inputs, encoding, rollout
             )  # fmt: skip
@@ -342,7 +344,7 @@ class PPOWTrainer(Trainer):
         """Share of the training that is done, which decides when ADAW begins."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def _next_rollout(self, drafter, inputs, encoding, by_text: bool) -> Rollout:
+    def _next_rollout(self, model, inputs, encoding, by_text: bool) -> Rollout:
         """This micro-batch's rollouts: new ones, or those kept for a further gradient step."""
         accumulation = self.args.gradient_accumulation_steps
         place = self._micro_step % (accumulation * self.args.num_iterations)
@@ -354,14 +356,16 @@ class PPOWTrainer(Trainer):
         started, tokens_before = time.perf_counter(), self.target.forward_tokens
         adaptive = self.progress >= self.args.adaw_start
         assert self.cost_ratio is not None
-        rollout = collect_rollout(
-            drafter, self.target, encoding, inputs, self.args,
-            step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
-        )  # fmt: skip
+        with torch.no_grad():  # what DDP looks at, to expect no backward pass
+            rollout = model(inside=lambda drafter: collect_rollout(
+                drafter, self.target, encoding, inputs, self.args,
+                step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
+            ))  # fmt: skip
         if not bool(rollout.has_prefix.any()):
+            first = self.accelerator.unwrap_model(model).draft_model.first_prefix
             raise ValueError(
                 f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that "
-                f"a window could begin with. Sequences need more than {drafter.draft_model.first_prefix + 1} tokens."
+                f"a window could begin with. Sequences need more than {first + 1} tokens."
             )
         self._rollouts[slot] = rollout
         seconds = time.perf_counter() - started

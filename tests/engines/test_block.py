@@ -11,45 +11,48 @@ import pytest
 import torch
 from engine_helpers import NEW_TOKENS, WINDOW, assert_same_acceptance, run_ours
 from safetensors.torch import load_file, save_file
+from test_speculators import assert_same_tensors, with_speculators
 
-from ppow_hf import PPOWDrafter, tiny
+from ppow_hf import PPOWDrafter, import_drafter, tiny
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.runtime.modeling_ppow import collect_target_states
 from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
 
-STEPS = 100
+LEARNED, STEPS = 3, 120
 
 
 @pytest.fixture(scope="module")
 def block(target, eagle, prompts) -> PPOWDrafter:
-    """Trained here for a minute on what the target writes behind some of the prompts; head and embeddings shared."""
+    """Trained here for a minute, until it knows by heart what the target writes behind the first prompts."""
     torch.manual_seed(0)
     drafter = PPOWDrafter.from_target(target, "block", block_size=WINDOW, num_hidden_layers=1)
-    outputs, _ = decode(target, eagle, prompts[:10], NEW_TOKENS)
-    shortest = min(32, *map(len, prompts[:10]))
-    ids = torch.tensor([[*prompt[-shortest:], *output] for prompt, output in zip(prompts[:10], outputs, strict=False)])
+    outputs, _ = decode(target, eagle, prompts[:LEARNED], NEW_TOKENS)
+    texts = [torch.tensor([[*prompt, *output]]) for prompt, output in zip(prompts, outputs, strict=False)]
     with torch.no_grad():
-        hidden_states = target(ids, output_hidden_states=True).hidden_states
-    states = collect_target_states(hidden_states, drafter.config.target_layer_ids)
-    optimizer = torch.optim.Adam(drafter.parameters(), lr=2e-3)
+        layers = drafter.config.target_layer_ids
+        states = [collect_target_states(target(t, output_hidden_states=True).hidden_states, layers) for t in texts]
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-3)
     for step in range(STEPS):
-        prefixes = torch.arange(1 + step % 3, ids.shape[1] - WINDOW, 3).expand(len(ids), -1)
-        windows = ids[:, prefixes[0][:, None] + 1 + torch.arange(WINDOW)]
-        features = drafter(ids, states, prefixes=prefixes, draft_ids=windows).window_features
+        text, state, start = texts[step % LEARNED], states[step % LEARNED], len(prompts[step % LEARNED])
+        prefixes = torch.arange(start, text.shape[1] - WINDOW)[None]
+        windows = text[:, prefixes[0][:, None] + 1 + torch.arange(WINDOW)]
+        features = drafter(text, state, prefixes=prefixes, draft_ids=windows).window_features
         logits = drafter.draft_logits(features)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), windows.flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         optimizer.step()
+    print(f"loss {loss.item():.3f}, right {(logits.argmax(-1) == windows).float().mean((0, 1)).tolist()}")
     return drafter.eval()
 
 
 @pytest.fixture(scope="module")
 def reduced_block(block, target, prompts) -> PPOWDrafter:
     """The same with a head of its own for 1,000 tokens, a scale moved from it to the norm, and another mask token."""
-    outputs, _ = decode(target, block, prompts[:10], NEW_TOKENS)
+    outputs, _ = decode(target, block, prompts[:LEARNED], NEW_TOKENS)
     counts = torch.bincount(torch.tensor(outputs).flatten(), minlength=block.config.vocab_size).float()
     counts[::5] += 0.5
     kept = counts.topk(1000).indices.sort().values
@@ -114,3 +117,20 @@ def test_acceptance_betrays_a_damaged_directory(damage, reduced_block, exported,
         return
     with pytest.raises(AssertionError, match="vLLM"):
         assert_same_acceptance(served, our_runs["reduced-block"])
+
+
+@pytest.mark.parametrize("heads", [{}, {"markov_rank": 8, "confidence_head": True}], ids=["dflash", "dspark"])
+def test_speculators_own_classes_load_and_save_an_export(heads, target, engine_python, exported, tmp_path):
+    name = "own-dspark" if heads else "own-dflash"
+    kept = torch.arange(0, target.config.vocab_size, 2)
+    counts = torch.zeros(target.config.vocab_size).index_fill(0, kept, 1.0)
+    drafter = PPOWDrafter.from_target(
+        target, "block", block_size=WINDOW, draft_vocab_size=len(kept), token_counts=counts, **heads
+    )
+    folder = exported(name, drafter, "speculators")
+    resaved, printed = with_speculators(engine_python, "resave", folder, tmp_path / "resaved")
+    assert ("DSpark" if heads else "DFlash") in printed
+    assert_same_tensors(folder, resaved)
+    found = import_drafter(resaved, target)
+    same = ("block_size", "sample_from_anchor", "mask_token_id", "markov_rank", "confidence_head", "target_layer_ids")
+    assert all(getattr(found.config, name) == getattr(drafter.config, name) for name in same)

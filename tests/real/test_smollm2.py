@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ppow_hf
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
+from ppow_hf.data.models import shipped_drafter
 from ppow_hf.measure.evaluation import left_padded, until_end
 
 pytestmark = pytest.mark.real
@@ -69,7 +70,7 @@ def test_chains_through_assistant_model_are_lossless(target, drafter, prompts, p
     kls, accepted = [], 0
     for prompt, expected in zip(prompts, plain, strict=True):
         assert greedy(target, [prompt], assistant_model=view)[0] == expected
-        kls += [one.kl for one in view.last_trace.rounds if one.kl is not None]
+        kls += [kl for one in view.last_trace.rounds for kl in one.kl]
         accepted += view.last_trace.accepted
     assert accepted > 100
     assert torch.tensor(kls).isfinite().all() and max(kls) > 2 * min(kls) > 0  # the gauge moves
@@ -118,3 +119,7 @@ def test_train_save_load_generate_and_export(folder, target, drafter, tokenizer,
         out = tmp_path / format
         assert main(["export", "--drafter", str(trained), *model, "--format", format, "--output-dir", str(out)]) == 0
         assert (out / "config.json").is_file()
+
+
+def test_the_drafter_of_the_package_is_found_by_the_targets_tokenizer(tokenizer):
+    assert shipped_drafter(tokenizer) == "smollm2-135m-eagle"
