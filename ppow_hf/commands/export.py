@@ -21,10 +21,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("drafter", metavar="DRAFTER", help=f"the drafter: {MODEL_HELP}")
     parser.add_argument(
         "--format",
-        choices=["vllm", "sglang", "speculators", "standalone", "gguf"],
+        choices=["vllm", "sglang", "speculators", "standalone", "gguf", "openvino"],
         default="vllm",
-        help="what it is for; vllm and sglang are the same directory, which OpenVINO reads too; gguf is for llama.cpp "
-        "(default: %(default)s)",
+        help="what it is for; vllm and sglang are the same directory; gguf is for llama.cpp (default: %(default)s)",
     )
     parser.add_argument("--output-dir", required=True, help="folder of the directory's files")
     parser.add_argument(

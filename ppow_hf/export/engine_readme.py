@@ -93,7 +93,7 @@ python -m sglang.launch_server --model-path {target} --speculative-algorithm {al
 OPENVINO = """
 ## OpenVINO GenAI
 
-Tested with openvino-genai 2026.4.1 and optimum-intel 2.2.0 on a CPU, in float32, greedy. Other weight formats and
+An eagle drafter must be exported with `--format openvino`. Tested with openvino-genai 2026.4.1 and optimum-intel 2.2.0 on a CPU, in float32, greedy. Other weight formats and
 devices were not tried.
 
 ```bash

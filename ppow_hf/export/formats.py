@@ -56,11 +56,13 @@ def named_tensors(drafter: Any) -> dict[str, torch.Tensor]:
     return {name.removeprefix("draft_model."): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def eagle3_tensors(drafter: Any, layer: str, embeddings: bool = True) -> dict[str, torch.Tensor]:
+def eagle3_tensors(
+    drafter: Any, layer: str, embeddings: bool = True, translation: bool = False
+) -> dict[str, torch.Tensor]:
     """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU.
 
-    With `embeddings` those of a drafter that shares its target's too, which must have been attached. `d2t` and `t2d`
-    are there for a whole vocabulary too: without them OpenVINO's converter leaves the translation uninitialised.
+    With `embeddings` those of a drafter that shares its target's too, which must have been attached. With
+    `translation` `d2t` and `t2d` for a whole vocabulary too: OpenVINO's converter needs them, vLLM refuses them.
     """
     tensors = {}
     if drafter.config.shares_target_embeddings and embeddings:
@@ -72,6 +74,8 @@ def eagle3_tensors(drafter: Any, layer: str, embeddings: bool = True) -> dict[st
         tensors[name] = tensor
     width, size = drafter.config.draft_vocab_size, drafter.config.vocab_size
     if width in (None, size):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    if width in (None, size) and translation:
         tensors["d2t"] = torch.zeros(size, dtype=torch.int64)
         tensors["t2d"] = torch.ones(size, dtype=torch.bool)
     if not embeddings:

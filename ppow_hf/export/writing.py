@@ -34,7 +34,7 @@ from .formats import (
 )
 from .gguf_files import NUMBER_FORMATS, gguf_name, write_causal_lm, write_eagle3
 
-FORMATS = ("vllm", "sglang", "speculators", "standalone", "gguf")
+FORMATS = ("vllm", "sglang", "speculators", "standalone", "gguf", "openvino")
 
 
 @dataclass
@@ -73,8 +73,7 @@ def export_drafter(
 ) -> ExportReport:
     """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
 
-    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read (EAGLE-3 OpenVINO
-    GenAI too), or, for a standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"`
+    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read, or, for a standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"`
     writes one file for llama.cpp, of a standalone or an eagle drafter, with the tokenizer in it.
 
     Args:
@@ -134,9 +133,14 @@ def export_drafter(
             tensors = block_tensors(drafter, embeddings=not share_embeddings)
             _write_block(written, tensors, _fields(drafter, format, written_name, target_config, tokens), drafter)
         else:
-            tensors = eagle3_tensors(drafter, LAYER_NAMES[layout], embeddings=not share_embeddings)
+            tables = format == "openvino"
+            tensors = eagle3_tensors(drafter, LAYER_NAMES[layout], not share_embeddings, translation=tables)
             _write_eagle3(written, tensors, _fields(drafter, format, written_name, target_config, tokens))
         notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
+        if format == "openvino" and "d2t" in tensors and drafter.d2t is None:
+            notes.append(
+                "vLLM does not load this directory: it refuses d2t for a whole vocabulary. Use --format vllm."
+            )
         if format == "speculators":
             notes += _target_notes(name, str(written_name), folder)
         place = folder.resolve().name
@@ -167,8 +171,20 @@ def _check_free(folder: Path, files: list[str]) -> None:
 def _layout(drafter: PPOWDrafter, format: str) -> str:
     architecture, block = drafter.config.architecture, "dspark" if is_dspark(drafter) else "dflash"
     layouts = {
-        "eagle": {"vllm": "eagle3", "sglang": "eagle3", "speculators": "speculators", "gguf": "gguf"},
-        "standalone": {"vllm": "standalone", "sglang": "standalone", "standalone": "standalone", "gguf": "gguf"},
+        "eagle": {
+            "vllm": "eagle3",
+            "sglang": "eagle3",
+            "speculators": "speculators",
+            "gguf": "gguf",
+            "openvino": "eagle3",
+        },
+        "standalone": {
+            "vllm": "standalone",
+            "sglang": "standalone",
+            "standalone": "standalone",
+            "gguf": "gguf",
+            "openvino": "standalone",
+        },
         "medusa": {"vllm": "medusa"},
         "block": {"vllm": block, "sglang": block, "speculators": f"speculators-{block}"},
     }[architecture]
