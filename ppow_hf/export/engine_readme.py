@@ -93,8 +93,8 @@ python -m sglang.launch_server --model-path {target} --speculative-algorithm {al
 OPENVINO = """
 ## OpenVINO GenAI
 
-An eagle drafter must be exported with `--format openvino`. Tested with openvino-genai 2026.4.1 and optimum-intel 2.2.0 on a CPU, in float32, greedy. Other weight formats and
-devices were not tried.
+An eagle drafter must be exported with `--format openvino`. Tested with openvino-genai 2026.4.1 and optimum-intel 2.2.0
+on a CPU, in float32, greedy. Other weight formats and devices were not tried.
 
 ```bash
 optimum-cli export openvino --model {target} --task text-generation-with-past --weight-format fp32 ov-target

@@ -73,8 +73,10 @@ def export_drafter(
 ) -> ExportReport:
     """Write `drafter` as a directory for a serving engine, check it, and say how to serve it in its README.
 
-    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read, or, for a standalone drafter, a plain causal language model. Medusa heads are for vLLM alone. `"gguf"`
-    writes one file for llama.cpp, of a standalone or an eagle drafter, with the tokenizer in it.
+    `"vllm"` and `"sglang"` write the same: an EAGLE-3, DFlash or DSpark checkpoint that both read, or, for a
+    standalone drafter, a plain causal language model. `"openvino"` differs for a whole vocabulary only, where it adds
+    `d2t` and `t2d`. Medusa heads are for vLLM alone. `"gguf"` writes one file for llama.cpp, of a standalone or an
+    eagle drafter, with the tokenizer in it.
 
     Args:
         drafter ([`PPOWDrafter`]):
