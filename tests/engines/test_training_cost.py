@@ -1,4 +1,4 @@
-"""What speculators' trainer minimises is what ours does: KL(P||Q) of each unrolled step, on one drafter and its states."""
+"""Our trainer and that of speculators minimise the same: KL(P||Q) of each unrolled step, on one drafter and its states."""
 
 import pytest
 import torch
