@@ -1,4 +1,4 @@
-"""Our trainer and that of speculators minimise the same: KL(P||Q) of each unrolled step, on one drafter and its states."""
+"""Our trainer and that of speculators minimise the same: KL(P||Q) of each unrolled step, on the same states."""
 
 import pytest
 import torch
