@@ -22,7 +22,7 @@ def test_the_losses_are_those_of_speculators(engine_python, reduced_eagle, targe
     sums = torch.tensor([0.0] + [ours(steps) for steps in range(1, STEPS + 1)]).diff()
     # The first prefix has two tokens: one whose state is read, and one behind it.
     counts = torch.tensor([int(learned[2 + step :].sum()) for step in range(STEPS)])
-    peer = Peer(engine_python, "speculators", str(tmp_path), "float32", "adamw", "trained", "sdpa")
+    peer = Peer(engine_python, str(tmp_path), "float32", "adamw", "trained", "sdpa")
     losses = torch.tensor(peer.step()["losses"])
     peer.close()
     assert losses.unique().numel() == STEPS and losses.min() > 0.1

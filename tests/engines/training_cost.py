@@ -1,9 +1,9 @@
-"""Tokens/s of a supervised EAGLE-3 training step: ours beside speculators' and SpecForge's own code.
+"""Tokens/s of a supervised EAGLE-3 training step: ours beside that of speculators' own trainer.
 
     python tests/engines/training_cost.py --python FOLDER/bin/python      (make_environment.sh FOLDER)
 
-All train the same drafter by KL(P||Q) of three unrolled steps on the same recorded states, of a random target in the
-shape of SmolLM2-135M. They take turns, one step each, so that a slow machine slows all of them. One thread each.
+Both train the same drafter by KL(P||Q) of three unrolled steps on the same recorded states, of a random target in the
+shape of SmolLM2-135M. They take turns, one step each, so that a slow machine slows both. One thread each.
 """
 
 import argparse
@@ -37,20 +37,19 @@ Answer = dict[str, list[float]]
 
 
 def write_states(folder: Path, target: Any, drafter: PPOWDrafter, sequences: SequenceDataset, dtype: str) -> None:
-    """Record `target`'s states along `sequences` in `folder`, with `drafter` in the peers' formats beside them."""
-    for name in ("record", "speculators", "eagle3"):
-        (folder / name).mkdir(parents=True)
+    """Record `target`'s states along `sequences` in `folder`, with `drafter` in speculators' format beside them."""
+    for part in ("record", "speculators"):
+        (folder / part).mkdir(parents=True)
     length = max(len(sequences[row]["input_ids"]) for row in range(len(sequences)))
     layers = drafter.config.target_layer_ids
     recording = Recording(target, load_tokenizer("tiny"), sequences, layers, length, getattr(torch, dtype))
     recording.record(folder / "record", recording.open_folder(folder / "record"), lambda tokens: None)
     target.save_pretrained(folder / "target")
-    named = {"target": target, "target_name": str(folder / "target")}
-    export_drafter(drafter, folder / "speculators", "speculators", **named)
-    export_drafter(drafter, folder / "eagle3", "vllm", **named)
+    name = str(folder / "target")
+    export_drafter(drafter, folder / "speculators", "speculators", target=target, target_name=name)
     path = folder / "speculators" / "config.json"  # which names the target without its folder
     fields = json.loads(path.read_text())
-    fields["speculators_config"]["verifier"]["name_or_path"] = str(folder / "target")
+    fields["speculators_config"]["verifier"]["name_or_path"] = name
     path.write_text(json.dumps(fields))
 
 
@@ -98,7 +97,7 @@ class Ours:
 
 
 class Peer:
-    """A peer's trainer in a process of its own, which waits between its steps."""
+    """speculators' trainer in a process of its own, which waits between its steps."""
 
     def __init__(self, python: str, *words: str):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
@@ -112,7 +111,7 @@ class Peer:
         )
 
     def step(self) -> Answer:
-        """One training step. Raises `RuntimeError`, with the last lines that the peer printed, if it fails."""
+        """One training step. Raises `RuntimeError`, with the last lines that it printed, if it fails."""
         try:
             print("step", file=self.process.stdin, flush=True)
             return json.loads(self.process.stdout.readline())  # type: ignore[union-attr]
@@ -149,11 +148,8 @@ def make_ways(given: argparse.Namespace, folder: Path, drafter: PPOWDrafter, dty
         ways[f"ours, head {head}"] = Ours(folder, drafter, dtype, given.optimizer, head)
     for attention in given.speculators:
         for head in ("trained", "frozen"):
-            words = ("speculators", str(folder), dtype, given.optimizer, head, attention)
+            words = (str(folder), dtype, given.optimizer, head, attention)
             ways[f"speculators {attention}, head {head}"] = Peer(python, *words)
-    if given.specforge:
-        words = ("specforge", str(folder), dtype, "adamw", "trained", "sdpa")
-        ways["SpecForge sdpa, head trained, AdamW"] = Peer(python, *words)
     return ways
 
 
@@ -177,9 +173,8 @@ def take_turns(ways: dict[str, Any], repeats: int) -> dict[str, list[Answer]]:
 
 def print_table(answers: dict[str, list[Answer]], tokens: int, title: str) -> None:
     """Medians of each way, and by what ours of the same head is faster."""
-    print(
-        f"{title}\n{'':<38}{'tokens/s':>9}{'on the clock':>13}{'gradients ms':>13}{'update ms':>10}{'ours is x':>10}"
-    )
+    names = ("tokens/s", "on the clock", "gradients ms", "update ms", "ours is x")
+    print(f"{title}\n{'':<38}" + "".join(f"{name:>13}" for name in names))
     seconds = {
         way: [statistics.median(a["gradients"][kind] + a["update"][kind] for a in found) for kind in (0, 1)]
         for way, found in answers.items()
@@ -196,15 +191,14 @@ def print_table(answers: dict[str, list[Answer]], tokens: int, title: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--python", help=f"the peers' interpreter; by default {PYTHON_VARIABLE}")
+    parser.add_argument("--python", help=f"speculators' interpreter; by default {PYTHON_VARIABLE}")
     parser.add_argument("--vocab-size", type=int, default=49_152)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=3, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="SpecForge has AdamW alone")
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--speculators", nargs="*", default=["sdpa"], help="its implementations of attention")
-    parser.add_argument("--specforge", action="store_true", help="SpecForge too (pip install --no-deps specforge)")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)

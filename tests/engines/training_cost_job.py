@@ -1,6 +1,6 @@
-"""Training steps of speculators or SpecForge, inside their environment: one for each line on standard input.
+"""Training steps of speculators, inside its environment: one for each line on standard input.
 
-`training_cost_job.py PEER FOLDER DTYPE OPTIMIZER HEAD ATTENTION`: their EAGLE-3 drafter, loss and optimizer, with what
+`training_cost_job.py FOLDER DTYPE OPTIMIZER HEAD ATTENTION`: its EAGLE-3 drafter, loss and optimizer, with what
 training_cost.py left in FOLDER. A line of JSON answers each: losses of the unrolled steps, seconds on the clock, and
 seconds that the process computed.
 """
@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -79,65 +78,15 @@ class Speculators:
             optimizer.step()
 
 
-class SpecForge:
-    """SpecForge's strategy, model and optimizer; in place of its loss kernel, which needs a GPU, its own reference."""
-
-    def __init__(self, folder, dtype, optimizer, head, attention):
-        from specforge.algorithms.eagle3 import model as eagle3
-        from specforge.core.loss import _compute_loss
-        from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
-        from specforge.modeling.target.target_head import TargetHead
-        from specforge.optimizer import BF16Optimizer
-        from specforge.runtime.contracts import TrainBatch
-        from specforge.training.strategies.base import Eagle3TrainStrategy
-        from transformers import LlamaConfig
-
-        if (optimizer, head) != ("adamw", "trained"):
-            raise ValueError("SpecForge trains the drafter's head, and all parameters by AdamW.")
-        eagle3.LogSoftmaxLoss = types.SimpleNamespace(apply=_compute_loss)
-        drafter = LlamaForCausalLMEagle3(LlamaConfig.from_pretrained(folder / "eagle3"), attention_backend=attention)
-        drafter.load_state_dict(load_file(folder / "eagle3" / "model.safetensors"))
-        drafter.freeze_embedding()
-        target = load_file(folder / "record" / "target.safetensors")
-        target_head = TargetHead(str(folder / "record"))
-        target_head.fc.weight.data = target.get("head.weight", target["embeddings.weight"])
-        target_head.freeze_weights()
-        model = eagle3.OnlineEagle3Model(drafter.to(dtype), length=STEPS, attention_backend=attention).train()
-        self.strategy = Eagle3TrainStrategy(model, target_head=target_head.to(dtype), ploss_decay=1.0)
-        self.optimizer = BF16Optimizer(drafter, LEARNING_RATE)
-        tokens, chosen, last, learned = (
-            torch.stack(parts) for parts in zip(*recorded_sequences(folder / "record"), strict=True)
-        )
-        tensors = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "loss_mask": torch.cat([learned[:, 1:], learned[:, :1] & False], dim=1).long(),  # it shifts all but this
-            "hidden_state": chosen.to(dtype),
-            "target": last.to(dtype),
-        }
-        self.batch = TrainBatch(["0"], "eagle3", tensors, {"target_repr": "hidden_state"})
-
-    def gradients(self):
-        found = self.strategy.forward_loss(self.batch)
-        found.loss.backward()
-        return [loss.item() for loss in found.metrics["plosses"]]
-
-    def update(self):
-        self.optimizer.step()
-
-
-PEERS = {"speculators": Speculators, "specforge": SpecForge}
-
-
 def clocks():
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
-def main(peer, folder, dtype, optimizer, head, attention):
+def main(folder, dtype, optimizer, head, attention):
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)
-    step = PEERS[peer](Path(folder), getattr(torch, dtype), optimizer, head, attention)
+    step = Speculators(Path(folder), getattr(torch, dtype), optimizer, head, attention)
     for _ in sys.stdin:
         began = clocks()
         losses = step.gradients()
