@@ -20,7 +20,7 @@ from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
 
-LEARNED, STEPS = 3, 120
+LEARNED, STEPS = 3, 200
 
 
 @pytest.fixture(scope="module")
