@@ -99,7 +99,7 @@ class Spoiler(TrainerCallback):
             with torch.no_grad():
                 next(model.parameters()).fill_(float("nan"))
 """
-    code = SCRIPT.replace("if how ==", spoil + "\nif how ==", 1).replace("[Killer()]", "[Killer(), Spoiler()]")
+    code = SCRIPT.replace("def save_half", spoil + "\n\ndef save_half").replace("[Killer()]", "[Killer(), Spoiler()]")
     run = COMMON | RUNS["supervised"] | {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2}
     done = launch(tmp_path, code, 2, json.dumps([run]))
     assert done.returncode != 0

@@ -230,7 +230,7 @@ def test_wrong_requests_are_refused(tmp_path, make_target, target, tokenizer, mo
         export_drafter(drafter, tmp_path, "gguf", target=target)
     with pytest.raises(ValueError, match="gguf_dtype: 'q4_0' is not one of"):
         export_drafter(drafter, tmp_path, "gguf", target=target, tokenizer=tokenizer, gguf_dtype="q4_0")
-    with pytest.raises(ValueError, match="a gpt2 model; GGUF is written for llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="model: a gpt2 model; GGUF is written for llama, qwen2, qwen3"):
         write_causal_lm(tmp_path / "x.gguf", make_target("gpt2"), tokenizer)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r'pip install "ppow-hf\[gguf\]"'):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from ppow_hf import PPOWDrafter, cli
-from ppow_hf.training.plan import LONGEST_COUNTED, LiveBytes, Machine, Shape, make_plan, through_points
+from ppow_hf.training.plan import LONGEST_COUNTED, WAYS, LiveBytes, Machine, Shape, make_plan, through_points
 from ppow_hf.training.plan_benchmark import SHAPES, compare
 
 MACHINE = Machine(flops=1e14, bandwidth=1e12)
@@ -63,24 +63,31 @@ def test_live_bytes_are_those_of_storages_and_seconds_those_of_products():
         assert live.now == 4 * 200
 
 
-def test_memory_of_a_step_grows_with_the_length_and_the_chunk_only_with_its_size():
-    shape = Shape("eagle", 256, draft_vocab_size=500, chunk_size=128)
-    plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (256, 512, 1024)]
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Windows attend in blocks at the lengths of these tests too."""
+    monkeypatch.setattr("ppow_hf.runtime.draft_models.SCORES_AT_ONCE", 2**12)
+    monkeypatch.setattr("ppow_hf.runtime.draft_models.BLOCK_SCORES", 2**15)
+
+
+def test_memory_of_a_step_grows_with_the_length_and_the_chunk_only_with_its_size(small_blocks):
+    shape = Shape("eagle", 128, draft_vocab_size=500, chunk_size=64)
+    plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (128, 256, 512)]
     growth = [after.activations - before.activations for before, after in zip(plans, plans[1:], strict=False)]
     assert 1.7 < growth[1] / growth[0] < 2.3
     assert plans[0].logits_chunk == plans[2].logits_chunk
-    larger = make_plan(SMALL, replace(shape, length=1024, chunk_size=256), MACHINE)
+    larger = make_plan(SMALL, replace(shape, length=512, chunk_size=128), MACHINE)
     assert larger.logits_chunk == pytest.approx(2 * plans[2].logits_chunk, rel=0.2)
 
 
-def test_longer_sequences_follow_the_counted_ones(monkeypatch):
+def test_longer_sequences_follow_the_counted_ones(monkeypatch, small_blocks):
     assert through_points([1, 2, 4], [1 + 2 + 3, 1 + 4 + 12, 1 + 8 + 48], 10) == pytest.approx(1 + 20 + 300)
-    shape = Shape("eagle", 1024, draft_vocab_size=500)
+    shape = Shape("eagle", 512, draft_vocab_size=500, chunk_size=64)
     counted = make_plan(SMALL, shape, MACHINE)
-    monkeypatch.setattr("ppow_hf.training.plan.LONGEST_COUNTED", 512)
+    monkeypatch.setattr("ppow_hf.training.plan.LONGEST_COUNTED", 256)
     followed = make_plan(SMALL, shape, MACHINE)
-    for recorded in (True, False):
-        assert followed.peak(1, recorded, False) == pytest.approx(counted.peak(1, recorded, False), rel=0.05)
+    for way in WAYS:
+        assert followed.peak(way) == pytest.approx(counted.peak(way), rel=0.05)
     assert followed.drafter_seconds == pytest.approx(counted.drafter_seconds, rel=0.1)
     assert LONGEST_COUNTED == 4096
 
@@ -94,9 +101,9 @@ def test_targets_of_real_shapes(config, billions, length):
     plan = make_plan(config, Shape("eagle", length, draft_vocab_size=32_000), Machine(4e14, 3e12))
     assert plan.target_parameters / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.recorded_token == 4 * config.hidden_size * 2 + 6
-    assert plan.peak(8, recorded=True, sharded=False) < 80e9  # each of these trains from recorded states
-    assert (plan.peak(1, recorded=False, sharded=False) < 80e9) == (billions < 30)
-    assert plan.peak(8, recorded=True, sharded=True) < plan.peak(8, recorded=True, sharded=False)
+    assert plan.peak("recorded") < 80e9  # each of these trains from recorded states
+    assert (plan.peak("whole") < 80e9) == (billions < 30)
+    assert plan.peak("recorded", 8, sharded=True) < plan.peak("recorded", 8)
 
 
 @pytest.mark.slow
@@ -113,8 +120,8 @@ def test_the_command_prints_what_fits(tmp_path, capsys):
     assert cli.main([*command, "--gpus", "2", "--gpu-gigabytes", "1"]) == 0
     printed = capsys.readouterr().out
     assert "0.00 billion parameters" in printed and "GB of each of 2 GPUs, 1 x 128 tokens" in printed
-    assert printed.count(" fits") == 4 and "518 bytes a token" in printed
+    assert printed.count(" fits") == 5 and "518 bytes a token" in printed
     assert cli.main([*command, "--gpu-gigabytes", "0.001"]) == 0
-    assert capsys.readouterr().out.count("too large") == 4
+    assert capsys.readouterr().out.count("too large") == 5
     assert cli.main([*command, "--architecture", "standalone", "--draft-vocab-size", "10"]) == 2
     assert "--draft-vocab-size: a standalone drafter" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from ppow_hf import PPOWDrafter
 from ppow_hf.runtime.windowing import FixedWindow, OnlineCosts
 from ppow_hf.serving.engine_bench import EngineRow, format_rows
+from ppow_hf.serving.llamacpp_runner import llamacpp_python, run_llamacpp
 from ppow_hf.serving.vllm_proposer import BatchDrafter, make_batch_drafter
 from ppow_hf.serving.vllm_runner import run_vllm, vllm_python
 
@@ -194,8 +195,13 @@ def test_missing_environment_is_explained(monkeypatch):
     monkeypatch.delenv("PPOW_VLLM_PYTHON", raising=False)
     with pytest.raises(FileNotFoundError, match="PPOW_VLLM_PYTHON: None is no interpreter.*make_environment.sh"):
         vllm_python()
+    monkeypatch.delenv("PPOW_LLAMACPP_PYTHON", raising=False)
+    with pytest.raises(FileNotFoundError, match="PPOW_LLAMACPP_PYTHON: None .*make_llamacpp_environment.sh"):
+        llamacpp_python()
 
 
 def test_an_engine_that_fails_says_why():
     with pytest.raises(RuntimeError, match="No module named 'vllm'|exit code"):
         run_vllm("nowhere", [[1, 2]], 4, python=sys.executable, timeout_seconds=120)
+    with pytest.raises(RuntimeError, match="llama.cpp ended with exit code 1:(.|\n)*No module named 'xllamacpp'"):
+        run_llamacpp("nowhere.gguf", [[1, 2]], 4, python=sys.executable)

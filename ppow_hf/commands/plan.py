@@ -74,14 +74,11 @@ def machine_of(arguments: argparse.Namespace, mixed: bool) -> Any:
 
     from ..training.plan import Machine, measure_machine
 
-    measured = None
-    if arguments.teraflops is None or arguments.bandwidth is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        measured = measure_machine(device, mixed)
-    return Machine(
-        measured.flops if arguments.teraflops is None else arguments.teraflops * 1e12,
-        measured.bandwidth if arguments.bandwidth is None else arguments.bandwidth * 1e9,
-    )
+    machine = Machine((arguments.teraflops or 0) * 1e12, (arguments.bandwidth or 0) * 1e9)
+    if machine.flops and machine.bandwidth:
+        return machine
+    measured = measure_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), mixed)
+    return Machine(machine.flops or measured.flops, machine.bandwidth or measured.bandwidth)
 
 
 def gpu_bytes(arguments: argparse.Namespace) -> float:
@@ -98,33 +95,42 @@ def gpu_bytes(arguments: argparse.Namespace) -> float:
 
 def describe(plan: Any, shape: Any, gpus: int, limit: float) -> list[str]:
     """The plan in lines: parts of a GPU's memory, what fits, disk and speed."""
-    ways = {"target beside": False, "recorded states": True}
+    from ..training.plan import WAYS
+
+    titles = {"whole": "target on each", "split": "target split", "recorded": "recorded states"}
     lines = [
         f"target: {plan.target_parameters / 1e9:.2f} billion parameters; {shape.architecture} drafter: "
         f"{plan.drafter_parameters / 1e6:.0f} million trained",
         f"GB of each of {gpus} GPUs, {shape.batch} x {shape.length} tokens a step",
-        " " * 32 + "".join(f"{way:>18}" for way in ways),
+        row("", [titles[way] for way in WAYS]),
     ]
-    rows = {
-        "target (its head and embeddings)": (plan.target / gpus, plan.head),
-        "target's forward": (plan.target_forward / gpus, 0),
-        "states": (plan.states, plan.states),
-        "drafter's weights": (plan.weights,) * 2,
-        "gradients": (plan.gradients,) * 2,
-        "optimizer": (plan.optimizer,) * 2,
-        "activations": (plan.activations,) * 2,
-        "logits chunk": (plan.logits_chunk,) * 2,
+    parts = {
+        "target, or its head": (plan.target, plan.target / gpus, plan.head),
+        "target's forward": (plan.target_forward, plan.target_forward / gpus, 0),
+        "states": (plan.states,) * 3,
+        "drafter's weights": (plan.weights,) * 3,
+        "gradients": (plan.gradients,) * 3,
+        "optimizer": (plan.optimizer,) * 3,
+        "activations": (plan.activations,) * 3,
+        "logits chunk": (plan.logits_chunk,) * 3,
     }
-    lines += [f"{name:<32}" + "".join(f"{value / 1e9:>18.2f}" for value in values) for name, values in rows.items()]
+    lines += [row(name, [f"{value / 1e9:.2f}" for value in values]) for name, values in parts.items()]
     for name, sharded in (("peak", False), ("peak, drafter sharded", True)):
-        peaks = [plan.peak(gpus, recorded, sharded) for recorded in ways.values()]
-        verdicts = [f"{peak / 1e9:.2f} {'fits' if peak <= limit else 'too large'}" for peak in peaks]
-        lines.append(f"{name:<32}" + "".join(f"{verdict:>18}" for verdict in verdicts))
-    tokens = gpus * shape.tokens
-    beside, recorded = plan.target_seconds + plan.drafter_seconds, plan.drafter_seconds
-    lines.append(f"{'tokens/s of all, at most':<32}{tokens / beside:>18.0f}{tokens / recorded:>18.0f}")
+        verdicts = []
+        for way in WAYS:
+            peak = plan.peak(way, gpus, sharded)
+            verdict = f"{peak / 1e9:.2f} {'fits' if peak <= limit else 'too large'}"
+            verdicts.append("" if sharded and way == "split" else verdict)
+        lines.append(row(name, verdicts))
+    speeds = [f"{plan.tokens_per_second(way, gpus, shape.tokens):.0f}" for way in WAYS]
+    lines.append(row("tokens/s of all, at most", speeds))
+    recording = gpus * shape.tokens / plan.target_seconds
     lines.append(
         f"recorded states: {plan.recorded_token} bytes a token, {plan.recorded_token * MILLION / 1e9:.1f} GB for a "
-        f"million tokens; recording: {tokens / plan.target_seconds:.0f} tokens/s at most"
+        f"million tokens; recording: {recording:.0f} tokens/s at most"
     )
     return lines
+
+
+def row(name: str, values: list[str]) -> str:
+    return f"{name:<26}" + "".join(f"{value:>20}" for value in values)

@@ -224,7 +224,7 @@ def drafter_for_record(
     if script.architecture == "eagle":
         layers = {"target_layer_ids": record.layer_ids}
     elif script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
-        layers = {"target_layer_ids": [layer for layer in record.layer_ids if layer] or record.layer_ids}
+        layers = {"target_layer_ids": sorted(set(record.layer_ids) - {0}) or record.layer_ids}
     return new_drafter(named, training, target, tokenizer, counts, **layers)
 
 

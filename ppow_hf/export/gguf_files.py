@@ -65,7 +65,7 @@ def rotary_factors(config: Any) -> torch.Tensor | None:
 
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        raise ValueError(f"drafter: rotary embeddings of type {kind!r}; GGUF is written for {', '.join(ROPE_TYPES)}.")
+        raise ValueError(f"model: rotary embeddings of type {kind!r}; GGUF is written for {', '.join(ROPE_TYPES)}.")
     if kind == "default":
         return None
     scaled = LlamaRotaryEmbedding(config).inv_freq
@@ -84,10 +84,10 @@ def write_causal_lm(
     gguf = gguf_package()
     config = model.config
     family = config.model_type
-    if family not in FAMILIES:
-        raise ValueError(f"drafter: a {family} model; GGUF is written for {', '.join(FAMILIES)}.")
+    if family not in FAMILIES or config.hidden_act != "silu":
+        raise ValueError(f"model: a {family} model; GGUF is written for {', '.join(FAMILIES)}, with SiLU.")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError("drafter: layers with a sliding window; llama.cpp's models of this family have none.")
+        raise ValueError("model: layers with a sliding window; llama.cpp's models of this family have none.")
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), config.num_hidden_layers)
     tied = config.tie_word_embeddings
     tensors = {}
@@ -102,7 +102,7 @@ def write_causal_lm(
     factors = rotary_factors(config)
     if factors is not None:
         if family != "llama":
-            raise ValueError(f"drafter: a {family} model with scaled rotary embeddings; they are written for llama.")
+            raise ValueError(f"model: a {family} model with scaled rotary embeddings; they are written for llama.")
         tensors["rope_freqs.weight"] = factors
     fields = layer_fields(config)
     return _write(path, family, fields, tensors, gguf_vocabulary(tokenizer, config.vocab_size), number_format)
@@ -124,7 +124,7 @@ def write_eagle3(
     found["midlayer.self_attn.k_proj.weight"] = interleaved_rotary(
         found["midlayer.self_attn.k_proj.weight"], draft.num_key_value_heads
     )
-    tensors = {EAGLE3_NAMES[name]: tensor for name, tensor in found.items() if name in EAGLE3_NAMES}
+    tensors = {EAGLE3_NAMES[name]: tensor for name, tensor in found.items() if name not in ("d2t", "t2d")}
     if drafter.d2t is not None:  # ids of the target, where safetensors hold offsets
         tensors["d2t"] = drafter.d2t.cpu() + torch.arange(len(drafter.d2t))
     factors = rotary_factors(draft)

@@ -132,17 +132,10 @@ def export_drafter(
             _write_medusa(written, tensors, medusa_config(drafter))
         elif drafter.config.architecture == "block":
             tensors = block_tensors(drafter, embeddings=not share_embeddings)
-            if format == "speculators":
-                fields = _speculators_fields(drafter, written_name, target_config, tokens)
-            else:
-                fields = native_config(drafter, target_config)
-            _write_block(written, tensors, fields, drafter)
+            _write_block(written, tensors, _fields(drafter, format, written_name, target_config, tokens), drafter)
         else:
             tensors = eagle3_tensors(drafter, LAYER_NAMES[layout], embeddings=not share_embeddings)
-            fields = eagle3_config(drafter)
-            if layout == "speculators":
-                fields = _speculators_fields(drafter, written_name, target_config, tokens)
-            _write_eagle3(written, tensors, fields)
+            _write_eagle3(written, tensors, _fields(drafter, format, written_name, target_config, tokens))
         notes = serving_notes(drafter, layout, target_config, _has_own_embeddings(drafter, target))
         if format == "speculators":
             notes += _target_notes(name, str(written_name), folder)
@@ -369,6 +362,17 @@ def _write_block(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[st
     }
     problems += [f"{name}: reads back as {read}, not {own}" for name, (read, own) in wanted.items() if read != own]
     _raise_problems(problems)
+
+
+def _fields(
+    drafter: PPOWDrafter, format: str, target_name: str | None, target_config: Any, tokens: int
+) -> dict[str, Any]:
+    """config.json of an eagle or block drafter."""
+    if format == "speculators":
+        return _speculators_fields(drafter, target_name, target_config, tokens)
+    if drafter.config.architecture == "block":
+        return native_config(drafter, target_config)
+    return eagle3_config(drafter)
 
 
 def _speculators_fields(drafter, name, target_config, speculative_tokens) -> dict[str, Any]:

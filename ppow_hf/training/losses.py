@@ -28,7 +28,7 @@ from .objectives import (
 )
 from .rewards import position_advantages
 from .rollout import Rollout, keyed_uniforms, paired_logits
-from .target import FrozenTarget, TargetEncoding
+from .target import TargetEncoding, TrainingTarget
 from .window_sampling import text_windows
 
 Loss = tuple[torch.Tensor, dict[str, float]]
@@ -40,7 +40,7 @@ Loss = tuple[torch.Tensor, dict[str, float]]
 def text_objective(
     model: Any,
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     weights: Mapping[str, float],
     inputs: Mapping[str, torch.Tensor],
@@ -111,7 +111,7 @@ def chosen_windows(begun: torch.Tensor, uniforms: torch.Tensor, count: int) -> t
 @without_gradients()
 def visited_windows(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     inputs: Mapping[str, torch.Tensor],
     encoding: TargetEncoding,
@@ -157,7 +157,7 @@ def visited_windows(
 
 def text_kept(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     features: torch.Tensor,
     sources: torch.Tensor,
@@ -175,7 +175,7 @@ def text_kept(
 
 def text_loss(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     weights: Mapping[str, float],
     features: torch.Tensor,
@@ -293,7 +293,7 @@ def text_terms(
 
 def confidence_loss(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     features: torch.Tensor,
     draft: torch.Tensor,
@@ -317,7 +317,7 @@ def confidence_loss(
 @without_gradients()
 def keep_rows(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     features: torch.Tensor,
     sources: torch.Tensor,
@@ -374,7 +374,7 @@ def length_weights(
 def window_objective(
     model: Any,
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     weights: Mapping[str, float],
     inputs: Mapping[str, torch.Tensor],
@@ -424,7 +424,7 @@ def window_objective(
 
 def window_loss(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     weights: Mapping[str, float],
     features: torch.Tensor,
@@ -494,7 +494,7 @@ def token_advantages(name: str, rollout: Rollout, num_rollouts: int) -> torch.Te
 
 def window_text_loss(
     drafter: PPOWDrafter,
-    target: FrozenTarget,
+    target: TrainingTarget,
     args: PPOWTrainingArguments,
     weights: Mapping[str, float],
     features: torch.Tensor,

@@ -28,6 +28,7 @@ from .losses import text_terms
 from .objectives import sum_over_chunks
 from .optimizers import make_optimizer
 
+WAYS = ("whole", "split", "recorded")  # the target on each GPU, over all of them, or its recorded states
 LONGEST_COUNTED = 4096  # tokens
 ROW_BYTES = 6  # of a recorded token: its id and two masks
 
@@ -114,14 +115,26 @@ class Plan:
     target_seconds: float
     drafter_seconds: float
 
-    def peak(self, gpus: int, recorded: bool, sharded: bool) -> int:
-        """Peak bytes of a GPU: the target split over all, or `recorded` states; the drafter `sharded` or whole."""
+    def peak(self, way: str, gpus: int = 1, sharded: bool = False) -> int:
+        """Peak bytes of a GPU that trains in one of the `WAYS`; a `sharded` drafter (FSDP) is gathered for a step.
+
+        A target that is split runs in one process, whose drafter is on one of the GPUs.
+        """
         share = gpus if sharded else 1
-        fixed = self.head if recorded else self.target // gpus
-        fixed += (self.weights + self.optimizer) // share + (self.weights if share > 1 else 0)
-        training = self.states + self.activations + self.logits_chunk + self.gradients // share
-        stepping = self.gradients // share + self.optimizer_step // share
-        return fixed + max(0 if recorded else self.target_forward // gpus, training, stepping)
+        target, forward = {
+            "whole": (self.target, self.target_forward),
+            "split": (self.target // gpus, self.target_forward // gpus),
+            "recorded": (self.head, 0),
+        }[way]
+        fixed = target + (self.weights + self.optimizer) // share
+        gathered = self.weights + self.gradients // share if sharded else 0
+        training = self.states + self.activations + self.logits_chunk + self.gradients + gathered
+        return fixed + max(forward, training, (self.gradients + self.optimizer_step) // share)
+
+    def tokens_per_second(self, way: str, gpus: int, tokens: int) -> float:
+        """Of all GPUs together, each of which trains on `tokens` in a step."""
+        seconds = self.drafter_seconds + (0.0 if way == "recorded" else self.target_seconds)
+        return (1 if way == "split" else gpus) * tokens / seconds
 
 
 class LiveBytes(TorchDispatchMode):
@@ -307,7 +320,7 @@ def drafter_pass(target: Any, drafter: PPOWDrafter, shape: Shape, machine: Machi
         rows = features.flatten(0, -2)[:most]
         order = torch.arange(len(rows), device="meta")
         labels = torch.zeros(len(rows), dtype=torch.long, device="meta")
-        sources = torch.empty(len(rows), text.hidden_size, dtype=target.dtype, device="meta")
+        sources = torch.empty(1, text.hidden_size, dtype=target.dtype, device="meta").expand(len(rows), -1)
         return sum_over_chunks(chunk, shape.chunk_size, drafter.parameters(), rows[order][order], sources, labels)[0]
 
     def loss_function(drafter, output):

@@ -81,7 +81,7 @@ def compare(name: str) -> dict[str, float]:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     measured = json.loads(done.stdout.splitlines()[-1])
-    return {"planned": plan.peak(1, recorded=False, sharded=False), "measured": measured, **asdict(plan)}
+    return {"planned": plan.peak("whole"), "measured": measured, **asdict(plan)}
 
 
 def main() -> None:

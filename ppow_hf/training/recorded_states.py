@@ -20,13 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
-from .target import TargetEncoding, TargetHead
+from .target import TargetEncoding, TrainingTarget
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 1
 MANIFEST, SEQUENCES, WEIGHTS = "record.json", "sequences.safetensors", "target.safetensors"
 LAST = "last"  # the state behind the final norm, which the head reads
+NO_FORWARD = (
+    "objective: the text does not verify all windows of this batch, and recorded states cannot. Train with the "
+    "target, or by terms along the text, such as objective='supervised'."
+)
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
 
 
@@ -47,8 +51,7 @@ class StateRecord:
 
     Attributes:
         sequences ([`SequenceDataset`]): those whose states are recorded, in the order of the data.
-        target (`PreTrainedModel`): the target's configuration, token embeddings, final norm and head; its layers have
-            no weights.
+        target (`PreTrainedModel`): the target's configuration, token embeddings and head; its layers have no weights.
 
     Raises `ValueError` for a folder without a record, or with a damaged one.
     """
@@ -107,8 +110,6 @@ class StateRecord:
         head.weight = nn.Parameter(weights.get("head.weight", weights["embeddings.weight"]), requires_grad=False)
         bias = weights.get("head.bias")
         head.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        if "norm.weight" in weights:
-            target.get_decoder().norm.weight = nn.Parameter(weights["norm.weight"])
         return target.requires_grad_(False).eval()
 
     def read(self, index: int, names: list[str]) -> list[torch.Tensor]:
@@ -127,8 +128,8 @@ class StateRecord:
             ) from error
 
 
-class RecordedTarget(TargetHead):
-    """A target of which recorded states are read, with the interface of [`FrozenTarget`].
+class RecordedTarget(TrainingTarget):
+    """A target of which recorded states are read, in place of a [`FrozenTarget`].
 
     Args:
         record ([`StateRecord`]): what was recorded.
@@ -141,8 +142,7 @@ class RecordedTarget(TargetHead):
         super().__init__(head, head_is_plain=True)
         record.target.get_input_embeddings().to(device)
         self.record, self.layer_ids, self.device = record, layer_ids, device
-        self.vocab_size: int = head.out_features
-        self.forward_tokens = 0  # nothing is read by the target
+        self.vocab_size = head.out_features
         num_layers = record.target.config.get_text_config().num_hidden_layers
         missing = sorted(set(layer_ids or ()) - {*record.layer_ids, num_layers})
         if missing:
@@ -164,10 +164,7 @@ class RecordedTarget(TargetHead):
         """What was recorded of right-padded sequences `[B, S]`, which are the record's `rows` `[B]`."""
         assert rows is not None
         if with_cache:
-            raise ValueError(
-                "objective: the text does not verify all windows of this batch, and recorded states cannot. Train "
-                "with the target, or by terms along the text, such as objective='supervised'."
-            )
+            raise ValueError(NO_FORWARD)
         length = input_ids.shape[1]
         names = [LAST, *(name for name in dict.fromkeys(self._names) if name != LAST)]
         batches: dict[str, Any] = {name: [] for name in names}
@@ -177,3 +174,14 @@ class RecordedTarget(TargetHead):
         found = {name: torch.stack(parts).to(self.device) for name, parts in batches.items()}
         states = torch.cat([found[name] for name in self._names], dim=-1) if self._names else None
         return TargetEncoding(found[LAST].to(self.head.weight.dtype), states, None, attention_mask)
+
+    def keep_encodings(self, max_bytes: int) -> None:
+        """They are kept on the disk already."""
+
+    def verify(
+        self, encoding: TargetEncoding, prefixes: torch.Tensor, draft_ids: torch.Tensor, max_tokens: int = 4096
+    ) -> torch.Tensor:
+        raise ValueError(NO_FORWARD)
+
+    def greedy_window_log_probs(self, encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+        raise ValueError(NO_FORWARD)

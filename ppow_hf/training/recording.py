@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from ..data.regeneration import target_identity
 from ..data.sequences import SequenceDataset, collate_sequences
 from ..runtime.configuration_ppow import vocabulary_fingerprint
-from ..runtime.start_weights import final_norm_scale
 from ..runtime.target_weights import embedding_matrix, head_matrix
 from .recorded_states import FORMAT, LAST, MANIFEST, SEQUENCE_TENSORS, SEQUENCES, WEIGHTS, layer_name, shard_name
 from .target import FrozenTarget
@@ -47,6 +46,7 @@ class Recording:
         max_length (`int`): what the sequences were cut to.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): number format of the states on disk.
         max_gigabytes (`float`, *optional*): most that the folder may take; sequences beyond it are left out.
+        shard_bytes (`int`, *optional*, defaults to 2**28): most that a shard takes, one sequence at least.
 
     Raises `ValueError` for a target whose logits are more than its head on its last state, and where not one sequence
     fits in `max_gigabytes`.
@@ -188,7 +188,7 @@ class Recording:
 
 
 def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The target's embeddings and head as plain matrices, of tied ones the embeddings alone, and the final norm."""
+    """The target's embeddings and head as plain matrices, of tied ones the embeddings alone."""
     embeddings, head = embedding_matrix(target), head_matrix(target)
     if embeddings is None or head is None:
         raise ValueError("--target: its embeddings or its head cannot be read. Load it in another number format.")
@@ -198,8 +198,6 @@ def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
     bias = getattr(target.get_output_embeddings(), "bias", None)
     if isinstance(bias, torch.Tensor):
         tensors["head.bias"] = bias.detach().cpu().contiguous()
-    if final_norm_scale(target) is not None:
-        tensors["norm.weight"] = target.get_decoder().norm.weight.detach().cpu()
     return tensors
 
 

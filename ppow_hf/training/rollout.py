@@ -18,7 +18,7 @@ from ..runtime.acceptance import (
 from ..runtime.modeling_ppow import PPOWDrafter
 from .objectives import without_gradients
 from .rewards import group_advantages, proximity_reward, speedup_reward, throughput_reward
-from .target import FrozenTarget, TargetEncoding
+from .target import TargetEncoding, TrainingTarget
 from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities
 
 
@@ -60,7 +60,7 @@ class Rollout:
     old_log_probs: torch.Tensor | None = None
 
 
-def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tensor, sources):
+def paired_logits(drafter: PPOWDrafter, target: TrainingTarget, draft: torch.Tensor, sources):
     """Draft and target logits on what the drafter can propose, from draft logits `[R, DV]` and `sources` `[R', H]`."""
     goal = target.logits(sources, drafter.kept_tokens)
     width = min(draft.shape[-1], goal.shape[-1])
@@ -69,7 +69,7 @@ def paired_logits(drafter: PPOWDrafter, target: FrozenTarget, draft: torch.Tenso
 
 @without_gradients()
 def divergence_of_prefixes(
-    drafter: PPOWDrafter, target: FrozenTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
+    drafter: PPOWDrafter, target: TrainingTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
 ) -> torch.Tensor:
     """v = C(P) KL(P||Q) behind every prefix, `[B, S]` [paper], P being the target on what the drafter can propose.
 
@@ -110,7 +110,16 @@ def written_prefixes(inputs, first_prefix: int, window: int, context_length: int
 
 @without_gradients()
 def collect_rollout(
-    drafter, target: FrozenTarget, encoding: TargetEncoding, inputs, args, *, step, cost_ratio, adaptive, by_text=False
+    drafter,
+    target: TrainingTarget,
+    encoding: TargetEncoding,
+    inputs,
+    args,
+    *,
+    step,
+    cost_ratio,
+    adaptive,
+    by_text=False,
 ) -> Rollout:
     """Choose prefixes, draft G windows from each, and reward them: verified by the target in one packed forward, or
     `by_text` (see [`text_judges`]), from prefixes with text of the target's behind them."""
@@ -215,7 +224,7 @@ def text_sources(encoding: TargetEncoding, prefixes: torch.Tensor, window: int) 
     return sources.unflatten(1, (prefixes.shape[1], window))
 
 
-def judge(target: FrozenTarget, sources, draft_ids, temperature: float, chunk_size: int):
+def judge(target: TrainingTarget, sources, draft_ids, temperature: float, chunk_size: int):
     """The target's choices, log P and (at T > 0) verification probability of drafted tokens, `[B, M, K]` each.
 
     Only these three numbers of each position are kept; the vocabulary-wide tensors are made chunk by chunk.
@@ -253,7 +262,7 @@ def window_rewards(
     return rewards
 
 
-def greedy_log_probs(target: FrozenTarget, encoding, inputs, chosen, window: int, chunk_size: int) -> torch.Tensor:
+def greedy_log_probs(target: TrainingTarget, encoding, inputs, chosen, window: int, chunk_size: int) -> torch.Tensor:
     """log P of the target's greedy window behind each chosen prefix `[B, N]`.
 
     Read off the text where the target wrote it at T = 0, computed with further target forwards where it did not.

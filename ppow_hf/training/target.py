@@ -4,8 +4,9 @@ Knows transformers' causal language models, caches and masks; knows nothing abou
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,18 +39,49 @@ class TargetEncoding:
         return self.sources.shape[1]
 
 
-class TargetHead:
-    """A target's head: what its logits are computed from becomes logits.
+class TrainingTarget(ABC):
+    """What training asks of a target: [`FrozenTarget`] computes it, `RecordedTarget` reads it.
 
     Args:
         head (`torch.nn.Module`, *optional*): the target's output head.
         head_is_plain (`bool`): whether the head gives the target's own logits from its last state; else `sources` are
             the logits themselves.
+
+    Attributes:
+        vocab_size (`int`): width of the logits, V.
+        forward_tokens (`int`): read by the target, or charged as such where a kept encoding spared the forward.
     """
+
+    vocab_size: int
 
     def __init__(self, head: Any, head_is_plain: bool):
         self.head, self.head_is_plain = head, head_is_plain
+        self.forward_tokens = 0
         self._kept_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+
+    @abstractmethod
+    def frozen(self) -> AbstractContextManager[None]:
+        """Until its end the target is in eval mode and takes no gradients."""
+
+    @abstractmethod
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_cache: bool, rows: torch.Tensor | None = None
+    ) -> TargetEncoding:
+        """What it knows of right-padded sequences `[B, S]`, the `rows` `[B]` of the training data."""
+
+    @abstractmethod
+    def keep_encodings(self, max_bytes: int) -> None:
+        """Keep what it knows of sequences in memory, up to `max_bytes`."""
+
+    @abstractmethod
+    def verify(
+        self, encoding: TargetEncoding, prefixes: torch.Tensor, draft_ids: torch.Tensor, max_tokens: int = 4096
+    ) -> torch.Tensor:
+        """What its logits along drafted windows `[B, M, K]` are computed from, `[B, M, K, H]`."""
+
+    @abstractmethod
+    def greedy_window_log_probs(self, encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
+        """log P of its own greedy window behind each prefix, `[B, N]` in nats."""
 
     def logits(self, sources: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Sources `[..., H]` -> logits `[..., V]` in float32, on the sources' device; those of tokens `kept` alone."""
@@ -78,7 +110,7 @@ class TargetHead:
         return type(self.head.weight.data) is torch.Tensor and self.head.weight.is_floating_point()
 
 
-class FrozenTarget(TargetHead):
+class FrozenTarget(TrainingTarget):
     """A target that is read and never trained. It may be quantised, sharded over devices or PEFT-wrapped.
 
     Within [`frozen`] it is in eval mode and takes no gradients; behind it the model is as it was.
@@ -93,7 +125,6 @@ class FrozenTarget(TargetHead):
         self._is_frozen = False
         self.layer_ids = layer_ids
         self.keeps = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
-        self.forward_tokens = 0  # read by the target, or charged as such where a kept encoding spared the forward
         self._kept: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self._bytes_left = 0
         with self.frozen():

@@ -55,7 +55,7 @@ from .records import check_hub_strategy, write_records
 from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
 from .run_folder import check_same_run, is_saved, lock_folder, run_record
-from .target import FrozenTarget
+from .target import FrozenTarget, TrainingTarget
 
 logger = logging.get_logger(__name__)
 
@@ -166,7 +166,7 @@ class PPOWTrainer(Trainer):
         self.already_finished = False  # whether the last call of train found its run at its end
         self.add_callback(CurvesCallback())
 
-    def _choose_target(self, record: StateRecord | None, model, args, train_dataset) -> FrozenTarget | RecordedTarget:
+    def _choose_target(self, record: StateRecord | None, model, args, train_dataset) -> TrainingTarget:
         """What tells the target's states and logits in training, once nothing speaks against it."""
         if record is not None:
             check_recorded(record, model, args, train_dataset, has_target=self.target_model is not None)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS, WINDOW
+from engine_helpers import NEW_TOKENS, WINDOW, random_prompts, random_qwen3, trained_eagle
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -146,14 +146,14 @@ def test_counts_betray_shifted_layers(eagle, target, target_file, ours, plain, p
 # -- other families and tokenizers
 
 
-def bpe_tokenizer(pre_tokenizer, vocab_size=300):
+def bpe_tokenizer(pre_tokenizer, vocab_size=300, special=("<|end|>",)):
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"]
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(special)
     )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0] if special else None)
 
 
 def random_model(family, **fields):
@@ -198,6 +198,19 @@ def test_other_models_say_what_transformers_says(llamacpp_python, family, fields
     run = run_llamacpp(file, ids.tolist(), 24, "draft_model", file, WINDOW)
     assert run.outputs == expected.tolist()
     assert run.accepted == run.drafted > 0
+
+
+def test_eagle_drafter_of_a_qwen3_target(llamacpp_python, tmp_path):
+    target, chats = random_qwen3(), random_prompts()
+    drafter = trained_eagle(target, chats)
+    tokenizer = bpe_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False), 256, special=())
+    write_causal_lm(tmp_path / "target.gguf", target, tokenizer, "float32")
+    export_drafter(drafter, tmp_path, "gguf", target=target, tokenizer=tokenizer, gguf_dtype="float32")
+    plain = run_llamacpp(tmp_path / "target.gguf", chats, NEW_TOKENS)
+    file = tmp_path / "drafter-f32.gguf"
+    run = run_llamacpp(tmp_path / "target.gguf", chats, NEW_TOKENS, "eagle3", file, WINDOW)
+    assert run.outputs == plain.outputs
+    assert_same_counts(run, count_ours(target, drafter, chats))
 
 
 @pytest.mark.parametrize(
