@@ -122,7 +122,9 @@ class Peer:
             raise RuntimeError("".join(self.log.readlines()[-15:])) from error
 
     def close(self) -> None:
+        """End the process, which waits for its next line, and forget what it printed."""
         self.process.communicate()
+        self.log.close()
 
 
 def make_pair(given: argparse.Namespace, dtype: str) -> tuple[Any, PPOWDrafter, SequenceDataset]:
