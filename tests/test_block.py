@@ -228,6 +228,16 @@ def test_a_shared_head_and_embeddings_are_not_saved(target, tmp_path):
         loaded.draft_model.state_logits(torch.zeros(1, 32))
 
 
+def test_a_copy_shares_the_same_head_and_embeddings_and_pickles_without(target, tmp_path):
+    drafter = make_drafter(target)
+    twin, states = copy.deepcopy(drafter), torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    assert twin.draft_model.target_head.module is drafter.draft_model.target_head.module is target.lm_head
+    assert torch.equal(twin.draft_model.state_logits(states), drafter.draft_model.state_logits(states))
+    torch.save(drafter, tmp_path / "pickled")
+    pickled = torch.load(tmp_path / "pickled", weights_only=False)
+    assert pickled.draft_model.target_head.module is pickled.draft_model.target_embeddings.module is None
+
+
 def test_state_names_are_those_of_published_checkpoints(target):
     counts = torch.arange(64).flip(0)
     drafter = make_drafter(target, "dspark", draft_vocab_size=48, token_counts=counts, shares_target_embeddings=False)

@@ -66,25 +66,25 @@ def test_live_bytes_are_those_of_storages_and_seconds_those_of_products():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Windows attend in blocks at the lengths of these tests too."""
-    monkeypatch.setattr("ppow_hf.runtime.draft_models.SCORES_AT_ONCE", 2**16)
-    monkeypatch.setattr("ppow_hf.runtime.draft_models.BLOCK_SCORES", 2**16)
+    monkeypatch.setattr("ppow_hf.runtime.draft_models.SCORES_AT_ONCE", 2**12)
+    monkeypatch.setattr("ppow_hf.runtime.draft_models.BLOCK_SCORES", 2**15)
 
 
 def test_memory_of_a_step_grows_with_the_length_and_the_chunk_only_with_its_size(small_blocks):
-    shape = Shape("eagle", 256, draft_vocab_size=500, chunk_size=128)
-    plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (256, 512, 1024)]
+    shape = Shape("eagle", 128, draft_vocab_size=500, chunk_size=64)
+    plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (128, 256, 512)]
     growth = [after.activations - before.activations for before, after in zip(plans, plans[1:], strict=False)]
     assert 1.7 < growth[1] / growth[0] < 2.3
     assert plans[0].logits_chunk == plans[2].logits_chunk
-    larger = make_plan(SMALL, replace(shape, length=1024, chunk_size=256), MACHINE)
+    larger = make_plan(SMALL, replace(shape, length=512, chunk_size=128), MACHINE)
     assert larger.logits_chunk == pytest.approx(2 * plans[2].logits_chunk, rel=0.2)
 
 
 def test_longer_sequences_follow_the_counted_ones(monkeypatch, small_blocks):
     assert through_points([1, 2, 4], [1 + 2 + 3, 1 + 4 + 12, 1 + 8 + 48], 10) == pytest.approx(1 + 20 + 300)
-    shape = Shape("eagle", 1024, draft_vocab_size=500)
+    shape = Shape("eagle", 512, draft_vocab_size=500, chunk_size=64)
     counted = make_plan(SMALL, shape, MACHINE)
-    monkeypatch.setattr("ppow_hf.training.plan.LONGEST_COUNTED", 512)
+    monkeypatch.setattr("ppow_hf.training.plan.LONGEST_COUNTED", 256)
     followed = make_plan(SMALL, shape, MACHINE)
     for way in WAYS:
         assert followed.peak(way) == pytest.approx(counted.peak(way), rel=0.05)

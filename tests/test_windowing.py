@@ -205,7 +205,7 @@ def test_a_repeated_text_raises_the_estimate_and_another_token_lowers_it():
     foretold = ForetoldAcceptance.PRIORS[NEW][2]  # three tokens are the same, seen once
     log_odds = pytest.approx(math.log(foretold / (1 - foretold)))
     assert repeated[5:7] == [log_odds, 0.0] and [-other[5], other[6]] == [log_odds, 1.0] and new[5:7] == [0.0, 0.0]
-    assert rule.describe(*unsure, 5, [4])[-2] > repeated[-2]  # four
+    assert rule.describe(*unsure, 5, [4])[5] > repeated[5]  # four
     estimates = [rule.acceptance_probability(features) for features in (repeated, new, other)]
     assert estimates == sorted(estimates, reverse=True) and estimates[0] - estimates[2] > 0.2
 

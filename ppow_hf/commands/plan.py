@@ -74,14 +74,11 @@ def machine_of(arguments: argparse.Namespace, mixed: bool) -> Any:
 
     from ..training.plan import Machine, measure_machine
 
-    measured = None
-    if arguments.teraflops is None or arguments.bandwidth is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        measured = measure_machine(device, mixed)
-    return Machine(
-        measured.flops if arguments.teraflops is None else arguments.teraflops * 1e12,
-        measured.bandwidth if arguments.bandwidth is None else arguments.bandwidth * 1e9,
-    )
+    machine = Machine((arguments.teraflops or 0) * 1e12, (arguments.bandwidth or 0) * 1e9)
+    if machine.flops and machine.bandwidth:
+        return machine
+    measured = measure_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), mixed)
+    return Machine(machine.flops or measured.flops, machine.bandwidth or measured.bandwidth)
 
 
 def gpu_bytes(arguments: argparse.Namespace) -> float:

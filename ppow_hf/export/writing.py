@@ -224,8 +224,8 @@ def _check_block(drafter: PPOWDrafter, format: str, target_config: Any) -> None:
         problem = "sample_from_anchor goes with a Markov head in the engines (markov_rank above 0)"
     elif config.confidence_head and not is_dspark(drafter):
         problem = "a confidence head goes with a Markov head in the engines (markov_rank above 0)"
-    elif format == "sglang" and (config.draft_vocab_size is not None or not config.shares_target_head):
-        problem = 'SGLang reads neither a reduced vocabulary nor a head of its own, by its source; use format="vllm"'
+    elif format == "sglang" and not (config.shares_target_head and config.shares_target_embeddings):
+        problem = 'SGLang reads neither a head nor embeddings of its own, by its source; use format="vllm"'
     if problem is not None:
         raise ValueError(f"drafter: it cannot be exported: {problem}. Train another one.")
 

@@ -226,7 +226,7 @@ class TargetEmbeddings:
         self.module = module
 
     def __deepcopy__(self, memo: dict) -> "TargetEmbeddings":
-        return TargetEmbeddings(self.module)
+        return type(self)(self.module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": None}

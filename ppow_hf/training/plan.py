@@ -320,7 +320,7 @@ def drafter_pass(target: Any, drafter: PPOWDrafter, shape: Shape, machine: Machi
         rows = features.flatten(0, -2)[:most]
         order = torch.arange(len(rows), device="meta")
         labels = torch.zeros(len(rows), dtype=torch.long, device="meta")
-        sources = torch.empty(len(rows), text.hidden_size, dtype=target.dtype, device="meta")
+        sources = torch.empty(1, text.hidden_size, dtype=target.dtype, device="meta").expand(len(rows), -1)
         return sum_over_chunks(chunk, shape.chunk_size, drafter.parameters(), rows[order][order], sources, labels)[0]
 
     def loss_function(drafter, output):

@@ -175,6 +175,9 @@ class RecordedTarget(TrainingTarget):
         states = torch.cat([found[name] for name in self._names], dim=-1) if self._names else None
         return TargetEncoding(found[LAST].to(self.head.weight.dtype), states, None, attention_mask)
 
+    def keep_encodings(self, max_bytes: int) -> None:
+        """They are kept on the disk already."""
+
     def verify(
         self, encoding: TargetEncoding, prefixes: torch.Tensor, draft_ids: torch.Tensor, max_tokens: int = 4096
     ) -> torch.Tensor:

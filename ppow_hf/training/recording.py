@@ -46,6 +46,7 @@ class Recording:
         max_length (`int`): what the sequences were cut to.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): number format of the states on disk.
         max_gigabytes (`float`, *optional*): most that the folder may take; sequences beyond it are left out.
+        shard_bytes (`int`, *optional*, defaults to 2**28): most that a shard takes, one sequence at least.
 
     Raises `ValueError` for a target whose logits are more than its head on its last state, and where not one sequence
     fits in `max_gigabytes`.

@@ -70,6 +70,10 @@ class TrainingTarget(ABC):
         """What it knows of right-padded sequences `[B, S]`, the `rows` `[B]` of the training data."""
 
     @abstractmethod
+    def keep_encodings(self, max_bytes: int) -> None:
+        """Keep what it knows of sequences in memory, up to `max_bytes`."""
+
+    @abstractmethod
     def verify(
         self, encoding: TargetEncoding, prefixes: torch.Tensor, draft_ids: torch.Tensor, max_tokens: int = 4096
     ) -> torch.Tensor:

@@ -4,7 +4,6 @@ One layer: with more of them vLLM 0.32 on a CPU norms all layers' context keys b
 """
 
 import copy
-import json
 import shutil
 
 import pytest
@@ -20,7 +19,7 @@ from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
 
-LEARNED, STEPS = 3, 120
+LEARNED, STEPS = 3, 200
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def block(target, eagle, prompts) -> PPOWDrafter:
 
 @pytest.fixture(scope="module")
 def reduced_block(block, target, prompts) -> PPOWDrafter:
-    """The same with a head of its own for 1,000 tokens, a scale moved from it to the norm, and another mask token."""
+    """The same with a head of its own for 1,000 tokens, and scales moved into the norms from behind them."""
     outputs, _ = decode(target, block, prompts[:LEARNED], NEW_TOKENS)
     counts = torch.bincount(torch.tensor(outputs).flatten(), minlength=block.config.vocab_size).float()
     counts[::5] += 0.5
@@ -63,6 +62,10 @@ def reduced_block(block, target, prompts) -> PPOWDrafter:
     scale = torch.logspace(-1, 1, config.draft_config.hidden_size)
     weights["draft_model.norm.weight"] *= scale
     weights["draft_model.lm_head.weight"] = target.get_output_embeddings().weight[kept] / scale
+    for name in ("hidden_norm", "layers.0.input_layernorm"):
+        weights[f"draft_model.{name}.weight"] *= scale
+    for name in ("q", "k", "v"):
+        weights[f"draft_model.layers.0.self_attn.{name}_proj.weight"] /= scale
     drafter.load_state_dict(weights, strict=False)
     drafter.set_draft_vocabulary(kept)
     drafter.attach_target(target)
@@ -98,17 +101,12 @@ def test_speculators_directory_is_served_by_itself(reduced_block, exported, our_
     assert_same_acceptance(served, our_runs["reduced-block"])
 
 
-@pytest.mark.parametrize("damage", ["d2t", "norm.weight", "mask_token_id"])
+@pytest.mark.parametrize("damage", ["d2t", "norm.weight", "hidden_norm.weight"])
 def test_acceptance_betrays_a_damaged_directory(damage, reduced_block, exported, our_runs, prompts, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(exported("reduced-block", reduced_block), folder)
-    config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    if damage == "mask_token_id":
-        config["dflash_config"][damage] = 0
-    else:
-        del tensors[damage]
-    (folder / "config.json").write_text(json.dumps(config))
+    del tensors[damage]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     try:
         served = run_vllm(tiny.target_path(), prompts, NEW_TOKENS, speculative(folder))
