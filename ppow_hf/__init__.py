@@ -32,7 +32,6 @@ __all__ = [
     "drafter_path",
     "export_drafter",
     "import_drafter",
-    "import_eagle3",
 ]
 
 _MODULES = {
@@ -41,7 +40,6 @@ _MODULES = {
     "drafter_path": "tiny",
     "export_drafter": "export",
     "import_drafter": "export",
-    "import_eagle3": "export",
 }
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ppow_hf import PPOWDrafter, cli, tiny
-from ppow_hf.export import export_drafter, import_eagle3
+from ppow_hf.export import export_drafter, import_drafter
 from ppow_hf.measure.evaluation import decode
 
 PROMPTS = [[5, 9, 2], [1, 2, 3, 4, 5, 6], [40, 41, 7]]
@@ -246,7 +246,7 @@ def test_round_trip_is_tensor_identical(tmp_path, target, format, reduced):
     drafter = drafter.to(torch.bfloat16)
     first, second = tmp_path / "first", tmp_path / "second"
     export_drafter(drafter, first, format, target=target, target_name="someone/target")
-    found = import_eagle3(first)
+    found = import_drafter(first)
     embeddings = target.get_input_embeddings().weight.to(torch.bfloat16)
     theirs, ours = found.state_dict(), {**drafter.state_dict(), "draft_model.embed_tokens.weight": embeddings}
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
@@ -263,7 +263,7 @@ def test_round_trip_is_tensor_identical(tmp_path, target, format, reduced):
 
 def test_imported_drafter_drafts_as_the_one_exported(tmp_path, target, drafter):
     export_drafter(drafter, tmp_path, target=target)
-    found = import_eagle3(tmp_path, target)
+    found = import_drafter(tmp_path, target)
     outputs, traces = decode(target, drafter, PROMPTS, 24, window="fixed", max_window=4)
     again, other_traces = decode(target, found, PROMPTS, 24, window="fixed", max_window=4)
     assert again == outputs
@@ -285,10 +285,10 @@ def test_published_layout_without_embeddings_layers_or_t2d(tmp_path, make_target
     config = {name: value for name, value in config.items() if name not in (*left_out, "rope_parameters")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="target: .*does not say which of the target's layers"):
-        import_eagle3(tmp_path)
+        import_drafter(tmp_path)
     with pytest.raises(ValueError, match="no embed_tokens.weight"):
-        import_eagle3(tmp_path, target_layer_ids=[2, 4, 5])
-    found = import_eagle3(tmp_path, target, max_window=6)
+        import_drafter(tmp_path, target_layer_ids=[2, 4, 5])
+    found = import_drafter(tmp_path, target, max_window=6)
     assert found.config.target_layer_ids == [2, 4, 5] and found.config.max_window == 6
     ours, theirs = drafter.state_dict(), found.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
@@ -297,7 +297,7 @@ def test_published_layout_without_embeddings_layers_or_t2d(tmp_path, make_target
 def test_layers_counted_as_sglang_does(tmp_path, target, drafter):
     export_drafter(drafter, tmp_path)
     rewritten(tmp_path, eagle_aux_hidden_state_layer_ids=None)
-    assert import_eagle3(tmp_path).config.target_layer_ids == [1, 2, 3]
+    assert import_drafter(tmp_path).config.target_layer_ids == [1, 2, 3]
 
 
 def without(*names):
@@ -334,24 +334,24 @@ def test_damaged_checkpoints_are_refused(tmp_path, drafter, damage):
     export_drafter(drafter, tmp_path)
     rewritten(tmp_path, change(saved(tmp_path)[1]), **fields)
     with pytest.raises(ValueError, match=message):
-        import_eagle3(tmp_path)
+        import_drafter(tmp_path)
 
 
 def test_checkpoints_of_other_targets_and_kinds_are_refused(tmp_path, make_target, target, drafter):
     export_drafter(drafter, tmp_path / "a")
     with pytest.raises(ValueError, match="fc.weight: 96 columns, where 3 states of this target have 48"):
-        import_eagle3(tmp_path / "a", make_target("llama", hidden_size=16))
+        import_drafter(tmp_path / "a", make_target("llama", hidden_size=16))
     with pytest.raises(ValueError, match="vocab_size: 64, and the target's is 32"):
-        import_eagle3(tmp_path / "a", make_target("llama", vocab_size=32))
+        import_drafter(tmp_path / "a", make_target("llama", vocab_size=32))
     copy.deepcopy(target).save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match="not an EAGLE-3 drafter"):
-        import_eagle3(tmp_path / "b")
+        import_drafter(tmp_path / "b")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        import_eagle3(tmp_path / "nowhere")
+        import_drafter(tmp_path / "nowhere")
     export_drafter(drafter, tmp_path / "c", "speculators", target=target, target_name="someone/target")
     rewritten(tmp_path / "c", norm_before_residual=None)
     with pytest.raises(ValueError, match="norm_before_residual: not given"):
-        import_eagle3(tmp_path / "c")
+        import_drafter(tmp_path / "c")
 
 
 @pytest.mark.lowest
@@ -360,7 +360,7 @@ def test_older_rotary_fields_are_read(tmp_path, drafter):
     export_drafter(drafter, tmp_path)
     scaling = {"rope_type": "linear", "factor": 4.0}
     rewritten(tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)
-    found = import_eagle3(tmp_path).config.draft_config.rope_parameters
+    found = import_drafter(tmp_path).config.draft_config.rope_parameters
     assert found == LlamaConfig(rope_parameters={"rope_theta": 500.0, **scaling}).rope_parameters
 
 

@@ -110,6 +110,6 @@ def test_imports_point_downwards(module):
 def test_the_public_interface_is_what_a_user_types():
     assert set(ppow_hf.__all__) == {
         "GenerationTrace", "KLAdaptiveCandidateGenerator", "PPOWDrafter", "PPOWDrafterConfig", "PPOWTrainer",
-        "PPOWTrainingArguments", "drafter_path", "export_drafter", "import_drafter", "import_eagle3",
+        "PPOWTrainingArguments", "drafter_path", "export_drafter", "import_drafter",
     }  # fmt: skip
     assert all(callable(getattr(ppow_hf, name)) for name in ppow_hf.__all__)

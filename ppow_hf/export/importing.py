@@ -28,20 +28,35 @@ def import_drafter(
     revision: str | None = None,
     **settings: Any,
 ) -> PPOWDrafter:
-    """The EAGLE-3, DFlash or DSpark drafter of `checkpoint` as a [`PPOWDrafter`]; arguments as of [`import_eagle3`].
+    """The EAGLE-3, DFlash or DSpark drafter of `checkpoint` as a [`PPOWDrafter`], tensor for tensor.
 
-    A DFlash or DSpark checkpoint without embeddings or head shares its target's. Its own layer ids hold.
+    Args:
+        checkpoint (`str` or `Path`):
+            Folder or Hub name of a checkpoint as its authors publish them (`LlamaForCausalLMEagle3`,
+            `DFlashDraftModel`, `Qwen3DSparkModel`), or in the format of speculators.
+        target (`PreTrainedModel` or `str`, *optional*):
+            The target, or its folder or name. Needed where an EAGLE-3 checkpoint leaves out the embeddings (the
+            target's are used then; a name makes the target load) or says nothing about the layers it reads. A DFlash
+            or DSpark checkpoint without embeddings or head shares its target's.
+        target_layer_ids (`list[int]`, *optional*):
+            The target's states that an EAGLE-3 drafter reads, counted as transformers' `hidden_states`. By default
+            those of the checkpoint, or else engines' own rule (2, N // 2, N - 3) for N layers.
+        revision (`str`, *optional*): of a checkpoint on the Hub.
+        settings: further fields of [`PPOWDrafterConfig`], such as `max_window`.
+
+    Raises:
+        `ValueError`: if the checkpoint computes something else, lacks a tensor, or does not fit the target, with
+            everything that is wrong; `FileNotFoundError` if it is not there.
     """
     folder = _local(checkpoint, revision)
     if not is_block_config(read_config(folder, "checkpoint")):
-        return import_eagle3(folder, target, target_layer_ids=target_layer_ids, **settings)
+        return _import_eagle3(folder, target, target_layer_ids, settings)
     if target_layer_ids is not None:
         raise ValueError("target_layer_ids: a DFlash or DSpark checkpoint names its own. Leave it out.")
-    return import_block(folder, target, **settings)
+    return _import_block(folder, target, settings)
 
 
-def import_block(checkpoint: str | Path, target: Any = None, **settings: Any) -> PPOWDrafter:
-    """The DFlash or DSpark drafter in the folder `checkpoint`, see [`import_drafter`]."""
+def _import_block(checkpoint: Path, target: Any, settings: dict[str, Any]) -> PPOWDrafter:
     found, target_config = read_block(checkpoint), _target_config(target)
     problems = found.problems() + _misfits(found, target_config)
     if problems:
@@ -61,35 +76,10 @@ def import_block(checkpoint: str | Path, target: Any = None, **settings: Any) ->
     return drafter.eval()
 
 
-def import_eagle3(
-    checkpoint: str | Path,
-    target: Any = None,
-    *,
-    target_layer_ids: list[int] | None = None,
-    revision: str | None = None,
-    **settings: Any,
+def _import_eagle3(
+    checkpoint: Path, target: Any, target_layer_ids: list[int] | None, settings: dict[str, Any]
 ) -> PPOWDrafter:
-    """The EAGLE-3 drafter of `checkpoint` as a [`PPOWDrafter`], tensor for tensor and in its number format.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            Folder or Hub name of a checkpoint as EAGLE-3's authors publish them (`LlamaForCausalLMEagle3`), or in the
-            format of speculators (`Eagle3DraftModel`).
-        target (`PreTrainedModel` or `str`, *optional*):
-            The target, or its folder or name. Needed where the checkpoint leaves out the embeddings (the target's
-            are used then; a name makes the target load) or says nothing about the layers it reads.
-        target_layer_ids (`list[int]`, *optional*):
-            The target's states that it reads, counted as transformers' `hidden_states`. By default those of the
-            checkpoint, or else engines' own rule (2, N // 2, N - 3) for N layers.
-        revision (`str`, *optional*): of a checkpoint on the Hub.
-        settings: further fields of [`PPOWDrafterConfig`], such as `max_window`.
-
-    Raises:
-        `ValueError`: if the checkpoint computes something else than EAGLE-3 does, lacks a tensor, or does not fit the
-            target, with everything that is wrong; `FileNotFoundError` if it is not there.
-    """
-    folder = _local(checkpoint, revision)
-    found = read_eagle3(folder)
+    found = read_eagle3(checkpoint)
     target_config = _target_config(target)
     layers = target_layer_ids or found.layer_ids
     if layers is None and target_config is not None:

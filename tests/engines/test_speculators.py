@@ -9,7 +9,7 @@ import torch
 from engine_helpers import NEW_TOKENS, WINDOW, assert_same_acceptance
 from safetensors.torch import load_file
 
-from ppow_hf import import_eagle3, tiny
+from ppow_hf import import_drafter, tiny
 from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
@@ -41,7 +41,7 @@ def test_speculators_loads_and_saves_an_export(name, engine_python, exported, ou
     assert "Eagle3DraftModel" in printed
     # Loading makes tables for the whole vocabulary where the drafter has no reduced one.
     assert_same_tensors(folder, resaved, optional=("d2t", "t2d") if name == "eagle" else ())
-    found = import_eagle3(resaved)
+    found = import_drafter(resaved)
     assert found.config.target_layer_ids == ours.drafters[name].config.target_layer_ids
     if name == "reduced-eagle":
         served = run_vllm(resaved, prompts, NEW_TOKENS)
