@@ -408,7 +408,7 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
     )
     if algorithm is not None:
         text += (
-            "\n### SGLang\n\nFrom the same directory; not run by us.\n\n"
+            "\n### SGLang\n\nFrom the same directory.\n\n"
             f"```bash\npython -m sglang.launch_server --model-path {served} --speculative-algorithm {algorithm} \\\n"
             "  --speculative-draft-model-path exported --speculative-num-steps 5 --speculative-eagle-topk 1 \\\n"
             "  --speculative-num-draft-tokens 6\n```\n"
