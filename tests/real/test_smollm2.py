@@ -117,7 +117,7 @@ def test_train_save_load_generate_and_export(folder, target, drafter, tokenizer,
     assert greedy(target, [prompt], assistant_model=loaded)[0] == expected
     for format in ("vllm", "speculators"):
         out = tmp_path / format
-        assert main(["export", "--drafter", str(trained), *model, "--format", format, "--output-dir", str(out)]) == 0
+        assert main(["export", str(trained), *model, "--format", format, "--output-dir", str(out)]) == 0
         assert (out / "config.json").is_file()
 
 
