@@ -132,7 +132,7 @@ def _train(
         steps_before = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, data, eval_data, folder / f"{number}-{stage.kind}", arguments.seed,
-            eval_prompts=HELD_OUT_TEXTS, eval_new_tokens=48, disable_tqdm=True,
+            eval_prompts=HELD_OUT_TEXTS, eval_new_tokens=48 if is_embedded(arguments.target) else 24, disable_tqdm=True,
             calibrate_at_end=number == len(phases) - 1,
         )  # fmt: skip
         log += [{**row, "step": row["step"] + steps_before} for row in history]
