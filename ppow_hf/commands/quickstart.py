@@ -125,6 +125,7 @@ def _train(
 
     prepare = _embedded_phases if is_embedded(arguments.target) else _named_phases
     drafter, phases, eval_data = prepare(folder, target, tokenizer, files, arguments)
+    evaluated = 48 if is_embedded(arguments.target) else 24  # tokens behind each held-out prompt
     log: list[dict] = []
     lengths: list[tuple[str, float]] = []
     for number, (stage, data) in enumerate(phases):
@@ -132,7 +133,7 @@ def _train(
         steps_before = log[-1]["step"] if log else 0
         history = train_stage(
             drafter, target, tokenizer, stage, data, eval_data, folder / f"{number}-{stage.kind}", arguments.seed,
-            eval_prompts=HELD_OUT_TEXTS, eval_new_tokens=48 if is_embedded(arguments.target) else 24, disable_tqdm=True,
+            eval_prompts=HELD_OUT_TEXTS, eval_new_tokens=evaluated, disable_tqdm=True,
             calibrate_at_end=number == len(phases) - 1,
         )  # fmt: skip
         log += [{**row, "step": row["step"] + steps_before} for row in history]
