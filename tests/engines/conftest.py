@@ -2,12 +2,11 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS, PROMPTS, WINDOW, OurRun, run_ours
+from engine_helpers import NEW_TOKENS, PROMPTS, WINDOW, OurRun, interpreter_or_skip, run_ours
 
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.data.models import load_prompts, load_target, load_tokenizer
@@ -18,15 +17,8 @@ from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE, run_vllm
 
 @pytest.fixture(scope="session")
 def engine_python() -> str:
-    """The interpreter of vLLM's environment. That it is not named is the only reason to skip these tests."""
-    python = os.environ.get(PYTHON_VARIABLE)
-    if not python:
-        pytest.skip(
-            f"{PYTHON_VARIABLE} is not set: make vLLM's environment with tests/engines/make_environment.sh FOLDER and "
-            f"run {PYTHON_VARIABLE}=FOLDER/bin/python pytest -m engines -n 0 tests/engines"
-        )
-    assert Path(python).is_file(), f"{PYTHON_VARIABLE}: there is no {python}"
-    return python
+    """The interpreter of vLLM's environment."""
+    return interpreter_or_skip("vLLM", PYTHON_VARIABLE, "make_environment.sh")
 
 
 @pytest.fixture(scope="session")

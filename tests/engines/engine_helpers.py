@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,26 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ppow_hf import PPOWDrafter
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.runtime.trace import RoundTrace
+from ppow_hf.serving.engine_process import engine_python
 
 PROMPTS = int(os.environ.get("PPOW_ENGINE_PROMPTS", "50"))
 NEW_TOKENS = 64
 WINDOW = 5
+
+
+def interpreter_or_skip(engine: str, variable: str, script: str) -> str:
+    """The interpreter of an engine's environment. That `variable` does not name it is the only reason to skip."""
+    how = f"make one with tests/engines/{script} FOLDER"
+    if variable not in os.environ:
+        pytest.skip(f"{variable} is not set: {how} and run {variable}=FOLDER/bin/python pytest -m engines -n 0")
+    return engine_python(engine, variable, how)
+
+
+def smollm2_or_skip() -> Path:
+    """The folder of SmolLM2-135M-Instruct in the one that PPOW_REAL_TARGETS names."""
+    if "PPOW_REAL_TARGETS" not in os.environ:
+        pytest.skip("PPOW_REAL_TARGETS names no folder of real targets")
+    return Path(os.environ["PPOW_REAL_TARGETS"], "smollm2")
 
 
 @dataclass

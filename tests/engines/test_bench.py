@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import os
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS
+from engine_helpers import NEW_TOKENS, interpreter_or_skip
 
 from ppow_hf.data.models import load_tokenizer
 from ppow_hf.serving import engine_bench
@@ -19,9 +18,7 @@ pytestmark = pytest.mark.engines
 def python(engine, request):
     if engine == "vllm":
         return request.getfixturevalue("engine_python")
-    if PYTHON_VARIABLE not in os.environ:
-        pytest.skip(f"{PYTHON_VARIABLE} is not set: see tests/engines/make_llamacpp_environment.sh")
-    return os.environ[PYTHON_VARIABLE]
+    return interpreter_or_skip("llama.cpp", PYTHON_VARIABLE, "make_llamacpp_environment.sh")
 
 
 @pytest.mark.parametrize("name", ["eagle", "standalone"])

@@ -6,13 +6,12 @@ room, as we do. Float32 throughout but where a test says otherwise.
 
 import copy
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS, WINDOW, random_prompts, trained_eagle
+from engine_helpers import NEW_TOKENS, WINDOW, interpreter_or_skip, random_prompts, trained_eagle
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -35,14 +34,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def llamacpp_python():
-    python = os.environ.get(PYTHON_VARIABLE)
-    if not python:
-        pytest.skip(
-            f"{PYTHON_VARIABLE} is not set: make llama.cpp's environment with "
-            "tests/engines/make_llamacpp_environment.sh FOLDER"
-        )
-    assert Path(python).is_file(), f"{PYTHON_VARIABLE}: there is no {python}"
-    return python
+    return interpreter_or_skip("llama.cpp", PYTHON_VARIABLE, "make_llamacpp_environment.sh")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import NEW_TOKENS, WINDOW
+from engine_helpers import NEW_TOKENS, WINDOW, interpreter_or_skip
 
 from ppow_hf import tiny
 from ppow_hf.data.models import load_tokenizer
@@ -25,14 +25,7 @@ PYTHON_VARIABLE = "PPOW_OPENVINO_PYTHON"
 
 @pytest.fixture(scope="module")
 def openvino_python():
-    python = os.environ.get(PYTHON_VARIABLE)
-    if not python:
-        pytest.skip(
-            f"{PYTHON_VARIABLE} is not set: make OpenVINO's environment with "
-            "tests/engines/make_openvino_environment.sh FOLDER"
-        )
-    assert Path(python).is_file(), f"{PYTHON_VARIABLE}: there is no {python}"
-    return python
+    return interpreter_or_skip("OpenVINO", PYTHON_VARIABLE, "make_openvino_environment.sh")
 
 
 @pytest.fixture(scope="module")

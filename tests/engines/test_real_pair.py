@@ -1,14 +1,11 @@
 """SmolLM2-135M-Instruct and its eagle drafter in vLLM and llama.cpp, chats, in float32: what they accept is ours.
 
-`PPOW_REAL_TARGETS` names a folder with the target in `smollm2`; `PPOW_REAL_DRAFTER` another drafter than the shipped.
+`PPOW_REAL_TARGETS` names a folder with the target in `smollm2`.
 """
-
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import WINDOW, assert_same_acceptance, run_ours
+from engine_helpers import WINDOW, assert_same_acceptance, interpreter_or_skip, run_ours, smollm2_or_skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppow_hf
@@ -32,9 +29,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def folder():
-    if "PPOW_REAL_TARGETS" not in os.environ:
-        pytest.skip("PPOW_REAL_TARGETS names no folder of real targets")
-    return Path(os.environ["PPOW_REAL_TARGETS"], "smollm2")
+    return smollm2_or_skip()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +46,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def drafter(real_target):
-    path = os.environ.get("PPOW_REAL_DRAFTER") or ppow_hf.drafter_path("smollm2-135m-eagle")
+    path = ppow_hf.drafter_path("smollm2-135m-eagle")
     drafter = PPOWDrafter.from_pretrained(path, dtype=torch.float32).eval()
     drafter.attach_target(real_target)
     return drafter
@@ -74,8 +69,7 @@ def test_vllm_accepts_at_each_position_what_we_do(engine_python, folder, real_ta
 
 
 def test_llamacpp_accepts_as_many_as_we_do(real_target, tokenizer, drafter, chats, tmp_path):
-    if PYTHON_VARIABLE not in os.environ:
-        pytest.skip(f"{PYTHON_VARIABLE} is not set: see tests/engines/make_llamacpp_environment.sh")
+    interpreter_or_skip("llama.cpp", PYTHON_VARIABLE, "make_llamacpp_environment.sh")
     write_causal_lm(tmp_path / "target.gguf", real_target, tokenizer, "float32")
     export_drafter(drafter, tmp_path, "gguf", target=real_target, tokenizer=tokenizer, gguf_dtype="float32")
     plain = run_llamacpp(tmp_path / "target.gguf", chats, TOKENS)

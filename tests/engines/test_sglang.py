@@ -7,12 +7,10 @@ a fixed window of the same length. Ours runs on behind the last token, where it 
 """
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
-from engine_helpers import random_prompts, random_qwen3, run_ours, trained_eagle
+from engine_helpers import interpreter_or_skip, random_prompts, random_qwen3, run_ours, smollm2_or_skip, trained_eagle
 from sglang_helpers import (
     PYTHON_VARIABLE,
     assert_same_rounds,
@@ -33,15 +31,7 @@ pytestmark = pytest.mark.engines
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """The interpreter of SGLang's environment. That it is not named is the only reason to skip these tests."""
-    found = os.environ.get(PYTHON_VARIABLE)
-    if not found:
-        pytest.skip(
-            f"{PYTHON_VARIABLE} is not set: make SGLang's environment with tests/engines/make_sglang_environment.sh "
-            f"FOLDER and run {PYTHON_VARIABLE}=FOLDER/bin/python pytest -m engines -n 0 tests/engines/test_sglang.py"
-        )
-    assert Path(found).is_file(), f"{PYTHON_VARIABLE}: there is no {found}"
-    return found
+    return interpreter_or_skip("SGLang", PYTHON_VARIABLE, "make_sglang_environment.sh")
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +129,7 @@ def test_qwen3_and_the_embeddings_as_a_state(python, tmp_path):
 @pytest.mark.real
 def test_smollm2_with_a_reduced_vocabulary(python, tmp_path):
     """A real target, in the folder `smollm2` of the one that PPOW_REAL_TARGETS names, with a drafter trained here."""
-    if "PPOW_REAL_TARGETS" not in os.environ:
-        pytest.skip("PPOW_REAL_TARGETS names no folder of real targets")
-    model = Path(os.environ["PPOW_REAL_TARGETS"], "smollm2")
+    model = smollm2_or_skip()
     target = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval().requires_grad_(False)
     target.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(model)
