@@ -16,7 +16,8 @@ def register(commands: Any) -> None:
         help="record a target's states, to train drafters without it",
         description="Read texts with the target once and keep the states that drafters learn from. Run again with the "
         "same folder, it goes on where it was; run several times at once, the processes share the work. Train with "
-        "`ppow train --target_states FOLDER`.",
+        "`ppow train --target_states FOLDER`; more texts are recorded into a folder of their own, and trained on with "
+        "`--target_states FOLDER FOLDER2`.",
     )
     parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
     parser.add_argument("--data", required=True, metavar="DATA", help=f"training data as of ppow train: {DATA_HELP}")

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ class PPOWTrainer(Trainer):
             completes rows with a `prompt` or `messages`, see `regenerate`.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
-        target_states (`str` or [`StateRecord`], *optional*): folder of `ppow record`, which holds the training data
-            too. The target is then not asked, so that only terms along the text can be trained, and windows that the
-            text verifies.
+        target_states (`str`, `list[str]` or [`StateRecord`], *optional*): folder of `ppow record`, or several, which
+            hold the training data too. The target is then not asked, so that only terms along the text can be
+            trained, and windows that the text verifies.
     """
 
     train_dataset: Any
@@ -102,10 +103,12 @@ class PPOWTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
-        target_states: str | os.PathLike | StateRecord | None = None,
+        target_states: str | os.PathLike | Sequence[str | os.PathLike] | StateRecord | None = None,
         **kwargs,
     ):
-        record = StateRecord(target_states) if isinstance(target_states, str | os.PathLike) else target_states
+        if isinstance(target_states, str | os.PathLike):
+            target_states = [target_states]
+        record = StateRecord(*target_states) if isinstance(target_states, Sequence) else target_states
         for target in [target_model] if record is None else [record.target, target_model]:
             if record is None or target is not None:
                 check_pair(model, target, processing_class, args)
