@@ -113,8 +113,8 @@ def claim_folder(config: CompareConfig, folder: Path) -> None:
     path = folder / "config.json"
     mine = json.loads(json.dumps(vars(config)))
     # Where something lies on this machine is nobody else's.
-    for name in ("drafter", "target_states"):
-        mine[name] = public_name(mine[name])
+    mine["drafter"] = public_name(mine["drafter"])
+    mine["target_states"] = mine["target_states"] and [public_name(name) for name in mine["target_states"]]
     if not isinstance(mine["target"], dict):
         mine["target"] = public_name(mine["target"])
     elif "texts" in mine["target"]:
@@ -163,8 +163,8 @@ class Comparison:
     def run(self) -> None:
         """Everything that is not done yet, then the report's files."""
         if self.config.target_states is not None:
-            self.data = StateRecord(self.config.target_states)
-            self.max_length = max(self.max_length, self.data.manifest["max_length"])
+            self.data = StateRecord(*self.config.target_states)
+            self.max_length = max(self.max_length, self.data.max_length)
         else:
             self.data = training_text(self.config, self.folder, self.target, self.tokenizer)
         self.texts = evaluation_texts(self.config, self.folder, self.target, self.tokenizer)

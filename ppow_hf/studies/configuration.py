@@ -12,7 +12,7 @@ from ..tiny.recipe import TargetRecipe, recipe_of
 from ..training import PPOWTrainingArguments
 from ..training.objectives import parse_objective
 
-CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("default", "100m")}
+CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("default", "100m", "smollm2")}
 
 RESULTS = "results.jsonl"
 
@@ -35,8 +35,9 @@ class CompareConfig:
         workload (`dict`): `name`, and either nothing else for `stdlib` (excerpts of the standard library, modules held
             in for training and held out for evaluation) or `train` and `evaluation`, files of prompts.
         data (`dict`): `train_sequences`, `prompt_tokens`, `completion_tokens`, `validation_prompts`, `test_prompts`.
-        target_states (`str`, *optional*): folder of `ppow record`. Its texts and states train every recipe, in place
-            of training prompts (neither `workload.train` nor `train_sequences` is read) and the target's forwards.
+        target_states (`list[str]`, *optional*): folders of `ppow record`. Their texts and states train every recipe,
+            in place of training prompts (neither `workload.train` nor `train_sequences` is read) and the target's
+            forwards.
         start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start; not with `drafter`.
         budgets (`dict`): `tokens` (target-forward tokens) and `seconds`, one or both.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
@@ -67,7 +68,7 @@ class CompareConfig:
     drafter: str | None = None
     drafter_config: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=lambda: {"name": "stdlib"})
-    target_states: str | None = None
+    target_states: list[str] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     baselines: list[str] = field(default_factory=list)
     reference: str = "cst"
@@ -120,8 +121,15 @@ SMOKE: dict[str, Any] = {
 SMOKE_TARGET = {"hidden_size": 128, "num_layers": 2, "max_steps": 2}
 
 
-def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str] | None = None) -> CompareConfig:
+def load_config(
+    path: str | Path | None,
+    smoke: bool = False,
+    recipes: list[str] | None = None,
+    target_states: list[str] | None = None,
+) -> CompareConfig:
     """The configuration in a YAML file or of a name in `CONFIGS`, by default `"default"`; `smoke` makes it all small.
+
+    `recipes` and `target_states`, where given, take the place of the file's.
 
     Raises `ValueError` naming what is unknown, missing or out of range, `FileNotFoundError` without the file.
     """
@@ -142,6 +150,8 @@ def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str]
     if not isinstance(given, dict) or set(given) - known:
         unknown = sorted(set(given) - known) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"--config: {unknown} in {path.name} is not known; accepted are {sorted(known)}.")
+    if target_states is not None:
+        given["target_states"] = target_states
     if smoke:
         for name, value in SMOKE.items():
             given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) and name != "budgets" else value
