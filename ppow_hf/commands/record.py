@@ -66,13 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
+    from ..measure.costs import faster_dtype
     from ..runtime.modeling_ppow import target_layers_for
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences
     from ..training.recording import Recording
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(arguments.target, "--target", arguments.dtype or default_dtype(device), device)
+    target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device)
     tokenizer = load_tokenizer(arguments.target, "--target")
     settings = PPOWTrainingArguments(
         str(folder), max_length=arguments.max_length, use_cpu=device == "cpu", report_to=[]
@@ -103,13 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     if left:
         print(f"{len(left)} shards are being recorded by other processes", file=sys.stderr)
     return 0
-
-
-def default_dtype(device: str) -> str | None:
-    """Number format of a target that only reads: bfloat16 on a CPU that computes it faster."""
-    from ..measure.costs import bfloat16_pays
-
-    return "bfloat16" if device == "cpu" and bfloat16_pays("cpu") else None
 
 
 def describe(recording: Any) -> str:
