@@ -181,14 +181,14 @@ def test_other_drafters_are_refused(target):
 def test_rows_are_compared_with_their_own_side():
     rows = [
         EngineRow("vLLM", tokens=100, seconds=1.0),
-        EngineRow("vLLM, drafter, 5 tokens", 100, 0.5, drafts=40, drafted=200, accepted=60),
+        EngineRow("vLLM, drafter, 5 tokens", 100, 0.5, 40, 200, 60, [24, 16, 12, 6, 2]),
         EngineRow("transformers", 100, 4.0),
-        EngineRow("transformers, drafter, adaptive", 100, 2.5, 50, 100, 50, different_prompts=2),
+        EngineRow("transformers, drafter, adaptive", 100, 2.5, 50, 100, 50, [30, 20], different_prompts=2),
     ]
     lines = [line.split() for line in format_rows(rows).splitlines()]
-    assert lines[2][-5:] == ["200.0", "2.00x", "2.50", "70%", "yes"]  # 1 + 60 / 40
-    assert lines[3][-5:] == ["25.0", "1.00x", "1.00", "-", "yes"]
-    assert lines[4][-6:] == ["40.0", "1.60x", "2.00", "50%", "no", "(2)"]
+    assert lines[2][-10:] == ["200.0", "2.00x", "2.50", "70%", "yes", "60", "40", "30", "15", "5"]  # 1 + 60 / 40
+    assert lines[3][-6:] == ["25.0", "1.00x", "1.00", "-", "yes", "-"]
+    assert lines[4][-8:] == ["40.0", "1.60x", "2.00", "50%", "no", "(2)", "60", "40"]
 
 
 def test_missing_environment_is_explained(monkeypatch):
