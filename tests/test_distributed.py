@@ -1,5 +1,6 @@
-"""Two processes (gloo on the CPU) train as one with the same global batch does, and share the target's work."""
+"""Several processes (gloo on the CPU) train as one with the same global batch does, and share the target's work."""
 
+import functools
 import json
 import socket
 import subprocess
@@ -30,46 +31,69 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def train(folder: Path, processes: int) -> None:
+def train(folder: Path, processes: int, machines: int) -> None:
     """All objectives, one after the other, in `processes` processes."""
     folder.mkdir()
     runs = [
         COMMON | EVALUATION | run | {"output_dir": str(folder / name), "per_device_train_batch_size": 4 // processes}
         for name, run in RUNS.items()
     ]
-    done = launch(folder, SCRIPT, processes, json.dumps(runs))
+    done = launch(folder, SCRIPT, processes, json.dumps(runs), machines=machines)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def launch(folder: Path, code: str, processes: int, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    """A script in `processes` processes."""
+def launch(
+    folder: Path, code: str, processes: int, *words: str, machines: int = 1, **variables: str
+) -> subprocess.CompletedProcess:
+    """A script in `processes` processes, which as many launchers as `machines` start; the first one's outcome."""
     script = folder / "train.py"
     script.write_text(code)
     command = [sys.executable]
     if processes > 1:
         # --multi_gpu is accelerate's word for torch's launcher; with --cpu it starts one process, unless by MPI.
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--num_machines", str(machines), "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    command += [str(script), *words]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=300)
+    others = [
+        subprocess.Popen([*command, "--machine_rank", str(rank), str(script), *words], env=environment(**variables))
+        for rank in range(1, machines)
+    ]
+    if machines > 1:
+        command += ["--machine_rank", "0"]
+    done = subprocess.run(
+        [*command, str(script), *words], env=environment(**variables), capture_output=True, text=True, timeout=600
+    )
+    for other in others:
+        assert other.wait(timeout=60) == done.returncode
+    return done
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """Folders with the runs of one process and of two."""
+def trained(tmp_path_factory):
+    """`trained(processes, machines)`: the folder with all objectives' runs, trained once."""
     folder = tmp_path_factory.mktemp("distributed")
-    for name, processes in (("one", 1), ("two", 2)):
-        train(folder / name, processes)
-    return folder / "one", folder / "two"
+
+    @functools.cache
+    def folder_of(processes: int, machines: int = 1) -> Path:
+        path = folder / f"{processes}-{machines}"
+        train(path, processes, machines)
+        return path
+
+    return folder_of
 
 
 @pytest.mark.parametrize("objective", RUNS)
-def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, objective):
-    one, two = (folder / objective for folder in runs)
-    assert (two / "state_1.json").is_file()  # there were two
-
-    expected, found = step_logs(one), step_logs(two)
+@pytest.mark.parametrize(
+    ("processes", "machines"),
+    [
+        pytest.param(2, 1, id="two"),
+        pytest.param(4, 1, id="four", marks=pytest.mark.slow),
+        pytest.param(2, 2, id="two-machines", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_give_the_losses_of_one_with_the_same_global_batch(trained, processes, machines, objective):
+    one, several = (trained(*of) / objective for of in ((1,), (processes, machines)))
+    expected, found = step_logs(one), step_logs(several)
     assert [row["step"] for row in found] == list(range(1, RUNS[objective]["max_steps"] + 1))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4), name
@@ -77,16 +101,16 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, o
         values = [[row[name] for row in rows if name in row] for rows in (found, expected)]
         assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0]
 
-    paths = (one / "state_0.json", two / "state_0.json", two / "state_1.json")
+    paths = (one / "state_0.json", *(several / f"state_{rank}.json" for rank in range(processes)))
     states = [json.loads(path.read_text()) for path in paths]
     lengths = [
         [row["eval_acceptance_length"] for row in state["log"] if "eval_acceptance_length" in row] for state in states
     ]
-    assert lengths[0] == pytest.approx(lengths[1]) and lengths[0] == pytest.approx(lengths[2]) and lengths[0]
+    assert lengths[0] and all(other == pytest.approx(lengths[0]) for other in lengths[1:])
     # Every process loads the best checkpoint from where it lies in the end.
-    assert [Path(state["best"]).parent for state in states] == [one, two, two]
-    assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[2]["best"]).is_dir()
-    weights = [load_file(folder / "final/model.safetensors") for folder in (one, two)]
+    assert [Path(state["best"]).parent for state in states] == [one] + [several] * processes
+    assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[1]["best"]).is_dir()
+    weights = [load_file(folder / "final/model.safetensors") for folder in (one, several)]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])
 
 
@@ -106,14 +130,14 @@ class Spoiler(TrainerCallback):
     assert "the loss is nan at step 1, so the drafter's logits are no longer finite" in done.stderr
 
 
-def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
+def test_a_run_of_two_processes_goes_on_in_one(trained, tmp_path):
     settings = COMMON | EVALUATION | RUNS["tv"] | {"output_dir": str(tmp_path / "tv"), "save_steps": 2}
     two = json.dumps([settings | {"per_device_train_batch_size": 2}])
     assert launch(tmp_path, SCRIPT, 2, two, KILL="step:3").returncode != 0
     one = json.dumps([settings | {"per_device_train_batch_size": 4, "resume": True}])
     done = launch(tmp_path, SCRIPT, 1, one)
     assert done.returncode == 0, done.stderr[-4000:]
-    expected, found = (step_logs(folder / "tv") for folder in (runs[0], tmp_path))
+    expected, found = (step_logs(folder / "tv") for folder in (trained(1), tmp_path))
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
 
 
@@ -153,14 +177,15 @@ trainer.accelerator.end_training()
 """
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["supervised", "tv", "ppow"])
-def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective):
+def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective, processes):
     run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle"}
-    for processes in (1, 2):
-        words = str(tmp_path), json.dumps(run | {"per_device_train_batch_size": 4 // processes})
-        done = launch(tmp_path, SHARDED, processes, *words)
+    for count in (1, processes):
+        words = str(tmp_path), json.dumps(run | {"per_device_train_batch_size": 4 // count})
+        done = launch(tmp_path, SHARDED, count, *words)
         assert done.returncode == 0, done.stderr[-4000:]
-    expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, 2))
+    expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, processes))
     assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == 3
 
 

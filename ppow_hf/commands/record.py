@@ -16,7 +16,8 @@ def register(commands: Any) -> None:
         help="record a target's states, to train drafters without it",
         description="Read texts with the target once and keep the states that drafters learn from. Run again with the "
         "same folder, it goes on where it was; run several times at once, the processes share the work. Train with "
-        "`ppow train --target_states FOLDER`.",
+        "`ppow train --target_states FOLDER`; more texts are recorded into a folder of their own, and trained on with "
+        "`--target_states FOLDER FOLDER2`.",
     )
     parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
     parser.add_argument("--data", required=True, metavar="DATA", help=f"training data as of ppow train: {DATA_HELP}")
@@ -65,13 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
+    from ..measure.costs import faster_dtype
     from ..runtime.modeling_ppow import target_layers_for
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences
     from ..training.recording import Recording
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(arguments.target, "--target", arguments.dtype or default_dtype(device), device)
+    target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device)
     tokenizer = load_tokenizer(arguments.target, "--target")
     settings = PPOWTrainingArguments(
         str(folder), max_length=arguments.max_length, use_cpu=device == "cpu", report_to=[]
@@ -102,13 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     if left:
         print(f"{len(left)} shards are being recorded by other processes", file=sys.stderr)
     return 0
-
-
-def default_dtype(device: str) -> str | None:
-    """Number format of a target that only reads: bfloat16 on a CPU that computes it faster."""
-    from ..measure.costs import bfloat16_pays
-
-    return "bfloat16" if device == "cpu" and bfloat16_pays("cpu") else None
 
 
 def describe(recording: Any) -> str:

@@ -50,9 +50,11 @@ class TrainingTarget(ABC):
     Attributes:
         vocab_size (`int`): width of the logits, V.
         forward_tokens (`int`): read by the target, or charged as such where a kept encoding spared the forward.
+        verifies (`bool`): whether it reads drafted windows; else the text alone verifies them.
     """
 
     vocab_size: int
+    verifies = True
 
     def __init__(self, head: Any, head_is_plain: bool):
         self.head, self.head_is_plain = head, head_is_plain
