@@ -203,7 +203,7 @@ def describe(comparison: Comparison, version: str) -> str:
     text = (
         f"{len(comparison.prompts)} prompts {'one by one' if size == 1 else f'{size} at a time'}, "
         f"{comparison.max_new_tokens} new tokens each, {comparison.dtype}{files}, greedy, {engine} {version}, "
-        f"{torch.get_num_threads()} CPU threads. Acceptance length counts the target's own token. The last column: of "
+        f"CPU threads: {torch.get_num_threads()}. Acceptance length counts the target's own token. The last column: of "
         "100 verified windows, those that kept the draft token at position 1, 2, ..."
     )
     if comparison.engine == "vllm":
