@@ -203,8 +203,8 @@ def describe(comparison: Comparison, version: str) -> str:
     text = (
         f"{len(comparison.prompts)} prompts {'one by one' if size == 1 else f'{size} at a time'}, "
         f"{comparison.max_new_tokens} new tokens each, {comparison.dtype}{files}, greedy, {engine} {version}, "
-        f"CPU threads: {torch.get_num_threads()}. Acceptance length counts the target's own token. The last column: of "
-        "100 verified windows, those that kept the draft token at position 1, 2, ..."
+        f"CPU threads: {torch.get_num_threads()}. Acceptance length counts the target's own token. The last column: "
+        "of 100 verified windows, those that kept the draft token at position 1, 2, ..."
     )
     if comparison.engine == "vllm":
         text += " vLLM runs without compilation and drafts whole windows to the end, we no further than there is room."
