@@ -248,7 +248,7 @@ def compare(comparison: Comparison) -> tuple[list[EngineRow], str]:
     views["transformers, drafter, adaptive"] = comparison.drafter.with_settings(window="kl")
     said: list[list[int]] = []
     for name, view in views.items():
-        row, outputs = _own_row(name, comparison, view)
+        row, outputs = own_row(name, comparison, view)
         said = said or outputs
         row.different_prompts = sum(one != other for one, other in zip(outputs, said, strict=True))
         rows.append(row)
@@ -349,7 +349,8 @@ def _engine_row(name: str, run: EngineRun, plain: EngineRun) -> EngineRow:
     )
 
 
-def _own_row(name: str, comparison: Comparison, view: Any) -> tuple[EngineRow, list[list[int]]]:
+def own_row(name: str, comparison: Comparison, view: Any) -> tuple[EngineRow, list[list[int]]]:
+    """Generate in transformers, with a view of the drafter or plainly; the row, and new tokens of each prompt."""
     from ..data.regeneration import plain_distribution
     from ..measure.evaluation import left_padded, until_end
     from ..measure.window_study import eos_of
