@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_data import build_tokenizer
+from test_data import LINES, build_tokenizer
 from test_resume import COMMON, SCRIPT, environment, step_logs
 
 RUNS = {
@@ -187,6 +187,82 @@ def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, obje
         assert done.returncode == 0, done.stderr[-4000:]
     expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, processes))
     assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == 3
+
+
+def test_a_tensor_parallel_target_trains_evaluates_and_records_as_a_whole_one(make_target, tmp_path):
+    """All processes read the batches of all with their parts of it, and decode the same held-out prompts."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_target("llama", initializer_range=0.3).save_pretrained(tmp_path / "target")
+    target = 'AutoModelForCausalLM.from_pretrained(os.environ["TARGET"], **json.loads(os.environ["PLACED"])).eval()'
+    code = SCRIPT.replace('build_target("llama", initializer_range=0.3)', target)
+    code = code.replace("import TrainerCallback", "import AutoModelForCausalLM, TrainerCallback")
+    for processes, placed in ((1, {}), (2, {"tp_plan": "auto"})):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        settings = EVALUATION | {"calibrate_at_end": True, "per_device_train_batch_size": 4 // processes}
+        runs = [
+            COMMON | settings | run | {"output_dir": str(folder / name)}
+            for name, run in RUNS.items() if name != "block"
+        ]  # fmt: skip
+        variables = {"TARGET": str(tmp_path / "target"), "PLACED": json.dumps(placed)}
+        done = launch(folder, code, processes, json.dumps(runs), **variables)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("supervised", "tv", "ppow"):
+        expected, found = (json.loads((tmp_path / f"{n}/{name}/state_0.json").read_text())["log"] for n in "12")
+        for metric in ("loss", "grad_norm", "accepted_length", "eval_acceptance_length"):
+            values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4), (name, metric)
+        configs = [json.loads((tmp_path / f"{n}/{name}/final/config.json").read_text()) for n in "12"]
+        greedy = [config["calibration"]["greedy"]["observations"] for config in configs]
+        assert greedy[0] == greedy[1] > 0
+
+
+def test_a_tensor_parallel_target_is_recorded_as_a_whole_one(make_target, tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_target("llama", initializer_range=0.3, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "target")
+    rows = [{"text": line} for line in LINES]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-m", "ppow_hf.cli", "record", "--target", "target", "--data", "texts.jsonl", "--max-length", "32"]
+    command += ["--states-dtype", "float32", "--dtype", "float32"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    for words in (
+        [*command, "--output-dir", "whole"],
+        [*launcher, *command, "--output-dir", "split", "--tp-plan", "auto"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    manifests = [(tmp_path / name / "record.json").read_text() for name in ("whole", "split")]
+    assert manifests[0] == manifests[1]  # either could go on with the other
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        expected, found = load_file(path), load_file(tmp_path / "split" / path.name)
+        assert expected.keys() == found.keys()
+        assert all((found[name].float() - expected[name].float()).abs().max() < 1e-4 for name in expected)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_losses_of_one_process(trained, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    zero = {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    }  # fmt: skip
+    settings = COMMON | EVALUATION | {"per_device_train_batch_size": 2, "deepspeed": zero, "calibrate_at_end": True}
+    runs = [settings | run | {"output_dir": str(tmp_path / name)} for name, run in RUNS.items()]
+    done = launch(tmp_path, SCRIPT, 2, json.dumps(runs), DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in RUNS:
+        expected, found = (
+            json.loads((folder / name / "state_0.json").read_text())["log"] for folder in (trained(1), tmp_path)
+        )
+        for metric in ("loss", "grad_norm", "eval_acceptance_length"):
+            values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0], (name, metric)
+        weights = [load_file(folder / name / "final/model.safetensors") for folder in (trained(1), tmp_path)]
+        assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
 
 
 WRITE = """

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -317,6 +318,10 @@ class PPOWTrainingArguments(TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
         super().__post_init__()
+        if (
+            self.deepspeed_plugin is not None
+        ):  # else models would be made in parts, which its engine alone puts together
+            unset_hf_deepspeed_config()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
         if isinstance(self.regenerate_temperature, int | float):
