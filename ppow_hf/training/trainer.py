@@ -77,8 +77,9 @@ class PPOWTrainer(Trainer):
     Args:
         model ([`PPOWDrafter`]): the drafter.
         target_model (`PreTrainedModel`): the target; frozen while the drafter trains, and given back as it was.
-            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine. With `target_states` it is needed to
-            evaluate only.
+            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine; a tensor-parallel one (`tp_plan`) is
+            given whole embeddings and a whole head on every process. With `target_states` it is needed to evaluate
+            only.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
             a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
@@ -158,13 +159,7 @@ class PPOWTrainer(Trainer):
         )
         if self.is_fsdp_enabled:  # one unit: how often a layer is called differs from process to process
             model._no_split_modules = []
-        plugin = self.accelerator.state.deepspeed_plugin
-        zero_3 = plugin is not None and plugin.zero_stage == 3
-        if zero_3:  # likewise
-            from deepspeed.utils import set_z3_leaf_modules
-
-            set_z3_leaf_modules(model, [type(model)])
-        self._drafter_is_sharded = self.is_fsdp_enabled or zero_3
+        self._drafter_is_sharded = self.is_fsdp_enabled
         # Where a target or a drafter is in parts, all processes do what else one would do, with the same inputs.
         self._in_step = args.world_size > 1 and (self._target_is_split or self._drafter_is_sharded)
         # The loss is divided by what the whole global batch holds, here, not by Trainer.
