@@ -254,8 +254,23 @@ def test_what_needs_a_forward_of_the_target_is_refused_by_name(make_record, loss
 
 def test_texts_that_do_not_verify_windows_are_refused(make_record, losses, monkeypatch):
     monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30))
-    with pytest.raises(ValueError, match="objective: opd with 7 of 7 sequences without a window"):
+    with pytest.raises(ValueError, match="objective: opd with no sequence that holds a window"):
         losses("eagle", make_record(), objective="opd")
+
+
+@pytest.mark.parametrize("objective", ["ppow", "opd", "ppow + tv"])
+def test_only_texts_of_greedy_decoding_give_windows(make_record, losses, monkeypatch, objective):
+    sampled = [[False] * length for length in LENGTHS]
+    mixed = [row if place % 2 else none for place, (row, none) in enumerate(zip(WRITTEN, sampled, strict=True))]
+    settings = {"objective": objective, "per_device_train_batch_size": 1, "max_steps": 7, "learning_rate": 0.0}
+
+    monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30, written=mixed))
+    found = losses("eagle", make_record("mixed"), **settings)
+    monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30, written=WRITTEN))
+    whole = losses("eagle", make_record("whole"), **settings)
+    same = [a == pytest.approx(b, abs=1e-6) for a, b in zip(found, whole, strict=True)]
+    assert sum(same) == 3  # the texts written at T = 0, one a batch: the same windows
+    assert [loss for loss, alike in zip(found, same, strict=True) if not alike] == [0.0] * 4
 
 
 def test_the_target_may_be_there_to_evaluate(make_record, target, tmp_path, caplog):

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
+    from ..measure.costs import faster_dtype
     from ..runtime.modeling_ppow import target_layers_for
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     placement = chosen_placement(arguments)
-    target = load_target(arguments.target, "--target", arguments.dtype or default_dtype(device), device, placement)
+    target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device, placement)
     tokenizer = load_tokenizer(arguments.target, "--target")
     settings = PPOWTrainingArguments(
         str(folder), max_length=arguments.max_length, use_cpu=device == "cpu", report_to=[]
@@ -135,13 +136,6 @@ def chosen_placement(arguments: argparse.Namespace) -> dict[str, str]:
             "ppow_hf.cli record ..."
         )
     return {name: getattr(arguments, name) for name in given if name != "device"}
-
-
-def default_dtype(device: str) -> str | None:
-    """Number format of a target that only reads: bfloat16 on a CPU that computes it faster."""
-    from ..measure.costs import bfloat16_pays
-
-    return "bfloat16" if device == "cpu" and bfloat16_pays("cpu") else None
 
 
 def describe(recording: Any) -> str:

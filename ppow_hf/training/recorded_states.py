@@ -28,10 +28,7 @@ logger = logging.get_logger(__name__)
 FORMAT = 1
 MANIFEST, SEQUENCES, WEIGHTS = "record.json", "sequences.safetensors", "target.safetensors"
 LAST = "last"  # the state behind the final norm, which the head reads
-NO_FORWARD = (
-    "objective: the text does not verify all windows of this batch, and recorded states cannot. Train with the "
-    "target, or by terms along the text, such as objective='supervised'."
-)
+NO_FORWARD = "target_states: recorded states know no window but those of their texts; verify others by the target."
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
 
 
@@ -196,6 +193,8 @@ class RecordedTarget(TrainingTarget):
         device (`torch.device`): where batches are.
     """
 
+    verifies = False
+
     def __init__(self, record: StateRecord, layer_ids: list[int] | None, device: torch.device):
         head = record.target.get_output_embeddings().to(device)
         super().__init__(head, head_is_plain=True)
@@ -224,6 +223,7 @@ class RecordedTarget(TrainingTarget):
         assert rows is not None
         if with_cache:
             raise ValueError(NO_FORWARD)
+        self.forward_tokens += int(attention_mask.sum())  # charged, as for an encoding that is kept in memory
         length = input_ids.shape[1]
         names = [LAST, *(name for name in dict.fromkeys(self._names) if name != LAST)]
         batches: dict[str, Any] = {name: [] for name in names}

@@ -53,10 +53,12 @@ class TrainingTarget(ABC):
         is_tensor_parallel (`bool`): whether all processes compute each forward together. Their batches must then have
             one length.
         forward_tokens (`int`): read by the target, or charged as such where a kept encoding spared the forward.
+        verifies (`bool`): whether it reads drafted windows; else the text alone verifies them.
     """
 
     vocab_size: int
     is_tensor_parallel = False
+    verifies = True
 
     def __init__(self, head: Any, head_is_plain: bool):
         self.head, self.head_is_plain = head, head_is_plain

@@ -54,7 +54,6 @@ from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, training_sequences
 from .recorded_states import RecordedTarget, StateRecord
 from .records import check_hub_strategy, write_records
-from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
 from .run_folder import check_same_run, is_saved, lock_folder, run_record
 from .target import FrozenTarget, TrainingTarget
@@ -349,7 +348,12 @@ class PPOWTrainer(Trainer):
         return loss * args.world_size
 
     def _verified_by_text(self, drafter, weights, inputs) -> bool:
-        """Whether the text verifies this batch's windows, on every process or on none."""
+        """Whether the text verifies this batch's windows, on every process or on none.
+
+        Of recorded states it verifies all: sequences that the target did not write at T = 0 then give no windows.
+        """
+        if not self.target.verifies:
+            return True
         limits = drafter.draft_model.first_prefix, drafter.config.context_length
         by_text = text_judges(self.args, weights, inputs, *limits)
         if self.args.world_size > 1:  # a sharded target's forwards must not be one process's alone
@@ -387,26 +391,23 @@ class PPOWTrainer(Trainer):
                 drafter, self.target, encoding, inputs, self.args,
                 step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
             ))  # fmt: skip
-        if not bool(rollout.has_prefix.any()):
+        if not by_text and not bool(rollout.has_prefix.any()):
             first = self.accelerator.unwrap_model(model).draft_model.first_prefix
             raise ValueError(
                 f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that "
                 f"a window could begin with. Sequences need more than {first + 1} tokens."
             )
         self._rollouts[slot] = rollout
-        seconds = time.perf_counter() - started
-        parts = ("speedup", "throughput", "proximity")
-        self._note({
-            **{f"reward/{name}": rollout.rewards[name].mean().item() for name in parts},
-            "reward/mean": rollout.rewards["total"].mean().item(),
-            "reward/std": rollout.rewards["total"].std().item(),
-            "accepted_length": rollout.accepted.float().mean().item() + 1,
-            "groups_without_spread": groups_without_spread(rollout.rewards["total"]).item(),
-            "verified_tokens_per_second": rollout.draft_ids.numel() / seconds,
-            "target_forward_tokens": self.target.forward_tokens - tokens_before,
-            "adaw": float(adaptive),
-            "verified_by_text": float(by_text),
-        })  # fmt: skip
+        self._note(
+            {
+                "verified_tokens_per_second": rollout.draft_ids.numel() / (time.perf_counter() - started),
+                "target_forward_tokens": self.target.forward_tokens - tokens_before,
+                "adaw": float(adaptive),
+                "verified_by_text": float(by_text),
+            }
+        )
+        if bool(rollout.has_prefix.any()):
+            self._note(rollout.metrics())
         return rollout
 
     # -- evaluation
