@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_data import build_tokenizer
+from test_data import LINES, build_tokenizer
 from test_resume import COMMON, SCRIPT, environment, step_logs
+
+from ppow_hf.training import PPOWTrainingArguments
 
 RUNS = {
     "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
@@ -170,6 +172,8 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(trainer.accelerator.gather(loss.detach()[None]).mean().item())
+trainer._drafter_is_sharded = args.world_size > 1  # as where accelerate shards it
+losses.append(trainer.evaluate(random_dataset([9, 12, 8], seed=4))["eval_acceptance_length"])
 if args.process_index == 0:
     with open(os.path.join(folder, f"losses_{args.world_size}.json"), "w") as file:
         json.dump(losses, file)
@@ -180,13 +184,92 @@ trainer.accelerator.end_training()
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["supervised", "tv", "ppow"])
 def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective, processes):
-    run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle"}
+    run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle", "eval_new_tokens": 6}
     for count in (1, processes):
         words = str(tmp_path), json.dumps(run | {"per_device_train_batch_size": 4 // count})
         done = launch(tmp_path, SHARDED, count, *words)
         assert done.returncode == 0, done.stderr[-4000:]
     expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, processes))
-    assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == 3
+    assert found == pytest.approx(expected, abs=1e-5) and len(set(found[:3])) == 3
+
+
+def test_a_tensor_parallel_target_trains_evaluates_and_records_as_a_whole_one(make_target, tmp_path):
+    """All processes read the batches of all with their parts of it, and decode the same held-out prompts."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_target("llama", initializer_range=0.3).save_pretrained(tmp_path / "target")
+    target = 'AutoModelForCausalLM.from_pretrained(os.environ["TARGET"], **json.loads(os.environ["PLACED"])).eval()'
+    code = SCRIPT.replace('build_target("llama", initializer_range=0.3)', target)
+    code = code.replace("import TrainerCallback", "import AutoModelForCausalLM, TrainerCallback")
+    for processes, placed in ((1, {}), (2, {"tp_plan": "auto"})):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        settings = EVALUATION | {"calibrate_at_end": True, "per_device_train_batch_size": 4 // processes}
+        runs = [
+            COMMON | settings | run | {"output_dir": str(folder / name)}
+            for name, run in RUNS.items() if name != "block"
+        ]  # fmt: skip
+        variables = {"TARGET": str(tmp_path / "target"), "PLACED": json.dumps(placed)}
+        done = launch(folder, code, processes, json.dumps(runs), **variables)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("supervised", "tv", "ppow"):
+        expected, found = (json.loads((tmp_path / f"{n}/{name}/state_0.json").read_text())["log"] for n in "12")
+        for metric in ("loss", "grad_norm", "accepted_length", "eval_acceptance_length"):
+            values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4), (name, metric)
+        configs = [json.loads((tmp_path / f"{n}/{name}/final/config.json").read_text()) for n in "12"]
+        greedy = [config["calibration"]["greedy"]["observations"] for config in configs]
+        assert greedy[0] == greedy[1] > 0
+
+
+def test_a_tensor_parallel_target_is_recorded_as_a_whole_one(make_target, tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_target("llama", initializer_range=0.3, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "target")
+    rows = [{"text": line} for line in LINES]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-m", "ppow_hf.cli", "record", "--target", "target", "--data", "texts.jsonl", "--max-length", "32"]
+    command += ["--states-dtype", "float32", "--dtype", "float32"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    for words in (
+        [*command, "--output-dir", "whole"],
+        [*launcher, *command, "--output-dir", "split", "--tp-plan", "auto"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    manifests = [(tmp_path / name / "record.json").read_text() for name in ("whole", "split")]
+    assert manifests[0] == manifests[1]  # either could go on with the other
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        expected, found = load_file(path), load_file(tmp_path / "split" / path.name)
+        assert expected.keys() == found.keys()
+        assert all((found[name].float() - expected[name].float()).abs().max() < 1e-4 for name in expected)
+
+
+def test_zero_2_gives_the_losses_of_one_process_and_zero_3_is_refused(trained, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    zero: dict = {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    }  # fmt: skip
+    settings = COMMON | EVALUATION | {"per_device_train_batch_size": 2, "deepspeed": zero, "calibrate_at_end": True}
+    runs = [settings | run | {"output_dir": str(tmp_path / name)} for name, run in RUNS.items()]
+    done = launch(tmp_path, SCRIPT, 2, json.dumps(runs), DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match="deepspeed: ZeRO stage 3 given.*Take stage 2"):
+        zero["zero_optimization"]["stage"] = 3
+        PPOWTrainingArguments(str(tmp_path), use_cpu=True, deepspeed=zero)
+    for name in RUNS:
+        expected, found = (
+            json.loads((folder / name / "state_0.json").read_text())["log"] for folder in (trained(1), tmp_path)
+        )
+        for metric in ("loss", "grad_norm", "eval_acceptance_length"):
+            values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0], (name, metric)
+        weights = [load_file(folder / name / "final/model.safetensors") for folder in (trained(1), tmp_path)]
+        assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
 
 
 WRITE = """

@@ -164,6 +164,19 @@ def test_tied_weights_are_kept_once(make_record, make_target, tokenizer):
     assert (folder / "target.safetensors").stat().st_size < 1.5 * tied.lm_head.weight.nbytes
 
 
+def test_an_offloaded_target_is_recorded_as_a_whole_one(make_record, target, tmp_path):
+    target.save_pretrained(tmp_path / "target")
+    places = dict.fromkeys(["model.norm", "model.rotary_emb", "model.layers.0", "model.layers.1"], "cpu")
+    places |= dict.fromkeys(["model.embed_tokens", "model.layers.2", "model.layers.3", "lm_head"], "disk")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert offloaded.lm_head.weight.is_meta
+    whole, placed = make_record("whole"), make_record("placed", of=offloaded.eval())
+    for path in sorted(whole.glob("*.safetensors")):
+        assert path.read_bytes() == (placed / path.name).read_bytes()
+
+
 def test_a_record_goes_on_where_it_was_and_refuses_another(make_record, make_target, tokenizer):
     folder = make_record()
     shards = sorted(folder.glob("states-*"))
