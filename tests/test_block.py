@@ -4,6 +4,7 @@ The reference computes each window alone, from the weights, with loops over laye
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -266,6 +267,30 @@ def test_a_new_drafter_begins_with_what_its_target_gives(make_target):
     assert not dspark.draft_model.markov_head.markov_w2.weight.any()  # at the start it is DFlash
     two = PPOWDrafter.from_target(make_target("llama", num_layers=2), "block")
     assert two.config.target_layer_ids == [1]
+
+
+@pytest.mark.parametrize("variant", ["dflash", "dspark"])
+@pytest.mark.parametrize("draft_vocab_size", [None, 48])
+def test_a_new_drafter_is_sure_of_nothing(make_target, variant, draft_vocab_size):
+    """However large the target's embeddings and head are; a head of its own begins with the tokens' frequencies."""
+    target, input_ids, (prefixes, windows) = make_target("llama"), tokens(B, S), prefixes_and_windows()
+    with torch.no_grad():
+        for module in (target.get_input_embeddings(), target.get_output_embeddings()):
+            module.weight.mul_(20)
+    counts = torch.arange(64, 0, -1) ** 2
+    options = {"draft_vocab_size": draft_vocab_size, "token_counts": counts} if draft_vocab_size else {}
+    drafter = PPOWDrafter.from_target(target, "block", block_size=K, **VARIANTS[variant], **options)
+    with torch.no_grad():
+        states = states_of(target, drafter, input_ids)
+        features = drafter(input_ids, states, prefixes=prefixes, draft_ids=windows).window_features
+        log_probs = drafter.draft_logits(features).log_softmax(-1)
+    width = log_probs.shape[-1]
+    uniform = torch.full((width,), 1 / width)
+    assert -(uniform * log_probs).sum(-1).max() < 1.5 * math.log(width)
+    if draft_vocab_size:
+        frequencies = (counts[:width] + 1.0) / (counts[:width] + 1.0).sum()
+        behind_masks = log_probs[:, :, int(drafter.config.sample_from_anchor) :].exp()
+        torch.testing.assert_close(behind_masks, frequencies.expand(behind_masks.shape), rtol=1e-3, atol=1e-5)
 
 
 def test_the_mask_token_has_an_embedding(make_target):

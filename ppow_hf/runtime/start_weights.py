@@ -3,6 +3,7 @@
 Knows both models' modules; knows nothing about training.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,9 +64,9 @@ def _start_medusa(draft: MedusaDrafter, head: torch.Tensor | None) -> None:
 
 def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
     """Of an eagle or block drafter: the draft vocabulary of the most frequent tokens, the head's rows of them, states
-    let through, and a Markov head that adds nothing yet."""
+    let through."""
     draft: EagleDrafter | BlockDrafter = drafter.draft_model
-    kept = torch.arange(drafter.config.vocab_size)
+    kept, kept_counts = torch.arange(drafter.config.vocab_size), None
     if drafter.d2t is not None:
         if token_counts is None or len(token_counts) > drafter.config.vocab_size:
             raise ValueError(
@@ -74,16 +75,45 @@ def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts
                 f"{None if token_counts is None else tuple(token_counts.shape)}."
             )
         kept = token_counts.topk(len(drafter.d2t)).indices.sort().values
+        kept_counts = token_counts[kept]
         drafter.set_draft_vocabulary(kept)
     if draft.lm_head is not None and head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
         draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
-    if isinstance(draft, BlockDrafter) and draft.markov_head is not None:
-        draft.markov_head.markov_w2.weight.zero_()
+    if isinstance(draft, BlockDrafter):
+        _start_block(drafter, head, kept_counts)
     hidden = draft.fc.out_features
     if hidden == drafter.config.target_hidden_size:
         # The highest of the target's states passes through at the start: what the target's own head reads is near.
         draft.fc.weight.mul_(0.1)
         draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+
+
+def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Tensor | None) -> None:
+    """Let a block drafter begin with what is known before any text is read [ours].
+
+    The layers add nothing yet. What is left, a token's own embedding, the target's head reads as that token: the norm
+    keeps its logit at log V. A head of its own is changed by a matrix of rank one, so that the mask token's embedding
+    gives the logarithms of `kept_counts` `[DV]`; of a shared one the norm keeps the logits of that embedding within 1
+    of their mean.
+    """
+    draft: BlockDrafter = drafter.draft_model
+    if draft.markov_head is not None:
+        draft.markov_head.markov_w2.weight.zero_()
+    for layer in draft.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    mask = torch.tensor([drafter.config.mask_token_id], device=draft.fc.weight.device)
+    rows, embedding = None if draft.lm_head is None else draft.lm_head.weight, draft.embeddings(mask)[0]
+    if rows is None:
+        logits = draft.state_logits(draft.norm(embedding))
+        draft.norm.weight.fill_(1 / max((logits - logits.mean()).abs().max().item(), 1.0))
+    elif head is not None and head.shape[1] == rows.shape[1]:
+        largest = rows.norm(dim=1).mean().item() * rows.shape[1] ** 0.5
+        draft.norm.weight.fill_(math.log(len(rows)) / max(largest, math.log(len(rows))))
+        if kept_counts is not None:
+            state, frequencies = draft.norm(embedding), kept_counts.to(embedding) + 1.0
+            wanted = (frequencies / frequencies.sum()).log()
+            rows += torch.outer(wanted - rows @ state, state) / state.dot(state)
 
 
 # -- the target's layers
