@@ -293,6 +293,16 @@ def test_a_new_drafter_is_sure_of_nothing(make_target, variant, draft_vocab_size
         torch.testing.assert_close(behind_masks, frequencies.expand(behind_masks.shape), rtol=1e-3, atol=1e-5)
 
 
+def test_a_markov_head_begins_with_what_tells_embeddings_apart(target):
+    drafter = PPOWDrafter.from_target(target, "block", markov_rank=5)
+    places = drafter.draft_model.markov_head.markov_w1.weight.detach()
+    embeddings = target.get_input_embeddings().weight.detach()
+    main = torch.linalg.svd(embeddings - embeddings.mean(0))[0][:, :5] * 64**0.5
+    close = places.abs() < 3.9  # larger ones are cut
+    torch.testing.assert_close(places.abs()[close], main.abs()[close], rtol=0.02, atol=1e-3)
+    assert close.float().mean() > 0.9
+
+
 def test_the_mask_token_has_an_embedding(make_target):
     """A padding token's row can be zeros, which tell a layer nothing."""
     target = copy.deepcopy(make_target("llama"))

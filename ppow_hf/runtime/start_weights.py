@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .block_model import BlockDrafter
+from .block_model import BlockDrafter, MarkovHead
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
 from .target_weights import embedding_matrix, head_matrix
 
@@ -48,7 +48,7 @@ def start_from_target(
         if init_layers is not None:
             _start_standalone_layers(draft.model, target, init_layers)
         return
-    _start_states_and_head(drafter, head, token_counts)
+    _start_states_and_head(drafter, target, head, token_counts)
     if init_layers is not None:
         _start_eagle_layer(draft, decoder_layers(target)[init_layers[0]])
 
@@ -62,7 +62,9 @@ def _start_medusa(draft: MedusaDrafter, head: torch.Tensor | None) -> None:
             draft_head.weight.copy_(head.to(draft_head.weight))
 
 
-def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
+def _start_states_and_head(
+    drafter: Any, target: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None
+) -> None:
     """Of an eagle or block drafter: the draft vocabulary of the most frequent tokens, the head's rows of them, states
     let through."""
     draft: EagleDrafter | BlockDrafter = drafter.draft_model
@@ -81,6 +83,8 @@ def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts
         draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
     if isinstance(draft, BlockDrafter):
         _start_block(drafter, head, kept_counts)
+        if draft.markov_head is not None:
+            _start_markov_head(draft.markov_head, embedding_matrix(target), kept)
     hidden = draft.fc.out_features
     if hidden == drafter.config.target_hidden_size:
         # The highest of the target's states passes through at the start: what the target's own head reads is near.
@@ -97,8 +101,6 @@ def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Ten
     of their mean.
     """
     draft: BlockDrafter = drafter.draft_model
-    if draft.markov_head is not None:
-        draft.markov_head.markov_w2.weight.zero_()
     for layer in draft.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
@@ -114,6 +116,21 @@ def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Ten
             state, frequencies = draft.norm(embedding), kept_counts.to(embedding) + 1.0
             wanted = (frequencies / frequencies.sum()).log()
             rows += torch.outer(wanted - rows @ state, state) / state.dot(state)
+
+
+def _start_markov_head(head: MarkovHead, embeddings: torch.Tensor | None, kept: torch.Tensor) -> None:
+    """Let a Markov head add nothing yet, and know a token by where its embedding lies along the main directions of
+    those that are `kept` `[DV]`: like tokens then share what is learned behind one of them [ours]."""
+    head.markov_w2.weight.zero_()
+    if embeddings is None:
+        return
+    embeddings = embeddings[: head.markov_w1.num_embeddings].float()
+    kept = kept[kept < len(embeddings)].to(embeddings.device)
+    centre = embeddings[kept].mean(0)
+    known = embeddings[kept] - centre
+    directions = torch.linalg.eigh(known.T @ known).eigenvectors.flip(1)[:, : head.markov_w1.embedding_dim]
+    places = (embeddings - centre) @ (directions / (known @ directions).std(0).clamp_min(1e-6))
+    head.markov_w1.weight[: len(places), : places.shape[1]] = places.clamp(-4, 4).to(head.markov_w1.weight)
 
 
 # -- the target's layers
