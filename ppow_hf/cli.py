@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["bench"] and "--windows" in argv:
         argv = ["windows", *(word for word in argv[1:] if word != "--windows")]
+    if argv[:1] in (["train"], ["compare"]):
+        # On a CPU oneDNN keeps a kernel for each of the last 1,024 shapes, and a training has new ones in every step:
+        # what is kept between the tensors of past steps is memory that is never given back.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     try:
         if argv[:1] == ["train"]:
             return train.run(train.parse(argv[1:]))

@@ -53,7 +53,9 @@ def test_a_dspark_directory_is_what_its_authors_publish(tmp_path, target):
     assert [config[name] for name in heads] == [3, "vanilla", True, True]
     assert weights["markov_head.markov_w1.weight"].shape == (64, 3)
     assert weights["confidence_head.proj.weight"].shape == (1, 32 + 3)
-    assert "not run by ppow_hf's tests" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "not run by ppow_hf's tests" in text
+    assert '"enable_adaptive_verification": true' in text and "Not tried: it needs CUDA graphs." in text
 
 
 def test_a_speculators_directory_names_its_target_and_says_what_readers_disagree_on(tmp_path, target):

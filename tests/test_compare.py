@@ -30,8 +30,11 @@ from ppow_hf.studies.evaluation import (
     write_texts,
 )
 from ppow_hf.studies.report import Report, paired_gain, value, values_of
+from ppow_hf.studies.texts import training_text
 from ppow_hf.tiny.recipe import build_target
+from ppow_hf.training import PPOWTrainingArguments
 from ppow_hf.training.budget import Budget
+from ppow_hf.training.recording import Recording
 from ppow_hf.training.target import FrozenTarget
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
@@ -427,6 +430,15 @@ def test_the_shipped_comparison_at_a_gpus_scale_trains_a_target_of_100_million(t
     assert load_config("100m", smoke=True).target_name == "llama-128x2"
 
 
+def test_the_shipped_comparison_of_a_real_target_trains_on_recorded_states_alone():
+    config = load_config("smollm2", target_states=["record"])
+    assert config.reference in config.recipes and set(config.baselines) <= set(config.recipes)
+    for settings in config.recipes.values():
+        args = PPOWTrainingArguments("out", use_cpu=True, **{**config.training, **settings})
+        assert args.proximity_weight == 0 or not any("ppow" in phase.weights for phase in args.phases)
+        assert args.verify_with != "target" and args.target_temperature == 0
+
+
 def test_a_comparison_trains_its_target_first_and_once(cell, tmp_path, capsys):
     rows = [{"question": f"How much is {i} and {i}?", "answer": f"{i}+{i}={2 * i}\n" * 4} for i in range(400)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -457,9 +469,44 @@ def test_a_comparison_trains_its_target_first_and_once(cell, tmp_path, capsys):
     assert not (folder / "llama-128x3").exists()
 
 
+def test_recorded_states_give_the_results_of_training_with_the_target(cell, compared, tmp_path):
+    given = json.loads((cell / "compare.yaml").read_text()) | {
+        "drafter": str(compared / "start"), "drafter_config": {}, "budgets": {"tokens": 700}, "seeds": [0],
+        "learning_rates": [1e-2], "baselines": ["cst"],
+        "recipes": {"cst": {"objective": "supervised", "bf16": False}, "ppow": {"objective": "ppow", "bf16": False}},
+    }  # fmt: skip
+    (tmp_path / "with_target.yaml").write_text(json.dumps(given))
+    config = load_config(tmp_path / "with_target.yaml")
+    target = AutoModelForCausalLM.from_pretrained(config.target)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.target)
+    texts = training_text(config, tmp_path / "with_target", target, tokenizer)
+    layers = PPOWDrafter.from_pretrained(compared / "start").config.target_layer_ids
+    recording, record = Recording(target, tokenizer, texts, layers, 32, torch.float32), tmp_path / "record"
+    record.mkdir()
+    recording.record(record, recording.open_folder(record), lambda tokens: None)
+    del given["data"]["train_sequences"], given["workload"]["train"]
+    (tmp_path / "recorded.yaml").write_text(json.dumps(given))
+    lines = {}
+    for name in ("with_target", "recorded"):
+        argv = ["compare", "--config", tmp_path / f"{name}.yaml", "--output-dir", tmp_path / name, "--device", "cpu"]
+        argv += ["--target_states", record] if name == "recorded" else []
+        assert cli.main(list(map(str, argv))) == 0
+        lines[name] = read(tmp_path / name)
+    assert json.loads((tmp_path / "recorded" / "config.json").read_text())["target_states"] == ["record"]
+    trained = [line for line in lines["recorded"] if "training" in line]
+    assert {line["recipe"] for line in trained} == {"cst", "ppow"} and trained[0]["training"]["steps"] > 2
+    for line, expected in zip(lines["recorded"], lines["with_target"], strict=True):
+        assert line["recipe"] == expected["recipe"] and line["per_prompt"] == expected["per_prompt"]
+        if "training" in line:
+            assert line["training"]["target_forward_tokens"] == expected["training"]["target_forward_tokens"]
+            losses, wanted = ([row["loss"] for row in x["training"]["log"]] for x in (line, expected))
+            assert losses == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"target_states": ["record"]}, "lk has regenerate_temperature; with target_states"),
         ({"recipe": {}}, r"--config: \['recipe'\]"),
         ({"recipes": {"x": {"objective": "sft"}}}, "objective: 'sft'"),
         ({"recipes": {"x": {"speed": 1}}}, r"recipes: x has \['speed'\]"),

@@ -1,5 +1,6 @@
-"""Two processes (gloo on the CPU) train as one with the same global batch does, and share the target's work."""
+"""Several processes (gloo on the CPU) train as one with the same global batch does, and share the target's work."""
 
+import functools
 import json
 import socket
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_data import build_tokenizer
+from test_data import LINES, build_tokenizer
 from test_resume import COMMON, SCRIPT, environment, step_logs
+
+from ppow_hf.training import PPOWTrainingArguments
 
 RUNS = {
     "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
@@ -30,46 +33,69 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def train(folder: Path, processes: int) -> None:
+def train(folder: Path, processes: int, machines: int) -> None:
     """All objectives, one after the other, in `processes` processes."""
     folder.mkdir()
     runs = [
         COMMON | EVALUATION | run | {"output_dir": str(folder / name), "per_device_train_batch_size": 4 // processes}
         for name, run in RUNS.items()
     ]
-    done = launch(folder, SCRIPT, processes, json.dumps(runs))
+    done = launch(folder, SCRIPT, processes, json.dumps(runs), machines=machines)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def launch(folder: Path, code: str, processes: int, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    """A script in `processes` processes."""
+def launch(
+    folder: Path, code: str, processes: int, *words: str, machines: int = 1, **variables: str
+) -> subprocess.CompletedProcess:
+    """A script in `processes` processes, which as many launchers as `machines` start; the first one's outcome."""
     script = folder / "train.py"
     script.write_text(code)
     command = [sys.executable]
     if processes > 1:
         # --multi_gpu is accelerate's word for torch's launcher; with --cpu it starts one process, unless by MPI.
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--num_machines", str(machines), "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    command += [str(script), *words]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=300)
+    others = [
+        subprocess.Popen([*command, "--machine_rank", str(rank), str(script), *words], env=environment(**variables))
+        for rank in range(1, machines)
+    ]
+    if machines > 1:
+        command += ["--machine_rank", "0"]
+    done = subprocess.run(
+        [*command, str(script), *words], env=environment(**variables), capture_output=True, text=True, timeout=600
+    )
+    for other in others:
+        assert other.wait(timeout=60) == done.returncode
+    return done
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """Folders with the runs of one process and of two."""
+def trained(tmp_path_factory):
+    """`trained(processes, machines)`: the folder with all objectives' runs, trained once."""
     folder = tmp_path_factory.mktemp("distributed")
-    for name, processes in (("one", 1), ("two", 2)):
-        train(folder / name, processes)
-    return folder / "one", folder / "two"
+
+    @functools.cache
+    def folder_of(processes: int, machines: int = 1) -> Path:
+        path = folder / f"{processes}-{machines}"
+        train(path, processes, machines)
+        return path
+
+    return folder_of
 
 
 @pytest.mark.parametrize("objective", RUNS)
-def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, objective):
-    one, two = (folder / objective for folder in runs)
-    assert (two / "state_1.json").is_file()  # there were two
-
-    expected, found = step_logs(one), step_logs(two)
+@pytest.mark.parametrize(
+    ("processes", "machines"),
+    [
+        pytest.param(2, 1, id="two"),
+        pytest.param(4, 1, id="four", marks=pytest.mark.slow),
+        pytest.param(2, 2, id="two-machines", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_give_the_losses_of_one_with_the_same_global_batch(trained, processes, machines, objective):
+    one, several = (trained(*of) / objective for of in ((1,), (processes, machines)))
+    expected, found = step_logs(one), step_logs(several)
     assert [row["step"] for row in found] == list(range(1, RUNS[objective]["max_steps"] + 1))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4), name
@@ -77,16 +103,16 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(runs, o
         values = [[row[name] for row in rows if name in row] for rows in (found, expected)]
         assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0]
 
-    paths = (one / "state_0.json", two / "state_0.json", two / "state_1.json")
+    paths = (one / "state_0.json", *(several / f"state_{rank}.json" for rank in range(processes)))
     states = [json.loads(path.read_text()) for path in paths]
     lengths = [
         [row["eval_acceptance_length"] for row in state["log"] if "eval_acceptance_length" in row] for state in states
     ]
-    assert lengths[0] == pytest.approx(lengths[1]) and lengths[0] == pytest.approx(lengths[2]) and lengths[0]
+    assert lengths[0] and all(other == pytest.approx(lengths[0]) for other in lengths[1:])
     # Every process loads the best checkpoint from where it lies in the end.
-    assert [Path(state["best"]).parent for state in states] == [one, two, two]
-    assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[2]["best"]).is_dir()
-    weights = [load_file(folder / "final/model.safetensors") for folder in (one, two)]
+    assert [Path(state["best"]).parent for state in states] == [one] + [several] * processes
+    assert len({Path(state["best"]).name for state in states}) == 1 and Path(states[1]["best"]).is_dir()
+    weights = [load_file(folder / "final/model.safetensors") for folder in (one, several)]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-4 for name in weights[0])
 
 
@@ -106,14 +132,14 @@ class Spoiler(TrainerCallback):
     assert "the loss is nan at step 1, so the drafter's logits are no longer finite" in done.stderr
 
 
-def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
+def test_a_run_of_two_processes_goes_on_in_one(trained, tmp_path):
     settings = COMMON | EVALUATION | RUNS["tv"] | {"output_dir": str(tmp_path / "tv"), "save_steps": 2}
     two = json.dumps([settings | {"per_device_train_batch_size": 2}])
     assert launch(tmp_path, SCRIPT, 2, two, KILL="step:3").returncode != 0
     one = json.dumps([settings | {"per_device_train_batch_size": 4, "resume": True}])
     done = launch(tmp_path, SCRIPT, 1, one)
     assert done.returncode == 0, done.stderr[-4000:]
-    expected, found = (step_logs(folder / "tv") for folder in (runs[0], tmp_path))
+    expected, found = (step_logs(folder / "tv") for folder in (trained(1), tmp_path))
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
 
 
@@ -146,6 +172,8 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(trainer.accelerator.gather(loss.detach()[None]).mean().item())
+trainer._drafter_is_sharded = args.world_size > 1  # as where accelerate shards it
+losses.append(trainer.evaluate(random_dataset([9, 12, 8], seed=4))["eval_acceptance_length"])
 if args.process_index == 0:
     with open(os.path.join(folder, f"losses_{args.world_size}.json"), "w") as file:
         json.dump(losses, file)
@@ -153,15 +181,95 @@ trainer.accelerator.end_training()
 """
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["supervised", "tv", "ppow"])
-def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective):
-    run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle"}
-    for processes in (1, 2):
-        words = str(tmp_path), json.dumps(run | {"per_device_train_batch_size": 4 // processes})
-        done = launch(tmp_path, SHARDED, processes, *words)
+def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective, processes):
+    run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle", "eval_new_tokens": 6}
+    for count in (1, processes):
+        words = str(tmp_path), json.dumps(run | {"per_device_train_batch_size": 4 // count})
+        done = launch(tmp_path, SHARDED, count, *words)
         assert done.returncode == 0, done.stderr[-4000:]
-    expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, 2))
-    assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == 3
+    expected, found = (json.loads((tmp_path / f"losses_{count}.json").read_text()) for count in (1, processes))
+    assert found == pytest.approx(expected, abs=1e-5) and len(set(found[:3])) == 3
+
+
+def test_a_tensor_parallel_target_trains_evaluates_and_records_as_a_whole_one(make_target, tmp_path):
+    """All processes read the batches of all with their parts of it, and decode the same held-out prompts."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_target("llama", initializer_range=0.3).save_pretrained(tmp_path / "target")
+    target = 'AutoModelForCausalLM.from_pretrained(os.environ["TARGET"], **json.loads(os.environ["PLACED"])).eval()'
+    code = SCRIPT.replace('build_target("llama", initializer_range=0.3)', target)
+    code = code.replace("import TrainerCallback", "import AutoModelForCausalLM, TrainerCallback")
+    for processes, placed in ((1, {}), (2, {"tp_plan": "auto"})):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        settings = EVALUATION | {"calibrate_at_end": True, "per_device_train_batch_size": 4 // processes}
+        runs = [
+            COMMON | settings | run | {"output_dir": str(folder / name)}
+            for name, run in RUNS.items() if name != "block"
+        ]  # fmt: skip
+        variables = {"TARGET": str(tmp_path / "target"), "PLACED": json.dumps(placed)}
+        done = launch(folder, code, processes, json.dumps(runs), **variables)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("supervised", "tv", "ppow"):
+        expected, found = (json.loads((tmp_path / f"{n}/{name}/state_0.json").read_text())["log"] for n in "12")
+        for metric in ("loss", "grad_norm", "accepted_length", "eval_acceptance_length"):
+            values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4), (name, metric)
+        configs = [json.loads((tmp_path / f"{n}/{name}/final/config.json").read_text()) for n in "12"]
+        greedy = [config["calibration"]["greedy"]["observations"] for config in configs]
+        assert greedy[0] == greedy[1] > 0
+
+
+def test_a_tensor_parallel_target_is_recorded_as_a_whole_one(make_target, tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_target("llama", initializer_range=0.3, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "target")
+    rows = [{"text": line} for line in LINES]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-m", "ppow_hf.cli", "record", "--target", "target", "--data", "texts.jsonl", "--max-length", "32"]
+    command += ["--states-dtype", "float32", "--dtype", "float32"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    for words in (
+        [*command, "--output-dir", "whole"],
+        [*launcher, *command, "--output-dir", "split", "--tp-plan", "auto"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    manifests = [(tmp_path / name / "record.json").read_text() for name in ("whole", "split")]
+    assert manifests[0] == manifests[1]  # either could go on with the other
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        expected, found = load_file(path), load_file(tmp_path / "split" / path.name)
+        assert expected.keys() == found.keys()
+        assert all((found[name].float() - expected[name].float()).abs().max() < 1e-4 for name in expected)
+
+
+def test_zero_2_gives_the_losses_of_one_process_and_zero_3_is_refused(trained, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    zero: dict = {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    }  # fmt: skip
+    settings = COMMON | EVALUATION | {"per_device_train_batch_size": 2, "deepspeed": zero, "calibrate_at_end": True}
+    runs = [settings | run | {"output_dir": str(tmp_path / name)} for name, run in RUNS.items()]
+    done = launch(tmp_path, SCRIPT, 2, json.dumps(runs), DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match="deepspeed: ZeRO stage 3 given.*Take stage 2"):
+        zero["zero_optimization"]["stage"] = 3
+        PPOWTrainingArguments(str(tmp_path), use_cpu=True, deepspeed=zero)
+    for name in RUNS:
+        expected, found = (
+            json.loads((folder / name / "state_0.json").read_text())["log"] for folder in (trained(1), tmp_path)
+        )
+        for metric in ("loss", "grad_norm", "eval_acceptance_length"):
+            values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0], (name, metric)
+        weights = [load_file(folder / name / "final/model.safetensors") for folder in (trained(1), tmp_path)]
+        assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
 
 
 WRITE = """

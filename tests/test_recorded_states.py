@@ -2,15 +2,17 @@
 
 import copy
 import json
+import shutil
 import threading
 
 import pytest
 import torch
 from slow_training import make_drafter, random_dataset
 from test_data import build_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ppow_hf import PPOWDrafter, cli
+from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.runtime.target_weights import embedding_matrix, head_matrix
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 from ppow_hf.training.recorded_states import StateRecord, shard_name
@@ -20,6 +22,11 @@ LAYERS = [1, 2, 3]
 LENGTHS = [19, 11, 15, 17, 9, 20, 13]
 WRITTEN = [[False] * 3 + [True] * (length - 3) for length in LENGTHS]
 DATA = random_dataset(LENGTHS, vocab_size=30, written=WRITTEN)
+
+
+def part_of(data, rows):
+    names = ("input_ids", "loss_mask", "target_written")
+    return SequenceDataset(*([data[row][name] for row in rows] for name in names))
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +41,34 @@ def target(make_target, tokenizer):
 
 @pytest.fixture
 def make_record(tmp_path, target, tokenizer):
-    """`make(name, layers, dtype, ...)`: the folder of a finished record of DATA, with shards of about 40 tokens."""
+    """`make(name, layers, dtype, ...)`: the folder of a finished record of DATA, or of its `rows`, with shards of
+    about 40 tokens."""
 
-    def make(name="record", layers=LAYERS, dtype=torch.float32, of=target, **options):
+    def make(name="record", layers=LAYERS, dtype=torch.float32, of=target, rows=None, **options):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         options = {"shard_bytes": 40 * 512 * dtype.itemsize // 4} | options
-        recording = Recording(of, tokenizer, DATA, layers, 32, dtype, **options)
+        data = DATA if rows is None else part_of(DATA, rows)
+        recording = Recording(of, tokenizer, data, layers, 32, dtype, **options)
         recording.record(folder, recording.open_folder(folder), lambda tokens: None)
         return folder
 
     return make
 
 
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
 @pytest.fixture
 def losses(tmp_path, target):
     """`losses(architecture, target_states=..., ...)`: the losses of a few steps, with the target or with a record."""
 
-    def train(architecture, target_states=None, drafter=None, target=target, **settings):
+    def train(architecture, target_states=None, drafter=None, target=target, resume=False, stop=None, **settings):
         defaults = {
             "objective": "supervised", "max_length": 32, "max_window": 4, "num_prefixes": 3, "num_rollouts": 4,
             "rollout_temperature": 0.8, "unroll_steps": 3, "cost_ratio": 0.15, "per_device_train_batch_size": 3,
@@ -63,7 +80,8 @@ def losses(tmp_path, target):
             trainer = PPOWTrainer(drafter, target, args, DATA)
         else:
             trainer = PPOWTrainer(drafter, args=args, target_states=target_states)
-        trainer.train()
+        trainer.add_callback(StopAfter(stop))
+        trainer.train(resume_from_checkpoint=resume)
         return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
     return train
@@ -76,6 +94,30 @@ def test_the_losses_are_those_of_training_with_the_target(make_record, losses, a
     expected = losses(architecture, objective=objective)
     assert len(expected) == 5 and len(set(expected)) == 5
     assert losses(architecture, record, objective=objective) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["tv", "ppow"])
+def test_records_of_the_texts_parts_train_as_one_of_all(make_record, losses, tmp_path, objective):
+    settings = {"objective": objective, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    parts = [make_record("first", rows=range(3)), make_record("second", rows=range(3, len(DATA)))]
+    assert [len(list(part.glob("states-*"))) for part in parts] == [2, 2]
+    together = losses("eagle", make_record(), **settings)
+    assert len(set(together)) == 6
+    shutil.rmtree(tmp_path / "run")
+    assert losses("eagle", parts, stop=3, **settings) == together[:3]
+    assert losses("eagle", parts, resume=True, **settings) == pytest.approx(together, abs=1e-6)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*train_dataset \(fingerprint\) was"):
+        losses("eagle", parts[0], resume=True, **settings)
+
+
+def test_records_that_do_not_go_together_are_refused(make_record, make_target, tokenizer):
+    first = make_record("first", rows=range(3))
+    other = make_target("llama", initializer_range=0.3, vocab_size=len(tokenizer), seed=1)
+    for name, options in {
+        "layer_ids": {"layers": [1, 2]}, "states_dtype": {"dtype": torch.bfloat16}, "target_fingerprint": {"of": other}
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"target_states: {name} is .*Give folders recorded with the same target"):
+            StateRecord(first, make_record(name, **options))
 
 
 def test_states_in_bfloat16_give_nearly_the_losses(make_record, losses):
@@ -115,10 +157,24 @@ def test_tied_weights_are_kept_once(make_record, make_target, tokenizer):
     config = copy.deepcopy(make_target("llama", vocab_size=len(tokenizer)).config)
     config.tie_word_embeddings = True
     tied = AutoModelForCausalLM.from_config(config)
-    record = StateRecord(make_record(of=tied, layers=[]))
+    folder = make_record(of=tied, layers=[])
+    record = StateRecord(folder)
     assert torch.equal(head_matrix(record.target), tied.lm_head.weight)
     assert torch.equal(embedding_matrix(record.target), tied.lm_head.weight)
-    assert (record.folder / "target.safetensors").stat().st_size < 1.5 * tied.lm_head.weight.nbytes
+    assert (folder / "target.safetensors").stat().st_size < 1.5 * tied.lm_head.weight.nbytes
+
+
+def test_an_offloaded_target_is_recorded_as_a_whole_one(make_record, target, tmp_path):
+    target.save_pretrained(tmp_path / "target")
+    places = dict.fromkeys(["model.norm", "model.rotary_emb", "model.layers.0", "model.layers.1"], "cpu")
+    places |= dict.fromkeys(["model.embed_tokens", "model.layers.2", "model.layers.3", "lm_head"], "disk")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert offloaded.lm_head.weight.is_meta
+    whole, placed = make_record("whole"), make_record("placed", of=offloaded.eval())
+    for path in sorted(whole.glob("*.safetensors")):
+        assert path.read_bytes() == (placed / path.name).read_bytes()
 
 
 def test_a_record_goes_on_where_it_was_and_refuses_another(make_record, make_target, tokenizer):
@@ -198,8 +254,23 @@ def test_what_needs_a_forward_of_the_target_is_refused_by_name(make_record, loss
 
 def test_texts_that_do_not_verify_windows_are_refused(make_record, losses, monkeypatch):
     monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30))
-    with pytest.raises(ValueError, match="objective: opd with 7 of 7 sequences without a window"):
+    with pytest.raises(ValueError, match="objective: opd with no sequence that holds a window"):
         losses("eagle", make_record(), objective="opd")
+
+
+@pytest.mark.parametrize("objective", ["ppow", "opd", "ppow + tv"])
+def test_only_texts_of_greedy_decoding_give_windows(make_record, losses, monkeypatch, objective):
+    sampled = [[False] * length for length in LENGTHS]
+    mixed = [row if place % 2 else none for place, (row, none) in enumerate(zip(WRITTEN, sampled, strict=True))]
+    settings = {"objective": objective, "per_device_train_batch_size": 1, "max_steps": 7, "learning_rate": 0.0}
+
+    monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30, written=mixed))
+    found = losses("eagle", make_record("mixed"), **settings)
+    monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30, written=WRITTEN))
+    whole = losses("eagle", make_record("whole"), **settings)
+    same = [a == pytest.approx(b, abs=1e-6) for a, b in zip(found, whole, strict=True)]
+    assert sum(same) == 3  # the texts written at T = 0, one a batch: the same windows
+    assert [loss for loss, alike in zip(found, same, strict=True) if not alike] == [0.0] * 4
 
 
 def test_the_target_may_be_there_to_evaluate(make_record, target, tmp_path, caplog):
@@ -248,6 +319,8 @@ def test_the_commands_record_and_train(tmp_path, target, tokenizer, capsys):
     assert losses["without"] == pytest.approx(losses["with"], abs=1e-6)
     again = ["--drafter", str(tmp_path / "without"), "--output_dir", str(tmp_path / "again")]
     assert cli.main(["train", "--target_states", folder, *again, *settings]) == 0
+    more = ["--target_states", folder, folder, "--output_dir", str(tmp_path / "both"), "--architecture", "standalone"]
+    assert cli.main(["train", *more, *settings]) == 0
     assert cli.main(["train", "--target", "tiny-target", "--output_dir", str(tmp_path / "none")]) == 2
     assert "required: --train_data" in capsys.readouterr().err
 

@@ -61,8 +61,7 @@ for settings in json.loads(sys.argv[1]):
     state = {"log": trainer.state.log_history, "best": trainer.state.best_model_checkpoint}
     with open(os.path.join(args.output_dir, f"state_{args.process_index}.json"), "w") as file:
         json.dump(state, file)
-    if args.process_index == 0:
-        trainer.save_model(os.path.join(args.output_dir, "final"))
+    trainer.save_model(os.path.join(args.output_dir, "final"))
 trainer.accelerator.end_training()
 """
 COMMON = {

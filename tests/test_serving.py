@@ -11,7 +11,7 @@ import torch
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.runtime.windowing import FixedWindow, OnlineCosts
-from ppow_hf.serving.engine_bench import EngineRow, format_rows
+from ppow_hf.serving.engine_bench import Comparison, EngineRow, format_rows, own_row
 from ppow_hf.serving.llamacpp_runner import llamacpp_python, run_llamacpp
 from ppow_hf.serving.vllm_proposer import BatchDrafter, make_batch_drafter
 from ppow_hf.serving.vllm_runner import run_vllm, vllm_python
@@ -181,14 +181,34 @@ def test_other_drafters_are_refused(target):
 def test_rows_are_compared_with_their_own_side():
     rows = [
         EngineRow("vLLM", tokens=100, seconds=1.0),
-        EngineRow("vLLM, drafter, 5 tokens", 100, 0.5, drafts=40, drafted=200, accepted=60),
+        EngineRow("vLLM, drafter, 5 tokens", 100, 0.5, 40, 200, 60, [24, 16, 12, 6, 2]),
         EngineRow("transformers", 100, 4.0),
-        EngineRow("transformers, drafter, adaptive", 100, 2.5, 50, 100, 50, different_prompts=2),
+        EngineRow("transformers, drafter, adaptive", 100, 2.5, 50, 100, 50, [30, 20], different_prompts=2),
     ]
     lines = [line.split() for line in format_rows(rows).splitlines()]
-    assert lines[2][-5:] == ["200.0", "2.00x", "2.50", "70%", "yes"]  # 1 + 60 / 40
-    assert lines[3][-5:] == ["25.0", "1.00x", "1.00", "-", "yes"]
-    assert lines[4][-6:] == ["40.0", "1.60x", "2.00", "50%", "no", "(2)"]
+    assert lines[2][-10:] == ["200.0", "2.00x", "2.50", "70%", "yes", "60", "40", "30", "15", "5"]  # 1 + 60 / 40
+    assert lines[3][-6:] == ["25.0", "1.00x", "1.00", "-", "yes", "-"]
+    assert lines[4][-8:] == ["40.0", "1.60x", "2.00", "50%", "no", "(2)", "60", "40"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_our_row_counts_what_the_drafter_got_right(target, drafter, batch_size):
+    prompts = [torch.tensor([prompt]) for prompt in PROMPTS]
+    comparison = Comparison("vllm", "python", "target", target, None, drafter, prompts, 12, [2], batch_size)
+    row, outputs = own_row("ours", comparison, drafter.with_settings(window="fixed", max_window=2))
+    windows = []  # accepted tokens of each
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        text = [*prompt, *output]
+        assert text == greedy(target, prompt, 12)
+        place = len(prompt) + 1
+        while len(text) - place > 1:  # the last token is the target's own
+            drafted = greedy(drafter.draft_model.model, text[:place], min(2, len(text) - place - 1))[place:]
+            right = [token == text[place + i] for i, token in enumerate(drafted)]
+            windows.append((len(right), (right + [False]).index(False)))
+            place += windows[-1][1] + 1
+    assert (row.tokens, row.drafts, row.drafted) == (72, len(windows), sum(window for window, _ in windows))
+    assert row.accepted_per_position == [sum(kept > position for _, kept in windows) for position in range(2)]
+    assert row.accepted == sum(row.accepted_per_position) > 0
 
 
 def test_missing_environment_is_explained(monkeypatch):

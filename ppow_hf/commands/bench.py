@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("json", "plot"):
         if getattr(arguments, name):
             ensure_file_writable(getattr(arguments, name), f"--{name}")
+    engine_bench.check(arguments)
     check_prompts(arguments.prompts)
     target, tokenizer, drafter = load_pair(arguments)
     standalone = None

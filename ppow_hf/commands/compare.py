@@ -26,8 +26,16 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE_OR_NAME",
-        help="a YAML file, or one that is here: default (the embedded pair; hours of a core) or 100m (a target of 100 "
-        "million parameters, trained first, and the recipes that matter most; minutes of a GPU)",
+        help="a YAML file, or one that is here: default (the embedded pair; hours of a core), 100m (a target of 100 "
+        "million parameters, trained first, and the recipes that matter most; minutes of a GPU) or smollm2 (from the "
+        "drafter of SmolLM2-135M-Instruct; give its --target_states)",
+    )
+    parser.add_argument(
+        "--target_states",
+        "--target-states",
+        nargs="+",
+        metavar="FOLDER",
+        help="folders of ppow record, whose texts and states train every recipe",
     )
     parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="folder for everything it makes")
     parser.add_argument("--recipes", metavar="NAMES", help="only these of the configuration's, with commas between")
@@ -58,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..studies.configuration import load_config
 
     recipes = [name.strip() for name in arguments.recipes.split(",")] if arguments.recipes else None
-    config = load_config(arguments.config, arguments.smoke, recipes)
+    config = load_config(arguments.config, arguments.smoke, recipes, arguments.target_states)
     source = config.target
     if isinstance(source, dict):
         source = _train_target(config, source, folder, arguments.device)

@@ -108,12 +108,11 @@ def _load(name: str) -> Any:
     """The target: the embedded one in float32, another in bfloat16 where this machine computes it faster."""
     import torch
 
-    from ..measure.costs import bfloat16_pays
+    from ..measure.costs import faster_dtype
 
     if is_embedded(name):
         return load_target(name, dtype="float32")
-    on_cpu = not torch.cuda.is_available()
-    return load_target(name, dtype="bfloat16" if on_cpu and bfloat16_pays("cpu") else None)
+    return load_target(name, dtype=faster_dtype("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _train(

@@ -1,6 +1,7 @@
 """`ppow record`: a target's states along texts, on disk, so that drafters train without the target."""
 
 import argparse
+import os
 import sys
 import time
 from typing import Any
@@ -16,7 +17,8 @@ def register(commands: Any) -> None:
         help="record a target's states, to train drafters without it",
         description="Read texts with the target once and keep the states that drafters learn from. Run again with the "
         "same folder, it goes on where it was; run several times at once, the processes share the work. Train with "
-        "`ppow train --target_states FOLDER`.",
+        "`ppow train --target_states FOLDER`; more texts are recorded into a folder of their own, and trained on with "
+        "`--target_states FOLDER FOLDER2`.",
     )
     parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
     parser.add_argument("--data", required=True, metavar="DATA", help=f"training data as of ppow train: {DATA_HELP}")
@@ -51,6 +53,16 @@ def register(commands: Any) -> None:
         help="number format of the target (default: on a CPU bfloat16 where this machine computes it faster, else "
         "float32; on a GPU the model's own)",
     )
+    parser.add_argument(
+        "--device-map",
+        choices=["auto", "balanced", "sequential"],
+        help="spread the target over this machine's devices, as transformers' device_map",
+    )
+    parser.add_argument(
+        "--tp-plan",
+        choices=["auto"],
+        help="split the target over processes (tensor parallel): torchrun --nproc_per_node 8 -m ppow_hf.cli record",
+    )
     parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
     parser.set_defaults(run=run)
 
@@ -65,13 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
+    from ..measure.costs import faster_dtype
     from ..runtime.modeling_ppow import target_layers_for
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences
     from ..training.recording import Recording
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(arguments.target, "--target", arguments.dtype or default_dtype(device), device)
+    placement = chosen_placement(arguments)
+    target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device, placement)
     tokenizer = load_tokenizer(arguments.target, "--target")
     settings = PPOWTrainingArguments(
         str(folder), max_length=arguments.max_length, use_cpu=device == "cpu", report_to=[]
@@ -91,6 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_gigabytes,
     )
     recording.manifest["target"] = arguments.target
+    if recording.is_split and torch.distributed.get_rank() > 0:
+        recording.follow()
+        torch.distributed.destroy_process_group()
+        return 0
     print(describe(recording))
     missing = recording.open_folder(folder)
     started = time.perf_counter()
@@ -98,17 +116,26 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = recording.record(folder, missing, bar.update)
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)")
+    if recording.is_split:
+        torch.distributed.destroy_process_group()
     left = recording.missing_shards(folder)
     if left:
         print(f"{len(left)} shards are being recorded by other processes", file=sys.stderr)
     return 0
 
 
-def default_dtype(device: str) -> str | None:
-    """Number format of a target that only reads: bfloat16 on a CPU that computes it faster."""
-    from ..measure.costs import bfloat16_pays
-
-    return "bfloat16" if device == "cpu" and bfloat16_pays("cpu") else None
+def chosen_placement(arguments: argparse.Namespace) -> dict[str, str]:
+    """Where the target's layers go, as of `from_pretrained`; `ValueError` for what does not go together."""
+    given = [name for name in ("device", "device_map", "tp_plan") if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--{given[1].replace('_', '-')}: {options} given. Pass one of them.")
+    if arguments.tp_plan is not None and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ValueError(
+            f"--tp-plan: {arguments.tp_plan!r} given to one process. Start several: torchrun --nproc_per_node 2 -m "
+            "ppow_hf.cli record ..."
+        )
+    return {name: getattr(arguments, name) for name in given if name != "device"}
 
 
 def describe(recording: Any) -> str:

@@ -33,8 +33,8 @@ class ScriptArguments:
         target (`str`, *optional*): the target model: a folder, a name on the Hub, or an embedded model.
         train_data (`str`, *optional*): training data: a JSON Lines or text file, or a dataset as
             `NAME[/CONFIG][@SPLIT]`.
-        target_states (`str`, *optional*): folder of `ppow record`, in place of both; with a target too, which then
-            evaluates only.
+        target_states (`list[str]`, *optional*): folders of `ppow record`, in place of both; with a target too, which
+            then evaluates only.
         eval_data (`list[str]`, *optional*): held-out data of the same kind; several as `NAME=SOURCE`.
         drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
         architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
@@ -55,10 +55,10 @@ class ScriptArguments:
             "as NAME[/CONFIG][@SPLIT]; :COLUMN behind it names a column of prompts."
         },
     )
-    target_states: str | None = dataclasses.field(
+    target_states: list[str] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Folder of ppow record, in place of target and training data; a target given too evaluates only."
+            "help": "Folders of ppow record, in place of target and training data; a target given too evaluates only."
         },
     )
     eval_data: list[str] | None = dataclasses.field(
@@ -138,11 +138,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not chosen and not torch.accelerator.is_available() and bfloat16_pays("cpu"):
         words += ["--bf16", "true"]
     states = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    states.add_argument("--target_states", "--target-states")
+    states.add_argument("--target_states", "--target-states", nargs="+")
     states.add_argument("--max_length", "--max-length")
     given = states.parse_known_args(words)[0]
     if given.target_states is not None and given.max_length is None:
-        words += ["--max_length", str(StateRecord(given.target_states).manifest["max_length"])]
+        words += ["--max_length", str(StateRecord(*given.target_states).max_length)]
     script, training = parser.parse_args_into_dataclasses(args=words)
     missing = [f"--{name}" for name in ("target", "train_data") if getattr(script, name) is None]
     if missing and script.target_states is None:
@@ -167,12 +167,12 @@ def run(arguments: argparse.Namespace) -> int:
     dtype: str | None = script.target_dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cpu" and training.bf16 else None
-    record = None if script.target_states is None else StateRecord(script.target_states)
+    record = None if script.target_states is None else StateRecord(*script.target_states)
     target = None if script.target is None else load_target(script.target, "--target", dtype, device)
     if record is None:
         tokenizer = load_tokenizer(script.target, "--target")
     else:
-        tokenizer = load_tokenizer(script.target_states, "--target_states")
+        tokenizer = load_tokenizer(script.target_states[0], "--target_states")
     train_data: Any = script.train_data
     if script.drafter is not None:
         drafter = load_drafter(script.drafter, "--drafter", "float32", device)

@@ -42,11 +42,20 @@ def resolve(name: str) -> str:
     return str(embedded_path(name)) if is_embedded(name) else os.path.expanduser(name)
 
 
-def load_target(name: str, argument: str = "--target", dtype: str | None = None, device: str | None = None) -> Any:
-    """The causal language model that `name` stands for, in eval mode; float32 on a CPU by default."""
+def load_target(
+    name: str,
+    argument: str = "--target",
+    dtype: str | None = None,
+    device: str | None = None,
+    placement: dict[str, str] | None = None,
+) -> Any:
+    """The causal language model that `name` stands for, in eval mode; float32 on a CPU by default.
+
+    `placement`, a `device_map` or a `tp_plan` as of `from_pretrained`, places it in place of `device`.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, name, argument, dtype, device)
+    return _load(AutoModelForCausalLM, name, argument, dtype, device, placement)
 
 
 def load_drafter(
@@ -231,7 +240,14 @@ def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
     return target, tokenizer, drafter
 
 
-def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: str | None) -> Any:
+def _load(
+    auto_class: Any,
+    name: str,
+    argument: str,
+    dtype: str | None,
+    device: str | None,
+    placement: dict[str, str] | None = None,
+) -> Any:
     import torch
 
     from ..runtime.modeling_ppow import loading_problems
@@ -244,8 +260,9 @@ def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: 
         raise ValueError("--device: 'meta' holds no numbers. Pass cpu, cuda or another device that computes.")
     try:
         model, found = auto_class.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **_dequantized(gguf)
-        )
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **_dequantized(gguf),
+            **(placement or {}),
+        )  # fmt: skip
         found["unexpected_keys"] = []  # heads for other tasks, say; a drafter refuses its own
         if problems := loading_problems(found):
             raise ValueError(f"{'; '.join(problems)}. Save or download it again.")
@@ -256,7 +273,7 @@ def _load(auto_class: Any, name: str, argument: str, dtype: str | None, device: 
         model.__dict__.pop("quantization_method", None)
         model.is_quantized, model.hf_quantizer = False, None
     try:
-        return model.to(device).eval()
+        return model.eval() if placement else model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
 

@@ -99,7 +99,7 @@ def regenerate(
     pad_token_id = padding_token_id(tokenizer, eos_token_ids)
     cache_folder = Path(cache_dir) if cache_dir is not None else _default_cache_folder()
     cache_folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after
-    processes = _Processes(across_processes and not _is_split(target))
+    processes = _Processes(across_processes and not is_split(target))
     parts = []
     for number, each in enumerate(temperatures):
         own_prompts = prompts[number :: len(temperatures)]
@@ -286,7 +286,7 @@ class _Processes:
         return values
 
 
-def _is_split(target: PreTrainedModel) -> bool:
+def is_split(target: PreTrainedModel) -> bool:
     """Whether a forward of the target needs every process: tensor parallel, FSDP or ZeRO-3."""
     if not torch.distributed.is_available():
         return False
@@ -342,16 +342,23 @@ def _default_cache_folder() -> Path:
 def target_identity(target: PreTrainedModel) -> str:
     """Hash of the target's configuration and of a few elements of every parameter, whatever device it is on."""
     config = json.loads(target.config.to_json_string())
-    for name in ("transformers_version", "_name_or_path"):  # another release or folder is not another target
+    # Another release, folder or number of processes is not another target.
+    for name in ("transformers_version", "_name_or_path", "distributed_config"):
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in target.named_parameters():
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
         if not parameter.is_meta and parameter.numel():
-            flat = parameter.detach().reshape(-1)
+            flat = whole_tensor(parameter.detach()).reshape(-1)
             sample = flat[:: max(1, len(flat) // ELEMENTS_PER_PARAMETER)].contiguous().cpu()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is split over processes, gathered by all of them; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _cache_key(prompts: list[list[int]], target: PreTrainedModel, settings: dict[str, Any]) -> str:

@@ -249,6 +249,16 @@ def collate_sequences(items: list[dict[str, Any]], pad_token_id: int) -> dict[st
     }
 
 
+def padded_to(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """A batch of [`collate_sequences`], padded further on the right, to `length` tokens."""
+    return {
+        name: torch.nn.functional.pad(value, (0, length - value.shape[1]), value=-100 if name == "labels" else 0)
+        if value.ndim == 2
+        else value
+        for name, value in batch.items()
+    }
+
+
 def extract_prompts(
     source: Any, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, argument: str = "train_dataset"
 ) -> list[list[int]]:

@@ -85,6 +85,11 @@ def _block_notes(config: Any, layout: str, family: str | None) -> list[str]:
         notes.append(f"The target is a {family} model; vLLM 0.32 was tested for {' and '.join(TESTED_FAMILIES)}.")
     if layout.endswith("dspark"):
         notes.append("vLLM 0.32 drafts with a Markov head in its runner V2 only, which needs Triton and so a GPU.")
+        if config.confidence_head:
+            notes.append(
+                'With `"enable_adaptive_verification": true` in the speculative configuration vLLM verifies as many '
+                "tokens as the confidence head makes worth it. Not tried: it needs CUDA graphs."
+            )
     if config.draft_config.num_hidden_layers > 1:
         notes.append(
             "vLLM 0.32 on a CPU norms every layer's context keys by the first layer's k_norm: it accepts less than "

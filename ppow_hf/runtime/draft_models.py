@@ -320,11 +320,6 @@ class EagleDrafter(nn.Module):
         """`change` applied to keys and values `[B, heads, L, d]`."""
         return GrowingKeys(*map(change, cache.held))
 
-    def reorder_vocabulary(self, kept_tokens: torch.Tensor) -> None:
-        """Keep only the output rows of `kept_tokens`."""
-        self.lm_head.weight.data = self.lm_head.weight.data[kept_tokens].clone()
-        self.lm_head.out_features = len(kept_tokens)
-
 
 class StandaloneDrafter(nn.Module):
     """Any causal language model of transformers as a drafter. A feature is its last hidden state (after the norm).

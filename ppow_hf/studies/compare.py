@@ -23,10 +23,11 @@ from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.optimizers import make_optimizer
+from ..training.recorded_states import StateRecord
 from .configuration import RESULTS, START, CompareConfig, append_result, read_results, write_whole
 from .evaluation import EvaluationTexts, evaluate_drafter, mean_gain, target_entropy
 from .report import write_report
-from .texts import SPLITS, longest_sequence, prepare, training_text
+from .texts import SPLITS, evaluation_texts, longest_sequence, training_text
 
 # -- one run
 
@@ -34,7 +35,7 @@ from .texts import SPLITS, longest_sequence, prepare, training_text
 def train(
     drafter: PPOWDrafter,
     target: Any,
-    data: SequenceDataset,
+    data: SequenceDataset | StateRecord,
     settings: Mapping[str, Any],
     budget: Budget,
     learning_rate: float,
@@ -46,6 +47,7 @@ def train(
     """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up.
 
     `settings` are training arguments, with `later` as in [`CompareConfig`]; without `muon` all is trained by AdamW.
+    `data` are sequences for the target to read, or recorded states.
     """
     later = dict(settings.get("later", {}))
     share = later.pop("from", 1.0)
@@ -71,6 +73,7 @@ def train(
     second = PPOWTrainingArguments(**{**own, **later})  # refused before any work, if it must be
     switch = _Switch(budget, share, {name: getattr(second, name) for name in later})
     set_seed(seed)
+    record = data if isinstance(data, StateRecord) else None
     drafter.attach_target(target)
     drafter.train_embeddings(args.train_embeddings)
     optimizer = make_optimizer(drafter, args, args.muon)
@@ -78,8 +81,8 @@ def train(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
     )
     trainer = BudgetTrainer(
-        budget, model=drafter, target_model=target, args=args, train_dataset=data, callbacks=[budget, switch],
-        optimizers=(optimizer, schedule),
+        budget, model=drafter, target_model=target, args=args, train_dataset=None if record else data,
+        target_states=record, callbacks=[budget, switch], optimizers=(optimizer, schedule),
     )  # fmt: skip
     trainer.target.keep_encodings(keep_bytes)
     trainer.train()
@@ -111,6 +114,7 @@ def claim_folder(config: CompareConfig, folder: Path) -> None:
     mine = json.loads(json.dumps(vars(config)))
     # Where something lies on this machine is nobody else's.
     mine["drafter"] = public_name(mine["drafter"])
+    mine["target_states"] = mine["target_states"] and [public_name(name) for name in mine["target_states"]]
     if not isinstance(mine["target"], dict):
         mine["target"] = public_name(mine["target"])
     elif "texts" in mine["target"]:
@@ -153,12 +157,17 @@ class Comparison:
         claim_folder(config, self.folder)
         self.max_length = longest_sequence(config)
         self.lines = read_results(self.folder / RESULTS)
-        self.data: SequenceDataset
+        self.data: SequenceDataset | StateRecord
         self.texts: dict[str, EvaluationTexts] = {}
 
     def run(self) -> None:
         """Everything that is not done yet, then the report's files."""
-        self.data, self.texts = prepare(self.config, self.folder, self.target, self.tokenizer)
+        if self.config.target_states is not None:
+            self.data = StateRecord(*self.config.target_states)
+            self.max_length = max(self.max_length, self.data.max_length)
+        else:
+            self.data = training_text(self.config, self.folder, self.target, self.tokenizer)
+        self.texts = evaluation_texts(self.config, self.folder, self.target, self.tokenizer)
         start = self._start()
         self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[0])
         chosen: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from ..tiny.recipe import TargetRecipe, recipe_of
 from ..training import PPOWTrainingArguments
 from ..training.objectives import parse_objective
 
-CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("default", "100m")}
+CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("default", "100m", "smollm2")}
 
 RESULTS = "results.jsonl"
 
@@ -35,6 +35,9 @@ class CompareConfig:
         workload (`dict`): `name`, and either nothing else for `stdlib` (excerpts of the standard library, modules held
             in for training and held out for evaluation) or `train` and `evaluation`, files of prompts.
         data (`dict`): `train_sequences`, `prompt_tokens`, `completion_tokens`, `validation_prompts`, `test_prompts`.
+        target_states (`list[str]`, *optional*): folders of `ppow record`. Their texts and states train every recipe,
+            in place of training prompts (neither `workload.train` nor `train_sequences` is read) and the target's
+            forwards.
         start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start; not with `drafter`.
         budgets (`dict`): `tokens` (target-forward tokens) and `seconds`, one or both.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
@@ -65,6 +68,7 @@ class CompareConfig:
     drafter: str | None = None
     drafter_config: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=lambda: {"name": "stdlib"})
+    target_states: list[str] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     baselines: list[str] = field(default_factory=list)
     reference: str = "cst"
@@ -117,8 +121,15 @@ SMOKE: dict[str, Any] = {
 SMOKE_TARGET = {"hidden_size": 128, "num_layers": 2, "max_steps": 2}
 
 
-def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str] | None = None) -> CompareConfig:
+def load_config(
+    path: str | Path | None,
+    smoke: bool = False,
+    recipes: list[str] | None = None,
+    target_states: list[str] | None = None,
+) -> CompareConfig:
     """The configuration in a YAML file or of a name in `CONFIGS`, by default `"default"`; `smoke` makes it all small.
+
+    `recipes` and `target_states`, where given, take the place of the file's.
 
     Raises `ValueError` naming what is unknown, missing or out of range, `FileNotFoundError` without the file.
     """
@@ -139,6 +150,8 @@ def load_config(path: str | Path | None, smoke: bool = False, recipes: list[str]
     if not isinstance(given, dict) or set(given) - known:
         unknown = sorted(set(given) - known) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"--config: {unknown} in {path.name} is not known; accepted are {sorted(known)}.")
+    if target_states is not None:
+        given["target_states"] = target_states
     if smoke:
         for name, value in SMOKE.items():
             given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) and name != "budgets" else value
@@ -171,7 +184,9 @@ def _check(config: CompareConfig, source: str) -> None:
             target_recipe(config.target)
         except ValueError as error:
             refuse(str(error))
-    counts = ("train_sequences", "prompt_tokens", "completion_tokens", "validation_prompts", "test_prompts")
+    counts = ["prompt_tokens", "completion_tokens", "validation_prompts", "test_prompts"]
+    if config.target_states is None:
+        counts.append("train_sequences")
     for name in counts:
         if not isinstance(config.data.get(name), int) or config.data[name] < 1:
             refuse(f"data: {name} is {config.data.get(name)!r}; a whole number of at least 1 is needed.")
@@ -185,6 +200,8 @@ def _check(config: CompareConfig, source: str) -> None:
             refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
         if not 0 < later["from"] < 1:
             refuse(f"recipes: later of {name} begins from {later['from']}; give a share between 0 and 1.")
+        if config.target_states is not None and "regenerate_temperature" in recipe:
+            refuse(f"recipes: {name} has regenerate_temperature; with target_states the texts are written. Drop it.")
         parse_objective(recipe.get("objective", PPOWTrainingArguments.objective), 0.1, 1.0)
     counted = {f"group_t0_c{count}" for count in config.groups} | {f"speed_t0_{c:g}" for c in config.cost_ratios}
     counted |= {f"tree_t{t}_n{count}" for count in config.tree_nodes for t in (0, 1)}

@@ -24,14 +24,11 @@ def longest_sequence(config: CompareConfig) -> int:
     return config.data["prompt_tokens"] + config.data["completion_tokens"]
 
 
-def prepare(
-    config: CompareConfig, folder: Path, target: Any, tokenizer: Any
-) -> tuple[SequenceDataset, dict[str, EvaluationTexts]]:
-    """The sequences that the target wrote to train on, and the texts of both splits; kept in `folder`."""
+def evaluation_texts(config: CompareConfig, folder: Path, target: Any, tokenizer: Any) -> dict[str, EvaluationTexts]:
+    """The texts of both splits, written by the target once and kept in `folder`."""
     data, path = config.data, folder / "texts.json"
-    train_rows, evaluation_rows = workload_rows(config, tokenizer)
-    sequences = training_text(config, folder, target, tokenizer, train_rows)
     if not path.is_file():
+        _, evaluation_rows = workload_rows(config, tokenizer)
         scratch = PPOWDrafter.from_target(target, "standalone").to(target.device)
         found = {}
         for split, rows in evaluation_rows.items():
@@ -47,16 +44,15 @@ def prepare(
     for split, parts in json.loads(path.read_text()).items():
         sampled = [SampledText(**text) for text in parts["sampled"]]
         splits[split] = EvaluationTexts(parts["prompts"], parts["greedy"], sampled, data["completion_tokens"])
-    return sequences, splits
+    return splits
 
 
 def training_text(
-    config: CompareConfig, folder: Path, target: Any, tokenizer: Any, rows: list[dict] | None = None,
-    temperature: float | list[float] = 0.0,
-) -> SequenceDataset:  # fmt: skip
-    """What the target writes behind the workload's training prompts (`rows`, where they are at hand)."""
+    config: CompareConfig, folder: Path, target: Any, tokenizer: Any, temperature: float | list[float] = 0.0
+) -> SequenceDataset:
+    """What the target writes behind the workload's training prompts, kept in `folder`."""
     sequences = regenerate(
-        workload_rows(config, tokenizer)[0] if rows is None else rows, target, tokenizer,
+        workload_rows(config, tokenizer)[0], target, tokenizer,
         max_length=longest_sequence(config), max_new_tokens=config.data["completion_tokens"], batch_size=32,
         temperature=temperature, cache_dir=folder / "data",
     )  # fmt: skip
@@ -71,16 +67,20 @@ def workload_rows(config: CompareConfig, tokenizer: Any) -> tuple[list[dict], di
         files = standard_library()
         held_out = [file for file in files if file.held_out]
         sides = {split: [f for f in held_out if _side(f.name) == split] for split in SPLITS}
-        train = excerpts(
-            [file for file in files if not file.held_out], tokenizer, data["train_sequences"],
-            data["prompt_tokens"], seed=0,
-        )  # fmt: skip
+        held_in = [file for file in files if not file.held_out]
+        count = data["train_sequences"] if config.target_states is None else 0
+        train = excerpts(held_in, tokenizer, count, data["prompt_tokens"], seed=0)
         return train, {
             split: excerpts(sides[split], tokenizer, wanted[split], data["prompt_tokens"], seed=1) for split in SPLITS
         }
-    if not {"train", "evaluation"} <= set(workload):
-        raise ValueError("--config: workload needs train and evaluation, files of prompts, or the name stdlib.")
-    train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
+    needed = {"train", "evaluation"} if config.target_states is None else {"evaluation"}
+    if not needed <= set(workload):
+        raise ValueError(
+            f"--config: workload needs {' and '.join(sorted(needed))}, files of prompts, or the name stdlib."
+        )
+    train = []
+    if config.target_states is None:
+        train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
     rows = read_rows(workload["evaluation"], "workload.evaluation")
     if len(rows) < sum(wanted.values()):
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -317,6 +318,7 @@ class PPOWTrainingArguments(TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
         super().__post_init__()
+        self._check_deepspeed()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
         if isinstance(self.regenerate_temperature, int | float):
@@ -324,6 +326,15 @@ class PPOWTrainingArguments(TrainingArguments):
         self._check_ranges()
         self._check_windows()
         self._choose_muon()
+
+    def _check_deepspeed(self) -> None:
+        """ZeRO-3 fetches weights layer by layer, on all processes in step, which drafted windows are not."""
+        if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+            unset_hf_deepspeed_config()  # else models made from now on would be in parts
+            raise ValueError(
+                "deepspeed: ZeRO stage 3 given; it puts a layer's weights together when the layer is called, and "
+                "processes call a drafter's layers in different numbers. Take stage 2, or FSDP2."
+            )
 
     def _check_precision(self) -> None:
         """The loss takes its gradients in its forward, before a scaler of fp16 could keep them from underflowing."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from ..data.regeneration import is_split
 from ..data.sequences import SequenceDataset
 from ..runtime.compatibility import check_layers, check_target, check_width, rotary_change
 from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
@@ -152,9 +153,8 @@ def check_recorded(
     else:
         limits = drafter.draft_model.first_prefix, args.max_window, drafter.config.context_length
         items = (record.sequences[row] for row in range(len(record.sequences)))
-        count = sum(not bool(written_prefixes(item, *limits).any()) for item in map(as_batch, items))
-        if count:
-            reason = f"{count} of {len(record.sequences)} sequences without a window that the target wrote at T = 0"
+        if not any(bool(written_prefixes(item, *limits).any()) for item in map(as_batch, items)):
+            reason = "no sequence that holds a window that the target wrote at T = 0"
     if reason is not None:
         raise ValueError(
             f"objective: {names} with {reason} has windows verified by new forwards of the target, which recorded "
@@ -173,8 +173,8 @@ def as_batch(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_placed(target: Any) -> bool:
-    """Whether a target stays where it is: its device map or its number format has placed it."""
-    return hasattr(target, "hf_device_map") or getattr(target, "is_quantized", False)
+    """Whether a target stays where it is: its device map, its number format or its processes have placed it."""
+    return hasattr(target, "hf_device_map") or getattr(target, "is_quantized", False) or is_split(target)
 
 
 def use_one_device(args: PPOWTrainingArguments) -> None:

@@ -5,6 +5,7 @@ embeddings and configuration. Knows nothing about drafters' weights, rewards or 
 """
 
 import bisect
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -27,10 +28,7 @@ logger = logging.get_logger(__name__)
 FORMAT = 1
 MANIFEST, SEQUENCES, WEIGHTS = "record.json", "sequences.safetensors", "target.safetensors"
 LAST = "last"  # the state behind the final norm, which the head reads
-NO_FORWARD = (
-    "objective: the text does not verify all windows of this batch, and recorded states cannot. Train with the "
-    "target, or by terms along the text, such as objective='supervised'."
-)
+NO_FORWARD = "target_states: recorded states know no window but those of their texts; verify others by the target."
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
 
 
@@ -43,46 +41,48 @@ def layer_name(layer: int, num_layers: int) -> str:
     return LAST if layer == num_layers else f"layer.{layer}"
 
 
-class StateRecord:
-    """What `ppow record` left in a folder. States are read from the disk when they are asked for.
+class RecordFolder:
+    """What `ppow record` left in one folder. States are read from the disk when they are asked for.
 
     Args:
         folder (`str` or `os.PathLike`): the folder.
 
     Attributes:
-        sequences ([`SequenceDataset`]): those whose states are recorded, in the order of the data.
-        target (`PreTrainedModel`): the target's configuration, token embeddings and head; its layers have no weights.
+        manifest (`dict`): what was recorded, of which target, in which shards.
+        tensors (`dict[str, list[torch.Tensor]]`): of each of SEQUENCE_TENSORS, that of every recorded sequence.
 
     Raises `ValueError` for a folder without a record, or with a damaged one.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder).expanduser()
-        try:
+        with self._reading():
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            tensors = load_file(self.folder / SEQUENCES)
-            weights = load_file(self.folder / WEIGHTS)
             self._starts: list[int] = self.manifest["shard_starts"]  # first sequence of each shard, and the end
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"target_states: {str(folder)!r} has no {Path(error.filename or MANIFEST).name}, so that it holds no "
-                "recorded states. Write them with ppow record."
-            ) from error
-        except (ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"target_states: the record in {str(folder)!r} is damaged ({error}). Record the states again."
-            ) from error
+            tensors = load_file(self.folder / SEQUENCES)
         lengths = tensors["lengths"]
         self._ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).tolist()
         self._rows = self._recorded_rows()
         parts = {name: tensors[name].split(lengths.tolist()) for name in SEQUENCE_TENSORS}
-        self.sequences = SequenceDataset(*([parts[name][row] for row in self._rows] for name in SEQUENCE_TENSORS))
-        self.target = self._skeleton(weights)
+        self.tensors = {name: [parts[name][row] for row in self._rows] for name in SEQUENCE_TENSORS}
 
-    @property
-    def layer_ids(self) -> list[int]:
-        """The layers whose states are recorded beside the last ones."""
-        return self.manifest["layer_ids"]
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise errors of its files with what to do about them."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"target_states: {str(self.folder)!r} has no {Path(error.filename or MANIFEST).name}, so that it "
+                "holds no recorded states. Write them with ppow record."
+            ) from error
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"target_states: the record in {str(self.folder)!r} is damaged ({error}). Record the states again."
+            ) from error
 
     def _recorded_rows(self) -> list[int]:
         """The numbers of the sequences whose shards are there."""
@@ -93,12 +93,16 @@ class StateRecord:
             raise ValueError(f"target_states: {str(self.folder)!r} holds no shard yet. Run ppow record to its end.")
         if len(found) < len(shards):
             logger.warning(
-                f"target_states: {len(found)} of {len(shards)} shards are recorded; {self._starts[-1] - len(rows)} "
-                "sequences of the others are left out. Run ppow record again for the rest."
+                f"target_states: {len(found)} of {len(shards)} shards are recorded in {str(self.folder)!r}; "
+                f"{self._starts[-1] - len(rows)} sequences of the others are left out. Run ppow record again for the "
+                "rest."
             )
         return rows
 
-    def _skeleton(self, weights: dict[str, torch.Tensor]) -> Any:
+    def target(self) -> Any:
+        """The target's configuration, token embeddings and head; its layers have no weights."""
+        with self._reading():
+            weights = load_file(self.folder / WEIGHTS)
         config = AutoConfig.from_pretrained(self.folder)
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.manifest["target_dtype"]))
@@ -113,7 +117,7 @@ class StateRecord:
         return target.requires_grad_(False).eval()
 
     def read(self, index: int, names: list[str]) -> list[torch.Tensor]:
-        """The recorded states `[S, h]` of sequence `index`, one tensor for each of `names`."""
+        """The recorded states `[S, h]` of the folder's sequence `index`, one tensor for each of `names`."""
         row = self._rows[index]
         shard = bisect.bisect_right(self._starts, row) - 1
         first = self._ends[self._starts[shard]]
@@ -128,6 +132,58 @@ class StateRecord:
             ) from error
 
 
+class StateRecord:
+    """The recorded states of one target: those of one folder of `ppow record`, or of several end to end.
+
+    Args:
+        folders (`str` or `os.PathLike`): the folders.
+
+    Attributes:
+        sequences ([`SequenceDataset`]): those whose states are recorded, in the order of the data.
+        target (`PreTrainedModel`): the target's configuration, token embeddings and head; its layers have no weights.
+        manifest (`dict`): that of the first folder, which the others have in common but for their sequences.
+
+    Raises `ValueError` for folders without a record, with a damaged one, or with records that do not go together.
+    """
+
+    def __init__(self, *folders: str | os.PathLike):
+        self._parts = [RecordFolder(folder) for folder in folders]
+        for part in self._parts[1:]:
+            check_joinable(self._parts[0], part)
+        self._ends = list(itertools.accumulate(len(part) for part in self._parts))
+        tensors = ([one for part in self._parts for one in part.tensors[name]] for name in SEQUENCE_TENSORS)
+        self.sequences = SequenceDataset(*tensors)
+        self.manifest = self._parts[0].manifest
+        self.target = self._parts[0].target()
+
+    @property
+    def layer_ids(self) -> list[int]:
+        """The layers whose states are recorded beside the last ones."""
+        return self.manifest["layer_ids"]
+
+    @property
+    def max_length(self) -> int:
+        """What the longest sequences were cut to."""
+        return max(part.manifest["max_length"] for part in self._parts)
+
+    def read(self, index: int, names: list[str]) -> list[torch.Tensor]:
+        """The recorded states `[S, h]` of sequence `index`, one tensor for each of `names`."""
+        number = bisect.bisect_right(self._ends, index)
+        part = self._parts[number]
+        return part.read(index - self._ends[number] + len(part), names)
+
+
+def check_joinable(first: RecordFolder, other: RecordFolder) -> None:
+    """Raise `ValueError` where two folders hold the states of different targets, layers or number formats."""
+    for name in ("target_fingerprint", "vocabulary_fingerprint", "layer_ids", "states_dtype"):
+        if first.manifest[name] != other.manifest[name]:
+            raise ValueError(
+                f"target_states: {name} is {first.manifest[name]!r} in {str(first.folder)!r} and "
+                f"{other.manifest[name]!r} in {str(other.folder)!r}. Give folders recorded with the same target, "
+                "--layers, --states-dtype and --dtype."
+            )
+
+
 class RecordedTarget(TrainingTarget):
     """A target of which recorded states are read, in place of a [`FrozenTarget`].
 
@@ -136,6 +192,8 @@ class RecordedTarget(TrainingTarget):
         layer_ids (`list[int]`, *optional*): states that the drafter reads.
         device (`torch.device`): where batches are.
     """
+
+    verifies = False
 
     def __init__(self, record: StateRecord, layer_ids: list[int] | None, device: torch.device):
         head = record.target.get_output_embeddings().to(device)
@@ -165,6 +223,7 @@ class RecordedTarget(TrainingTarget):
         assert rows is not None
         if with_cache:
             raise ValueError(NO_FORWARD)
+        self.forward_tokens += int(attention_mask.sum())  # charged, as for an encoding that is kept in memory
         length = input_ids.shape[1]
         names = [LAST, *(name for name in dict.fromkeys(self._names) if name != LAST)]
         batches: dict[str, Any] = {name: [] for name in names}

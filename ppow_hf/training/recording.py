@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
-from ..data.regeneration import target_identity
+from ..data.regeneration import is_split, target_identity
 from ..data.sequences import SequenceDataset, collate_sequences
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.target_weights import embedding_matrix, head_matrix
@@ -70,6 +70,7 @@ class Recording:
                 f"--target: {type(target).__name__} scales or caps its logits behind its head, so that its last "
                 "states do not tell them. Train with the target itself."
             )
+        self.is_split = is_split(target)
         self.layer_names = [layer_name(layer, text.num_hidden_layers) for layer in layer_ids]
         self.hidden_size: int = text.hidden_size
         self.bytes_per_token = (len(layer_ids) + 1) * self.hidden_size * dtype.itemsize + OWN_BYTES
@@ -148,20 +149,37 @@ class Recording:
         write_whole(folder / MANIFEST, (json.dumps(self.manifest, indent=1) + "\n").encode())
 
     def record(self, folder: Path, missing: list[int], progress: Callable[[int], None]) -> int:
-        """Record the `missing` shards that no other process has taken; `progress` is told tokens. Returns tokens."""
+        """Record the `missing` shards that no other process has taken; `progress` is told tokens. Returns tokens.
+
+        Of a target that is split over processes the first one calls this, and the others [`follow`].
+        """
         tokens = 0
         for number in missing:
             path = folder / shard_name(number)
             with claimed(path) as file:
                 if file is None:
                     continue
+                self._next_shard(number)
                 rows = range(*self.manifest["shard_starts"][number : number + 2])
                 file.write(save(self.shard(rows, progress)))
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
                 tokens += sum(self.lengths[row] for row in rows)
+        self._next_shard(None)
         return tokens
+
+    def follow(self) -> None:
+        """Take part in the forwards of the process that records, until it has recorded everything."""
+        while (number := self._next_shard(None)) is not None:
+            self.shard(range(*self.manifest["shard_starts"][number : number + 2]), lambda tokens: None)
+
+    def _next_shard(self, number: int | None) -> int | None:
+        """The first process's `number`, on all processes that the target is split over."""
+        numbers = [number]
+        if self.is_split:
+            torch.distributed.broadcast_object_list(numbers)
+        return numbers[0]
 
     def shard(self, rows: range, progress: Callable[[int], None]) -> dict[str, torch.Tensor]:
         """The states `[T, h]` of consecutive sequences, T tokens end to end, by the names of their layers."""

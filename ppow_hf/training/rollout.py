@@ -17,7 +17,7 @@ from ..runtime.acceptance import (
 )
 from ..runtime.modeling_ppow import PPOWDrafter
 from .objectives import without_gradients
-from .rewards import group_advantages, proximity_reward, speedup_reward, throughput_reward
+from .rewards import group_advantages, groups_without_spread, proximity_reward, speedup_reward, throughput_reward
 from .target import TargetEncoding, TrainingTarget
 from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities
 
@@ -58,6 +58,18 @@ class Rollout:
     has_prefix: torch.Tensor
     verdicts: torch.Tensor
     old_log_probs: torch.Tensor | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Mean rewards and accepted length of the sequences that gave windows."""
+        rewards = {name: values[self.has_prefix] for name, values in self.rewards.items()}
+        total = rewards["total"]
+        return {
+            **{f"reward/{name}": rewards[name].mean().item() for name in ("speedup", "throughput", "proximity")},
+            "reward/mean": total.mean().item(),
+            "reward/std": total.std().item(),
+            "accepted_length": self.accepted[self.has_prefix].float().mean().item() + 1,
+            "groups_without_spread": groups_without_spread(total).item(),
+        }
 
 
 def paired_logits(drafter: PPOWDrafter, target: TrainingTarget, draft: torch.Tensor, sources):

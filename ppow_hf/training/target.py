@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ..data.regeneration import whole_tensor
 from ..runtime.draft_session import additive_mask, cache_argument
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.target_weights import input_device, target_width
@@ -49,10 +50,15 @@ class TrainingTarget(ABC):
 
     Attributes:
         vocab_size (`int`): width of the logits, V.
+        is_tensor_parallel (`bool`): whether all processes compute each forward together. Their batches must then have
+            one length.
         forward_tokens (`int`): read by the target, or charged as such where a kept encoding spared the forward.
+        verifies (`bool`): whether it reads drafted windows; else the text alone verifies them.
     """
 
     vocab_size: int
+    is_tensor_parallel = False
+    verifies = True
 
     def __init__(self, head: Any, head_is_plain: bool):
         self.head, self.head_is_plain = head, head_is_plain
@@ -122,6 +128,10 @@ class FrozenTarget(TrainingTarget):
     def __init__(self, model: PreTrainedModel, layer_ids: list[int] | None):
         super().__init__(model.get_output_embeddings(), head_is_plain=False)  # until it is checked below
         self.model = model
+        self.is_tensor_parallel = is_tensor_parallel(model)
+        if self.is_tensor_parallel:
+            make_ends_whole(model)
+            self.head = model.get_output_embeddings()
         self._is_frozen = False
         self.layer_ids = layer_ids
         self.keeps = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
@@ -201,7 +211,7 @@ class FrozenTarget(TrainingTarget):
                 self.forward_tokens += sum(lengths)
                 return self._from_kept(keys, attention_mask)
         cache = DynamicCache() if with_cache else None
-        outputs = self.model(
+        outputs = self._forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=with_cache,
@@ -215,6 +225,18 @@ class FrozenTarget(TrainingTarget):
         for row, (key, length) in enumerate(zip(keys, lengths, strict=False)):
             self._keep(key, sources[row, :length], None if states is None else states[row, :length])
         return TargetEncoding(sources, states, cache, attention_mask)
+
+    def _forward(self, **inputs) -> Any:
+        """The target's forward; one split by tensor parallelism reads the rows of all processes at once."""
+        if not self.is_tensor_parallel:
+            return self.model(**inputs)
+        rows = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        outputs = self.model(**inputs | {name: rows_of_all(value) for name, value in rows.items()})
+        count = len(inputs["input_ids"])
+        own = slice(torch.distributed.get_rank() * count, (torch.distributed.get_rank() + 1) * count)
+        outputs.hidden_states = tuple(states[own] for states in outputs.hidden_states)
+        outputs.logits = outputs.logits[own]
+        return outputs
 
     def _keep(self, key: bytes, sources: torch.Tensor, states: torch.Tensor | None) -> None:
         assert self._kept is not None
@@ -269,7 +291,7 @@ class FrozenTarget(TrainingTarget):
         return sources.unflatten(1, (count, length))
 
     def _forward_behind(self, encoding, tokens, allowed, positions) -> torch.Tensor:
-        outputs = self.model(
+        outputs = self._forward(
             input_ids=tokens,
             attention_mask=additive_mask(allowed, self.model.dtype),
             position_ids=positions,
@@ -302,6 +324,42 @@ class FrozenTarget(TrainingTarget):
         if window > 1:
             encoding.cache.crop(-count * (window - 1))
         return total
+
+
+def is_tensor_parallel(model: Any) -> bool:
+    """Whether a `tp_plan` has split the model's layers over processes, which then compute every forward together."""
+    return (getattr(_inner(model), "tp_size", None) or 1) > 1
+
+
+def make_ends_whole(model: Any) -> None:
+    """Put a tensor-parallel model's whole embeddings and head on every process: what reads them reads its own rows.
+
+    Raises `ValueError` where there are more processes than the model is split over, or its embeddings or its head are
+    of a kind of their own.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if _inner(model).tp_size != torch.distributed.get_world_size():
+        raise ValueError(
+            f"target_model: split over {_inner(model).tp_size} of {torch.distributed.get_world_size()} processes. "
+            "Start as many as it is split over, or train with target_states of `ppow record --tp-plan auto`."
+        )
+    if type(ends[0]) is not torch.nn.Embedding or type(ends[1]) is not torch.nn.Linear or ends[1].bias is not None:
+        raise ValueError(
+            f"target_model: tensor parallel, with {type(ends[0]).__name__} and {type(ends[1]).__name__} as embeddings "
+            "and head, which are not put together here. Train with target_states of `ppow record --tp-plan auto`."
+        )
+    embeddings, head = (whole_tensor(end.weight.detach()) for end in ends)
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(embeddings))
+    whole_head = torch.nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+    whole_head.weight = torch.nn.Parameter(head, requires_grad=False)
+    model.set_output_embeddings(whole_head)
+
+
+def rows_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """`[B, ...]` of every process, in their order: `[processes * B, ...]`."""
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def _inner(model: Any) -> Any:

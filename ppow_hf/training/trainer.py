@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..data.sequences import SequenceDataset, collate_sequences
+from ..data.regeneration import is_split
+from ..data.sequences import SequenceDataset, collate_sequences, padded_to
 from ..measure.calibration import calibrate
 from ..measure.costs import measure_costs
 from ..measure.evaluation import decode, evaluation_metrics, report
@@ -52,7 +54,6 @@ from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, training_sequences
 from .recorded_states import RecordedTarget, StateRecord
 from .records import check_hub_strategy, write_records
-from .rewards import groups_without_spread
 from .rollout import Rollout, collect_rollout, text_judges
 from .run_folder import check_same_run, is_saved, lock_folder, run_record
 from .target import FrozenTarget, TrainingTarget
@@ -75,17 +76,18 @@ class PPOWTrainer(Trainer):
     Args:
         model ([`PPOWDrafter`]): the drafter.
         target_model (`PreTrainedModel`): the target; frozen while the drafter trains, and given back as it was.
-            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine. With `target_states` it is needed to
-            evaluate only.
+            Quantised, `device_map`-sharded, offloaded or PEFT-wrapped are fine; a tensor-parallel one (`tp_plan`) is
+            given whole embeddings and a whole head on every process. With `target_states` it is needed to evaluate
+            only.
         args ([`PPOWTrainingArguments`]): the arguments.
         train_dataset, eval_dataset: what [`prepare_sequences`] reads: a `datasets.Dataset`, a path to JSON Lines, or
             a [`SequenceDataset`]; of `eval_dataset` also several by name, as in Trainer. By default the target
             completes rows with a `prompt` or `messages`, see `regenerate`.
         processing_class (`PreTrainedTokenizerBase`): the target's tokenizer.
         callbacks, optimizers: as in Trainer.
-        target_states (`str` or [`StateRecord`], *optional*): folder of `ppow record`, which holds the training data
-            too. The target is then not asked, so that only terms along the text can be trained, and windows that the
-            text verifies.
+        target_states (`str`, `list[str]` or [`StateRecord`], *optional*): folder of `ppow record`, or several, which
+            hold the training data too. The target is then not asked, so that only terms along the text can be
+            trained, and windows that the text verifies.
     """
 
     train_dataset: Any
@@ -103,10 +105,12 @@ class PPOWTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
-        target_states: str | os.PathLike | StateRecord | None = None,
+        target_states: str | os.PathLike | Sequence[str | os.PathLike] | StateRecord | None = None,
         **kwargs,
     ):
-        record = StateRecord(target_states) if isinstance(target_states, str | os.PathLike) else target_states
+        if isinstance(target_states, str | os.PathLike):
+            target_states = [target_states]
+        record = StateRecord(*target_states) if isinstance(target_states, Sequence) else target_states
         for target in [target_model] if record is None else [record.target, target_model]:
             if record is None or target is not None:
                 check_pair(model, target, processing_class, args)
@@ -118,12 +122,14 @@ class PPOWTrainer(Trainer):
         self.target_model: Any = target_model
         if target_model is not None and not is_placed(target_model):
             target_model.to(args.device)
+        self._target_is_split = target_model is not None and args.world_size > 1 and is_split(target_model)
         model.config.check_window(args.max_window)
         check_confidence(model, args)
         self.target = self._choose_target(record, model, args, train_dataset)
         if processing_class is not None:
             model.config.target_vocabulary_fingerprint = vocabulary_fingerprint(processing_class)
-        model.attach_target(target_model if record is None else record.target)
+        self._read_by_drafter: Any = target_model if record is None else record.target
+        model.attach_target(self._read_by_drafter)
         model.train_embeddings(args.train_embeddings)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
         train_sequences = None if record is None else record.sequences
@@ -152,6 +158,9 @@ class PPOWTrainer(Trainer):
         )
         if self.is_fsdp_enabled:  # one unit: how often a layer is called differs from process to process
             model._no_split_modules = []
+        self._drafter_is_sharded = self.is_fsdp_enabled
+        # Where a target or a drafter is in parts, all processes do what else one would do, with the same inputs.
+        self._in_step = args.world_size > 1 and (self._target_is_split or self._drafter_is_sharded)
         # The loss is divided by what the whole global batch holds, here, not by Trainer.
         self.model_accepts_loss_kwargs = True
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the loop counts them
@@ -228,15 +237,24 @@ class PPOWTrainer(Trainer):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         calibrates = self.args.calibrate_at_end and self.target_model is not None
         if calibrates and self.eval_dataset is not None and self.args.eval_prompts != 0:
-            if self.accelerator.is_main_process:
-                drafter = self.accelerator.unwrap_model(self.model)
-                drafter.config.max_window = self.args.max_window
-                prompts = self._calibration_prompts(8)
-                drafter.config.calibration = calibrate(
-                    self.target_model, drafter, prompts, self.args.eval_new_tokens, seed=self.args.seed
-                )
+            if self.accelerator.is_main_process or self._in_step:
+                self._with_whole_drafter(self._calibrate)
             self.accelerator.wait_for_everyone()
         return result
+
+    def _with_whole_drafter(self, function: Callable[[PPOWDrafter], Any]) -> Any:
+        """`function(drafter)`, with a sharded drafter's parameters put together: inside its forward."""
+        if self._drafter_is_sharded:
+            with torch.no_grad():
+                return self.model_wrapped(inside=function)
+        return function(self.accelerator.unwrap_model(self.model).to(self.args.device))
+
+    def _calibrate(self, drafter: PPOWDrafter) -> None:
+        drafter.config.max_window = self.args.max_window
+        prompts = self._calibration_prompts(8)
+        drafter.config.calibration = calibrate(
+            self.target_model, drafter, prompts, self.args.eval_new_tokens, seed=self.args.seed
+        )
 
     def _end_of_run(self, checkpoint: str | bool) -> TrainOutput | None:
         """Load the drafter of a run whose last step was taken, from `output_dir` if it was saved; `None` before it."""
@@ -266,7 +284,7 @@ class PPOWTrainer(Trainer):
         """
         if self.cost_ratio is None and self.target_model is not None:
             measured = [None]
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process or self._in_step:
                 ids = self.train_dataset[0]["input_ids"][None, :64].to(self.args.device)
                 drafter = self.accelerator.unwrap_model(self.model).to(self.args.device)
                 costs = measure_costs(self.target_model, drafter, ids, max_window=self.args.max_window, repeats=10)
@@ -295,6 +313,9 @@ class PPOWTrainer(Trainer):
 
     def _global_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         args, drafter = self.args, self.accelerator.unwrap_model(model)
+        drafter.attach_target(self._read_by_drafter)  # evaluation attached the target that it decoded with
+        if self.target.is_tensor_parallel:
+            inputs = padded_to(inputs, self._longest_anywhere(inputs["input_ids"].shape[1]))
         weights = args.weights_at(self.progress)
         if drafter.config.confidence_head:  # moved by nothing else, and moving nothing else
             weights.setdefault("confidence", 1.0)
@@ -327,13 +348,22 @@ class PPOWTrainer(Trainer):
         return loss * args.world_size
 
     def _verified_by_text(self, drafter, weights, inputs) -> bool:
-        """Whether the text verifies this batch's windows, on every process or on none."""
+        """Whether the text verifies this batch's windows, on every process or on none.
+
+        Of recorded states it verifies all: sequences that the target did not write at T = 0 then give no windows.
+        """
+        if not self.target.verifies:
+            return True
         limits = drafter.draft_model.first_prefix, drafter.config.context_length
         by_text = text_judges(self.args, weights, inputs, *limits)
         if self.args.world_size > 1:  # a sharded target's forwards must not be one process's alone
             agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
             by_text = bool(agreed.all())
         return by_text
+
+    def _longest_anywhere(self, length: int) -> int:
+        """The greatest `length` of all processes."""
+        return int(self.accelerator.gather(torch.tensor([length], device=self.args.device)).max())
 
     def _note(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -361,26 +391,23 @@ class PPOWTrainer(Trainer):
                 drafter, self.target, encoding, inputs, self.args,
                 step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
             ))  # fmt: skip
-        if not bool(rollout.has_prefix.any()):
+        if not by_text and not bool(rollout.has_prefix.any()):
             first = self.accelerator.unwrap_model(model).draft_model.first_prefix
             raise ValueError(
                 f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that "
                 f"a window could begin with. Sequences need more than {first + 1} tokens."
             )
         self._rollouts[slot] = rollout
-        seconds = time.perf_counter() - started
-        parts = ("speedup", "throughput", "proximity")
-        self._note({
-            **{f"reward/{name}": rollout.rewards[name].mean().item() for name in parts},
-            "reward/mean": rollout.rewards["total"].mean().item(),
-            "reward/std": rollout.rewards["total"].std().item(),
-            "accepted_length": rollout.accepted.float().mean().item() + 1,
-            "groups_without_spread": groups_without_spread(rollout.rewards["total"]).item(),
-            "verified_tokens_per_second": rollout.draft_ids.numel() / seconds,
-            "target_forward_tokens": self.target.forward_tokens - tokens_before,
-            "adaw": float(adaptive),
-            "verified_by_text": float(by_text),
-        })  # fmt: skip
+        self._note(
+            {
+                "verified_tokens_per_second": rollout.draft_ids.numel() / (time.perf_counter() - started),
+                "target_forward_tokens": self.target.forward_tokens - tokens_before,
+                "adaw": float(adaptive),
+                "verified_by_text": float(by_text),
+            }
+        )
+        if bool(rollout.has_prefix.any()):
+            self._note(rollout.metrics())
         return rollout
 
     # -- evaluation
@@ -407,28 +434,33 @@ class PPOWTrainer(Trainer):
         budget = EVAL_SHARE * (time.perf_counter() - self._train_began)
         batch = self.args.per_device_eval_batch_size
         chosen = [EVAL_PROMPTS]
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self._in_step:
             first = self._eval_prompts(next(iter(parts.values())))[:batch]
             started = time.perf_counter()
             self._decode(first)
             seconds = (time.perf_counter() - started) * len(parts)
-            batches = int(budget / seconds) * self.args.world_size  # each process decodes some
+            shares = 1 if self._target_is_split else self.args.world_size  # each process decodes one
+            batches = int(budget / seconds) * shares
             chosen = [min(max(batches, 1) * batch, EVAL_PROMPTS)]
         self.eval_prompts = broadcast_object_list(chosen)[0]
 
     def _decode(self, prompts: list[list[int]]) -> tuple[list, list]:
         """Outputs and traces of held-out prompts, with the drafter as it is."""
-        return decode(
-            self.target_model,
-            self.accelerator.unwrap_model(self.model).to(self.args.device),
-            prompts,
-            self.args.eval_new_tokens,
-            self.args.target_temperature,
-            self.args.seed,
-            batch_size=self.args.per_device_eval_batch_size,
-            window="fixed",
-            max_window=self.args.max_window,
-        )
+
+        def decoded(drafter: PPOWDrafter) -> tuple[list, list]:
+            return decode(
+                self.target_model,
+                drafter,
+                prompts,
+                self.args.eval_new_tokens,
+                self.args.target_temperature,
+                self.args.seed,
+                batch_size=self.args.per_device_eval_batch_size,
+                window="fixed",
+                max_window=self.args.max_window,
+            )
+
+        return self._with_whole_drafter(decoded)
 
     def _calibration_prompts(self, count: int) -> list[list[int]]:
         """The first `count` held-out prompts, of several datasets in turn."""
@@ -457,7 +489,7 @@ class PPOWTrainer(Trainer):
 
     def _evaluate_parts(self, parts: dict[str, SequenceDataset], prefix: str) -> dict[str, float]:
         started = time.perf_counter()
-        rank, world = self.args.process_index, self.args.world_size
+        rank, world = (0, 1) if self._target_is_split else (self.args.process_index, self.args.world_size)
         if self.eval_prompts is None and self.is_in_train and self.state.global_step > 0:
             self._choose_eval_prompts(parts)
         metrics: dict[str, float] = {}

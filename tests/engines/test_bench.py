@@ -26,23 +26,32 @@ def python(engine, request):
 def test_engine_and_transformers_side_by_side(
     engine, name, python, target, eagle, standalone, prompts, tmp_path, capsys
 ):
+    sizes = [1, 8] if engine == "vllm" else [1]
     parser = argparse.ArgumentParser()
     engine_bench.add_arguments(parser)
     arguments = parser.parse_args(["--engine", engine, "--engine-python", python, "--engine-tokens", "4"])
     arguments.target, arguments.max_new_tokens, arguments.json = "tiny", NEW_TOKENS, str(tmp_path / "bench.json")
-    arguments.command = "ppow bench --engine"
+    arguments.command, arguments.batch_size = "ppow bench --engine", sizes
     some = [torch.tensor([prompt]) for prompt in prompts[:8]]
     drafter = {"eagle": eagle, "standalone": standalone}[name]
     assert engine_bench.run(arguments, target, load_tokenizer("tiny"), drafter, some) == 0
     printed = capsys.readouterr().out
     with capsys.disabled():
         print(f"\n{name}\n{printed}")
-    content = json.loads((tmp_path / "bench.json").read_text())
-    assert content["prompts"] == 8 and content["provenance"]["versions"]["torch"] == torch.__version__
-    rows = {row["name"]: row for row in content["rows"]}
+    files = [f"bench-b{size}.json" for size in sizes] if len(sizes) > 1 else ["bench.json"]
+    for file, size in zip(files, sizes, strict=True):
+        content = json.loads((tmp_path / file).read_text())
+        assert content["prompts"] == 8 and content["batch_size"] == size
+        assert content["provenance"]["versions"]["torch"] == torch.__version__
+        check_rows({row["name"]: row for row in content["rows"]}, engine_bench.ENGINES[engine], name)
+
+
+def check_rows(rows, engine, name):
     assert all(row["different_prompts"] == 0 and row["tokens"] == 8 * NEW_TOKENS for row in rows.values())
-    engine_name = engine_bench.ENGINES[engine]
-    theirs, own = rows[f"{engine_name}, drafter, 4 tokens"], rows["transformers, drafter, 4 tokens"]
+    theirs, own = rows[f"{engine}, drafter, 4 tokens"], rows["transformers, drafter, 4 tokens"]
     assert theirs["acceptance_length"] == pytest.approx(own["acceptance_length"], rel=0.1)  # they differ at the ends
-    assert rows[engine_name]["drafted"] == rows["transformers"]["drafted"] == 0
-    assert rows[f"{engine_name}, ngram, 4 tokens"]["accepted"] > 0
+    for row in (theirs, own) if engine == "vLLM" else (own,):
+        assert len(row["accepted_per_position"]) == 4 and sum(row["accepted_per_position"]) == row["accepted"]
+    assert rows[engine]["drafted"] == rows["transformers"]["drafted"] == 0
+    assert rows[f"{engine}, ngram, 4 tokens"]["accepted"] > 0
+    assert ("vLLM, drafter, adaptive" in rows) == (engine == "vLLM" and name == "standalone")

@@ -116,6 +116,19 @@ def test_embeddings_left_out_are_the_targets(eagle, target, target_file, ours, p
     assert_same_counts(run, count_ours(target, shared, prompts))
 
 
+@pytest.mark.parametrize("name", ["eagle", "standalone"])
+def test_the_python_of_the_readme_says_what_transformers_says(name, drafters, target, llamacpp_python, tmp_path):
+    tokenizer, folder = load_tokenizer("tiny"), tmp_path / "exported"
+    export_file(drafters[name], folder, target)
+    write_causal_lm(tmp_path / "TARGET.gguf", target, tokenizer, "float32")
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    finished = subprocess.run([llamacpp_python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    inputs = tokenizer("def add(a, b):", return_tensors="pt")
+    output = target.generate(**inputs, max_new_tokens=64, do_sample=False)
+    assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]) in finished.stdout
+
+
 @pytest.mark.parametrize("dtype", ["float16", "q8_0"])
 def test_smaller_files_draft_nearly_as_well(dtype, standalone, target, target_file, ours, plain, prompts, tmp_path):
     file = export_file(standalone, tmp_path, target, dtype)

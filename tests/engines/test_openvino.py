@@ -85,7 +85,9 @@ def test_export_is_served_with_our_target_passes(
     drafter = {"eagle": eagle, "reduced-eagle": reduced_eagle, "standalone": standalone}[name]
     tokenizer = load_tokenizer("tiny") if name == "standalone" else None
     export_drafter(drafter, folder / name, "openvino", target=target, target_name="tiny", tokenizer=tokenizer)
-    convert((folder / name / "README.md").read_text(), folder, openvino_python)
+    readme = (folder / name / "README.md").read_text()
+    convert(readme, folder, openvino_python)
+    run([openvino_python, "-c", readme.split("```python\n")[-1].split("```")[0]], folder, openvino_python)
     result = generate(openvino_python, folder, prompts, f"ov-{name}")
     assert result["outputs"] == plain
     _, traces = decode(target, drafter, prompts, NEW_TOKENS, window="fixed", max_window=WINDOW)

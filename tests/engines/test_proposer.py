@@ -10,17 +10,31 @@ from engine_helpers import NEW_TOKENS
 
 import ppow_hf
 from ppow_hf import tiny
+from ppow_hf.data.models import load_tokenizer
 from ppow_hf.serving.vllm_runner import run_vllm
 
 pytestmark = pytest.mark.engines
 
 LONGEST = 8
+QUESTIONS = [
+    "Tell me a story about a lighthouse.",
+    "List five facts about bread.",
+    "Why is the sky blue?",
+    "Could you help me to write an email to my landlord about the heating, which has not worked since Monday?",
+    "What should I see in Hawaii?",
+    "Who painted the Mona Lisa, and where can I see it?",
+    "Explain to a child how a bicycle keeps its balance.",
+    "Compare tea with coffee.",
+]
 
 
 @pytest.fixture(scope="module")
 def mixed(prompts):
-    """Prompts of 3 to 128 tokens, so that requests join and leave the batch at different times."""
-    return [prompt[-(128, 60, 17, 3)[place % 4] :] for place, prompt in enumerate(prompts)]
+    """Code and questions in turns, of 3 to 128 tokens, so that requests join and leave the batch at other times."""
+    code = [prompt[-(128, 60, 17, 3)[place % 4] :] for place, prompt in enumerate(prompts[: len(QUESTIONS)])]
+    tokenizer = load_tokenizer("tiny")
+    chats = [tokenizer(f"User: {question}\nAssistant:")["input_ids"] for question in QUESTIONS]
+    return [prompt for pair in zip(code, chats, strict=False) for prompt in pair]
 
 
 def with_proposer(prompts, **settings):
