@@ -93,28 +93,26 @@ def _start_states_and_head(
 
 
 def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Tensor | None) -> None:
-    """Let a block drafter begin with what is known before any text is read [ours].
+    """Let a block drafter with a reduced head begin with how often each token occurs [ours].
 
     The layers add nothing yet. What is left, a token's own embedding, the target's head reads as that token: the norm
-    keeps its logit near log V. A reduced head is changed by a matrix of rank one too, so that the mask token's
-    embedding gives the logarithms of `kept_counts` `[DV]`.
+    keeps its logit near log DV, and a change of the head by a matrix of rank one lets the mask token's embedding give
+    the logarithms of `kept_counts` `[DV]`. A drafter with a whole head begins at random.
     """
     draft: BlockDrafter = drafter.draft_model
+    if kept_counts is None or head is None or head.shape[1] != draft.config.hidden_size:
+        return
     for layer in draft.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    mask = torch.tensor([drafter.config.mask_token_id], device=draft.fc.weight.device)
-    rows = head if draft.lm_head is None else draft.lm_head.weight
-    if head is None or head.shape[1] != draft.config.hidden_size:
-        return
-    lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    largest = lengths.mean().item() * head.shape[1] ** 0.5
-    draft.norm.weight.fill_(math.log(len(lengths)) / max(largest, math.log(len(lengths))))
-    if draft.lm_head is not None and kept_counts is not None:
-        state = draft.norm(draft.embeddings(mask)[0])
-        frequencies = kept_counts.to(state) + 1.0
-        wanted = (frequencies / frequencies.sum()).log()
-        rows += torch.outer(wanted - rows @ state, state) / state.dot(state)
+    rows = draft.lm_head.weight  # type: ignore[union-attr]
+    largest = rows.norm(dim=1).mean().item() * rows.shape[1] ** 0.5
+    draft.norm.weight.fill_(math.log(len(rows)) / max(largest, math.log(len(rows))))
+    mask = torch.tensor([drafter.config.mask_token_id], device=rows.device)
+    state = draft.norm(draft.embeddings(mask)[0])
+    frequencies = kept_counts.to(state) + 1.0
+    wanted = (frequencies / frequencies.sum()).log()
+    rows += torch.outer(wanted - rows @ state, state) / state.dot(state)
 
 
 def _start_markov_head(head: MarkovHead, embeddings: torch.Tensor | None, kept: torch.Tensor) -> None:
