@@ -272,7 +272,7 @@ def test_a_new_drafter_begins_with_what_its_target_gives(make_target):
 @pytest.mark.parametrize("variant", ["dflash", "dspark"])
 def test_a_reduced_head_begins_with_the_tokens_frequencies(make_target, variant):
     """And the anchor's own state, however large the target's embeddings and head are, is sure of nothing."""
-    target, input_ids, (prefixes, windows) = make_target("llama"), tokens(B, S), prefixes_and_windows()
+    target, input_ids, (prefixes, windows) = copy.deepcopy(make_target("llama")), tokens(B, S), prefixes_and_windows()
     with torch.no_grad():
         for module in (target.get_input_embeddings(), target.get_output_embeddings()):
             module.weight.mul_(20)
