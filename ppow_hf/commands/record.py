@@ -4,10 +4,13 @@ import argparse
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
-from ..data.models import TARGET_HELP, check_options, ensure_writable, load_target, load_tokenizer
+from ..data.models import TARGET_HELP, check_options, ensure_writable, load_target, load_tokenizer, resolve
 from ..data.sources import DATA_HELP, check_source
+from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
 
 
 def register(commands: Any) -> None:
@@ -64,6 +67,16 @@ def register(commands: Any) -> None:
         help="split the target over processes (tensor parallel): torchrun --nproc_per_node 8 -m ppow_hf.cli record",
     )
     parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--engine",
+        choices=["vllm"],
+        help="read the texts with this engine, in an environment of its own; the target is loaded on the CPU",
+    )
+    parser.add_argument(
+        "--engine-python",
+        metavar="FILE",
+        help=f"the interpreter of the engine's own environment (default: ${PYTHON_VARIABLE})",
+    )
     parser.set_defaults(run=run)
 
 
@@ -75,15 +88,17 @@ def run(arguments: argparse.Namespace) -> int:
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     check_source(arguments.data, "--data")
     import torch
-    from tqdm.auto import tqdm
 
     from ..measure.costs import faster_dtype
     from ..runtime.modeling_ppow import target_layers_for
+    from ..serving.vllm_states import VLLMStates
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences
     from ..training.recording import Recording
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.engine:
+        vllm_python(arguments.engine_python)
+    device = arguments.device or ("cpu" if arguments.engine else "cuda" if torch.cuda.is_available() else "cpu")
     placement = chosen_placement(arguments)
     target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device, placement)
     tokenizer = load_tokenizer(arguments.target, "--target")
@@ -95,6 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.architecture in ("eagle", "block"):
         count = target.config.get_text_config().num_hidden_layers
         layers = target_layers_for(arguments.architecture, arguments.layers, count) or []
+    reader: Any = None
+    if arguments.engine:
+        reader = VLLMStates(target, resolve(arguments.target), layers, arguments.max_length, arguments.engine_python)
     recording = Recording(
         target,
         tokenizer,
@@ -103,6 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_length,
         getattr(torch, arguments.states_dtype),
         arguments.max_gigabytes,
+        read=reader,
     )
     recording.manifest["target"] = arguments.target
     if recording.is_split and torch.distributed.get_rank() > 0:
@@ -110,23 +129,31 @@ def run(arguments: argparse.Namespace) -> int:
         torch.distributed.destroy_process_group()
         return 0
     print(describe(recording))
+    write(recording, folder, reader or nullcontext())
+    if recording.is_split:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def write(recording: Any, folder: Path, reader: AbstractContextManager) -> None:
+    """Record what is missing, within `reader`, and say how fast that was."""
+    from tqdm.auto import tqdm
+
     missing = recording.open_folder(folder)
-    started = time.perf_counter()
-    with tqdm(total=sum(recording.lengths), unit="token", unit_scale=True, disable=None) as bar:
+    bar = tqdm(total=sum(recording.lengths), unit="token", unit_scale=True, disable=None)
+    with reader, bar:
+        started = time.perf_counter()
         tokens = recording.record(folder, missing, bar.update)
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)")
-    if recording.is_split:
-        torch.distributed.destroy_process_group()
     left = recording.missing_shards(folder)
     if left:
         print(f"{len(left)} shards are being recorded by other processes", file=sys.stderr)
-    return 0
 
 
 def chosen_placement(arguments: argparse.Namespace) -> dict[str, str]:
     """Where the target's layers go, as of `from_pretrained`; `ValueError` for what does not go together."""
-    given = [name for name in ("device", "device_map", "tp_plan") if getattr(arguments, name) is not None]
+    given = [name for name in ("device", "device_map", "tp_plan", "engine") if getattr(arguments, name) is not None]
     if len(given) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"--{given[1].replace('_', '-')}: {options} given. Pass one of them.")
@@ -135,7 +162,7 @@ def chosen_placement(arguments: argparse.Namespace) -> dict[str, str]:
             f"--tp-plan: {arguments.tp_plan!r} given to one process. Start several: torchrun --nproc_per_node 2 -m "
             "ppow_hf.cli record ..."
         )
-    return {name: getattr(arguments, name) for name in given if name != "device"}
+    return {name: getattr(arguments, name) for name in given if name in ("device_map", "tp_plan")}
 
 
 def describe(recording: Any) -> str:

@@ -6,14 +6,11 @@ Each follows the target's plain distribution: no top-k, top-p or penalties.
 import json
 import logging
 import os
-import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.regeneration import complete_batch, end_token_ids, padding_token_id, plain_distribution
 from ..data.writing import Answer, Request
-from .engine_process import ERROR_LINES
-from .vllm_runner import CPU_ENVIRONMENT, vllm_python
+from .vllm_process import VLLMProcess
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +84,7 @@ class TransformersWriter:
         return [answer_of(ids, stop_ids, self.tokenizer) for ids in written]
 
 
-class VLLMWriter:
+class VLLMWriter(VLLMProcess):
     """A vLLM process in its own environment, given token ids and giving token ids; a context manager.
 
     Args:
@@ -115,37 +111,12 @@ class VLLMWriter:
     ):
         self.tokenizer, self.end_ids, self.max_new_tokens = tokenizer, end_ids, max_new_tokens
         self.context_length: int | None = None  # known once the engine is
-        self._interpreter = vllm_python(python)
-        self._engine = {"model": model, "generation_config": "vllm", "disable_log_stats": True, **engine}
+        options = {"model": model, "generation_config": "vllm", "disable_log_stats": True, **engine}
+        super().__init__("vllm_write_job.py", options, python)
 
     def __enter__(self) -> "VLLMWriter":
-        reading, writing = os.pipe()
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
-        job = Path(__file__).with_name("vllm_write_job.py")
-        self._process = subprocess.Popen(
-            [self._interpreter, str(job), json.dumps(self._engine), str(writing)],
-            env={**CPU_ENVIRONMENT, **os.environ},
-            pass_fds=(writing,),
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        os.close(writing)
-        self._answers = os.fdopen(reading, encoding="utf-8")
-        self.context_length = self._receive()["context_length"]
+        self.context_length = self._start()["context_length"]
         return self
-
-    def __exit__(self, *_: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._answers.close()
-        self._log.close()
 
     def __call__(self, requests: list[Request]) -> list[Answer | None]:
         job: list[dict[str, Any]] = [
@@ -157,22 +128,8 @@ class VLLMWriter:
             }
             for request in requests
         ]
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        written = self._receive()
-        pairs = zip(written, job, strict=True)
+        pairs = zip(self._ask(job), job, strict=True)
         return [answer_of(ids, one["stop_token_ids"], self.tokenizer) for ids, one in pairs]
-
-    def _receive(self) -> Any:
-        line = self._answers.readline()
-        if not line:
-            code = self._process.wait()
-            self._log.seek(0)
-            last = "\n".join(self._log.read().strip().splitlines()[-ERROR_LINES:])
-            self.__exit__()
-            raise RuntimeError(f"vLLM ended with exit code {code}:\n{last}")
-        return json.loads(line)
 
 
 class ServerWriter:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.regeneration import is_split, target_identity
-from ..data.sequences import SequenceDataset, collate_sequences
+from ..data.sequences import SequenceDataset
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.target_weights import embedding_matrix, head_matrix
 from .recorded_states import FORMAT, LAST, MANIFEST, SEQUENCE_TENSORS, SEQUENCES, WEIGHTS, layer_name, shard_name
@@ -47,6 +48,8 @@ class Recording:
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): number format of the states on disk.
         max_gigabytes (`float`, *optional*): most that the folder may take; sequences beyond it are left out.
         shard_bytes (`int`, *optional*, defaults to 2**28): most that a shard takes, one sequence at least.
+        read (`Callable`, *optional*): `read(texts)` gives the states `[S, h]` of the layers and the last ones of each
+            text `[S]`, in place of the target's forward; it takes a shard's texts at once.
 
     Raises `ValueError` for a target whose logits are more than its head on its last state, and where not one sequence
     fits in `max_gigabytes`.
@@ -62,6 +65,7 @@ class Recording:
         dtype: torch.dtype = torch.bfloat16,
         max_gigabytes: float | None = None,
         shard_bytes: int = SHARD_BYTES,
+        read: Callable[[list[torch.Tensor]], list[list[torch.Tensor]]] | None = None,
     ):
         text: Any = target.config.get_text_config()
         self.target, self.tokenizer, self.dtype = FrozenTarget(target, layer_ids or None), tokenizer, dtype
@@ -71,6 +75,7 @@ class Recording:
                 "states do not tell them. Train with the target itself."
             )
         self.is_split = is_split(target)
+        self._read = read
         self.layer_names = [layer_name(layer, text.num_hidden_layers) for layer in layer_ids]
         self.hidden_size: int = text.hidden_size
         self.bytes_per_token = (len(layer_ids) + 1) * self.hidden_size * dtype.itemsize + OWN_BYTES
@@ -190,19 +195,27 @@ class Recording:
             total += self.lengths[row]
         names = [*self.layer_names, LAST]
         states = {name: torch.empty(total, self.hidden_size, dtype=self.dtype) for name in names}
-        pad = self.tokenizer.pad_token_id or 0
         with self.target.frozen():
-            for batch in batches_by_length(rows, self.lengths, TOKENS_PER_FORWARD):
-                inputs = collate_sequences([self.sequences[row] for row in batch], pad)
-                input_ids, mask = (inputs[name].to(self.target.device) for name in ("input_ids", "attention_mask"))
-                encoding = self.target.encode(input_ids, mask, with_cache=False)
-                parts = [] if encoding.states is None else encoding.states.split(self.hidden_size, dim=-1)
-                for name, part in zip(names, [*parts, encoding.sources], strict=True):
-                    for place, row in enumerate(batch):
-                        length = self.lengths[row]
-                        states[name][starts[row] : starts[row] + length] = part[place, :length].to(self.dtype)
+            batches = [list(rows)] if self._read else batches_by_length(rows, self.lengths, TOKENS_PER_FORWARD)
+            for batch in batches:
+                read = self._read or self._read_with_target
+                found = read([self.sequences[row]["input_ids"] for row in batch])
+                for row, parts in zip(batch, found, strict=True):
+                    for name, part in zip(names, parts, strict=True):
+                        states[name][starts[row] : starts[row] + self.lengths[row]] = part.to(self.dtype)
                 progress(sum(self.lengths[row] for row in batch))
         return states
+
+    def _read_with_target(self, texts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """The states `[S, h]` of the layers and the last ones, of each text `[S]`, by one forward."""
+        pad = self.tokenizer.pad_token_id or 0
+        input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad).to(self.target.device)
+        lengths = torch.tensor([len(text) for text in texts], device=input_ids.device)
+        mask = (torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]).long()
+        encoding = self.target.encode(input_ids, mask, with_cache=False)
+        parts = [] if encoding.states is None else encoding.states.split(self.hidden_size, dim=-1)
+        every = [*parts, encoding.sources]
+        return [[part[row, : len(text)] for part in every] for row, text in enumerate(texts)]
 
 
 def target_tensors(target: PreTrainedModel) -> dict[str, torch.Tensor]:
