@@ -4,6 +4,7 @@ The reference computes each window alone, from the weights, with loops over laye
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -266,6 +267,36 @@ def test_a_new_drafter_begins_with_what_its_target_gives(make_target):
     assert not dspark.draft_model.markov_head.markov_w2.weight.any()  # at the start it is DFlash
     two = PPOWDrafter.from_target(make_target("llama", num_layers=2), "block")
     assert two.config.target_layer_ids == [1]
+
+
+@pytest.mark.parametrize("variant", ["dflash", "dspark"])
+def test_a_reduced_head_begins_with_the_tokens_frequencies(make_target, variant):
+    """And the anchor's own state, however large the target's embeddings and head are, is sure of nothing."""
+    target, input_ids, (prefixes, windows) = copy.deepcopy(make_target("llama")), tokens(B, S), prefixes_and_windows()
+    with torch.no_grad():
+        for module in (target.get_input_embeddings(), target.get_output_embeddings()):
+            module.weight.mul_(20)
+    width, counts = 48, torch.arange(64, 0, -1) ** 2
+    options = {"block_size": K, "draft_vocab_size": width, "token_counts": counts, **VARIANTS[variant]}
+    drafter = PPOWDrafter.from_target(target, "block", **options)
+    with torch.no_grad():
+        states = states_of(target, drafter, input_ids)
+        features = drafter(input_ids, states, prefixes=prefixes, draft_ids=windows).window_features
+        log_probs = drafter.draft_logits(features).log_softmax(-1)
+    assert -log_probs.mean(-1).max() < 1.5 * math.log(width)
+    frequencies = (counts[:width] + 1.0) / (counts[:width] + 1.0).sum()
+    behind_masks = log_probs[:, :, int(drafter.config.sample_from_anchor) :].exp()
+    torch.testing.assert_close(behind_masks, frequencies.expand(behind_masks.shape), rtol=1e-3, atol=1e-5)
+
+
+def test_a_markov_head_begins_with_what_tells_embeddings_apart(target):
+    drafter = PPOWDrafter.from_target(target, "block", markov_rank=5)
+    places = drafter.draft_model.markov_head.markov_w1.weight.detach()
+    embeddings = target.get_input_embeddings().weight.detach()
+    main = torch.linalg.svd(embeddings - embeddings.mean(0))[0][:, :5] * 64**0.5
+    close = places.abs() < 3.9  # larger ones are cut
+    torch.testing.assert_close(places.abs()[close], main.abs()[close], rtol=0.02, atol=1e-3)
+    assert close.float().mean() > 0.9
 
 
 def test_the_mask_token_has_an_embedding(make_target):

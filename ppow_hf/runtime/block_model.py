@@ -204,7 +204,7 @@ class BlockDrafter(nn.Module):
         tokens[..., 1:] = self.mask_token_id
         steps = torch.arange(size, device=anchors.device)
         angles = self.embed_positions((positions[..., None] + steps).flatten(1))
-        x = self._embeddings(tokens.flatten(1))
+        x = self.embeddings(tokens.flatten(1))
         mask = None if to_text is None else blocks_allowed(to_text, size)
         if mask is not None and self.config._attn_implementation == "eager":
             mask = additive_mask(mask, x.dtype)
@@ -212,7 +212,8 @@ class BlockDrafter(nn.Module):
             x = layer(x, angles, mask, keys_values)
         return self.norm(x).view(batch, count, size, -1)[:, :, size - self.block_size :]
 
-    def _embeddings(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embeddings(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids `[...]` -> the embeddings that a block reads `[..., h]`."""
         if self.embed_tokens is None:
             return self.target_embeddings.rows(tokens, self.fc.weight.dtype)
         return self.embed_tokens(tokens)

@@ -3,13 +3,14 @@
 Knows both models' modules; knows nothing about training.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .block_model import BlockDrafter
+from .block_model import BlockDrafter, MarkovHead
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
 from .target_weights import embedding_matrix, head_matrix
 
@@ -47,7 +48,7 @@ def start_from_target(
         if init_layers is not None:
             _start_standalone_layers(draft.model, target, init_layers)
         return
-    _start_states_and_head(drafter, head, token_counts)
+    _start_states_and_head(drafter, target, head, token_counts)
     if init_layers is not None:
         _start_eagle_layer(draft, decoder_layers(target)[init_layers[0]])
 
@@ -61,11 +62,13 @@ def _start_medusa(draft: MedusaDrafter, head: torch.Tensor | None) -> None:
             draft_head.weight.copy_(head.to(draft_head.weight))
 
 
-def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None) -> None:
+def _start_states_and_head(
+    drafter: Any, target: Any, head: torch.Tensor | None, token_counts: torch.Tensor | None
+) -> None:
     """Of an eagle or block drafter: the draft vocabulary of the most frequent tokens, the head's rows of them, states
-    let through, and a Markov head that adds nothing yet."""
+    let through."""
     draft: EagleDrafter | BlockDrafter = drafter.draft_model
-    kept = torch.arange(drafter.config.vocab_size)
+    kept, kept_counts = torch.arange(drafter.config.vocab_size), None
     if drafter.d2t is not None:
         if token_counts is None or len(token_counts) > drafter.config.vocab_size:
             raise ValueError(
@@ -74,16 +77,57 @@ def _start_states_and_head(drafter: Any, head: torch.Tensor | None, token_counts
                 f"{None if token_counts is None else tuple(token_counts.shape)}."
             )
         kept = token_counts.topk(len(drafter.d2t)).indices.sort().values
+        kept_counts = token_counts[kept]
         drafter.set_draft_vocabulary(kept)
     if draft.lm_head is not None and head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
         draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
-    if isinstance(draft, BlockDrafter) and draft.markov_head is not None:
-        draft.markov_head.markov_w2.weight.zero_()
+    if isinstance(draft, BlockDrafter):
+        _start_block(drafter, head, kept_counts)
+        if draft.markov_head is not None:
+            _start_markov_head(draft.markov_head, embedding_matrix(target), kept)
     hidden = draft.fc.out_features
     if hidden == drafter.config.target_hidden_size:
         # The highest of the target's states passes through at the start: what the target's own head reads is near.
         draft.fc.weight.mul_(0.1)
         draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+
+
+def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Tensor | None) -> None:
+    """Let a block drafter with a reduced head begin with how often each token occurs [ours].
+
+    The layers add nothing yet. What is left, a token's own embedding, the target's head reads as that token: the norm
+    keeps its logit near log DV, and a change of the head by a matrix of rank one lets the mask token's embedding give
+    the logarithms of `kept_counts` `[DV]`. A drafter with a whole head begins at random.
+    """
+    draft: BlockDrafter = drafter.draft_model
+    if kept_counts is None or head is None or head.shape[1] != draft.config.hidden_size:
+        return
+    for layer in draft.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    rows = draft.lm_head.weight  # type: ignore[union-attr]
+    largest = rows.norm(dim=1).mean().item() * rows.shape[1] ** 0.5
+    draft.norm.weight.fill_(math.log(len(rows)) / max(largest, math.log(len(rows))))
+    mask = torch.tensor([drafter.config.mask_token_id], device=rows.device)
+    state = draft.norm(draft.embeddings(mask)[0])
+    frequencies = kept_counts.to(state) + 1.0
+    wanted = (frequencies / frequencies.sum()).log()
+    rows += torch.outer(wanted - rows @ state, state) / state.dot(state)
+
+
+def _start_markov_head(head: MarkovHead, embeddings: torch.Tensor | None, kept: torch.Tensor) -> None:
+    """Let a Markov head add nothing yet, and know a token by where its embedding lies along the main directions of
+    those that are `kept` `[DV]`: like tokens then share what is learned behind one of them [ours]."""
+    head.markov_w2.weight.zero_()
+    if embeddings is None:
+        return
+    embeddings = embeddings[: head.markov_w1.num_embeddings].float()
+    kept = kept[kept < len(embeddings)].to(embeddings.device)
+    centre = embeddings[kept].mean(0)
+    known = embeddings[kept] - centre
+    directions = torch.linalg.eigh(known.T @ known).eigenvectors.flip(1)[:, : head.markov_w1.embedding_dim]
+    places = (embeddings - centre) @ (directions / (known @ directions).std(0).clamp_min(1e-6))
+    head.markov_w1.weight[: len(places), : places.shape[1]] = places.clamp(-4, 4).to(head.markov_w1.weight)
 
 
 # -- the target's layers
