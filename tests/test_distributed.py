@@ -172,7 +172,7 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(trainer.accelerator.gather(loss.detach()[None]).mean().item())
-trainer._drafter_is_sharded = args.world_size > 1  # as where accelerate shards it
+trainer.is_fsdp_enabled = args.world_size > 1  # as where accelerate shards it
 losses.append(trainer.evaluate(random_dataset([9, 12, 8], seed=4))["eval_acceptance_length"])
 if args.process_index == 0:
     with open(os.path.join(folder, f"losses_{args.world_size}.json"), "w") as file:

@@ -304,6 +304,12 @@ def test_the_commands_record_and_train(tmp_path, target, tokenizer, capsys):
     assert cli.main([*command, "--output-dir", folder, "--max-length", "18", *options]) == 0
     printed = capsys.readouterr().out
     assert "7 sequences of 101 tokens: 518 bytes a token" in printed and "tokens/s" in printed
+    placed = [*command, "--output-dir", str(tmp_path / "placed"), "--max-length", "18", *options[:4]]
+    assert cli.main([*placed, "--device-map", "auto"]) == 0
+    for path in (tmp_path / "record").glob("states-*"):
+        assert path.read_bytes() == (tmp_path / "placed" / path.name).read_bytes()
+    assert cli.main([*placed, "--device-map", "auto", "--device", "cpu"]) == 2
+    assert "--device-map: --device and --device-map given. Pass one of them." in capsys.readouterr().err
     settings = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--max_window", "4"]
     settings += ["--report_to", "none", "--use_cpu", "true"]
     settings += ["--target_dtype", "float32", "--bf16", "false", "--logging_steps", "1", "--save_strategy", "no"]

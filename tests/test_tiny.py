@@ -129,11 +129,11 @@ def test_trees_of_a_fixed_budget_grow_by_estimated_acceptance(pair, files, monke
     """EAGLE-2's product of probabilities, which a drafter of the target's distribution at T = 1 has too small."""
     target, tokenizer = pair
     drafter = PPOWDrafter.from_pretrained(drafter_path("tiny-eagle"), dtype=torch.float32).eval()
-    rows = excerpts([file for file in files if file.held_out], tokenizer, 8, 64, seed=1)
+    rows = excerpts([file for file in files if file.held_out], tokenizer, 24, 64, seed=1)
     prompts = [tokenizer(row["text"])["input_ids"] for row in rows]
 
     def rounds(**settings) -> int:
-        _, traces = decode(target, drafter, prompts, 64, window="fixed", max_window=10, **settings)
+        _, traces = decode(target, drafter, prompts, 64, batch_size=8, window="fixed", max_window=10, **settings)
         return sum(len(trace.rounds) - 1 for trace in traces)
 
     chain, tree = rounds(), rounds(tree_nodes=32)
@@ -141,7 +141,7 @@ def test_trees_of_a_fixed_budget_grow_by_estimated_acceptance(pair, files, monke
     uncalibrated = rounds(tree_nodes=32)
     monkeypatch.setattr(TreeRule, "child_worth", lambda self, probabilities, features: list(probabilities))
     by_probability = rounds(tree_nodes=32)
-    assert tree < by_probability and uncalibrated < by_probability and tree < chain
+    assert tree < 0.95 * by_probability and uncalibrated < by_probability and tree < chain
 
 
 @pytest.mark.slow

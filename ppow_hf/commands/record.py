@@ -50,6 +50,12 @@ def register(commands: Any) -> None:
         help="number format of the states on disk (default: %(default)s)",
     )
     parser.add_argument("--max-gigabytes", type=float, help="most disk taken; texts beyond it are left out")
+    _add_reading(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say by what, and on what, the target reads."""
     parser.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -77,7 +83,6 @@ def register(commands: Any) -> None:
         metavar="FILE",
         help=f"the interpreter of the engine's own environment (default: ${PYTHON_VARIABLE})",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

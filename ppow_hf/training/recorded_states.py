@@ -8,7 +8,7 @@ import bisect
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,13 @@ class StateRecord:
         number = bisect.bisect_right(self._ends, index)
         part = self._parts[number]
         return part.read(index - self._ends[number] + len(part), names)
+
+
+def open_record(given: str | os.PathLike | Sequence[str | os.PathLike] | StateRecord | None) -> StateRecord | None:
+    """The record that `target_states` stands for: a folder's, that of several, or one that is open."""
+    if isinstance(given, str | os.PathLike):
+        return StateRecord(given)
+    return StateRecord(*given) if isinstance(given, Sequence) else given
 
 
 def check_joinable(first: RecordFolder, other: RecordFolder) -> None:

@@ -52,7 +52,7 @@ from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, training_sequences
-from .recorded_states import RecordedTarget, StateRecord
+from .recorded_states import RecordedTarget, StateRecord, open_record
 from .records import check_hub_strategy, write_records
 from .rollout import Rollout, collect_rollout, text_judges
 from .run_folder import check_same_run, is_saved, lock_folder, run_record
@@ -70,7 +70,9 @@ class PPOWTrainer(Trainer):
     """Trains a [`PPOWDrafter`] for a frozen target.
 
     A subclass of transformers' Trainer: accelerate, mixed precision, gradient accumulation, callbacks, `report_to` and
-    `push_to_hub` work as there. Two things are stricter: a checkpoint appears whole or not at all, and all randomness
+    `push_to_hub` work as there. On a CPU set the environment variable `ONEDNN_PRIMITIVE_CACHE_CAPACITY=32` before the
+    first forward, as `ppow train` does: else kernels of past batches' shapes make the memory of a long run grow.
+    Two things are stricter: a checkpoint appears whole or not at all, and all randomness
     of rollouts is keyed by (seed, step, example), the same on one process, on several, and after a resume.
 
     Args:
@@ -108,9 +110,7 @@ class PPOWTrainer(Trainer):
         target_states: str | os.PathLike | Sequence[str | os.PathLike] | StateRecord | None = None,
         **kwargs,
     ):
-        if isinstance(target_states, str | os.PathLike):
-            target_states = [target_states]
-        record = StateRecord(*target_states) if isinstance(target_states, Sequence) else target_states
+        record = open_record(target_states)
         for target in [target_model] if record is None else [record.target, target_model]:
             if record is None or target is not None:
                 check_pair(model, target, processing_class, args)
@@ -158,9 +158,6 @@ class PPOWTrainer(Trainer):
         )
         if self.is_fsdp_enabled:  # one unit: how often a layer is called differs from process to process
             model._no_split_modules = []
-        self._drafter_is_sharded = self.is_fsdp_enabled
-        # Where a target or a drafter is in parts, all processes do what else one would do, with the same inputs.
-        self._in_step = args.world_size > 1 and (self._target_is_split or self._drafter_is_sharded)
         # The loss is divided by what the whole global batch holds, here, not by Trainer.
         self.model_accepts_loss_kwargs = True
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the loop counts them
@@ -242,9 +239,14 @@ class PPOWTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         return result
 
+    @property
+    def _in_step(self) -> bool:
+        """Whether all processes do, with the same inputs, what else one would: a target or a drafter is in parts."""
+        return self.args.world_size > 1 and (self._target_is_split or self.is_fsdp_enabled)
+
     def _with_whole_drafter(self, function: Callable[[PPOWDrafter], Any]) -> Any:
         """`function(drafter)`, with a sharded drafter's parameters put together: inside its forward."""
-        if self._drafter_is_sharded:
+        if self.is_fsdp_enabled:
             with torch.no_grad():
                 return self.model_wrapped(inside=function)
         return function(self.accelerator.unwrap_model(self.model).to(self.args.device))
