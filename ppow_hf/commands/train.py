@@ -132,8 +132,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         [ScriptArguments, PPOWTrainingArguments],
         prog="ppow train",
         description="Train a drafter for a target on your own data, supervised or with PPOW. On two machines each "
-        "runs accelerate launch --num_machines 2 --machine_rank 0 (the other 1) --num_processes N --main_process_ip IP "
-        "-m ppow_hf.cli train ..., with N of both together, the first one's IP, and an --output_dir that both share.",
+        "runs accelerate launch --num_machines 2 --machine_rank 0 (the other 1) --num_processes N --main_process_ip "
+        "IP -m ppow_hf.cli train ..., with N of both together, the first's IP, and an --output_dir that both share.",
     )
     words = list(argv)
     chosen = any(word.startswith(("--bf16", "--fp16", "--target_dtype", "-h", "--help")) for word in words)
