@@ -150,6 +150,7 @@ import torch
 from conftest import build_target
 from slow_training import batch_of, make_drafter, random_dataset
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+from ppow_hf.training.processes import end_processes
 
 torch.set_num_threads(1)
 folder, run = sys.argv[1], json.loads(sys.argv[2])
@@ -177,7 +178,7 @@ losses.append(trainer.evaluate(random_dataset([9, 12, 8], seed=4))["eval_accepta
 if args.process_index == 0:
     with open(os.path.join(folder, f"losses_{args.world_size}.json"), "w") as file:
         json.dump(losses, file)
-trainer.accelerator.end_training()
+end_processes()
 """
 
 

@@ -23,6 +23,7 @@ from conftest import build_target
 from slow_training import make_drafter, random_dataset
 from transformers import TrainerCallback
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+from ppow_hf.training.processes import end_processes
 
 torch.set_num_threads(1)
 how, _, at = os.environ.get("KILL", "never:0").partition(":")
@@ -62,7 +63,7 @@ for settings in json.loads(sys.argv[1]):
     with open(os.path.join(args.output_dir, f"state_{args.process_index}.json"), "w") as file:
         json.dump(state, file)
     trainer.save_model(os.path.join(args.output_dir, "final"))
-trainer.accelerator.end_training()
+end_processes()
 """
 COMMON = {
     "max_length": 20, "max_window": 3, "num_prefixes": 2, "num_rollouts": 4, "rollout_temperature": 0.8,

@@ -44,6 +44,7 @@ from ppow_hf.runtime.windowing import (
     FixedWindow,
     HeuristicWindow,
     OnlineCosts,
+    batch_pays,
 )
 
 GIVEN = OnlineCosts(0.12, 0.04)
@@ -248,9 +249,9 @@ def test_entropy_stop_ends_with_the_first_unsure_token_and_follows_acceptance():
     rule = EntropyStop(16, GIVEN, threshold=0.5)
     assert rule.start(100) == 16
     rule.include(0, AcceptanceEstimator.features(0.9, 0.5, 1.0, 0))  # 1 - sqrt(0.1) = 0.68
-    assert rule.go_on(1)
+    assert batch_pays([rule.outlook(1)])
     rule.include(1, AcceptanceEstimator.features(0.3, 2.0, 1.0, 1))  # 1 - sqrt(0.4) = 0.37
-    assert not rule.go_on(2)
+    assert not batch_pays([rule.outlook(2)])
     rule.update(2, 2, 0, [1.0])
     assert rule.threshold == pytest.approx(0.501)
     for _ in range(20):

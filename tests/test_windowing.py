@@ -6,7 +6,9 @@ import random
 
 import pytest
 
+from ppow_hf.runtime.draft_window import Window, draft_windows
 from ppow_hf.runtime.lookup import NEW, ForetoldAcceptance, TextMemory
+from ppow_hf.runtime.trace import RoundTrace
 from ppow_hf.runtime.windowing import (
     MAX_KL,
     AcceptanceEstimator,
@@ -15,8 +17,10 @@ from ppow_hf.runtime.windowing import (
     HeuristicWindow,
     KLAdaptiveWindow,
     OnlineCosts,
+    batch_pays,
     decayed_kl,
     make_window_rule,
+    start_windows,
 )
 
 GIVEN = OnlineCosts(given_cost_ratio=0.12, given_verification_cost=0.04)
@@ -33,7 +37,7 @@ def play_round(rule, kept_chance, features, rng, limit=100, kl=None):
         if not rule.include(window, features):
             break
         window += 1
-        if window >= longest or not rule.go_on(window):
+        if window >= longest or not batch_pays([rule.outlook(window)]):
             break
     accepted = 0
     while accepted < window and rng.random() < kept_chance:
@@ -347,3 +351,73 @@ def test_every_rule_stays_within_its_bounds_for_hostile_numbers(window, costs):
             assert 0 <= rule.lagged_kl <= MAX_KL
             rule.costs.observe_verification(drafted, rng.choice([0.0, 1e-9, 1e9]))
             rule.costs.observe_drafting(drafted, rng.choice([0.0, 1e-9, 1e9]))
+
+
+# -- batches
+
+
+class SameEverywhere:
+    """[`Distributions`] that look the same at every position of each row: what a row's rule estimates is its own."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def look(self, drafts):
+        return [[0.5, 0.2, 1.0, 0]] * self.rows
+
+    def draw(self):
+        return [0] * self.rows
+
+    def advance(self):
+        pass
+
+
+def batch_speed(acceptances, costs, rounds, rng) -> float:
+    """Tokens of each row for each one-token target forward, of rows whose drafts are kept with these probabilities."""
+    zeros = [0.0] * len(AcceptanceEstimator().weights)
+    rules = [
+        KLAdaptiveWindow(8, costs, AcceptanceEstimator(math.log(a / (1 - a)), *zeros), prior_acceptance=a)
+        for a in acceptances
+    ]
+    tokens = cost = 0.0
+    for _ in range(rounds):
+        limits = start_windows(rules, [100] * len(rules))
+        windows = [Window(rule, RoundTrace(0, 0, []), limit) for rule, limit in zip(rules, limits, strict=True)]
+        if any(limits):
+            draft_windows(windows, SameEverywhere(len(rules)))
+        for window, acceptance in zip(windows, acceptances, strict=True):
+            accepted = next(
+                (j for j in range(window.record.window) if rng.random() >= acceptance), window.record.window
+            )
+            tokens += accepted + 1
+            window.rule.update(window.record.window, window.record.draft_steps, accepted, [])
+        steps = max(window.record.draft_steps for window in windows)
+        cost += costs.model.round_cost(max(window.record.window for window in windows), steps)
+    return tokens / cost / len(rules)
+
+
+@pytest.mark.parametrize(
+    "acceptances",
+    [[0.9] + [0.1] * 7, [0.9, 0.9] + [0.2] * 6, [0.7] * 8, [0.05] * 8],
+    ids=["one good row", "two", "all", "none"],
+)
+def test_rows_of_a_batch_draft_while_all_together_gain(acceptances):
+    """As fast as the best common window, whose speed is known in closed form."""
+    costs = OnlineCosts(given_cost_ratio=0.1, given_verification_cost=0.1)
+    speeds = [
+        sum(costs.model.speedup(acceptance, window) for acceptance in acceptances) / len(acceptances)
+        for window in range(9)
+    ]
+    assert batch_speed(acceptances, costs, 600, random.Random(3)) > 0.95 * max(speeds)
+
+
+def test_a_batch_rests_and_probes_together():
+    costs = OnlineCosts(given_cost_ratio=0.6, given_verification_cost=0.4)
+    rules = [KLAdaptiveWindow(8, costs, prior_acceptance=acceptance) for acceptance in (0.99, 0.1, 0.1, 0.1)]
+    begun = []
+    for _ in range(12):
+        limits = start_windows(rules, [100] * 4)
+        assert len(set(limits)) == 1
+        begun.append(limits[0])
+    assert begun == [0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert KLAdaptiveWindow(8, OnlineCosts(0.2, 0.1), prior_acceptance=0.99).start(100) == 8

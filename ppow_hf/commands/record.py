@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..serving.vllm_states import VLLMStates
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences
+    from ..training.processes import end_processes
     from ..training.recording import Recording
 
     if arguments.engine:
@@ -131,12 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
     recording.manifest["target"] = arguments.target
     if recording.is_split and torch.distributed.get_rank() > 0:
         recording.follow()
-        torch.distributed.destroy_process_group()
-        return 0
-    print(describe(recording))
-    write(recording, folder, reader or nullcontext())
-    if recording.is_split:
-        torch.distributed.destroy_process_group()
+    else:
+        print(describe(recording))
+        write(recording, folder, reader or nullcontext())
+    end_processes()
     return 0
 
 

@@ -157,6 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from ..training import PPOWTrainer
+    from ..training.processes import end_processes
     from ..training.recorded_states import StateRecord
 
     script, training = arguments.script, arguments.training
@@ -198,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer.train(resume_from_checkpoint=resume)
     if not trainer.already_finished:
         trainer.save_model()
-    trainer.accelerator.end_training()  # of several processes, one that exits in its group's midst may abort
+    end_processes()
     return 0
 
 

@@ -217,16 +217,16 @@ def waste_at_speed(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 class _WatchedWindow(KLAdaptiveWindow):
     """Estimates and learns as the adaptive rule does, but always drafts all there is room for."""
 
-    def start(self, limit: int) -> int:
-        super().start(limit)
+    def start(self, limit: int, pays: bool | None = None) -> int:
+        super().start(limit, pays)
         return min(self.max_window, limit)
 
     def include(self, position: int, features: Sequence[float]) -> bool:
         self._estimates.append(self.acceptance_probability(features))
         return True
 
-    def go_on(self, position: int) -> bool:
-        return True
+    def outlook(self, position: int) -> tuple[float, float]:
+        return 1.0, 0.0
 
 
 def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable], bins: int = 10) -> dict[str, Any]:

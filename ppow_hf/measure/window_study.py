@@ -332,8 +332,8 @@ class ConfidenceStop(FixedWindow):
         self._seen.append(1 / (1 + math.exp(-features[0])))
         return True
 
-    def go_on(self, position: int) -> bool:
-        return self._seen[-1] >= self.threshold
+    def outlook(self, position: int) -> tuple[float, float]:
+        return self._seen[-1], self.threshold
 
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
         super().update(window, draft_steps, accepted, kl)
@@ -370,8 +370,8 @@ class EntropyStop(FixedWindow):
         self._bound = 1 - math.sqrt(0.2 * features[1])
         return True
 
-    def go_on(self, position: int) -> bool:
-        return self._bound >= self.threshold
+    def outlook(self, position: int) -> tuple[float, float]:
+        return self._bound, self.threshold
 
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
         super().update(window, draft_steps, accepted, kl)

@@ -15,7 +15,7 @@ from .acceptance import draw_tokens as draw_without_wait
 from .acceptance import likeliest_tokens
 from .draft_session import DraftSession, UnreadTokens, now, to_device
 from .trace import GenerationTrace, RoundTrace
-from .windowing import FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
+from .windowing import FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule, batch_pays
 
 
 class Distributions(Protocol):
@@ -72,7 +72,7 @@ class Window:
         self.drafting = first > 0 and self.rule.include(self.record.window, self._features)
 
     def take(self, token: int) -> None:
-        """Append the token drawn there, and decide whether drafting goes on."""
+        """Append the token drawn there, and decide whether another one would be welcome to this row."""
         if not self.drafting:
             return
         record = self.record
@@ -83,12 +83,12 @@ class Window:
             record.features.append(self._features)
             if isinstance(self.rule, KLAdaptiveWindow):
                 record.acceptance_probabilities.append(self.rule.acceptance_probability(self._features))
-        self.drafting = (
-            not self.ended
-            and record.window < self.limit
-            and self.rule.go_on(record.window)
-            and not self.rule.prefers_text(record.draft_ids)
-        )
+        self.drafting = not self.ended and record.window < self.limit and not self.rule.prefers_text(record.draft_ids)
+
+    def outlook(self) -> tuple[float, float]:
+        """The rule's of another draft step, from which a row that drafts no more gains nothing."""
+        gain, price = self.rule.outlook(self.record.window)
+        return (gain if self.drafting else 0.0), price
 
     def look_up(self, room: int) -> None:
         """Append the tokens that the rule takes from the text, up to `room` tokens in the window; no draft steps.
@@ -115,7 +115,7 @@ class Window:
 
 
 def draft_windows(windows: Sequence[Window], distributions: Distributions) -> None:
-    """Draft the windows of B rows side by side, until no row wants another token."""
+    """Draft the windows of B rows side by side, until another token is not worth to them what it costs all."""
     while True:
         looked = distributions.look([window.record.draft_ids for window in windows])
         for row, window in enumerate(windows):
@@ -125,7 +125,7 @@ def draft_windows(windows: Sequence[Window], distributions: Distributions) -> No
         tokens = distributions.draw()
         for row, window in enumerate(windows):
             window.take(tokens[row])
-        if not any(window.drafting for window in windows):
+        if not any(window.drafting for window in windows) or not batch_pays([w.outlook() for w in windows]):
             return
         distributions.advance()
 

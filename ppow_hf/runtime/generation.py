@@ -46,6 +46,8 @@ from .windowing import (
     make_adaptive_rule,
     make_costs,
     make_window_rule,
+    start_windows,
+    text_limit,
 )
 
 TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
@@ -345,8 +347,10 @@ class SpeculativeCall:
             row.rule.read(row.ids[row.read :])
             row.read = len(row.ids)
             row.room = self.endings.room_of(row)
-            row.limit = row.rule.start(row.room)
             row.trace.rounds.append(RoundTrace(0, 0, []))
+        limits = start_windows([row.rule for row in self.rows], [row.room for row in self.rows])
+        for row, limit in zip(self.rows, limits, strict=True):
+            row.limit = limit
         drafts_trees = self.trees and any(row.limit for row in self.rows)
         verdict = self._tree_round(started) if drafts_trees else self._chain_round(started)
         self._keep(verdict, self._commit_rows(verdict))
@@ -450,8 +454,10 @@ class SpeculativeCall:
             tokens, drawn_scores = tokens + distributions.tokens, distributions.scores
         draft_ids, scores = torch.cat(tokens, dim=1), drawn_scores
         if self.lookup:
-            for row, window in zip(self.rows, windows, strict=True):
-                window.look_up(row.room)
+            rooms = [row.room for row in self.rows]
+            longest = text_limit([row.rule for row in self.rows], [w.record.draft_ids for w in windows], rooms)
+            for window, room in zip(windows, rooms, strict=True):
+                window.look_up(min(room, longest))
             if any(window.record.looked_up for window in windows):
                 draft_ids = padded_drafts(windows, self.device)
                 if self.do_sample:

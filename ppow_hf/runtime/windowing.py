@@ -13,6 +13,7 @@ from typing import Any
 
 from .lookup import TextMemory
 
+ENOUGH_FORWARDS = 3  # target forwards that measure the cost of verification
 MAX_KL = 20.0  # nats; a saturated softmax, or a target with all its mass outside the draft vocabulary, gives more
 
 
@@ -116,9 +117,16 @@ class OnlineCosts:
             per_token = self.given_verification_cost
         return CostModel(gamma, per_token, self.one_step)
 
+    @property
+    def trial_window(self) -> float:
+        """Longest window that is worth trying before costs are measured or given: longer with each forward."""
+        if self.given_verification_cost is not None or self._moments[0] >= ENOUGH_FORWARDS:
+            return math.inf
+        return 1 + int(self._moments[0])
+
     def _verification_line(self) -> tuple[float | None, float | None]:
         weight, window, square, seconds, product = self._moments
-        if weight < 3:
+        if weight < ENOUGH_FORWARDS:
             return None, None
         prior = self.prior.verification_cost
         spread = square / weight - (window / weight) ** 2
@@ -269,8 +277,8 @@ class WindowRule:
 
     `read(...)` of the tokens that are new in the text; `start(limit)` -> longest window to consider (0: do not draft);
     then, for position j = 0, 1, ...: the drafter's distribution is computed and described by `describe(...)`,
-    `include(...)` says whether a token is drawn and verified there, and `go_on(...)` whether another distribution is
-    worth a draft step, where `prefers_text(...)` does not; `look_up(...)` gives tokens from the text to be verified
+    `include(...)` says whether a token is drawn and verified there, and `outlook(...)` what another draft step is
+    worth, where `prefers_text(...)` does not take the text; `look_up(...)` gives tokens from the text to be verified
     behind those; after the target's answer, `update(...)` and, where there were any, `update_looked_up(...)`.
     """
 
@@ -317,9 +325,10 @@ class WindowRule:
         """Whether to draw a token at `position`; `features` describe the distribution it would be drawn from."""
         return True
 
-    def go_on(self, position: int) -> bool:
-        """Whether the draft step for `position` is worth its cost, all earlier positions having been drawn."""
-        return True
+    def outlook(self, position: int) -> tuple[float, float]:
+        """Tokens that the draft step for `position` is expected to give, all earlier positions having been drawn, and
+        the tokens that could be had for its cost otherwise."""
+        return 1.0, 0.0
 
     def prefers_text(self, drafted: Sequence[int]) -> bool:
         """Whether the text is a better source than the drafter for what comes behind this round's `drafted` tokens."""
@@ -438,13 +447,17 @@ class KLAdaptiveWindow(FixedWindow):
     def acceptance_probability(self, features: Sequence[float]) -> float:
         return self.estimator.probability(features, self._shift)
 
-    def start(self, limit: int) -> int:
+    def start(self, limit: int, pays: bool | None = None) -> int:
+        """See [`WindowRule`]; `pays` says whether drafting is worth it to the batch that the row is in."""
         self._cost_model = self.costs.model
         self._reached, self._next_estimate, self._estimates = 1.0, self._acceptance, []
         if limit < 1:
             return 0
         longest = min(self.max_window, limit)
-        self._worth = self._pays_to_start(longest)
+        if pays is None:
+            gain, price = self.first_outlook(longest)
+            pays = gain >= price
+        self._worth = pays
         if self._worth:
             self._rest, self._wait = 0, 1
             return longest
@@ -454,13 +467,14 @@ class KLAdaptiveWindow(FixedWindow):
         self._rest, self._wait = 0, min(self._wait * 2, self.probe_every)
         return longest if self._cost_model.one_step else 1
 
-    def _pays_to_start(self, longest: int) -> bool:
-        """Whether a window of at most `longest` tokens is worth its first draft step."""
+    def first_outlook(self, limit: int) -> tuple[float, float]:
+        """[`outlook`] of the first draft step of a window of at most `limit` tokens."""
+        self._cost_model = self.costs.model
         first_token = self._price(self._cost_model.token_cost)
         if not self._cost_model.one_step:
-            return self._first_acceptance >= first_token
-        gain = window_gain(self._first_acceptance, self._acceptance, first_token, longest)
-        return gain >= self._price(self._cost_model.start_cost)
+            return self._first_acceptance if limit > 0 else 0.0, first_token
+        gain = window_gain(self._first_acceptance, self._acceptance, first_token, min(self.max_window, limit))
+        return gain, self._price(self._cost_model.start_cost)
 
     def _price(self, cost: float) -> float:
         """Tokens that could be had for `cost` otherwise; rounds without a draft always can."""
@@ -476,10 +490,10 @@ class KLAdaptiveWindow(FixedWindow):
         self._next_estimate = 0.5 * (alpha + self._acceptance)
         return True
 
-    def go_on(self, position: int) -> bool:
+    def outlook(self, position: int) -> tuple[float, float]:
         if self._cost_model.one_step:  # the distribution is there: `include` looks at it
-            return True
-        return self._reached * self._next_estimate >= self._cost_model.token_cost * self._speed
+            return 1.0, 0.0
+        return self._reached * self._next_estimate, self._cost_model.token_cost * self._speed
 
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
         super().update(window, draft_steps, accepted, kl)
@@ -534,8 +548,8 @@ class LookupWindow(KLAdaptiveWindow):
         self._limit = 0
         self._text_rounds = 0  # in a row
 
-    def start(self, limit: int) -> int:
-        longest = super().start(limit)
+    def start(self, limit: int, pays: bool | None = None) -> int:
+        longest = super().start(limit, pays)
         self._limit = min(self.max_window, limit)
         if longest and self._worth and self._text_rounds < self.passed_over and self.prefers_text([]):
             self._text_rounds += 1
@@ -545,7 +559,8 @@ class LookupWindow(KLAdaptiveWindow):
         return longest
 
     def prefers_text(self, drafted: Sequence[int]) -> bool:
-        _, text_gain = self._chain(drafted, self._limit)
+        _, reaches = self._chain(drafted, self._limit)
+        text_gain = sum(reaches) - len(reaches) * self.column_price
         alpha = self._next_estimate if drafted else self._first_acceptance
         price = self._price(self._cost_model.token_cost)
         gain = window_gain(self._reached * alpha, self._acceptance, price, self._limit - len(drafted))
@@ -556,11 +571,20 @@ class LookupWindow(KLAdaptiveWindow):
     def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
         return self._chain(drafted, min(self.max_window, limit))[0]
 
-    def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], float]:
-        """Tokens from the text behind `drafted` that are worth their verification, and what they gain."""
+    def text_reaches(self, drafted: Sequence[int], limit: int) -> list[float]:
+        """Probability that each token of [`look_up`] is kept."""
+        return self._chain(drafted, min(self.max_window, limit))[1]
+
+    @property
+    def column_price(self) -> float:
+        """Tokens that could be had otherwise for the verification of one."""
+        return self._price(self._cost_model.verification_cost)
+
+    def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], list[float]]:
+        """Tokens from the text behind `drafted` that are worth their verification, and how likely each is kept."""
         chain: list[int] = []
-        price = self._price(self._cost_model.verification_cost)
-        reached, gain = self._reached, 0.0
+        reaches: list[float] = []
+        price, reached = self.column_price, self._reached
         while len(drafted) + len(chain) < limit:
             foretold = self.memory.foretell([*drafted, *chain])
             if foretold is None:
@@ -569,8 +593,8 @@ class LookupWindow(KLAdaptiveWindow):
             if reached < price:
                 break
             chain.append(foretold.token)
-            gain += reached - price
-        return chain, gain
+            reaches.append(reached)
+        return chain, reaches
 
     def update_looked_up(self, looked_up: int, accepted: int) -> None:
         self._tokens += accepted
@@ -579,6 +603,43 @@ class LookupWindow(KLAdaptiveWindow):
     @property
     def pays(self) -> bool:
         return self._worth or self._tokens > self._cost
+
+
+def start_windows(rules: Sequence[WindowRule], limits: Sequence[int]) -> list[int]:
+    """[`WindowRule.start`] of each row of a batch, whose rows share their draft steps and the target's forward [ours].
+
+    Adaptive rows begin together: when the tokens that all expect are worth what all could have otherwise. What a
+    batch costs nobody knows before it is measured, so that its first windows are short.
+    """
+    adaptive = [rule for rule in rules if isinstance(rule, KLAdaptiveWindow)]
+    if len(rules) == 1 or len(adaptive) < len(rules):
+        return [rule.start(limit) for rule, limit in zip(rules, limits, strict=True)]
+    outlooks = [rule.first_outlook(limit) for rule, limit in zip(adaptive, limits, strict=True)]
+    pays = batch_pays(outlooks)
+    starts = [rule.start(limit, pays) for rule, limit in zip(adaptive, limits, strict=True)]
+    return [int(min(longest, rule.costs.trial_window)) for rule, longest in zip(adaptive, starts, strict=True)]
+
+
+def batch_pays(outlooks: Sequence[tuple[float, float]]) -> bool:
+    """Whether a step that all rows of a batch pay for gives them more than they could have otherwise."""
+    return sum(gain for gain, _ in outlooks) >= sum(price for _, price in outlooks)
+
+
+def text_limit(rules: Sequence[WindowRule], drafts: Sequence[Sequence[int]], limits: Sequence[int]) -> int:
+    """Longest window to which tokens from the text are worth their verification to a batch, all rows of which pay for
+    the longest one [ours]; `drafts` are the tokens drawn, `limits` the longest windows of each row."""
+    length = max(map(len, drafts))
+    readers = [rule for rule in rules if isinstance(rule, LookupWindow)]
+    if len(rules) == 1 or len(readers) < len(rules):
+        return max(limits)
+    given = zip(readers, drafts, limits, strict=True)
+    chains = [(len(drafted), rule.text_reaches(drafted, limit)) for rule, drafted, limit in given]
+    price = sum(rule.column_price for rule in readers)
+    while True:
+        column = [reaches[length - start] for start, reaches in chains if 0 <= length - start < len(reaches)]
+        if not column or sum(column) < price:
+            return length
+        length += 1
 
 
 def window_gain(reached: float, acceptance: float, price: float, longest: int) -> float:

@@ -31,7 +31,7 @@ from ..runtime.draft_session import DraftSession
 from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.trace import RoundTrace
-from ..runtime.windowing import OnlineCosts, WindowRule, make_costs, make_window_rule
+from ..runtime.windowing import OnlineCosts, WindowRule, make_costs, make_window_rule, start_windows
 
 COMPACT_AT = 0.25  # share of the cache's columns that no request needs any more
 
@@ -143,9 +143,10 @@ class BatchDrafter:
         if self._drafted_at is not None and not joined and self.requests:
             window = sum(request.round.window for request in self.requests) / len(self.requests)
             self.costs.observe_verification(window, started - self._drafted_at)  # type: ignore[arg-type]
-        for request in self.requests:
-            request.round = RoundTrace(0, 0, [])
-            request.limit = request.rule.start(max(self.max_tokens - len(request.tokens) - 1, 0))
+        rooms = [max(self.max_tokens - len(request.tokens) - 1, 0) for request in self.requests]
+        limits = start_windows([request.rule for request in self.requests], rooms) if self.requests else []
+        for request, limit in zip(self.requests, limits, strict=True):
+            request.round, request.limit = RoundTrace(0, 0, []), limit
         if any(request.limit for request in self.requests):
             before = time.perf_counter()
             first_reading = any(request.read == 0 for request in self.requests)
