@@ -159,7 +159,7 @@ def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, cap
         "--max-window: 0": ["generate", *pair, "--prompt", "a", "--max-window", 0],
         "--prompts: there is no file": ["bench", *pair, "--prompts", tmp_path / "no.txt"],
         "--batch-size: 0 given": ["bench", *pair, "--batch-size", 2, 0],
-        "--engine: sglang cannot be timed": ["bench", *pair, "--engine", "sglang"],
+        "--engine-python: ": ["bench", *pair, "--engine", "sglang", "--engine-python", tmp_path / "no"],
         "--temperature: 0.7 given": ["bench", *pair, "--engine", "vllm", "--temperature", 0.7],
         "--batch-size: 8 given; llama.cpp": ["bench", *pair, "--engine", "llamacpp", "--batch-size", 8],
         "--gguf-dtype: q8_0 given": ["bench", *pair, "--engine", "vllm", "--gguf-dtype", "q8_0"],

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import llamacpp_runner, vllm_runner
+from . import llamacpp_runner, sglang_runner, vllm_runner
 from .engine_process import EngineRun
 from .llamacpp_runner import llamacpp_python, run_llamacpp
+from .sglang_runner import chains, run_sglang, sglang_python
 from .vllm_runner import run_vllm, vllm_python
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
     from ..runtime.modeling_ppow import PPOWDrafter
 
-ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp"}
 METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa", "block": "dflash"}
+PYTHONS = {"vllm": vllm_python, "sglang": sglang_python, "llamacpp": llamacpp_python}
 PROPOSER = "ppow_hf.serving.vllm_proposer.KLAdaptiveProposer"
 NGRAM = 3  # tokens that must have occurred before, in the engines' own lookup
 
@@ -117,15 +119,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ppow bench` that this module reads."""
     parser.add_argument(
         "--engine",
-        choices=[*ENGINES, "sglang"],
-        help="compare plain decoding, the drafter and n-gram lookup in this engine instead, next to ours in "
-        "transformers; sglang is refused, because no package holds its CPU kernels",
+        choices=list(ENGINES),
+        help="compare plain decoding, the drafter and (but in sglang) n-gram lookup in this engine instead, next to "
+        "ours in transformers",
     )
     parser.add_argument(
         "--engine-python",
         metavar="FILE",
         help="the interpreter of the engine's own environment (default: "
-        f"${vllm_runner.PYTHON_VARIABLE} or ${llamacpp_runner.PYTHON_VARIABLE})",
+        f"${vllm_runner.PYTHON_VARIABLE}, ${sglang_runner.PYTHON_VARIABLE} or ${llamacpp_runner.PYTHON_VARIABLE})",
     )
     parser.add_argument(
         "--engine-tokens",
@@ -144,11 +146,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what no engine is compared in."""
-    if arguments.engine == "sglang":
-        raise ValueError(
-            "--engine: sglang cannot be timed here, because no package holds its compiled CPU kernels; take vllm or "
-            "llamacpp, or serve what `ppow export --format sglang` writes on a GPU."
-        )
     if arguments.engine and any(arguments.temperature):
         raise ValueError(f"--temperature: {max(arguments.temperature):g} given; engines are compared at 0 (greedy).")
     if arguments.engine == "llamacpp" and max(arguments.batch_size) > 1:
@@ -157,6 +154,8 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.gguf_dtype and arguments.engine != "llamacpp":
         raise ValueError(f"--gguf-dtype: {arguments.gguf_dtype} given; only --engine llamacpp reads GGUF files.")
+    if arguments.engine:
+        PYTHONS[arguments.engine](arguments.engine_python)
 
 
 def run(
@@ -172,7 +171,7 @@ def run(
     for size in arguments.batch_size:
         comparison = Comparison(
             arguments.engine,
-            {"vllm": vllm_python, "llamacpp": llamacpp_python}[arguments.engine](arguments.engine_python),
+            PYTHONS[arguments.engine](arguments.engine_python),
             resolve(arguments.target),
             target,
             tokenizer,
@@ -209,7 +208,7 @@ def describe(comparison: Comparison, version: str) -> str:
     if comparison.engine == "vllm":
         text += " vLLM runs without compilation and drafts whole windows to the end, we no further than there is room."
     if size > 1:
-        text += " vLLM refills its batch as prompts end, ours waits for all of it."
+        text += f" {engine} refills its batch as prompts end, ours waits for all of it."
     return text
 
 
@@ -238,7 +237,8 @@ def compare(comparison: Comparison) -> tuple[list[EngineRow], str]:
         The rows, and the engine's version.
     """
     with tempfile.TemporaryDirectory(prefix="ppow-export-") as folder:
-        runs = {"vllm": _vllm_runs, "llamacpp": _llamacpp_runs}[comparison.engine](comparison, Path(folder))
+        ways = {"vllm": _vllm_runs, "sglang": _sglang_runs, "llamacpp": _llamacpp_runs}
+        runs = ways[comparison.engine](comparison, Path(folder))
     plain = runs[ENGINES[comparison.engine]]
     rows = [_engine_row(name, run, plain) for name, run in runs.items()]
     views: dict[str, Any] = {"transformers": None}
@@ -308,6 +308,40 @@ def _vllm_environment(python: str) -> dict[str, str]:
     if library.is_file():
         environment["LD_PRELOAD"] = str(library)
     return environment
+
+
+def _sglang_runs(comparison: Comparison, folder: Path) -> dict[str, EngineRun]:
+    import torch
+
+    from ..export import export_drafter
+
+    drafter, architecture = comparison.drafter, comparison.drafter.config.architecture
+    ways: dict[str, dict[str, Any] | None] = {"SGLang": None}
+    for window in comparison.drafted_windows:
+        ways[f"SGLang, drafter, {window} tokens"] = chains(architecture, folder, window)
+    export_drafter(drafter, folder, "sglang", target=comparison.target, target_name=comparison.target_name)
+    longest = max(map(len, comparison.prompt_ids)) + comparison.max_new_tokens + 64
+    cpu = {
+        "device": "cpu",
+        "attention_backend": "intel_amx",
+        "max_total_tokens": max(4096, comparison.batch_size * longest),  # without it SGLang takes most of the memory
+    }
+    return {
+        name: run_sglang(
+            comparison.target_name,
+            comparison.prompt_ids,
+            comparison.max_new_tokens,
+            way,
+            python=comparison.python,
+            at_a_time=comparison.batch_size,
+            ignore_eos=comparison.ignores_end,
+            warm_up=True,
+            environment={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            dtype=comparison.dtype,
+            **(cpu if comparison.target.device.type == "cpu" else {}),
+        )
+        for name, way in ways.items()
+    }
 
 
 def _llamacpp_runs(comparison: Comparison, folder: Path) -> dict[str, EngineRun]:

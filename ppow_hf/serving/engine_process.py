@@ -21,23 +21,25 @@ class EngineRun:
     Args:
         outputs (`list[list[int]]`): new token ids of each prompt.
         seconds (`float`): time of all of them, starting the engine not counted.
-        cpu_seconds (`float`): time that its process computed; on a CPU that others use too, what compares runs.
         tokens (`int`): new tokens in all.
         drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
         accepted_per_position (`list[int]`):
             Windows whose draft tokens up to each position were kept; empty where the engine does not say.
         version (`str`): the engine's.
+        cpu_seconds (`float`):
+            Time that its process computed; on a CPU that others use too, what compares runs. 0 where the engine
+            computes in processes of its own.
     """
 
     outputs: list[list[int]]
     seconds: float
-    cpu_seconds: float
     tokens: int
     drafts: int
     drafted: int
     accepted: int
     accepted_per_position: list[int] = field(default_factory=list)
     version: str = ""
+    cpu_seconds: float = 0.0
 
     @property
     def acceptance_length(self) -> float:
@@ -56,10 +58,8 @@ def engine_python(engine: str, variable: str, how: str, python: str | None = Non
     """
     path = python or os.environ.get(variable)
     if not path or not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{variable}: {path!r} is no interpreter. {engine} needs an environment of its own; {how}, and name its "
-            "bin/python."
-        )
+        given = f"{'--engine-python' if python else variable}: {path!r} is no interpreter."
+        raise FileNotFoundError(f"{given} {engine} needs an environment of its own; {how}, and name its bin/python.")
     return str(path)
 
 

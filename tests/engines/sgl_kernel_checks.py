@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import sgl_kernel
-import sglang_job  # noqa: F401  (prepares this process for SGLang)
 import torch
-from sgl_kernel.trees import verify_tree_greedy_cpu  # without the job's recording
+from sgl_kernel.trees import verify_tree_greedy_cpu
 from sglang.kernels.ops.kvcache.cache_move import copy_all_layer_kv_cache_tiled
 from sglang.kernels.ops.speculative.cache_locs import (
     assign_draft_cache_locs_contiguous,

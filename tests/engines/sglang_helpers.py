@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from engine_helpers import NEW_TOKENS, WINDOW, OurRun
 
-PYTHON_VARIABLE = "PPOW_SGLANG_PYTHON"
+STAND_INS = Path(__file__).resolve().parent / "sglang_on_a_cpu"
 ERROR_LINES = 15
 TIMEOUT_SECONDS = 1200
 
@@ -47,11 +47,10 @@ class SglangRun:
 
 def run_job(python: str, job: str, arguments: list[str], folder: Path, **environment: str) -> None:
     """Run a script of this folder with SGLang's interpreter, which finds the stand-in and nothing of this process."""
-    here = Path(__file__).resolve().parent
     finished = subprocess.run(
-        [python, str(here / job), *arguments],
+        [python, str(STAND_INS.with_name(job)), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(here / "sgl_kernel_standin"), **environment},
+        env={**os.environ, "PYTHONPATH": str(STAND_INS), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,8 +1,7 @@
-"""Generates greedily with SGLang on a CPU: `sglang_job.py JOB RESULT`, with the stand-in on the path.
+"""Generates greedily with SGLang on a CPU: `sglang_job.py JOB RESULT`, with the folder `sglang_on_a_cpu` on the path.
 
 SGLang's own are the scheduler, the workers, the loader, the models and the drafting. Its compiled library is stood in
-for (sgl_kernel_standin), and so are two operators of torchvision. SGLang starts its scheduler as a new process, which
-runs the top of this file too.
+for. SGLang starts its scheduler as a new process, which runs the top of this file too.
 """
 
 import json
@@ -12,21 +11,8 @@ import time
 from pathlib import Path
 
 import sgl_kernel
-import torch
 
 ROUNDS_VARIABLE = "PPOW_SGLANG_ROUNDS"  # the file in which the scheduler's process writes rounds
-
-os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
-# A torchvision made for CUDA defines these only where it finds its GPU library, and fails to import without them.
-TORCHVISION = torch.library.Library("torchvision", "DEF")
-TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from sglang.srt.runtime_context import override_platform  # noqa: E402
-
-# Keeps the attention backend that drafts; its kernels are the stand-in's. Layers are SGLang's torch code all the same.
-override_platform(has_amx=True).install()
 
 verify_tree_greedy = sgl_kernel.verify_tree_greedy_cpu
 

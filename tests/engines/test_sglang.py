@@ -1,7 +1,7 @@
 """Exported drafters in a real SGLang on a CPU, greedy, in float32: the same text, and the same draft tokens as ours.
 
 SGLang's scheduler, workers, loader, models and drafting are its own; its compiled CPU library, which no registry has,
-is stood in for (sgl_kernel_standin). An export that lost something still gives the same text and accepts much, so the
+is stood in for (sglang_on_a_cpu). An export that lost something still gives the same text and accepts much, so the
 tokens are compared: in each round, SGLang's window beside the one that our decoding drafts from the same context with
 a fixed window of the same length. Ours runs on behind the last token, where it would draft shorter windows.
 """
