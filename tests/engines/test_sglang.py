@@ -12,7 +12,6 @@ import shutil
 import pytest
 from engine_helpers import interpreter_or_skip, random_prompts, random_qwen3, run_ours, smollm2_or_skip, trained_eagle
 from sglang_helpers import (
-    PYTHON_VARIABLE,
     assert_same_rounds,
     assert_same_trees,
     run_job,
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import tiny
 from ppow_hf.export import export_drafter
 from ppow_hf.runtime.trees import TreeRule
+from ppow_hf.serving.sglang_runner import PYTHON_VARIABLE
 
 pytestmark = pytest.mark.engines
 
