@@ -13,6 +13,8 @@ from ppow_hf import PPOWDrafter
 from ppow_hf.runtime.windowing import FixedWindow, OnlineCosts
 from ppow_hf.serving.engine_bench import Comparison, EngineRow, format_rows, own_row
 from ppow_hf.serving.llamacpp_runner import llamacpp_python, run_llamacpp
+from ppow_hf.serving.sglang_job import counts
+from ppow_hf.serving.sglang_runner import run_sglang, sglang_python
 from ppow_hf.serving.vllm_proposer import BatchDrafter, make_batch_drafter
 from ppow_hf.serving.vllm_runner import run_vllm, vllm_python
 
@@ -211,6 +213,17 @@ def test_our_row_counts_what_the_drafter_got_right(target, drafter, batch_size):
     assert row.accepted == sum(row.accepted_per_position) > 0
 
 
+def test_sglangs_histograms_add_up_to_positions():
+    """Each ends at the most that a window of its prompt kept; the positions behind are told all the same."""
+    one = {"spec_verify_ct": 3, "spec_num_proposed_drafts": 12, "spec_num_correct_drafts": 4}
+    other = {"spec_verify_ct": 2, "spec_num_proposed_drafts": 8, "spec_num_correct_drafts": 0}
+    one["spec_correct_drafts_histogram"] = [1, 0, 2]  # one window kept nothing, two kept two tokens
+    other["spec_correct_drafts_histogram"] = [2]
+    found = counts([one, other], 4)
+    assert found == {"drafts": 5, "drafted": 20, "accepted": 4, "accepted_per_position": [2, 2, 0, 0]}
+    assert counts([{}], 0)["accepted_per_position"] == []  # without a drafter
+
+
 def test_missing_environment_is_explained(monkeypatch):
     monkeypatch.delenv("PPOW_VLLM_PYTHON", raising=False)
     with pytest.raises(FileNotFoundError, match="PPOW_VLLM_PYTHON: None is no interpreter.*make_environment.sh"):
@@ -218,6 +231,9 @@ def test_missing_environment_is_explained(monkeypatch):
     monkeypatch.delenv("PPOW_LLAMACPP_PYTHON", raising=False)
     with pytest.raises(FileNotFoundError, match="PPOW_LLAMACPP_PYTHON: None .*make_llamacpp_environment.sh"):
         llamacpp_python()
+    monkeypatch.delenv("PPOW_SGLANG_PYTHON", raising=False)
+    with pytest.raises(FileNotFoundError, match="PPOW_SGLANG_PYTHON: None .*install sglang in a new one"):
+        sglang_python()
 
 
 def test_an_engine_that_fails_says_why():
@@ -225,3 +241,5 @@ def test_an_engine_that_fails_says_why():
         run_vllm("nowhere", [[1, 2]], 4, python=sys.executable, timeout_seconds=120)
     with pytest.raises(RuntimeError, match="llama.cpp ended with exit code 1:(.|\n)*No module named 'xllamacpp'"):
         run_llamacpp("nowhere.gguf", [[1, 2]], 4, python=sys.executable)
+    with pytest.raises(RuntimeError, match="SGLang ended with exit code 1:(.|\n)*No module named 'sglang'"):
+        run_sglang("nowhere", [[1, 2]], 4, python=sys.executable)

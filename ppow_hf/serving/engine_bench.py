@@ -206,7 +206,9 @@ def describe(comparison: Comparison, version: str) -> str:
         "of 100 verified windows, those that kept the draft token at position 1, 2, ..."
     )
     if comparison.engine == "vllm":
-        text += " vLLM runs without compilation and drafts whole windows to the end, we no further than there is room."
+        text += " vLLM runs without compilation."
+    if comparison.engine in ("vllm", "sglang"):
+        text += f" {engine} drafts whole windows to the end, we no further than there is room."
     if size > 1:
         text += f" {engine} refills its batch as prompts end, ours waits for all of it."
     return text

@@ -36,18 +36,16 @@ def main(job_path, result_path):
         "seconds": seconds,
         "tokens": sum(map(len, outputs)),
         "version": sglang.__version__,
-        **counts([answer["meta_info"] for answer in answers]),
+        **counts([answer["meta_info"] for answer in answers], job["engine"].get("speculative_num_steps", 0)),
     }
     Path(result_path).write_text(json.dumps(result))
 
 
-def counts(answers):
-    """What the windows of all prompts drafted and kept."""
-    kept = []  # windows that kept 0, 1, 2, ... draft tokens
-    for answer in answers:
-        histogram = answer.get("spec_correct_drafts_histogram", [])
-        kept += [0] * (len(histogram) - len(kept))
-        for length, windows in enumerate(histogram):
+def counts(answers, window):
+    """What the windows of all prompts, of `window` draft tokens each, drafted and kept."""
+    kept = [0] * (window + 1)  # windows that kept 0, 1, 2, ... draft tokens
+    for answer in answers:  # whose histograms end at the most that a window of the prompt kept
+        for length, windows in enumerate(answer.get("spec_correct_drafts_histogram", [])):
             kept[length] += windows
     return {
         "drafts": sum(answer.get("spec_verify_ct", 0) for answer in answers),
