@@ -115,13 +115,13 @@ def test_proposes_the_drafters_own_continuation_of_each_request(target, drafter,
         lengths.append(len(draft))
         assert draft == predictions(drafter, ids, draft)[: len(draft)]
 
-    batch = make_batch_drafter(drafter, 5, 256, window, cost_ratio=0.1, verification_cost=0.05)
+    batch = make_batch_drafter(drafter, 5, 256, window, cost_ratio=0.02, verification_cost=0.01)
     done = SlowEngine(target, PROMPTS, 20).run(batch, check)
     assert sorted(done) == sorted(greedy(target, prompt, 20) for prompt in PROMPTS)
     if window == "fixed":
         assert set(lengths) == {5}
     else:
-        assert len(set(lengths)) > 2  # different ones for each request and step
+        assert len(set(lengths)) > 2  # different ones from step to step; rows share their draft steps
 
 
 def test_learns_what_the_engine_accepted(target, drafter):
