@@ -71,7 +71,7 @@ class Comparison:
     Args:
         engine (`str`): one of `ENGINES`.
         python (`str`): interpreter of the engine's environment.
-        target_name (`str`): folder or Hub name of the target, for vLLM.
+        target_name (`str`): folder or Hub name of the target, for vLLM and SGLang.
         target (`PreTrainedModel`), tokenizer, drafter ([`PPOWDrafter`]): loaded, for transformers and GGUF files.
         prompts (`list[torch.LongTensor]`): token ids `[1, n]` each.
         max_new_tokens (`int`): of each prompt.
