@@ -43,7 +43,7 @@ def main(job_path, result_path):
 
 def counts(answers):
     """What the windows of all prompts drafted and kept."""
-    kept = []  # windows that kept 0, 1, 2, ... draft tokens
+    kept: list[int] = []  # windows that kept 0, 1, 2, ... draft tokens
     for answer in answers:
         histogram = answer.get("spec_correct_drafts_histogram", [])
         kept += [0] * (len(histogram) - len(kept))
