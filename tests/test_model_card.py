@@ -209,7 +209,7 @@ def test_the_private_place_of_a_target_is_not_named(tmp_path, make_target):
     assert "/home/ada" not in text and "`base`" in text and "base_model" not in text
 
 
-@pytest.mark.parametrize("name", tiny.EMBEDDED_DRAFTERS)
+@pytest.mark.parametrize("name", [*tiny.EMBEDDED_DRAFTERS, *tiny.REAL_DRAFTERS])
 def test_the_shipped_card_is_what_the_generator_makes(name):
     card = ROOT / "model_cards" / f"{name}.md"
     folder = tiny.drafter_path(name)

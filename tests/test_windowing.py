@@ -353,6 +353,29 @@ def test_every_rule_stays_within_its_bounds_for_hostile_numbers(window, costs):
             rule.costs.observe_drafting(drafted, rng.choice([0.0, 1e-9, 1e9]))
 
 
+def test_the_cost_of_verification_is_kept_while_windows_are_alike():
+    """Seconds of a target whose forward of W + 1 tokens takes 1 + 0.3 W; the calibration said 0.03."""
+    costs = OnlineCosts(prior=CostModel(0.05, 0.03))
+    for window in (0, 1, 1, 2):
+        costs.observe_verification(window, 1 + 0.3 * window)
+    for _ in range(200):
+        costs.observe_verification(1, 1.3)
+    costs.observe_drafting(10, 2.0)
+    assert costs.model.verification_cost == pytest.approx(0.3)
+    assert costs.model.cost_ratio == pytest.approx(0.2)
+
+
+def test_a_batch_tries_short_windows_before_it_knows_its_costs():
+    costs = OnlineCosts(prior=CostModel(0.05, 0.0))
+    rules = [KLAdaptiveWindow(8, costs, prior_acceptance=0.9) for _ in range(4)]
+    begun = []
+    for _ in range(6):
+        limits = start_windows(rules, [100] * 4)
+        begun.append(max(limits))
+        costs.observe_verification(begun[-1], 1.0)
+    assert begun == [0, 1, 1, 2, 8, 8]
+
+
 # -- batches
 
 

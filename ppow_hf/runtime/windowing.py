@@ -14,6 +14,7 @@ from typing import Any
 from .lookup import TextMemory
 
 ENOUGH_FORWARDS = 3  # target forwards that measure the cost of verification
+ENOUGH_SPREAD = 0.15  # variance of their windows that does
 MAX_KL = 20.0  # nats; a saturated softmax, or a target with all its mass outside the draft vocabulary, gives more
 
 
@@ -81,6 +82,7 @@ class OnlineCosts:
     given_verification_cost: float | None = None
     prior: CostModel = field(default_factory=lambda: CostModel(0.12, 0.04))
     decay: float = 0.95
+    _proportion: float | None = None  # of the slope to the base, when windows last differed enough to tell it
     _step: tuple[float, float] = (0.0, 0.0)  # weight, weighted seconds
     _moments: list[float] = field(default_factory=lambda: [0.0] * 5)  # weight, W, W^2, seconds, W*seconds
 
@@ -95,6 +97,7 @@ class OnlineCosts:
         if seconds > 0:
             update = (1.0, window, window * window, seconds, window * seconds)
             self._moments = [old * self.decay + new for old, new in zip(self._moments, update, strict=True)]
+            self._fit_proportion()
 
     @property
     def one_step(self) -> bool:
@@ -104,13 +107,11 @@ class OnlineCosts:
     @property
     def model(self) -> CostModel:
         """The cost model of now."""
-        base, slope = self._verification_line()
+        base = self._base_seconds
         weight, total = self._step
-        gamma, per_token = self.prior.cost_ratio, self.prior.verification_cost
-        if base is not None and slope is not None:
-            per_token = min(max(slope / base, 0.0), 1.0)
-            if weight >= 3:
-                gamma = min(total / weight / base, 10.0)
+        gamma, per_token = self.prior.cost_ratio, self.proportion
+        if base is not None and weight >= 3:
+            gamma = min(total / weight / base, 10.0)
         if self.given_cost_ratio is not None:
             gamma = self.given_cost_ratio
         if self.given_verification_cost is not None:
@@ -119,23 +120,32 @@ class OnlineCosts:
 
     @property
     def trial_window(self) -> float:
-        """Longest window that is worth trying before costs are measured or given: longer with each forward."""
+        """Longest window that is worth trying before costs are measured or given: none, then one token and two."""
         if self.given_verification_cost is not None or self._moments[0] >= ENOUGH_FORWARDS:
             return math.inf
-        return 1 + int(self._moments[0])
+        return int(self._moments[0])
 
-    def _verification_line(self) -> tuple[float | None, float | None]:
+    @property
+    def proportion(self) -> float:
+        """The measured slope of v(W), the prior's until windows have differed enough to tell it."""
+        return self.prior.verification_cost if self._proportion is None else self._proportion
+
+    @property
+    def _base_seconds(self) -> float | None:
+        """Seconds of a one-token target forward."""
+        weight, window, _, seconds, _ = self._moments
+        return None if weight < ENOUGH_FORWARDS else seconds / weight / (1 + self.proportion * window / weight)
+
+    def _fit_proportion(self) -> None:
+        """Fit the line seconds = base + slope * W, where it can be told."""
         weight, window, square, seconds, product = self._moments
-        if weight < ENOUGH_FORWARDS:
-            return None, None
-        prior = self.prior.verification_cost
-        spread = square / weight - (window / weight) ** 2
         mean_window, mean_seconds = window / weight, seconds / weight
-        if spread < 0.25:  # all windows alike: the slope cannot be told, keep the prior's proportion
-            base = mean_seconds / (1 + prior * mean_window)
-            return base, base * prior
+        spread = square / weight - mean_window**2
+        if weight < ENOUGH_FORWARDS or spread < ENOUGH_SPREAD:
+            return
         slope = max((product / weight - mean_window * mean_seconds) / spread, 0.0)
-        return max(mean_seconds - slope * mean_window, 0.2 * mean_seconds), slope
+        base = max(mean_seconds - slope * mean_window, 0.2 * mean_seconds)
+        self._proportion = min(slope / base, 1.0)
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ def _sglang_runs(comparison: Comparison, folder: Path) -> dict[str, EngineRun]:
         ways[f"SGLang, drafter, {window} tokens"] = chains(architecture, folder, window)
     export_drafter(drafter, folder, "sglang", target=comparison.target, target_name=comparison.target_name)
     longest = max(map(len, comparison.prompt_ids)) + comparison.max_new_tokens + 64
-    cpu = {
+    cpu: dict[str, Any] = {
         "device": "cpu",
         "attention_backend": "intel_amx",
         "max_total_tokens": max(4096, comparison.batch_size * longest),  # without it SGLang takes most of the memory
