@@ -43,7 +43,7 @@ print(llm.generate(["def add(a, b):"], SamplingParams(temperature=0, max_tokens=
 """
 
 PROPOSER = """
-Experimental, as vLLM's interface for it is: windows of different lengths for each request and step, chosen by ppow_hf
+Experimental, as vLLM's interface for it is: windows that change from step to step, chosen by ppow_hf
 (installed in vLLM's environment) instead of always {tokens} tokens. `DRAFTER` is the PPOW drafter, not this export.
 With eight requests at a time on a CPU it was slower than vLLM's own drafting with 3 tokens. Run
 `ppow bench --engine vllm --batch-size 1 8` first, and serve the fixed length that it finds fastest.

@@ -1,4 +1,4 @@
-"""The window rule inside vLLM: a proposer that drafts windows of different lengths for each request and step [ours].
+"""The window rule inside vLLM: a proposer whose windows change from step to step, as long as a batch gains [ours].
 
 Experimental, as vLLM's interface for it is (`"method": "custom_class"`). vLLM hands a proposer tokens and no hidden
 states, so that it drafts with standalone drafters only. This package must be installed in vLLM's environment:
