@@ -285,7 +285,8 @@ def _finite(value: float, otherwise: float) -> float:
 class WindowRule:
     """How long the next window is. One object per generation call; the loop drives it in this order each round:
 
-    `read(...)` of the tokens that are new in the text; `start(limit)` -> longest window to consider (0: do not draft);
+    `read(...)` of the tokens that are new in the text; `start(limit)` (in a batch by [`start_windows`]) -> longest
+    window to consider (0: do not draft);
     then, for position j = 0, 1, ...: the drafter's distribution is computed and described by `describe(...)`,
     `include(...)` says whether a token is drawn and verified there, and `outlook(...)` what another draft step is
     worth, where `prefers_text(...)` does not take the text; `look_up(...)` gives tokens from the text to be verified

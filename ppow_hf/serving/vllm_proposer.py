@@ -144,7 +144,7 @@ class BatchDrafter:
             window = sum(request.round.window for request in self.requests) / len(self.requests)
             self.costs.observe_verification(window, started - self._drafted_at)  # type: ignore[arg-type]
         rooms = [max(self.max_tokens - len(request.tokens) - 1, 0) for request in self.requests]
-        limits = start_windows([request.rule for request in self.requests], rooms) if self.requests else []
+        limits = start_windows([request.rule for request in self.requests], rooms)
         for request, limit in zip(self.requests, limits, strict=True):
             request.round, request.limit = RoundTrace(0, 0, []), limit
         if any(request.limit for request in self.requests):
