@@ -494,7 +494,8 @@ class PPOWDrafter(PreTrainedModel):
         init_layers: Sequence[int] | None = None,
         **overrides,
     ) -> "PPOWDrafter":
-        """An untrained drafter for `target`, started from the target's own embeddings and head.
+        """An untrained drafter for `target`, started from the target's own embeddings and head; a narrower one (eagle,
+        block: `hidden_size`) from what their main directions keep of them.
 
         Args:
             target (`PreTrainedModel`): the causal language model to be drafted for.

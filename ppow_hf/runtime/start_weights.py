@@ -35,11 +35,12 @@ def start_from_target(
         _start_medusa(draft, head)
         return
     drafter.attach_target(target)
-    embeddings = drafter.get_input_embeddings().weight
-    if not drafter.config.shares_target_embeddings:
-        source = embedding_matrix(target)
-        if source is not None and source.shape[1] == embeddings.shape[1]:
-            rows = min(len(source), len(embeddings))
+    embeddings, source = drafter.get_input_embeddings().weight, embedding_matrix(target)
+    if not drafter.config.shares_target_embeddings and source is not None:
+        rows = min(len(source), len(embeddings))
+        if source.shape[1] > embeddings.shape[1]:
+            source = source[:rows].float() @ main_directions(source, embeddings.shape[1])
+        if source.shape[1] == embeddings.shape[1]:
             embeddings[:rows] = source[:rows].to(embeddings)
     if isinstance(draft, StandaloneDrafter):
         draft_head = draft.model.get_output_embeddings().weight
@@ -79,17 +80,28 @@ def _start_states_and_head(
         kept = token_counts.topk(len(drafter.d2t)).indices.sort().values
         kept_counts = token_counts[kept]
         drafter.set_draft_vocabulary(kept)
-    if draft.lm_head is not None and head is not None and head.shape[1] == draft.lm_head.weight.shape[1]:
+    hidden = draft.fc.out_features
+    through = torch.eye(drafter.config.target_hidden_size)  # how the highest state enters the drafter
+    if head is not None and head.shape[1] > hidden:
+        through = main_directions(head, hidden)
+        head = head.float() @ through
+    if draft.lm_head is not None and head is not None and head.shape[1] == hidden:
         draft.lm_head.weight.copy_(head[kept.to(head.device)].to(draft.lm_head.weight))
     if isinstance(draft, BlockDrafter):
         _start_block(drafter, head, kept_counts)
         if draft.markov_head is not None:
             _start_markov_head(draft.markov_head, embedding_matrix(target), kept)
-    hidden = draft.fc.out_features
-    if hidden == drafter.config.target_hidden_size:
+    if through.shape[1] == hidden:
         # The highest of the target's states passes through at the start: what the target's own head reads is near.
         draft.fc.weight.mul_(0.1)
-        draft.fc.weight[:, -hidden:] += torch.eye(hidden).to(draft.fc.weight)
+        draft.fc.weight[:, -len(through) :] += through.T.to(draft.fc.weight)
+
+
+def main_directions(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Orthonormal directions `[D, count]` that keep most of the squared length of `rows` `[V, D]`, the greatest
+    first: a drafter narrower than its target begins with what they hold of its embeddings and head [ours]."""
+    rows = rows.float()
+    return torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :count]
 
 
 def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Tensor | None) -> None:
@@ -125,7 +137,7 @@ def _start_markov_head(head: MarkovHead, embeddings: torch.Tensor | None, kept: 
     kept = kept[kept < len(embeddings)].to(embeddings.device)
     centre = embeddings[kept].mean(0)
     known = embeddings[kept] - centre
-    directions = torch.linalg.eigh(known.T @ known).eigenvectors.flip(1)[:, : head.markov_w1.embedding_dim]
+    directions = main_directions(known, head.markov_w1.embedding_dim)
     places = (embeddings - centre) @ (directions / (known @ directions).std(0).clamp_min(1e-6))
     head.markov_w1.weight[: len(places), : places.shape[1]] = places.clamp(-4, 4).to(head.markov_w1.weight)
 

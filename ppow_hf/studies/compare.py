@@ -1,6 +1,6 @@
 """`ppow compare`: recipes of training against each other, from one supervised checkpoint, on equal terms.
 
-Every recipe gets the same budget (target-forward tokens, or seconds), the same learning rates to choose from on the
+Every recipe gets the same budget (target-forward tokens, or time), the same learning rates to choose from on the
 validation split, the same seeds; the test split is read once, when everything is chosen. One run is one line of
 `results.jsonl`, written when it is done: a comparison that was interrupted goes on where it stopped. Knows what to run
 and in which order; the texts are prepared in texts.py, what a drafter is worth is measured in

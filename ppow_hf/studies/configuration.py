@@ -16,6 +16,8 @@ CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("
 
 RESULTS = "results.jsonl"
 
+BUDGET_UNITS = {"tokens": "target-forward tokens", "seconds": "seconds", "core_seconds": "seconds of a core"}
+
 START = "start.json"  # what is known of the start, for the report
 
 
@@ -39,7 +41,8 @@ class CompareConfig:
             in place of training prompts (neither `workload.train` nor `train_sequences` is read) and the target's
             forwards.
         start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start; not with `drafter`.
-        budgets (`dict`): `tokens` (target-forward tokens) and `seconds`, one or both.
+        budgets (`dict`): `tokens` (target-forward tokens), `seconds` and `core_seconds` (processor time, which other
+            work on the machine does not change), one or several.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
         training (`dict`): training arguments of every recipe; without `muon` there, AdamW trains all parameters.
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
@@ -177,8 +180,8 @@ def _check(config: CompareConfig, source: str) -> None:
 
     if not config.recipes or not config.seeds or not config.learning_rates:
         refuse("recipes, seeds and learning_rates must each have something in them.")
-    if not config.budgets or set(config.budgets) - {"tokens", "seconds"} or min(config.budgets.values()) <= 0:
-        refuse(f"budgets: {config.budgets} given; give tokens, seconds or both, above 0.")
+    if not config.budgets or set(config.budgets) - set(BUDGET_UNITS) or min(config.budgets.values()) <= 0:
+        refuse(f"budgets: {config.budgets} given; give one or several of {', '.join(BUDGET_UNITS)}, above 0.")
     if isinstance(config.target, dict):
         try:
             target_recipe(config.target)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy
 
-from .report import RESAMPLES, UNITS, WANTED, Report, gain_samples, markdown, metric_title, value, values_of
+from .configuration import BUDGET_UNITS
+from .report import RESAMPLES, WANTED, Report, gain_samples, markdown, metric_title, value, values_of
 
 
 def mean_gain(
@@ -39,7 +40,7 @@ def mean_report(folders: Sequence[str | Path]) -> str:
     if untested:
         raise ValueError(f"--mean-of: {untested} have no results of the test split; run these comparisons first.")
     parts = [f"# Mean gains over {len(reports)} comparisons\n"]
-    for budget in UNITS:
+    for budget in BUDGET_UNITS:
         parts += _section(reports, budget)
     if len(parts) == 1:
         raise ValueError(
@@ -80,10 +81,10 @@ def _section(reports: dict[str, Report], budget: str) -> list[str]:
     differing = [recipe for recipe in (*recipes, *set(references.values())) if _differs(reports, recipe)]
     notes = [f"\nUnder one name, but with other settings in some of them: {', '.join(sorted(differing))}."]
     return [
-        f"## Equal {UNITS[budget]}\n",
+        f"## Equal {BUDGET_UNITS[budget]}\n",
         *(
             f"- {name}: workload {report.begin[0]['workload']}, target `{report.begin[0]['target']}`, "
-            f"{report.config['architecture']} drafter, {report.config['budgets'][budget]:,} {UNITS[budget]} a run; "
+            f"{report.config['architecture']} drafter, {report.config['budgets'][budget]:,} {BUDGET_UNITS[budget]} a run; "
             f"reference `{references[name]}`; best baselines on validation: "
             + ", ".join(f"`{best[name][metric]}` ({metric_title(metric)})" for metric in metrics)
             for name, report in reports.items()

@@ -12,12 +12,11 @@ from typing import Any
 import numpy
 
 from ..measure.plots import plot_curves
-from .configuration import RESULTS, START, read_results
+from .configuration import BUDGET_UNITS, RESULTS, START, read_results
 from .evaluation import mean_gain
 
 LOOPING = 0.2  # share of repeated 8-grams from which on a text counts as looping
 RESAMPLES = 2000
-UNITS = {"tokens": "target-forward tokens", "seconds": "seconds"}  # of a budget, by its kind
 WANTED = {"baseline": 0.10, "reference": 0.20}  # of the project: gains over the best baseline, and over CST
 
 # The paper's ablation (arXiv 2605.14978, Llama-3.1-8B, MT-Bench / GSM8K) by the names of the shipped recipes.
@@ -278,7 +277,7 @@ class Report:
         for budget in config["budgets"]:
             if not self.runs(budget):
                 continue
-            parts += [f"### Equal {UNITS[budget]}: {config['budgets'][budget]:,}", self.table(budget, self.headline())]
+            parts += [f"### Equal {BUDGET_UNITS[budget]}: {config['budgets'][budget]:,}", self.table(budget, self.headline())]
             rest = [name for name in self.metrics if name not in self.headline()]
             parts += [
                 *self.verdicts(budget),
@@ -319,7 +318,7 @@ class Report:
             if panel:
                 plot_curves(
                     panel, self.folder / f"curves-{budget}.png", title="greedy chain, k + 1 (validation)",
-                    x_label=UNITS[budget],
+                    x_label=BUDGET_UNITS[budget],
                 )  # fmt: skip
             rewarded = [line for line in trained if any("reward/mean" in row for row in line["training"]["log"])]
             panels = [

@@ -1,4 +1,4 @@
-"""Training until target-forward tokens or seconds are spent, instead of a number of steps.
+"""Training until target-forward tokens, seconds or core seconds are spent, instead of a number of steps.
 
 Knows what a run has spent; knows nothing of recipes.
 """
@@ -13,10 +13,11 @@ from .trainer import PPOWTrainer
 
 
 class Budget(TrainerCallback):
-    """Ends training when its target-forward tokens or seconds are spent; evaluations on the way cost nothing.
+    """Ends training when the budget is spent; evaluations on the way cost nothing.
 
     Args:
-        kind (`str`): `"tokens"` or `"seconds"`.
+        kind (`str`): `"tokens"`, `"seconds"`, or `"core_seconds"`, the processor time of this process, which other
+            work on the machine does not change.
         amount (`float`): how many.
         points (`int`): equal shares of the budget, with a point at the end of each.
         at_points (`Callable`, *optional*): called at each point, in place of an evaluation by the trainer.
@@ -27,6 +28,7 @@ class Budget(TrainerCallback):
         self.points, self.at_points = points, at_points
         self.target: Any = None  # the trainer's FrozenTarget
         self.seconds = 0.0
+        self._clock = time.process_time if kind == "core_seconds" else time.perf_counter
         self._tokens_before = 0
         self._since: float | None = None
         self._reached = 0
@@ -43,16 +45,16 @@ class Budget(TrainerCallback):
     @property
     def fraction(self) -> float:
         """Share of the budget that is spent, 0 to 1."""
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        running = 0.0 if self._since is None else self._clock() - self._since
         spent = self.tokens if self.kind == "tokens" else self.seconds + running
         return min(spent / self.amount, 1.0)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()
+        self._since = self._clock()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
+            self.seconds += self._clock() - self._since
         self._since = None
         reached = int(self.fraction * self.points + 1e-9)
         if reached > self._reached and self.at_points is None:
