@@ -294,6 +294,19 @@ def test_published_layout_without_embeddings_layers_or_t2d(tmp_path, make_target
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+def test_the_norms_that_speculators_adds_are_written_and_read(tmp_path, target):
+    norms = {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True}
+    drafter = PPOWDrafter.from_target(target, **norms)
+    torch.nn.init.uniform_(drafter.draft_model.input_norm.weight)
+    with pytest.raises(ValueError, match="format: 'vllm' given, and this drafter has norm_before_fc and"):
+        export_drafter(drafter, tmp_path)
+    export_drafter(drafter, tmp_path, "speculators", target=target, target_name="someone/target")
+    found = import_drafter(tmp_path)
+    assert {name: getattr(found.config, name) for name in norms} == norms
+    ours, theirs = drafter.state_dict(), found.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
 def test_layers_counted_as_sglang_does(tmp_path, target, drafter):
     export_drafter(drafter, tmp_path)
     rewritten(tmp_path, eagle_aux_hidden_state_layer_ids=None)
@@ -323,7 +336,8 @@ DAMAGE = {
         {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}},
         "less one",
     ),
-    "another residual": (without(), {"norm_before_residual": True}, "norm_before_residual: a variant"),
+    "a norm for each state": (without(), {"fc_norm": True}, "fc_norm: a variant"),
+    "a norm missing": (without(), {"norm_before_fc": True}, "input_norm.weight: missing"),
     "two layers": (without(), {"num_hidden_layers": 2}, "where EAGLE-3 has one layer"),
 }
 

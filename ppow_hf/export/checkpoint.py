@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..data.weights import folder_damage
+from ..runtime.configuration_ppow import EAGLE_NORMS
 from .formats import EAGLE3_ARCHITECTURE, LAYER_NAMES, SPECULATORS_ARCHITECTURE, eagle3_shapes
 
 OPTIONAL_TENSORS = ("embed_tokens.weight", "t2d")  # absent: the target's embeddings; t2d follows from d2t
 # Variants that compute something else than EAGLE-3 does, by the config field that turns them on.
-UNKNOWN_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias")
+UNKNOWN_VARIANTS = ("fc_norm", "attention_bias", "mlp_bias")
 
 
 @dataclass
@@ -48,6 +49,12 @@ class Eagle3Checkpoint:
     def draft_vocab_size(self) -> int:
         return self.config.get("draft_vocab_size") or self.vocab_size
 
+    @property
+    def norms(self) -> dict[str, bool]:
+        """Which of speculators' norms it has."""
+        places = (self.config, self.fields, self.config.get("eagle_config") or {})
+        return {name: any(place.get(name) for place in places) for name in EAGLE_NORMS}
+
     def problems(self) -> list[str]:
         """Each way in which this is not an EAGLE-3 checkpoint that engines serve as it was trained; empty if none."""
         return [*self._config_problems(), *self._tensor_problems(), *self._vocabulary_problems()]
@@ -72,7 +79,8 @@ class Eagle3Checkpoint:
         return found
 
     def _tensor_problems(self) -> list[str]:
-        expected = eagle3_shapes(self.fields, self.draft_vocab_size, LAYER_NAMES[self.format])
+        layer = LAYER_NAMES[self.format]
+        expected = eagle3_shapes(self.fields, self.draft_vocab_size, layer, self.norms["norm_before_fc"])
         whole = self.draft_vocab_size == self.vocab_size
         found = tensor_problems(self.tensors, expected, OPTIONAL_TENSORS, "EAGLE-3", whole)
         states = self.tensors.get("fc.weight")

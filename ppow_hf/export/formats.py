@@ -12,19 +12,24 @@ from typing import Any
 
 import torch
 
+from ..runtime.configuration_ppow import EAGLE_NORMS
+
 EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 SPECULATORS_ARCHITECTURE = "Eagle3DraftModel"
 SPECULATORS_VERSION = "0.9.0"  # the version whose classes and converter load what is written here
 LAYER_NAMES = {"eagle3": "midlayer.", "speculators": "layers.0."}
 
 
-def eagle3_shapes(fields: dict[str, Any], width: int, layer: str) -> dict[str, tuple[int | None, ...]]:
+def eagle3_shapes(
+    fields: dict[str, Any], width: int, layer: str, norm_before_fc: bool = False
+) -> dict[str, tuple[int | None, ...]]:
     """Name and shape of every tensor of an EAGLE-3 checkpoint; `None` stands for any size.
 
     Args:
         fields (`dict`): config.json's fields of the one layer.
         width (`int`): size of the draft vocabulary. `d2t` and `t2d` must be there for a reduced one only.
         layer (`str`): what the layer is called, one of `LAYER_NAMES`.
+        norm_before_fc (`bool`): whether the target's states are normalized before `fc`.
     """
     hidden, inner, heads = fields["hidden_size"], fields["intermediate_size"], fields["num_attention_heads"]
     head_dim = fields.get("head_dim") or hidden // heads
@@ -47,6 +52,8 @@ def eagle3_shapes(fields: dict[str, Any], width: int, layer: str) -> dict[str, t
     }
     if width != fields["vocab_size"]:
         shapes |= {"d2t": (width,), "t2d": (fields["vocab_size"],)}
+    if norm_before_fc:
+        shapes["input_norm.weight"] = (None,)  # as wide as fc's input
     return shapes
 
 
@@ -170,7 +177,7 @@ def speculators_config(
         "tie_word_embeddings": False,
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "target_hidden_size": None if hidden == config.draft_config.hidden_size else hidden,
-        "norm_before_residual": False,
+        **{name: getattr(config, name) for name in EAGLE_NORMS},
         "eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids),
         "transformer_layer_config": layer_config(drafter),
         "speculators_config": {

@@ -195,7 +195,7 @@ def _drafter_config(found, target, target_config, settings) -> PPOWDrafterConfig
         vocab_size=found.vocab_size,
         draft_vocab_size=None if found.draft_vocab_size == found.vocab_size else found.draft_vocab_size,
         target_layer_ids=found.layer_ids,
-        **{**_described(found, draft, target, target_config), **settings},
+        **{**found.norms, **_described(found, draft, target, target_config), **settings},
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..measure.provenance import public_name
+from ..runtime.configuration_ppow import EAGLE_NORMS
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny import is_embedded, target_path
 from .block_checkpoint import read_block
@@ -194,6 +195,12 @@ def _layout(drafter: PPOWDrafter, format: str) -> str:
         raise ValueError(f"format: {format!r} is not one of {list(FORMATS)}.")
     if format not in layouts:
         raise ValueError(f"format: {format!r} is not for {architecture} drafters; take one of {list(layouts)}.")
+    norms = [name for name in EAGLE_NORMS if getattr(drafter.config, name)]
+    if norms and format != "speculators":
+        raise ValueError(
+            f"format: {format!r} given, and this drafter has {' and '.join(norms)}, which not every reader of that "
+            "format knows. Take 'speculators', which vLLM serves."
+        )
     return layouts[format]
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 ARCHITECTURES = ("eagle", "standalone", "medusa", "block")
 WINDOWS = ("kl", "fixed", "heuristic")
+EAGLE_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
 MAX_APPENDED = 64  # tokens that may stand behind a known vocabulary; each takes one more fingerprint to find out
 
 
@@ -110,6 +111,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
             and are there once [`PPOWDrafter.attach_target`] was called, as generation and training do.
         shares_target_head (`bool`, *optional*, defaults to `False`):
             The same for the target's output head (block, without `draft_vocab_size`).
+        norm_before_fc, norm_before_residual, norm_output (`bool`, *optional*, defaults to `False`):
+            What speculators' eagle drafters do beside EAGLE-3's: normalize the target's states before `fc`; add to the
+            layer's normalized state in place of the state; feed draft steps what is behind the final norm.
         medusa_heads (`int`, *optional*):
             Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
         medusa_layers (`int`, *optional*, defaults to `1`): residual layers of each head.
@@ -162,6 +166,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
         target_layer_ids: list[int] | None = None,
         shares_target_embeddings: bool = False,
         shares_target_head: bool = False,
+        norm_before_fc: bool = False,
+        norm_before_residual: bool = False,
+        norm_output: bool = False,
         medusa_heads: int | None = None,
         medusa_layers: int = 1,
         block_size: int | None = None,
@@ -200,6 +207,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.target_layer_ids = target_layer_ids
         self.shares_target_embeddings = shares_target_embeddings
         self.shares_target_head = shares_target_head
+        self.norm_before_fc = norm_before_fc
+        self.norm_before_residual = norm_before_residual
+        self.norm_output = norm_output
         self.medusa_heads = medusa_heads
         self.medusa_layers = medusa_layers
         self.block_size = block_size
@@ -242,6 +252,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.check_window(self.max_window)
         self.check_layers()
         self.check_sizes()
+        self.check_switches()
         self.check_block()
 
     @classmethod
@@ -289,15 +300,19 @@ class PPOWDrafterConfig(PreTrainedConfig):
                 "states, numbered from 0."
             )
 
+    def check_switches(self) -> None:
+        """Raise `ValueError` for what is on or off and is neither, or is on in a drafter of another architecture."""
+        of_block = ("shares_target_head", "sample_from_anchor", "confidence_head")
+        for name in (*of_block, *EAGLE_NORMS):
+            value, owner = getattr(self, name), "a block" if name in of_block else "an eagle"
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: {value!r} is not True or False.")
+            if value and self.architecture != owner.split()[1]:
+                raise ValueError(f"{name}: only {owner} drafter has it, not a {self.architecture} one. Leave it out.")
+
     def check_block(self) -> None:
         """Raise `ValueError` for fields of a block drafter that are out of range, or given to another one."""
         block = self.architecture == "block"
-        for name in ("shares_target_head", "sample_from_anchor", "confidence_head"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: {value!r} is not True or False.")
-            if value and not block:
-                raise ValueError(f"{name}: only a block drafter has it, not a {self.architecture} one. Leave it out.")
         rank, mask = self.markov_rank, self.mask_token_id
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ValueError(f"markov_rank: {rank!r} is not a whole number of at least 0 (0: no Markov head).")

@@ -199,10 +199,14 @@ class EagleAttention(nn.Module):
 
 
 class EagleDecoderLayer(GradientCheckpointingLayer):
-    """EAGLE-3's one layer: attention over [norm(embedding), norm(state)]; the residual is the state."""
+    """EAGLE-3's one layer: attention over [norm(embedding), norm(state)]; the residual is the state.
 
-    def __init__(self, config):
+    With `norm_before_residual` it is norm(state) [speculators].
+    """
+
+    def __init__(self, config, norm_before_residual: bool):
         super().__init__()
+        self.norm_before_residual = norm_before_residual
         self.self_attn = EagleAttention(config)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -210,9 +214,10 @@ class EagleDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, embeddings, states, angles, mask, past: EagleCache):
-        x = torch.cat([self.input_layernorm(embeddings), self.hidden_norm(states)], dim=-1)
+        normed = self.hidden_norm(states)
+        x = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
         attended, keys_values = self.self_attn(x, angles, mask, past)
-        states = states + attended
+        states = (normed if self.norm_before_residual else states) + attended
         return states + self.mlp(self.post_attention_layernorm(states)), keys_values
 
 
@@ -252,7 +257,8 @@ class TargetEmbeddings:
 class EagleDrafter(nn.Module):
     """The EAGLE-3 computation; parameter names are those of the published checkpoints.
 
-    A feature is the layer's output before the final norm: it is what later draft steps are fed.
+    A feature is what later draft steps are fed: the layer's output before the final norm, or behind it with
+    `norm_output` [speculators].
     """
 
     first_prefix = 1
@@ -271,8 +277,10 @@ class EagleDrafter(nn.Module):
         shared = config.shares_target_embeddings
         self.embed_tokens = None if shared else nn.Embedding(config.vocab_size, draft.hidden_size)
         self.target_embeddings = TargetEmbeddings()
+        self.input_norm = DraftNorm(fused, eps=draft.rms_norm_eps) if config.norm_before_fc else None
         self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
-        self.midlayer = EagleDecoderLayer(draft)
+        self.midlayer = EagleDecoderLayer(draft, config.norm_before_residual)
+        self.norm_output = config.norm_output
         self.norm = DraftNorm(draft.hidden_size, eps=draft.rms_norm_eps)
         self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(draft)
@@ -282,7 +290,8 @@ class EagleDrafter(nn.Module):
 
         Without a cache, `allowed` may be `None`: each token sees those before it.
         """
-        features = self.fc(states.to(self.fc.weight.dtype))
+        states = states.to(self.fc.weight.dtype)
+        features = self.fc(states if self.input_norm is None else self.input_norm(states))
         return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
 
     def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -298,10 +307,11 @@ class EagleDrafter(nn.Module):
             if mask is None and cache is None:
                 mask = causal_allowed(tokens.shape[1], 0, tokens.device)
             mask = None if mask is None else additive_mask(mask, embeddings.dtype)
-        return self.midlayer(embeddings, features, angles, mask, cache)
+        features, cache = self.midlayer(embeddings, features, angles, mask, cache)
+        return (self.norm(features) if self.norm_output else features), cache
 
     def logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:
-        return self.lm_head(self.norm(features))
+        return self.lm_head(features if self.norm_output else self.norm(features))
 
     @staticmethod
     def decoding_cache() -> GrowingKeys:

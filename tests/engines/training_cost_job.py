@@ -5,6 +5,7 @@ training_cost.py left in FOLDER. A line of JSON answers each: losses of the unro
 seconds that the process computed.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -12,21 +13,43 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 STEPS = 3  # of the training-time test
 LEARNING_RATE = 1e-4
+SEQUENCES = "sequences.safetensors"
 
 
-def recorded_sequences(folder):
-    """Tokens `[S]`, chosen states `[S, 3*h]`, last states `[S, h]` and which states' next tokens are learned `[S]`."""
-    sequences, states = load_file(folder / "sequences.safetensors"), load_file(folder / "states-00000.safetensors")
-    lengths, last = sequences["lengths"].tolist(), states.pop("last")
-    layers = sorted(states, key=lambda name: int(name.removeprefix("layer.")))
-    chosen = torch.cat([states[name] for name in layers], dim=-1)
-    learned = [torch.cat([mask[1:], mask[:1] & False]) for mask in sequences["loss_mask"].split(lengths)]
-    return zip(sequences["input_ids"].long().split(lengths), chosen.split(lengths), last.split(lengths), learned,
-               strict=True)  # fmt: skip
+class RecordedSequences:
+    """The rows of record folders end to end, their states read from the disk when they are asked for.
+
+    A row is tokens `[S]`, chosen states `[S, 3*h]`, last states `[S, h]` and which states' next tokens are learned
+    `[S]`.
+    """
+
+    def __init__(self, *folders):
+        self.rows, self.lengths, self.layers = [], [], []
+        for folder in map(Path, folders):
+            manifest, sequences = json.loads((folder / "record.json").read_text()), load_file(folder / SEQUENCES)
+            self.layers, lengths = manifest["layer_ids"], sequences["lengths"].tolist()
+            tokens, masks = sequences["input_ids"].long().split(lengths), sequences["loss_mask"].split(lengths)
+            for number, (first, end) in enumerate(itertools.pairwise(manifest["shard_starts"])):
+                shard, offset = safe_open(folder / f"states-{number:05d}.safetensors", framework="pt"), 0
+                for row in range(first, end):
+                    span = slice(offset, offset + lengths[row])
+                    offset = span.stop
+                    learned = torch.cat([masks[row][1:], masks[row][:1] & False])
+                    self.rows.append((shard, span, tokens[row], learned))
+            self.lengths += lengths
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        shard, span, tokens, learned = self.rows[row]
+        states = [shard.get_slice(name)[span] for name in [*(f"layer.{layer}" for layer in self.layers), "last"]]
+        return tokens, torch.cat(states[:-1], dim=-1), states[-1], learned
 
 
 class Speculators:
@@ -58,7 +81,7 @@ class Speculators:
                 "lengths": torch.tensor([len(tokens)]),
                 "position_ids": torch.arange(len(tokens)),
             }
-            for tokens, chosen, last, learned in recorded_sequences(folder / "record")
+            for tokens, chosen, last, learned in RecordedSequences(folder / "record")
         ]
         total, hidden = sum(len(item["input_ids"]) - 1 for item in items), self.model.hidden_size
         batch = CollateFn(total, hidden, 3, dtype, shift_batch)(items)
