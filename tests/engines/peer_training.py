@@ -48,7 +48,6 @@ def train_ours(given: argparse.Namespace, target: Any, drafter: PPOWDrafter, rec
         "muon": None,  # the default of training, where that of `train` is AdamW alone
         "per_device_train_batch_size": given.batch_size,
         "bf16": True,
-        "logging_steps": 10,
     }
     rate, folder = PPOWTrainingArguments.learning_rate, given.output_dir / "ours"
     trainer = train(drafter, target, record, settings, budget, rate, given.seed, folder, record.max_length, 0)
@@ -83,9 +82,10 @@ def report(given: argparse.Namespace, side: str, done: dict[str, Any]) -> None:
     """Print what `side` did and how to measure it, and keep it in D."""
     (given.output_dir / f"{side}.json").write_text(json.dumps(done, indent=1) + "\n")
     tokens, seconds = done["tokens"], done["core_seconds"]
+    losses = " to ".join(f"{loss:.3f}" for loss in (*done["losses"][:1], *done["losses"][-1:]))
     print(
         f"{side}: {done['steps']} steps, {tokens} tokens, {seconds:.1f} core seconds, "
-        f"{tokens / seconds:.0f} tokens per core second, loss {done['losses'][0]:.4f} to {done['losses'][-1]:.4f}"
+        f"{tokens / seconds:.0f} tokens per core second, loss {losses}"
     )
     drafter = given.output_dir / ("ours" if side == "ours" else "speculators-imported")
     print(
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=4, help="our sequences of a step")
-    parser.add_argument("--total-seq-len", type=int, default=2048, help="tokens of speculators' packed batch")
+    parser.add_argument("--total-seq-len", type=int, default=1024, help="tokens of speculators' packed batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SIDES, help="train this one alone, as for two cores at once")
     parser.add_argument("--python", help=f"speculators' interpreter; by default {PYTHON_VARIABLE}")
