@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy
 import pytest
@@ -501,6 +502,17 @@ def test_recorded_states_give_the_results_of_training_with_the_target(cell, comp
             assert line["training"]["target_forward_tokens"] == expected["training"]["target_forward_tokens"]
             losses, wanted = ([row["loss"] for row in x["training"]["log"]] for x in (line, expected))
             assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_budget_of_core_seconds_counts_computing_and_not_waiting():
+    budget = Budget("core_seconds", 0.2)
+    budget.on_step_begin(None, None, None)
+    time.sleep(0.3)
+    assert budget.fraction < 1
+    began = time.process_time()
+    while time.process_time() - began < 0.2:
+        pass
+    assert budget.fraction == 1
 
 
 @pytest.mark.parametrize(

@@ -565,6 +565,25 @@ def test_from_target_starts_from_the_targets_embeddings_and_head(target, archite
     assert all(p.requires_grad for p in drafter.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["eagle", "standalone", "block"])
+def test_a_narrower_drafter_begins_with_the_best_of_the_targets_embeddings_and_head(make_target, architecture):
+    target = make_target("llama")
+    drafter = PPOWDrafter.from_target(
+        target, architecture, hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+        **({} if architecture == "standalone" else {"draft_vocab_size": 64, "token_counts": torch.arange(64.0)}),
+    )  # fmt: skip
+    largest = torch.linalg.svdvals(target.get_input_embeddings().weight.detach())[:16]
+    torch.testing.assert_close(torch.linalg.svdvals(drafter.get_input_embeddings().weight.detach()), largest)
+    if architecture != "eagle":  # a block drafter's head also gives how often each token occurs
+        return
+    # The last state goes through the drafter's fusion and head as through the target's head of its best rank 16.
+    left, lengths, right = torch.linalg.svd(target.get_output_embeddings().weight.detach(), full_matrices=False)
+    best = left[:, :16] * lengths[:16] @ right[:16]
+    head, last = drafter.draft_model.lm_head.weight, drafter.draft_model.fc.weight[:, -32:]
+    similarity = torch.cosine_similarity((head @ last).flatten(), best.flatten(), dim=0)
+    assert similarity > 0.95
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_target_records_what_the_drafter_is_for(make_target, family):
     config = PPOWDrafter.from_target(make_target(family), "eagle").config

@@ -84,8 +84,8 @@ def _section(reports: dict[str, Report], budget: str) -> list[str]:
         f"## Equal {BUDGET_UNITS[budget]}\n",
         *(
             f"- {name}: workload {report.begin[0]['workload']}, target `{report.begin[0]['target']}`, "
-            f"{report.config['architecture']} drafter, {report.config['budgets'][budget]:,} {BUDGET_UNITS[budget]} a run; "
-            f"reference `{references[name]}`; best baselines on validation: "
+            f"{report.config['architecture']} drafter, {report.config['budgets'][budget]:,} {BUDGET_UNITS[budget]} "
+            f"a run; reference `{references[name]}`; best baselines on validation: "
             + ", ".join(f"`{best[name][metric]}` ({metric_title(metric)})" for metric in metrics)
             for name, report in reports.items()
         ),

@@ -277,7 +277,8 @@ class Report:
         for budget in config["budgets"]:
             if not self.runs(budget):
                 continue
-            parts += [f"### Equal {BUDGET_UNITS[budget]}: {config['budgets'][budget]:,}", self.table(budget, self.headline())]
+            title = f"### Equal {BUDGET_UNITS[budget]}: {config['budgets'][budget]:,}"
+            parts += [title, self.table(budget, self.headline())]
             rest = [name for name in self.metrics if name not in self.headline()]
             parts += [
                 *self.verdicts(budget),
