@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.runtime import draft_models
 from ppow_hf.runtime.compatibility import check_width
-from ppow_hf.runtime.configuration_ppow import default_target_layers, vocabulary_fingerprint
+from ppow_hf.runtime.configuration_ppow import EAGLE_NORMS, default_target_layers, vocabulary_fingerprint
 from ppow_hf.runtime.draft_session import AHEAD, packed_allowed
 from ppow_hf.runtime.modeling_ppow import collect_target_states, match_width
 
@@ -68,7 +68,8 @@ def slow_eagle_features(drafter: PPOWDrafter, states, sequence: list[int], draft
     """EAGLE-3 for one sequence: features behind every token from the second on, then behind every drafted token.
 
     At position i the inputs are the embedding of token i + 1 and fc(states i); later draft steps are fed the layer's
-    output before the norm in place of fc(states).
+    output before the norm in place of fc(states). With speculators' norms: the states are normalized before fc, the
+    residual is the normalized state, draft steps are fed the output behind the norm.
     """
     config, weights = drafter.draft_model.config, drafter.draft_model.state_dict()
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -89,9 +90,9 @@ def slow_eagle_features(drafter: PPOWDrafter, states, sequence: list[int], draft
     def read(token, hidden):
         position = len(keys)
         embedding = weights["embed_tokens.weight"][token]
-        x = torch.cat(
-            [norm(embedding, "midlayer.input_layernorm.weight"), norm(hidden, "midlayer.hidden_norm.weight")]
-        )
+        normed = norm(hidden, "midlayer.hidden_norm.weight")
+        x = torch.cat([norm(embedding, "midlayer.input_layernorm.weight"), normed])
+        hidden = normed if drafter.config.norm_before_residual else hidden
         query = rotate((weights["midlayer.self_attn.q_proj.weight"] @ x).view(heads, size), position)
         keys.append(rotate((weights["midlayer.self_attn.k_proj.weight"] @ x).view(groups, size), position))
         values.append((weights["midlayer.self_attn.v_proj.weight"] @ x).view(groups, size))
@@ -103,10 +104,12 @@ def slow_eagle_features(drafter: PPOWDrafter, states, sequence: list[int], draft
         hidden = hidden + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(attended)
         x = norm(hidden, "midlayer.post_attention_layernorm.weight")
         gate, up = weights["midlayer.mlp.gate_proj.weight"] @ x, weights["midlayer.mlp.up_proj.weight"] @ x
-        features.append(hidden + weights["midlayer.mlp.down_proj.weight"] @ (silu(gate) * up))
+        output = hidden + weights["midlayer.mlp.down_proj.weight"] @ (silu(gate) * up)
+        features.append(norm(output, "norm.weight") if drafter.config.norm_output else output)
 
     for i in range(len(sequence) - 1):
-        read(sequence[i + 1], weights["fc.weight"] @ states[i])
+        state = norm(states[i], "input_norm.weight") if drafter.config.norm_before_fc else states[i]
+        read(sequence[i + 1], weights["fc.weight"] @ state)
     for token in drafted:
         read(token, features[-1])
     return torch.stack(features)
@@ -225,6 +228,32 @@ def test_eagle_features_of_a_whole_sequence_equal_the_slow_reference(target):
         features = drafter(input_ids, states).features[0, 1:]
         expected = slow_eagle_features(drafter, states[0], input_ids[0].tolist(), [])
     torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", EAGLE_NORMS)
+def test_features_with_the_norms_of_speculators_equal_the_slow_reference(target, norm):
+    drafter = make_drafter(target, "eagle", **{norm: True})
+    input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
+    states = states_of(target, drafter, input_ids)
+    with torch.no_grad():
+        features = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids).window_features
+        expected = slow_window_features(drafter, states, input_ids, prefixes, draft_ids)
+    torch.testing.assert_close(features, expected, atol=2e-4, rtol=2e-4)
+    check_session(drafter, input_ids[:1], states[:1])
+
+
+def test_logits_are_read_off_features_that_are_behind_the_norm_already(target):
+    drafter = make_drafter(target, "eagle", norm_output=True)
+    features = torch.randn(3, drafter.draft_model.fc.out_features)
+    torch.testing.assert_close(drafter.compute_logits(features), drafter.draft_model.lm_head(features))
+
+
+@pytest.mark.parametrize("norm", EAGLE_NORMS)
+def test_norms_of_an_eagle_drafter_are_refused_elsewhere(target, norm):
+    with pytest.raises(ValueError, match=f"{norm}: only an eagle drafter has it, not a standalone one"):
+        PPOWDrafter.from_target(target, "standalone", **{norm: True})
+    with pytest.raises(ValueError, match=f"{norm}: 1 is not True or False"):
+        PPOWDrafter.from_target(target, **{norm: 1})
 
 
 @pytest.mark.lowest
