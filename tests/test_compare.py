@@ -60,7 +60,7 @@ def target(make_target):
 
 @pytest.fixture(scope="module")
 def texts(target):
-    return write_texts(target, noisy_copy(target), PROMPTS, 26, seed=0)
+    return write_texts(target, PROMPTS, 26, seed=0)
 
 
 # What is measured
@@ -150,7 +150,7 @@ def test_sampled_chains_have_the_law_of_real_speculative_sampling(small_vocab_ta
     """Rounds of four tokens at T = 1: replayed on the target's own texts against decoded, many of each."""
     drafter = noisy_copy(small_vocab_target, 0.5)
     prompts = [[i % 6, (2 * i) % 6, (i // 6) % 6] for i in range(60)]
-    texts = write_texts(small_vocab_target, drafter, prompts, 22, seed=0)
+    texts = write_texts(small_vocab_target, prompts, 22, seed=0)
     replayed = numpy.asarray(sampled_chains(small_vocab_target, drafter, texts.sampled, 4)["chain_t1_k4"])
     _, traces = decode(small_vocab_target, drafter, prompts, 22, 1.0, seed=1, window="fixed", max_window=4)
     # The stock loop ends a draft early nowhere here: no stopping token, and room for whole windows.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from ..data.regeneration import plain_distribution
+from ..data.regeneration import complete_batch, plain_distribution
 from ..runtime.acceptance import divergence_on_support, likeliest_tokens
 from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
 from ..runtime.modeling_ppow import collect_target_states
@@ -100,7 +100,9 @@ def draft_table(
     layers = drafter.config.target_layer_ids
     outputs = target(ids, output_hidden_states=bool(layers))
     target_logits = outputs.logits[0].float()
-    _check_written(target_logits, ids, prompt.shape[1], target.dtype)
+    place = _first_other(target_logits, ids, prompt.shape[1], target.dtype)
+    if place is not None:
+        raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
     states = collect_target_states(outputs.hidden_states, layers)
     columns = _draft_everywhere(drafter, ids, states, target_logits, prompt.shape[1], depth)
     continuation = numpy.asarray(text)
@@ -124,15 +126,13 @@ def draft_table(
     )
 
 
-def _check_written(target_logits: torch.Tensor, ids: torch.Tensor, before: int, dtype: torch.dtype) -> None:
-    """Raise `ValueError` where a token of `ids` `[1, n + N]` behind the first `before` is not the target's choice."""
+def _first_other(target_logits: torch.Tensor, ids: torch.Tensor, before: int, dtype: torch.dtype) -> int | None:
+    """Place behind the first `before` tokens of `ids` `[1, n + N]` whose token is not the target's choice, if any."""
     target_logits = target_logits[before - 1 : -1]
     written = target_logits.gather(-1, ids[0, before:, None])[:, 0]
     tolerance = NEAR_TIE if dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
-    other = target_logits.amax(-1) - written > tolerance
-    if bool(other.any()):
-        place = int(other.nonzero()[0])
-        raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
+    other = (target_logits.amax(-1) - written > tolerance).nonzero()
+    return int(other[0]) if len(other) else None
 
 
 def _draft_everywhere(
@@ -183,48 +183,36 @@ def eos_of(target: Any) -> frozenset[int]:
 
 
 def draft_tables(
-    target: Any,
-    drafter: Any,
-    prompts: Sequence[torch.Tensor],
-    max_new_tokens: int,
-    depth: int = DEPTH,
-    batch_size: int = 16,
+    target: Any, drafter: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, depth: int = DEPTH
 ) -> list[DraftTable]:
-    """Let the target write greedily behind each prompt `[1, n]`, without a drafter, and tabulate the drafts.
+    """Let the target write greedily behind each prompt `[1, n]`, without a drafter, and tabulate the drafts."""
+    texts = greedy_texts(target, [prompt[0].tolist() for prompt in prompts], max_new_tokens)
+    return [
+        draft_table(target, drafter, prompt, text, max_new_tokens, depth)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def greedy_texts(
+    target: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
+) -> list[list[int]]:
+    """The target's greedy continuation of each prompt, up to and with the token that ends it.
 
     Prompts are continued in batches, padded on the left; a text in which padding tipped a near-tie is written again,
     alone.
     """
-    tables = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        for prompt, text in zip(batch, _continue(target, batch, max_new_tokens), strict=True):
-            try:
-                tables.append(draft_table(target, drafter, prompt, text, max_new_tokens, depth))
-            except ValueError:
-                text = _continue(target, [prompt], max_new_tokens)[0]
-                tables.append(draft_table(target, drafter, prompt, text, max_new_tokens, depth))
-    return tables
-
-
-def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int) -> list[list[int]]:
-    """The target's greedy continuation of each prompt, up to and with the token that ends it."""
-    longest = max(prompt.shape[1] for prompt in prompts)
-    ids = torch.cat([torch.nn.functional.pad(prompt.cpu(), (longest - prompt.shape[1], 0)) for prompt in prompts])
-    lengths = torch.tensor([prompt.shape[1] for prompt in prompts])
-    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    texts: list[list[int]] = []
+    ends = sorted(eos_of(target))
     with plain_distribution(target):
-        output = target.generate(
-            ids.to(input_device(target)),
-            attention_mask=mask.to(input_device(target)),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    eos, texts = eos_of(target), []
-    for row in output[:, longest:].tolist():
-        ends = [place for place, token in enumerate(row) if token in eos]
-        texts.append(row[: ends[0] + 1] if ends else row)
+        for start in range(0, len(prompts), batch_size):
+            batch = [list(prompt) for prompt in prompts[start : start + batch_size]]
+            written = complete_batch(target, batch, max_new_tokens, 0.0, 0, ends, 0)
+            for prompt, text in zip(batch, written, strict=True):
+                ids = torch.tensor([prompt + text], device=input_device(target))
+                tipped = _first_other(target(ids).logits[0].float(), ids, len(prompt), target.dtype) is not None
+                alone = complete_batch(target, [prompt], max_new_tokens, 0.0, 0, ends, 0) if tipped else [text]
+                texts += alone
     return texts
 
 

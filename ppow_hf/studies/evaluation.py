@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ..data.regeneration import plain_distribution
+from ..data.regeneration import complete_batch, plain_distribution
 from ..measure.calibration import fit_estimator
 from ..measure.evaluation import decode, repeated_ngrams
-from ..measure.window_study import DraftTable, draft_table, draft_tables, replay
+from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.target_weights import input_device
@@ -60,23 +60,31 @@ class EvaluationTexts:
 
 
 def write_texts(
-    target: Any, drafter: PPOWDrafter, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int
+    target: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int, batch_size: int = 16
 ) -> EvaluationTexts:
-    """Let the target write behind each prompt, greedily and once at T = 1; `drafter` has no part in it."""
-    tensors = [torch.tensor([list(prompt)]) for prompt in prompts]
-    greedy = [table.text.tolist() for table in draft_tables(target, drafter, tensors, max_new_tokens, depth=1)]
-    sampled = []
-    with torch.random.fork_rng(), plain_distribution(target):
-        for place, prompt in enumerate(tensors):
-            torch.manual_seed(_seed(seed, place, "text"))
-            output = target.generate(
-                prompt.to(input_device(target)), attention_mask=torch.ones_like(prompt).to(input_device(target)),
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=0,
-            )  # fmt: skip
-            ids = output[0].tolist()
-            draw = torch.Generator().manual_seed(_seed(seed, place, "verdicts"))
-            sampled.append(SampledText(ids, prompt.shape[1], torch.rand(len(ids), generator=draw).tolist()))
-    return EvaluationTexts([list(prompt) for prompt in prompts], greedy, sampled, max_new_tokens)
+    """Let the target write behind each prompt, greedily and once at T = 1, without a drafter."""
+    prompts = [list(prompt) for prompt in prompts]
+    ends, sampled = sorted(eos_of(target)), []
+    with plain_distribution(target):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            drawn = _seed(seed, start, "text")
+            sampled += complete_batch(target, batch, max_new_tokens, 1.0, drawn, ends, 0)
+    return EvaluationTexts(
+        prompts,
+        greedy_texts(target, prompts, max_new_tokens, batch_size),
+        [
+            SampledText(prompt + text, len(prompt), _verdicts(seed, place, len(prompt + text)))
+            for place, (prompt, text) in enumerate(zip(prompts, sampled, strict=True))
+        ],
+        max_new_tokens,
+    )
+
+
+def _verdicts(seed: int, place: int, count: int) -> list[float]:
+    """Uniform numbers in [0, 1) of a text, one for each of its tokens."""
+    draw = torch.Generator().manual_seed(_seed(seed, place, "verdicts"))
+    return torch.rand(count, generator=draw).tolist()
 
 
 def _seed(seed: int, place: int, purpose: str) -> int:

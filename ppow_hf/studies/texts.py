@@ -11,7 +11,6 @@ from typing import Any
 
 from ..data.regeneration import regenerate
 from ..data.sequences import SequenceDataset, all_positions, extract_prompts, read_rows
-from ..runtime.modeling_ppow import PPOWDrafter
 from ..tiny.corpus import excerpts, standard_library
 from .configuration import CompareConfig, write_whole
 from .evaluation import EvaluationTexts, SampledText, write_texts
@@ -29,11 +28,10 @@ def evaluation_texts(config: CompareConfig, folder: Path, target: Any, tokenizer
     data, path = config.data, folder / "texts.json"
     if not path.is_file():
         _, evaluation_rows = workload_rows(config, tokenizer)
-        scratch = PPOWDrafter.from_target(target, "standalone").to(target.device)
         found = {}
         for split, rows in evaluation_rows.items():
             prompts = extract_prompts(rows, tokenizer, data["prompt_tokens"], argument="workload")
-            texts = write_texts(target, scratch, prompts, data["completion_tokens"], seed=0)
+            texts = write_texts(target, prompts, data["completion_tokens"], seed=0)
             found[split] = {
                 "prompts": texts.prompts,
                 "greedy": texts.greedy,
