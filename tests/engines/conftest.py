@@ -10,9 +10,12 @@ from engine_helpers import NEW_TOKENS, PROMPTS, WINDOW, OurRun, interpreter_or_s
 
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.data.models import load_prompts, load_target, load_tokenizer
+from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.export import export_drafter
 from ppow_hf.measure.evaluation import decode
+from ppow_hf.runtime.configuration_ppow import EAGLE_NORMS
 from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE, run_vllm
+from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +103,25 @@ def medusa(target, eagle, prompts) -> PPOWDrafter:
 
 
 @pytest.fixture(scope="session")
+def eagle_with_norms(target, eagle, prompts, tmp_path_factory) -> PPOWDrafter:
+    """The embedded eagle drafter with speculators' three norms, trained on with them for half a minute."""
+    config = copy.deepcopy(eagle.config)
+    for name in EAGLE_NORMS:
+        setattr(config, name, True)
+    drafter = PPOWDrafter(config)
+    drafter.load_state_dict(eagle.state_dict(), strict=False)
+    outputs, _ = decode(target, eagle, prompts, NEW_TOKENS)
+    texts = [torch.tensor([*prompt[-64:], *output]) for prompt, output in zip(prompts, outputs, strict=True)]
+    data = SequenceDataset(texts, [[True] * len(text) for text in texts])
+    args = PPOWTrainingArguments(
+        str(tmp_path_factory.mktemp("norms")), max_steps=60, objective="kl", unroll_steps=3, learning_rate=1e-3,
+        per_device_train_batch_size=4, max_length=256, use_cpu=True, save_strategy="no", report_to=[],
+    )  # fmt: skip
+    PPOWTrainer(drafter, target, args, train_dataset=data).train()
+    return drafter.eval()
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """`exported(name, drafter, format)`: the directory of an export, made once."""
     made = {}
@@ -119,9 +141,10 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ours(target, prompts, eagle, reduced_eagle, standalone, medusa):
+def ours(target, prompts, eagle, reduced_eagle, eagle_with_norms, standalone, medusa):
     """`ours(name)`: our run of a drafter with a fixed window, made once."""
-    drafters = {"eagle": eagle, "reduced-eagle": reduced_eagle, "standalone": standalone, "medusa": medusa}
+    drafters = {"eagle": eagle, "reduced-eagle": reduced_eagle, "eagle-with-norms": eagle_with_norms,
+                "standalone": standalone, "medusa": medusa}  # fmt: skip
     made = {}
 
     def run(name: str) -> OurRun:

@@ -41,11 +41,12 @@ def test_export_is_served_with_our_acceptance(name, exported, ours, plain, promp
     assert_same_acceptance(served, ours(name))
 
 
-def test_speculators_directory_is_served_by_itself(exported, ours, plain, prompts):
-    folder = exported("reduced-eagle", ours.drafters["reduced-eagle"], "speculators")
+@pytest.mark.parametrize("name", ["reduced-eagle", "eagle-with-norms"])
+def test_speculators_directory_is_served_by_itself(name, exported, ours, plain, prompts):
+    folder = exported(name, ours.drafters[name], "speculators")
     served = run_vllm(folder, prompts, NEW_TOKENS)  # its own five tokens a round
     assert served.outputs == plain.outputs
-    assert_same_acceptance(served, ours("reduced-eagle"))
+    assert_same_acceptance(served, ours(name))
 
 
 @pytest.mark.parametrize("tensor", ["d2t", "norm.weight"])
