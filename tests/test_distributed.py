@@ -248,20 +248,17 @@ def test_a_tensor_parallel_target_is_recorded_as_a_whole_one(make_target, tmp_pa
         assert all((found[name].float() - expected[name].float()).abs().max() < 1e-4 for name in expected)
 
 
-def test_zero_2_gives_the_losses_of_one_process_and_zero_3_is_refused(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_gives_the_losses_of_one_process(trained, tmp_path, stage):
     pytest.importorskip("deepspeed")
-    zero: dict = {
-        "zero_optimization": {"stage": 2},
+    zero = {
+        "zero_optimization": {"stage": stage},
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     }  # fmt: skip
     settings = COMMON | EVALUATION | {"per_device_train_batch_size": 2, "deepspeed": zero, "calibrate_at_end": True}
     runs = [settings | run | {"output_dir": str(tmp_path / name)} for name, run in RUNS.items()]
     done = launch(tmp_path, SCRIPT, 2, json.dumps(runs), DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-4000:]
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    with pytest.raises(ValueError, match="deepspeed: ZeRO stage 3 given.*Take stage 2"):
-        zero["zero_optimization"]["stage"] = 3
-        PPOWTrainingArguments(str(tmp_path), use_cpu=True, deepspeed=zero)
     for name in RUNS:
         expected, found = (
             json.loads((folder / name / "state_0.json").read_text())["log"] for folder in (trained(1), tmp_path)

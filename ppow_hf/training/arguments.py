@@ -318,7 +318,7 @@ class PPOWTrainingArguments(TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
         super().__post_init__()
-        self._check_deepspeed()
+        self._take_zero_3_as_2()
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
         if isinstance(self.regenerate_temperature, int | float):
@@ -327,14 +327,21 @@ class PPOWTrainingArguments(TrainingArguments):
         self._check_windows()
         self._choose_muon()
 
-    def _check_deepspeed(self) -> None:
-        """ZeRO-3 fetches weights layer by layer, on all processes in step, which drafted windows are not."""
-        if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
-            unset_hf_deepspeed_config()  # else models made from now on would be in parts
-            raise ValueError(
-                "deepspeed: ZeRO stage 3 given; it puts a layer's weights together when the layer is called, and "
-                "processes call a drafter's layers in different numbers. Take stage 2, or FSDP2."
-            )
+    def _take_zero_3_as_2(self) -> None:
+        """A drafter is whole during a step in either: its processes call its layers in different numbers."""
+        plugin = self.deepspeed_plugin
+        if plugin is None or plugin.zero_stage != 3:
+            return
+        unset_hf_deepspeed_config()  # else models made from now on would be in parts
+        plugin.zero_stage, plugin.zero3_init_flag = 2, False
+        settings = plugin.hf_ds_config.config["zero_optimization"]
+        settings["stage"] = 2
+        settings.pop("offload_param", None)
+        plugin.hf_ds_config.set_stage_and_offload()
+        logger.warning(
+            "deepspeed: ZeRO stage 3 given, stage 2 taken: a step needs the whole drafter's weights in either, and "
+            "stage 2 splits its optimizer and gradients too. To split the weights between steps, take FSDP2."
+        )
 
     def _check_precision(self) -> None:
         """The loss takes its gradients in its forward, before a scaler of fp16 could keep them from underflowing."""
