@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from test_data import LINES, build_tokenizer
 from test_resume import COMMON, SCRIPT, environment, step_logs
 
-from ppow_hf.training import PPOWTrainingArguments
-
 RUNS = {
     "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
     "tv": {"objective": "tv", "architecture": "eagle", "max_steps": 4},  # on the windows that decoding visits
