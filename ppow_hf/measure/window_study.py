@@ -151,6 +151,11 @@ def _draft_everywhere(
     length, width = ids.shape[1], target_logits.shape[-1]
     states = None if states is None else states.to(drafter.device)
     features, cache = drafter.prefix_features(ids.to(drafter.device), states)
+    kept = drafter.kept_tokens
+    if kept is not None:  # a reduced vocabulary is looked at alone: the same numbers, and a fraction of the work
+        kept = kept.to(target_logits.device)
+        mass_outside = target_logits.softmax(-1).index_fill(-1, kept, 0.0).sum(-1).clamp_max(1.0)
+        target_logits = target_logits[:, kept]
     names = ["ids", "max_probability", "second_probability", "entropy", "kl", "outside"]
     confident = drafter.config.confidence_head
     names += ["predicted"] if confident else []
@@ -160,14 +165,17 @@ def _draft_everywhere(
         steps: list[tuple[torch.Tensor, ...]] = []
 
         def look(j: int, draft_features: torch.Tensor, _, prefixes=prefixes, steps=steps) -> torch.Tensor:
-            logits = drafter.compute_logits(draft_features[0], width).float()
-            places = (prefixes[0] + j).clamp_max(length - 1)
-            goal = target_logits[places.to(target_logits.device)].to(draft_features.device)
+            f = draft_features[0]
+            logits = (drafter.compute_logits(f, width) if kept is None else drafter.draft_logits(f)).float()
+            places = (prefixes[0] + j).clamp_max(length - 1).to(target_logits.device)
             first, second, entropies, likeliest = likeliest_tokens(logits.log_softmax(-1)).unbind(-1)
-            kl, outside = divergence_on_support(goal, logits)
+            kl, outside = divergence_on_support(target_logits[places].to(logits.device), logits)
+            tokens = likeliest.long()
+            if kept is not None:
+                tokens, outside = kept.to(tokens.device)[tokens], mass_outside[places].to(outside.device)
             predicted = (drafter.draft_model.confidence(draft_features[0]),) if confident else ()
-            steps.append((likeliest.long(), first, second, entropies, kl.clamp(0.0, MAX_KL), outside, *predicted))
-            return likeliest.long()[None]
+            steps.append((tokens, first, second, entropies, kl.clamp(0.0, MAX_KL), outside, *predicted))
+            return tokens[None]
 
         drafter.unroll(features, cache, prefixes, look, depth)
         cache = drafter.draft_model.cropped(cache, length - drafter.draft_model.first_prefix)
