@@ -165,8 +165,7 @@ def _draft_everywhere(
         steps: list[tuple[torch.Tensor, ...]] = []
 
         def look(j: int, draft_features: torch.Tensor, _, prefixes=prefixes, steps=steps) -> torch.Tensor:
-            f = draft_features[0]
-            logits = (drafter.compute_logits(f, width) if kept is None else drafter.draft_logits(f)).float()
+            logits = proposable_logits(drafter, draft_features[0], width)
             places = (prefixes[0] + j).clamp_max(length - 1).to(target_logits.device)
             first, second, entropies, likeliest = likeliest_tokens(logits.log_softmax(-1)).unbind(-1)
             kl, outside = divergence_on_support(target_logits[places].to(logits.device), logits)
@@ -182,6 +181,12 @@ def _draft_everywhere(
         for name, values in zip(names, zip(*steps, strict=True), strict=True):
             chunks[name].append(torch.stack(values, dim=1).cpu())
     return {name: torch.cat(values).numpy() if values else numpy.zeros((0, depth)) for name, values in chunks.items()}
+
+
+def proposable_logits(drafter: Any, features: torch.Tensor, width: int) -> torch.Tensor:
+    """Logits in float32 of the drafter's `kept_tokens`, or of `width` tokens where its vocabulary is the target's."""
+    whole = drafter.kept_tokens is None
+    return (drafter.compute_logits(features, width) if whole else drafter.draft_logits(features)).float()
 
 
 def eos_of(target: Any) -> frozenset[int]:

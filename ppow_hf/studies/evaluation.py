@@ -21,7 +21,7 @@ import torch
 from ..data.regeneration import complete_batch, plain_distribution
 from ..measure.calibration import fit_estimator
 from ..measure.evaluation import decode, repeated_ngrams
-from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, replay
+from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, proposable_logits, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.target_weights import input_device
@@ -303,6 +303,7 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
     )  # fmt: skip
     states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
     width, drawn = outputs.logits.shape[-1], count - 1
+    kept_tokens = drafter.kept_tokens
     features, cache = drafter.prefix_features(ids, None if states is None else states.to(device))
     committed = longest - drafter.draft_model.first_prefix
     uniforms = torch.stack([_group_uniforms(seed, number + row, longest, drawn, window) for row in range(len(tables))])
@@ -323,8 +324,9 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
             drafted: list[torch.Tensor] = []
 
             def choose(j: int, current: torch.Tensor, _, numbers=numbers, drafted=drafted) -> torch.Tensor:
-                probs = drafter.compute_logits(current, width).float().softmax(-1)
-                drafted.append(sample_from_uniform(probs, numbers[:, :, j]))
+                probs = proposable_logits(drafter, current, width).softmax(-1)
+                tokens = sample_from_uniform(probs, numbers[:, :, j])
+                drafted.append(tokens if kept_tokens is None else kept_tokens[tokens])
                 return drafted[-1]
 
             drafter.unroll(features, cache, here[:, None].expand(-1, drawn), choose, window)
