@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the virtual environment in which the engine tests start a real vLLM on a CPU, and load drafters with speculators.
+# Make the virtual environment in which the engine tests start a real vLLM on a CPU, and load drafters with speculators
+# and SpecForge.
 #
 #   tests/engines/make_environment.sh FOLDER        (about 3 GB; outside the repository)
 #   PPOW_VLLM_PYTHON=FOLDER/bin/python pytest -m engines -n 0 tests/engines
@@ -18,4 +19,6 @@ base=${PPOW_ENGINE_BASE_PYTHON:-python3}
 # speculators asks for torchvision and torchaudio; everything else that it needs is named here.
 "$folder/bin/python" -m pip install --quiet "datasets>=4,<=5.1" "loguru>=0.7.2"
 "$folder/bin/python" -m pip install --quiet --no-deps "speculators==0.9.0" "hs-connectors==0.9.0"
-"$folder/bin/python" -c "import importlib.metadata, speculators, vllm; print(vllm.__version__, importlib.metadata.version('speculators'))"
+# SpecForge asks for SGLang, yunchang and an older torch; its own EAGLE-3 training step needs none of them.
+"$folder/bin/python" -m pip install --quiet --no-deps "specforge==0.2.0"
+"$folder/bin/python" -c "import importlib.metadata, speculators, vllm; print(vllm.__version__, *map(importlib.metadata.version, ('speculators', 'specforge')))"

@@ -1,9 +1,12 @@
-"""Tokens/s of a supervised EAGLE-3 training step: ours beside that of speculators' own trainer.
+"""Tokens/s of a supervised EAGLE-3 training step: ours beside those of speculators' and SpecForge's own code.
 
     python tests/engines/training_cost.py --python FOLDER/bin/python      (make_environment.sh FOLDER)
 
-Both train the same drafter by KL(P||Q) of three unrolled steps on the same recorded states, of a random target in the
-shape of SmolLM2-135M. They take turns, one step each, so that a slow machine slows both. One thread each.
+All train the same drafter by KL(P||Q) of three unrolled steps on the same recorded states, of a random target in the
+shape of SmolLM2-135M. They take turns, one step each, so that a slow machine slows all. One thread each.
+
+SpecForge compiles within its first step, which takes minutes and is not counted. Its update is AdamW whatever
+--optimizer says, and its KL leaves out the entropy of P, which has no gradient.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_cost_job import STEPS, clocks
+from training_cost_job import PEERS, STEPS, clocks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppow_hf import PPOWDrafter
@@ -37,8 +40,8 @@ Answer = dict[str, list[float]]
 
 
 def write_states(folder: Path, target: Any, drafter: PPOWDrafter, sequences: SequenceDataset, dtype: str) -> None:
-    """Record `target`'s states along `sequences` in `folder`, with `drafter` in speculators' format beside them."""
-    for part in ("record", "speculators"):
+    """Record `target`'s states along `sequences` in `folder`, with `drafter` in the peers' formats beside them."""
+    for part in ("record", "speculators", "eagle3"):
         (folder / part).mkdir(parents=True)
     length = max(len(sequences[row]["input_ids"]) for row in range(len(sequences)))
     layers = drafter.config.target_layer_ids
@@ -47,6 +50,7 @@ def write_states(folder: Path, target: Any, drafter: PPOWDrafter, sequences: Seq
     target.save_pretrained(folder / "target")
     name = str(folder / "target")
     export_drafter(drafter, folder / "speculators", "speculators", target=target, target_name=name)
+    export_drafter(drafter, folder / "eagle3", "sglang", target=target, target_name=name)
     path = folder / "speculators" / "config.json"  # which names the target without its folder
     fields = json.loads(path.read_text())
     fields["speculators_config"]["verifier"]["name_or_path"] = name
@@ -97,7 +101,7 @@ class Ours:
 
 
 class Peer:
-    """speculators' trainer in a process of its own, which waits between its steps."""
+    """A peer's trainer in a process of its own, which waits between its steps."""
 
     def __init__(self, python: str, *words: str):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
@@ -146,10 +150,9 @@ def make_ways(given: argparse.Namespace, folder: Path, drafter: PPOWDrafter, dty
     ways: dict[str, Any] = {}
     for head in ("trained", "frozen"):
         ways[f"ours, head {head}"] = Ours(folder, drafter, dtype, given.optimizer, head)
-    for attention in given.speculators:
+    for peer in given.peers:
         for head in ("trained", "frozen"):
-            words = (str(folder), dtype, given.optimizer, head, attention)
-            ways[f"speculators {attention}, head {head}"] = Peer(python, *words)
+            ways[f"{peer}, head {head}"] = Peer(python, peer, str(folder), dtype, given.optimizer, head)
     return ways
 
 
@@ -191,14 +194,14 @@ def print_table(answers: dict[str, list[Answer]], tokens: int, title: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--python", help=f"speculators' interpreter; by default {PYTHON_VARIABLE}")
+    parser.add_argument("--python", help=f"the peers' interpreter; by default {PYTHON_VARIABLE}")
     parser.add_argument("--vocab-size", type=int, default=49_152)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=3, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
-    parser.add_argument("--speculators", nargs="*", default=["sdpa"], help="its implementations of attention")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""Training steps of speculators, inside its environment: one for each line on standard input.
+"""Training steps of speculators or SpecForge, inside their environment: one for each line on standard input.
 
-`training_cost_job.py FOLDER DTYPE OPTIMIZER HEAD ATTENTION`: its EAGLE-3 drafter, loss and optimizer, with what
+`training_cost_job.py PEER FOLDER DTYPE OPTIMIZER HEAD`: its EAGLE-3 drafter, loss and optimizer, with what
 training_cost.py left in FOLDER. A line of JSON answers each: losses of the unrolled steps, seconds on the clock, and
 seconds that the process computed.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 STEPS = 3  # of the training-time test
 LEARNING_RATE = 1e-4
+ATTENTION = "sdpa"  # flex attention has no gradients on a CPU
 SEQUENCES = "sequences.safetensors"
 
 
@@ -55,7 +57,7 @@ class RecordedSequences:
 class Speculators:
     """What the loop of `speculators.train.trainer` does, with its own batch, model, loss and optimizers."""
 
-    def __init__(self, folder, dtype, optimizer, head, attention):
+    def __init__(self, folder, dtype, optimizer, head):
         from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
         from speculators.models.eagle3.data import shift_batch
         from speculators.train.data import CollateFn
@@ -63,7 +65,7 @@ class Speculators:
         from speculators.train.trainer import TrainerConfig
 
         config = Eagle3SpeculatorConfig.from_pretrained(folder / "speculators")
-        config.transformer_layer_config._attn_implementation = attention
+        config.transformer_layer_config._attn_implementation = ATTENTION
         self.model = Eagle3DraftModel.from_pretrained(folder / "speculators", config=config).float().train()
         self.model.verifier_norm = torch.nn.Identity()  # the recorded last states are behind the norm
         self.model.lm_head.weight.requires_grad_(head == "trained")
@@ -101,15 +103,66 @@ class Speculators:
             optimizer.step()
 
 
+class SpecForge:
+    """SpecForge's own model, training strategy and optimizer, which is AdamW whatever is asked for.
+
+    Its loss is a Triton kernel, which needs a GPU: the plain function beside it, of the same values, takes its place.
+    """
+
+    def __init__(self, folder, dtype, optimizer, head):
+        from specforge.algorithms.eagle3 import model as eagle3
+        from specforge.core.loss import _compute_loss
+        from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
+        from specforge.modeling.target.target_head import TargetHead
+        from specforge.optimizer import BF16Optimizer
+        from specforge.runtime.contracts import TrainBatch
+        from specforge.training.strategies.base import Eagle3TrainStrategy
+        from specforge.utils import padding
+        from transformers import LlamaConfig
+
+        eagle3.LogSoftmaxLoss = types.SimpleNamespace(apply=_compute_loss)
+        drafter = LlamaForCausalLMEagle3(LlamaConfig.from_pretrained(folder / "eagle3"), attention_backend=ATTENTION)
+        drafter.load_state_dict(load_file(folder / "eagle3" / "model.safetensors"))
+        drafter.freeze_embedding()
+        drafter.lm_head.weight.requires_grad_(head == "trained")
+        target_head = TargetHead(folder / "record")  # its own loading knows no tied embeddings
+        weights = load_file(folder / "record" / "target.safetensors")
+        target_head.fc.weight.data = weights.get("head.weight", weights["embeddings.weight"])
+        target_head.freeze_weights()
+        model = eagle3.OnlineEagle3Model(drafter.to(dtype).train(), length=STEPS, attention_backend=ATTENTION)
+        self.strategy = Eagle3TrainStrategy(model, target_head=target_head.to(dtype), ploss_decay=1.0)
+        self.optimizer = BF16Optimizer(drafter, LEARNING_RATE, max_grad_norm=1.0, warmup_ratio=0.0)
+        tokens, chosen, last, learned = map(torch.stack, zip(*RecordedSequences(folder / "record"), strict=True))
+        batch = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "loss_mask": padding(learned, left=False).long(),  # the only one that its step does not shift
+            "hidden_state": chosen.to(dtype),
+            "target": last.to(dtype),
+        }
+        self.batch = TrainBatch([], "eagle3", batch, {"target_repr": "hidden_state"})
+
+    def gradients(self):
+        found = self.strategy.forward_loss(self.batch)
+        found.loss.backward()
+        return [loss.item() for loss in found.metrics["plosses"]]
+
+    def update(self):
+        self.optimizer.step()
+
+
+PEERS = {"speculators": Speculators, "specforge": SpecForge}
+
+
 def clocks():
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
-def main(folder, dtype, optimizer, head, attention):
+def main(peer, folder, dtype, optimizer, head):
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)
-    step = Speculators(Path(folder), getattr(torch, dtype), optimizer, head, attention)
+    step = PEERS[peer](Path(folder), getattr(torch, dtype), optimizer, head)
     for _ in sys.stdin:
         began = clocks()
         losses = step.gradients()
