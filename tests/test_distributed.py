@@ -250,7 +250,9 @@ def test_a_tensor_parallel_target_is_recorded_as_a_whole_one(make_target, tmp_pa
 def test_zero_gives_the_losses_of_one_process(trained, tmp_path, stage):
     pytest.importorskip("deepspeed")
     zero = {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+        },
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     }  # fmt: skip
     settings = COMMON | EVALUATION | {"per_device_train_batch_size": 2, "deepspeed": zero, "calibrate_at_end": True}

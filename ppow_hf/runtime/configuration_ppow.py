@@ -329,6 +329,11 @@ class PPOWDrafterConfig(PreTrainedConfig):
             )
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the draft model's states, from which DeepSpeed's `auto` settings are computed."""
+        return self.draft_config.hidden_size
+
+    @property
     def one_step(self) -> bool:
         """Whether the drafter gives a whole window in one step."""
         return self.architecture == "block"

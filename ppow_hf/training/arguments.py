@@ -334,9 +334,9 @@ class PPOWTrainingArguments(TrainingArguments):
             return
         unset_hf_deepspeed_config()  # else models made from now on would be in parts
         plugin.zero_stage, plugin.zero3_init_flag = 2, False
-        settings = plugin.hf_ds_config.config["zero_optimization"]
-        settings["stage"] = 2
-        settings.pop("offload_param", None)
+        config = plugin.hf_ds_config.config
+        kept = {k: v for k, v in config["zero_optimization"].items() if not k.startswith(("stage3_", "offload_param"))}
+        config["zero_optimization"] = kept | {"stage": 2}
         plugin.hf_ds_config.set_stage_and_offload()
         logger.warning(
             "deepspeed: ZeRO stage 3 given, stage 2 taken: a step needs the whole drafter's weights in either, and "
