@@ -3,8 +3,8 @@
     python tests/engines/peer_training.py --target MODEL --target-states R... --core-seconds 900 --output-dir D
 
 speculators' runs in the interpreter that PPOW_VLLM_PYTHON names (make_environment.sh). Both keep the same draft
-vocabulary, compute in bfloat16 on one thread, and have their learning rate fall over the budget. D/ours and
-D/speculators-imported are measured by the command that is printed.
+vocabulary, compute in bfloat16 on one thread, and have their learning rate fall over the budget. Then, or alone with
+--only compare, D/ours and D/speculators-imported draft along the same texts of the target, behind each --prompts.
 """
 
 import argparse
@@ -14,20 +14,24 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors.torch import save_file
 
 from ppow_hf import PPOWDrafter, import_drafter
-from ppow_hf.data.models import load_target, resolve
+from ppow_hf.data.models import load_prompts, load_target, load_tokenizer, parse_workload, resolve
 from ppow_hf.serving.engine_process import engine_python
 from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE
 from ppow_hf.studies.compare import train
+from ppow_hf.studies.evaluation import evaluate_drafter, write_texts
+from ppow_hf.studies.report import paired_gain, value
 from ppow_hf.training import PPOWTrainingArguments
 from ppow_hf.training.budget import Budget
 from ppow_hf.training.recorded_states import StateRecord
 
 JOB = Path(__file__).with_name("peer_training_job.py")
 SIDES = ("ours", "speculators")
+NEW_TOKENS = 96
 
 
 def new_drafter(target: Any, record: StateRecord, draft_vocab_size: int, seed: int) -> PPOWDrafter:
@@ -79,7 +83,7 @@ def train_speculators(given: argparse.Namespace, drafter: PPOWDrafter) -> dict[s
 
 
 def report(given: argparse.Namespace, side: str, done: dict[str, Any]) -> None:
-    """Print what `side` did and how to measure it, and keep it in D."""
+    """Print what `side` did, and keep it in D."""
     (given.output_dir / f"{side}.json").write_text(json.dumps(done, indent=1) + "\n")
     tokens, seconds = done["tokens"], done["core_seconds"]
     losses = " to ".join(f"{loss:.3f}" for loss in (*done["losses"][:1], *done["losses"][-1:]))
@@ -87,11 +91,25 @@ def report(given: argparse.Namespace, side: str, done: dict[str, Any]) -> None:
         f"{side}: {done['steps']} steps, {tokens} tokens, {seconds:.1f} core seconds, "
         f"{tokens / seconds:.0f} tokens per core second, loss {losses}"
     )
-    drafter = given.output_dir / ("ours" if side == "ours" else "speculators-imported")
-    print(
-        f"ppow measure --target {given.target} --drafter {drafter} --dtype bfloat16 --chat --prompts NAME=FILE "
-        f"--num-prompts 100 --window fixed --max-window 10 --json {given.output_dir / side}-acceptance.json"
-    )
+
+
+def compare(given: argparse.Namespace, target: Any) -> None:
+    """Print both drafters' acceptance lengths in chains of ten, and what ours gains, with its 95% interval."""
+    tokenizer = load_tokenizer(given.target, "--target")
+    folders = {"ours": "ours", "speculators": "speculators-imported"}
+    drafters = {side: PPOWDrafter.from_pretrained(given.output_dir / folders[side]) for side in SIDES}
+    for name, source in map(parse_workload, given.prompts):
+        prompts = load_prompts(source, given.num_prompts, tokenizer, target, NEW_TOKENS, chat=True)
+        texts = write_texts(target, [ids[0].tolist() for ids in prompts], NEW_TOKENS, given.seed)
+        found = {
+            side: evaluate_drafter(target, drafter, texts, groups=(), cost_ratios=())["per_prompt"]
+            for side, drafter in drafters.items()
+        }
+        for kind in ("chain_t0_k10", "chain_t1_k10"):
+            ours, peers = (numpy.array([found[side][kind]]) for side in SIDES)
+            gain, low, high = paired_gain(ours, peers)
+            interval = f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
+            print(f"{name} {kind}: ours {value(ours):.3f}, speculators {value(peers):.3f}, {interval}", flush=True)
 
 
 def main() -> None:
@@ -104,7 +122,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="our sequences of a step")
     parser.add_argument("--total-seq-len", type=int, default=1024, help="tokens of speculators' packed batch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=SIDES, help="train this one alone, as for two cores at once")
+    parser.add_argument("--only", choices=[*SIDES, "compare"], help="do this alone, as on two cores at once")
+    parser.add_argument("--prompts", action="append", default=[], help="[NAME=]DATA of prompts, several times")
+    parser.add_argument("--num-prompts", type=int, default=25, help="of each")
     parser.add_argument("--python", help=f"speculators' interpreter; by default {PYTHON_VARIABLE}")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,10 +132,12 @@ def main() -> None:
     record = StateRecord(*given.target_states)
     target = load_target(given.target, dtype="bfloat16", device="cpu")
     drafter = new_drafter(target, record, given.draft_vocab_size, given.seed)
-    if given.only != "ours":
+    if given.only in (None, "speculators"):
         report(given, "speculators", train_speculators(given, drafter))
-    if given.only != "speculators":
+    if given.only in (None, "ours"):
         report(given, "ours", train_ours(given, target, drafter, record))
+    if given.only in (None, "compare"):
+        compare(given, target)
 
 
 if __name__ == "__main__":
