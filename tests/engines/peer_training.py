@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=25, help="of each")
     parser.add_argument("--python", help=f"speculators' interpreter; by default {PYTHON_VARIABLE}")
     given = parser.parse_args()
+    if given.only == "compare" and not given.prompts:
+        parser.error("--prompts: none given; --only compare needs prompts to compare on.")
     torch.set_num_threads(1)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     record = StateRecord(*given.target_states)
