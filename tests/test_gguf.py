@@ -147,7 +147,8 @@ def test_eagle3_file(tmp_path, target, tokenizer, reduced):
     assert fields["eagle3.target_hidden_size"] == target.config.hidden_size
     assert fields["eagle3.vocab_size"] == VOCABULARY == len(fields["tokenizer.ggml.tokens"])
     ours = drafter.state_dict()
-    assert np.array_equal(tensors["fc.weight"], ours["draft_model.fc.weight"].numpy())
+    scales = np.repeat(drafter.config.state_scales, target.config.hidden_size).astype(np.float32)
+    assert np.array_equal(tensors["fc.weight"], ours["draft_model.fc.weight"].numpy() * scales)
     assert np.array_equal(tensors["token_embd.weight"], target.get_input_embeddings().weight.numpy())
     assert np.array_equal(tensors["blk.0.attn_norm_2.weight"], ours["draft_model.midlayer.hidden_norm.weight"].numpy())
     if reduced:

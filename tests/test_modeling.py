@@ -109,6 +109,8 @@ def slow_eagle_features(drafter: PPOWDrafter, states, sequence: list[int], draft
 
     for i in range(len(sequence) - 1):
         state = norm(states[i], "input_norm.weight") if drafter.config.norm_before_fc else states[i]
+        if (scales := drafter.config.state_scales) is not None:  # of the low, the middle and the high state
+            state = torch.cat([part * scale for part, scale in zip(state.chunk(3), scales, strict=True)])
         read(sequence[i + 1], weights["fc.weight"] @ state)
     for token in drafted:
         read(token, features[-1])
@@ -655,6 +657,38 @@ def test_vocabulary_fingerprint_tells_vocabularies_apart():
     assert len({vocabulary_fingerprint(Words(w)) for w in ("abc", "acb", "abcd")}) == 3
 
 
+# -- the size of the target's states
+
+
+def test_a_new_eagle_drafter_brings_its_targets_states_to_one_size(make_target):
+    target = make_target("llama", initializer_range=0.2)
+    with torch.no_grad():
+        target.model.layers[2].mlp.down_proj.weight.mul_(20)
+    drafter = PPOWDrafter.from_target(target, "eagle")
+    ids = torch.randint(target.config.vocab_size, (1, 60))
+    with torch.no_grad():
+        states = target(ids, output_hidden_states=True).hidden_states
+    sizes = [states[layer].pow(2).mean().sqrt().item() for layer in drafter.config.target_layer_ids]
+    assert max(sizes) > 4 * min(sizes)  # otherwise there was nothing to bring to one size
+    for size, scale in zip(sizes, drafter.config.state_scales, strict=True):
+        assert 0.125 < scale * size < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"architecture": "standalone", "state_scales": [1.0] * 3}, "only an eagle drafter .* not a standalone"),
+        ({"norm_before_fc": True, "state_scales": [1.0] * 3}, "only an eagle .* not norm_before_fc"),
+        ({"state_scales": [1.0, 2.0]}, r"\[1.0, 2.0\] given"),
+        ({"state_scales": [1.0, 0.0, 1.0]}, r"\[1.0, 0.0, 1.0\] given"),
+        ({"state_scales": "123"}, "'123' given"),
+    ],
+)
+def test_scales_that_no_drafter_can_have_are_refused(options, said):
+    with pytest.raises(ValueError, match=f"^state_scales: {said}"):
+        PPOWDrafterConfig(**options)
+
+
 # -- layers taken from the target
 
 
@@ -667,9 +701,11 @@ def test_an_eagle_layer_begins_as_the_targets_on_states_alone(make_target):
         own = getattr(layer.self_attn, name).weight[:, target.config.hidden_size :]
         inputs = layer.hidden_norm(states)
         assert torch.equal(inputs @ own.T, getattr(source.self_attn, name)(source.input_layernorm(states)))
-    assert torch.equal(
-        layer.mlp(layer.post_attention_layernorm(states)), source.mlp(source.post_attention_layernorm(states))
-    )
+    scale = drafter.config.state_scales[-1]
+    assert scale != 1.0  # otherwise it is not seen whether what is added was scaled as well
+    expected = scale * source.mlp(source.post_attention_layernorm(states))
+    assert torch.equal(layer.mlp(layer.post_attention_layernorm(states)), expected)
+    assert torch.equal(layer.self_attn.o_proj.weight, scale * source.self_attn.o_proj.weight)
 
 
 def test_a_standalone_drafter_of_all_layers_is_its_target(make_target):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import threading
 
@@ -141,6 +142,8 @@ def test_a_drafter_starts_from_the_record_as_from_the_target(make_record, target
     record = StateRecord(make_record(layers=LAYERS if reads_layers else []))
     layers = {"target_layer_ids": LAYERS} if reads_layers else {}
     drafters = []
+    if architecture == "eagle":
+        layers["state_scales"] = record.state_scales()
     for pattern in (target, record.target):
         torch.manual_seed(0)
         drafters.append(PPOWDrafter.from_target(pattern, architecture, **layers))
@@ -151,6 +154,17 @@ def test_a_drafter_starts_from_the_record_as_from_the_target(make_record, target
     for config in (expected, found):  # the target was built, not loaded, so that its configuration names no dtype
         config["draft_config"].pop("dtype", None)
     assert expected == found
+
+
+def test_scales_bring_the_recorded_states_near_one(make_record, target):
+    record = StateRecord(make_record(layers=LAYERS))
+    sequence = record.sequences[0]["input_ids"]
+    with torch.no_grad():
+        states = target(sequence[None], output_hidden_states=True).hidden_states
+    for layer, scale in zip(LAYERS, record.state_scales(), strict=True):
+        assert math.log2(scale).is_integer()
+        assert 0.125 < scale * states[layer].pow(2).mean().sqrt() < 0.5
+    assert len(set(record.state_scales())) > 1  # otherwise order was not tested
 
 
 def test_tied_weights_are_kept_once(make_record, make_target, tokenizer):

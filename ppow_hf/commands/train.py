@@ -225,7 +225,7 @@ def drafter_for_record(
     counts = record.sequences.count_tokens(target_width(record.target))
     layers = {}
     if script.architecture == "eagle":
-        layers = {"target_layer_ids": record.layer_ids}
+        layers = {"target_layer_ids": record.layer_ids, "state_scales": record.state_scales()}
     elif script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
         layers = {"target_layer_ids": sorted(set(record.layer_ids) - {0}) or record.layer_ids}
     return new_drafter(named, training, target, tokenizer, counts, **layers)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..runtime.configuration_ppow import EAGLE_NORMS
+from ..runtime.draft_models import scaled_states
 
 EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 SPECULATORS_ARCHITECTURE = "Eagle3DraftModel"
@@ -68,6 +69,8 @@ def eagle3_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU.
 
+    `fc` reads the target's states as they are: `state_scales` are multiplied into it.
+
     With `embeddings` those of a drafter that shares its target's too, which must have been attached. With
     `translation` `d2t` and `t2d` for a whole vocabulary too: OpenVINO's converter needs them, vLLM refuses them.
     """
@@ -79,6 +82,8 @@ def eagle3_tensors(
         if name.startswith(LAYER_NAMES["eagle3"]):
             name = layer + name.removeprefix(LAYER_NAMES["eagle3"])
         tensors[name] = tensor
+    if drafter.config.state_scales is not None:
+        tensors["fc.weight"] = scaled_states(tensors["fc.weight"], drafter.config.state_scales)
     width, size = drafter.config.draft_vocab_size, drafter.config.vocab_size
     if width in (None, size):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}

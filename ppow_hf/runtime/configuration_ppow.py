@@ -114,6 +114,10 @@ class PPOWDrafterConfig(PreTrainedConfig):
         norm_before_fc, norm_before_residual, norm_output (`bool`, *optional*, defaults to `False`):
             What speculators' eagle drafters do beside EAGLE-3's: normalize the target's states before `fc`; add to the
             layer's normalized state in place of the state; feed draft steps what is behind the final norm.
+        state_scales (`list[float]`, *optional*):
+            What each of the target's states is multiplied by before `fc` (eagle), so that all come to it about as
+            large, and the layer's additions count beside what they are added to [ours]. Exports multiply `fc` by them.
+            `None`: nothing.
         medusa_heads (`int`, *optional*):
             Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
         medusa_layers (`int`, *optional*, defaults to `1`): residual layers of each head.
@@ -169,6 +173,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         norm_before_fc: bool = False,
         norm_before_residual: bool = False,
         norm_output: bool = False,
+        state_scales: list[float] | None = None,
         medusa_heads: int | None = None,
         medusa_layers: int = 1,
         block_size: int | None = None,
@@ -210,6 +215,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.norm_before_fc = norm_before_fc
         self.norm_before_residual = norm_before_residual
         self.norm_output = norm_output
+        self.state_scales = state_scales
         self.medusa_heads = medusa_heads
         self.medusa_layers = medusa_layers
         self.block_size = block_size
@@ -253,6 +259,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.check_layers()
         self.check_sizes()
         self.check_switches()
+        self.check_scales()
         self.check_block()
 
     @classmethod
@@ -309,6 +316,18 @@ class PPOWDrafterConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: {value!r} is not True or False.")
             if value and self.architecture != owner.split()[1]:
                 raise ValueError(f"{name}: only {owner} drafter has it, not a {self.architecture} one. Leave it out.")
+
+    def check_scales(self) -> None:
+        """Raise `ValueError` for `state_scales` that are not one positive number for each of the target's states."""
+        scales = self.state_scales
+        if scales is None:
+            return
+        if self.architecture != "eagle" or self.norm_before_fc:
+            other = "norm_before_fc" if self.norm_before_fc else f"a {self.architecture} drafter"
+            raise ValueError(f"state_scales: only an eagle drafter without norm_before_fc has them, not {other}.")
+        numbers = isinstance(scales, list | tuple) and all(isinstance(s, int | float) for s in scales)
+        if not numbers or len(scales) != 3 or not all(0 < scale < float("inf") for scale in scales):
+            raise ValueError(f"state_scales: {scales!r} given; pass a positive number for each of the three states.")
 
     def check_block(self) -> None:
         """Raise `ValueError` for fields of a block drafter that are out of range, or given to another one."""

@@ -254,6 +254,11 @@ class TargetEmbeddings:
         return found.detach().to(tokens.device, dtype)
 
 
+def scaled_states(states: torch.Tensor, scales: list[float]) -> torch.Tensor:
+    """Each of the states that lie side by side in the last dimension, times its number of `scales`."""
+    return torch.cat([part * scale for part, scale in zip(states.chunk(len(scales), -1), scales, strict=True)], dim=-1)
+
+
 class EagleDrafter(nn.Module):
     """The EAGLE-3 computation; parameter names are those of the published checkpoints.
 
@@ -278,6 +283,7 @@ class EagleDrafter(nn.Module):
         self.embed_tokens = None if shared else nn.Embedding(config.vocab_size, draft.hidden_size)
         self.target_embeddings = TargetEmbeddings()
         self.input_norm = DraftNorm(fused, eps=draft.rms_norm_eps) if config.norm_before_fc else None
+        self.state_scales = config.state_scales
         self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
         self.midlayer = EagleDecoderLayer(draft, config.norm_before_residual)
         self.norm_output = config.norm_output
@@ -291,7 +297,11 @@ class EagleDrafter(nn.Module):
         Without a cache, `allowed` may be `None`: each token sees those before it.
         """
         states = states.to(self.fc.weight.dtype)
-        features = self.fc(states if self.input_norm is None else self.input_norm(states))
+        if self.input_norm is not None:
+            states = self.input_norm(states)
+        elif self.state_scales is not None:
+            states = scaled_states(states, self.state_scales)
+        features = self.fc(states)
         return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
 
     def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:

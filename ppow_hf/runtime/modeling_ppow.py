@@ -26,7 +26,7 @@ from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, Window
 from .draft_session import DraftSession, packed_allowed, still_drafted
 from .generation import DrafterView
 from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
-from .start_weights import check_init_layers, start_from_target
+from .start_weights import check_init_layers, measured_state_scales, start_from_target
 from .target_weights import embedding_matrix, target_width
 
 
@@ -538,6 +538,8 @@ class PPOWDrafter(PreTrainedModel):
             settings.setdefault(longest, settings.get("max_window", PPOWDrafterConfig().max_window))
             settings.setdefault("max_window", settings[longest])
         layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), text.num_hidden_layers)
+        if architecture == "eagle" and not settings.get("norm_before_fc") and "state_scales" not in settings:
+            settings["state_scales"] = measured_state_scales(target, layers)
         lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
         config = PPOWDrafterConfig(
             architecture=architecture,

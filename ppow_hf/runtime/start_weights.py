@@ -12,7 +12,7 @@ from torch import nn
 
 from .block_model import BlockDrafter, MarkovHead
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
-from .target_weights import embedding_matrix, head_matrix
+from .target_weights import embedding_matrix, head_matrix, input_device
 
 # Where an eagle layer's weights lie in a decoder layer of the Llama kind; its attention reads [embedding, state].
 EAGLE_LAYER = {
@@ -142,6 +142,36 @@ def _start_markov_head(head: MarkovHead, embeddings: torch.Tensor | None, kept: 
     head.markov_w1.weight[: len(places), : places.shape[1]] = places.clamp(-4, 4).to(head.markov_w1.weight)
 
 
+# -- the target's states
+
+MEASURED_TOKENS = 128
+STATE_SIZE = 0.25  # the root mean square that scaled states have: small beside what the layer learns to add
+
+
+@torch.no_grad()
+def measured_state_scales(target: Any, layer_ids: Sequence[int]) -> list[float] | None:
+    """The `state_scales` of a drafter that reads the states `layer_ids`, by one forward of `target` [ours].
+
+    The forward is of tokens from all over the vocabulary. `None` where the target's layers have no weights.
+    """
+    if any(parameter.is_meta for parameter in target.parameters()) and not hasattr(target, "hf_device_map"):
+        return None
+    width, device = target.config.get_text_config().vocab_size, input_device(target)
+    tokens = torch.arange(MEASURED_TOKENS, device=device) * width // MEASURED_TOKENS
+    states = target(input_ids=tokens[None], output_hidden_states=True, use_cache=False).hidden_states
+    return [state_scale(states[layer][0]) for layer in layer_ids]
+
+
+def state_scale(states: torch.Tensor) -> float:
+    """The power of two that brings states `[L, h]` closest to a root mean square of [`STATE_SIZE`].
+
+    Of the tokens' the median counts: the first token's states can be a hundred times as large. A power of two loses
+    nothing where an export multiplies weights by it.
+    """
+    size = states.float().pow(2).mean(-1).median().sqrt().item()
+    return 2.0 ** round(math.log2(STATE_SIZE / size)) if 0 < size < math.inf else 1.0
+
+
 # -- the target's layers
 
 
@@ -180,12 +210,18 @@ def _start_standalone_layers(model: Any, target: Any, init_layers: Sequence[int]
 
 
 def _start_eagle_layer(draft: EagleDrafter, source: nn.Module) -> None:
-    """Copy a layer of the Llama kind; of the attention's inputs its weights read the state, and not the embedding."""
+    """Copy a layer of the Llama kind; of the attention's inputs its weights read the state, and not the embedding.
+
+    What it adds to the state is as much smaller as `state_scales` make the state.
+    """
     weights, layer = dict(source.named_parameters()), draft.midlayer
     hidden = draft.fc.out_features
     _copy_weights(layer, weights, EAGLE_LAYER)
     for name in EAGLE_ATTENTION:
         _copy_into(layer.get_parameter(name)[:, hidden:], weights.get(name), name)
+    if draft.state_scales is not None:
+        for added in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            added.weight.mul_(draft.state_scales[-1])
 
 
 def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], names: dict[str, str]) -> None:

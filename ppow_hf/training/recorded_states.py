@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
+from ..runtime.start_weights import state_scale
 from .target import TargetEncoding, TrainingTarget
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,7 @@ FORMAT = 1
 MANIFEST, SEQUENCES, WEIGHTS = "record.json", "sequences.safetensors", "target.safetensors"
 LAST = "last"  # the state behind the final norm, which the head reads
 NO_FORWARD = "target_states: recorded states know no window but those of their texts; verify others by the target."
+MEASURED_SEQUENCES = 4
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
 
 
@@ -165,6 +167,13 @@ class StateRecord:
     def max_length(self) -> int:
         """What the longest sequences were cut to."""
         return max(part.manifest["max_length"] for part in self._parts)
+
+    def state_scales(self) -> list[float]:
+        """The `state_scales` of an eagle drafter that reads `layer_ids`, by the first sequences."""
+        num_layers = self.target.config.get_text_config().num_hidden_layers
+        names = [layer_name(layer, num_layers) for layer in self.layer_ids]
+        rows = [self.read(index, names) for index in range(min(len(self.sequences), MEASURED_SEQUENCES))]
+        return [state_scale(torch.cat(parts)) for parts in zip(*rows, strict=True)]
 
     def read(self, index: int, names: list[str]) -> list[torch.Tensor]:
         """The recorded states `[S, h]` of sequence `index`, one tensor for each of `names`."""

@@ -106,6 +106,7 @@ def medusa(target, eagle, prompts) -> PPOWDrafter:
 def eagle_with_norms(target, eagle, prompts, tmp_path_factory) -> PPOWDrafter:
     """The embedded eagle drafter with speculators' three norms, trained on with them for half a minute."""
     config = copy.deepcopy(eagle.config)
+    config.state_scales = None
     for name in EAGLE_NORMS:
         setattr(config, name, True)
     drafter = PPOWDrafter(config)
