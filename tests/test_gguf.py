@@ -160,6 +160,18 @@ def test_eagle3_file(tmp_path, target, tokenizer, reduced):
     assert "token_embd.weight" not in read(tmp_path / "drafter.gguf")[1]
 
 
+@pytest.mark.parametrize("number_format", ["float16", "q8_0"])
+def test_what_float16_cannot_hold_is_kept_in_float32(tmp_path, target, tokenizer, number_format):
+    drafter = PPOWDrafter.from_target(target, "eagle", target_layer_ids=[1, 2, 3], state_scales=[2.0**-14] * 3)
+    drafter.attach_target(target)
+    write_eagle3(tmp_path / "drafter.gguf", drafter, tokenizer, number_format)
+    fields, tensors = read(tmp_path / "drafter.gguf")
+    ours = drafter.state_dict()
+    assert np.array_equal(tensors["fc.weight"], (ours["draft_model.fc.weight"] * 2.0**-14).numpy())
+    others = tensors["blk.0.ffn_up.weight"], ours["draft_model.midlayer.mlp.up_proj.weight"].numpy()
+    assert not np.array_equal(*others)  # rounded, as asked for
+
+
 # -- tokenizers
 
 

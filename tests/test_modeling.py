@@ -674,6 +674,27 @@ def test_a_new_eagle_drafter_brings_its_targets_states_to_one_size(make_target):
         assert 0.125 < scale * size < 0.5
 
 
+def test_a_target_in_training_gives_the_same_drafter_and_stays_in_training(make_target):
+    target = make_target("gpt2")
+    drafters = []
+    for mode in (False, True):
+        target.train(mode)
+        target.transformer.h[0].mlp.dropout.eval()
+        torch.manual_seed(0)
+        drafters.append(PPOWDrafter.from_target(target, "eagle"))
+    assert target.training and target.transformer.drop.training and not target.transformer.h[0].mlp.dropout.training
+    first, second = (drafter.state_dict() for drafter in drafters)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_target_that_cannot_be_measured_is_said_and_drafted_for_as_it_is(make_target, caplog, monkeypatch):
+    target = make_target("llama")
+    monkeypatch.setattr(target.model.layers[1], "forward", lambda *_, **__: 1 / 0)
+    drafter = PPOWDrafter.from_target(target, "eagle")
+    assert drafter.config.state_scales is None
+    assert "the size of its states could not be measured (ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -682,6 +703,7 @@ def test_a_new_eagle_drafter_brings_its_targets_states_to_one_size(make_target):
         ({"state_scales": [1.0, 2.0]}, r"\[1.0, 2.0\] given"),
         ({"state_scales": [1.0, 0.0, 1.0]}, r"\[1.0, 0.0, 1.0\] given"),
         ({"state_scales": "123"}, "'123' given"),
+        ({"state_scales": [True, 1.0, 1.0]}, r"\[True, 1.0, 1.0\] given"),
     ],
 )
 def test_scales_that_no_drafter_can_have_are_refused(options, said):

@@ -164,6 +164,19 @@ def test_an_objective_follows_its_schedule_and_goes_on_with_it_after_a_resume(ma
     assert any((other.model.state_dict()[name] - value).abs().max() > 1e-4 for name, value in expected.items())
 
 
+def test_a_resumed_drafter_reads_the_states_as_large_as_it_did(make_trainer, make_target):
+    target = make_target("llama", initializer_range=0.3)
+    plain, scaled = (make_drafter(target, "eagle", state_scales=scales) for scales in (None, [8.0, 4.0, 0.5]))
+    settings = {"target": target, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    trainer = make_trainer("eagle", "supervised", drafter=plain, **settings)
+    trainer.train()
+    expected = weights(trainer)
+    resumed = make_trainer("eagle", "supervised", drafter=scaled, **settings)
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    assert resumed.model.config.state_scales is None
+    assert_same_weights(weights(resumed), expected)
+
+
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *BLOCKS])
 def test_supervised_loss_falls(make_trainer, architecture):
     train = random_dataset([24] * 8)

@@ -198,14 +198,21 @@ def _write(
 
 
 def _stored_format(gguf: Any, tensor: torch.Tensor, wanted: str) -> Any:
-    """Matrices in the format asked for, or float16 where q8_0's blocks of 32 do not fit; vectors in float32."""
+    """Matrices in the format asked for, or float16 where q8_0's blocks of 32 do not fit; in float32 vectors, and
+    matrices with numbers too small for float16, in which q8_0 keeps its scales."""
     if not tensor.is_floating_point():
         return gguf.GGMLQuantizationType.I64
-    if tensor.ndim == 1:
+    if tensor.ndim == 1 or (wanted in ("F16", "Q8_0") and _has_small_columns(tensor)):
         return gguf.GGMLQuantizationType.F32
     if wanted == "F16" and bool((tensor.detach().abs() > torch.finfo(torch.float16).max).any()):
         raise ValueError("dtype: the weights exceed float16; write bfloat16 or q8_0.")
     return gguf.GGMLQuantizationType["F16" if wanted == "Q8_0" and tensor.shape[-1] % 32 else wanted]
+
+
+def _has_small_columns(matrix: torch.Tensor) -> bool:
+    """Whether a column's mean size, but for one of zeros, is below float16's smallest normal number."""
+    sizes = matrix.detach().float().abs().mean(0)
+    return bool(((sizes > 0) & (sizes < torch.finfo(torch.float16).tiny)).any())
 
 
 def _add_vocabulary(writer: Any, vocabulary: GGUFVocabulary) -> None:

@@ -325,7 +325,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
         if self.architecture != "eagle" or self.norm_before_fc:
             other = "norm_before_fc" if self.norm_before_fc else f"a {self.architecture} drafter"
             raise ValueError(f"state_scales: only an eagle drafter without norm_before_fc has them, not {other}.")
-        numbers = isinstance(scales, list | tuple) and all(isinstance(s, int | float) for s in scales)
+        numbers = isinstance(scales, list | tuple) and all(
+            isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales
+        )
         if not numbers or len(scales) != 3 or not all(0 < scale < float("inf") for scale in scales):
             raise ValueError(f"state_scales: {scales!r} given; pass a positive number for each of the three states.")
 

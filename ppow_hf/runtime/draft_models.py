@@ -276,14 +276,13 @@ class EagleDrafter(nn.Module):
                 f"draft_config: num_hidden_layers={draft.num_hidden_layers} given, but an eagle drafter has one "
                 "layer. Set it to 1."
             )
-        self.config = draft
+        self.config, self.drafter_config = draft, config
         width = config.draft_vocab_size or config.vocab_size
         fused = len(config.target_layer_ids or [0, 0, 0]) * (config.target_hidden_size or draft.hidden_size)
         shared = config.shares_target_embeddings
         self.embed_tokens = None if shared else nn.Embedding(config.vocab_size, draft.hidden_size)
         self.target_embeddings = TargetEmbeddings()
         self.input_norm = DraftNorm(fused, eps=draft.rms_norm_eps) if config.norm_before_fc else None
-        self.state_scales = config.state_scales
         self.fc = nn.Linear(fused, draft.hidden_size, bias=False)
         self.midlayer = EagleDecoderLayer(draft, config.norm_before_residual)
         self.norm_output = config.norm_output
@@ -299,8 +298,8 @@ class EagleDrafter(nn.Module):
         states = states.to(self.fc.weight.dtype)
         if self.input_norm is not None:
             states = self.input_norm(states)
-        elif self.state_scales is not None:
-            states = scaled_states(states, self.state_scales)
+        elif self.drafter_config.state_scales is not None:
+            states = scaled_states(states, self.drafter_config.state_scales)
         features = self.fc(states)
         return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
 

@@ -510,7 +510,8 @@ class PPOWDrafter(PreTrainedModel):
                 eagle drafter, in the target's shape; as many as it has for a standalone one [ours]. Without it they
                 begin at random.
             overrides: fields of [`PPOWDrafterConfig`] (`max_window`, `target_layer_ids`, ...) or of the drafter's own
-                transformer (`num_hidden_layers`, `intermediate_size`, ...).
+                transformer (`num_hidden_layers`, `intermediate_size`, ...). Unless `state_scales` is given, `None` for
+                none, an eagle drafter's are measured by one forward of the target.
         """
         check_settings(architecture=architecture)
         if isinstance(target, PPOWDrafter):
@@ -538,8 +539,6 @@ class PPOWDrafter(PreTrainedModel):
             settings.setdefault(longest, settings.get("max_window", PPOWDrafterConfig().max_window))
             settings.setdefault("max_window", settings[longest])
         layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), text.num_hidden_layers)
-        if architecture == "eagle" and not settings.get("norm_before_fc") and "state_scales" not in settings:
-            settings["state_scales"] = measured_state_scales(target, layers)
         lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
         config = PPOWDrafterConfig(
             architecture=architecture,
@@ -557,6 +556,8 @@ class PPOWDrafter(PreTrainedModel):
                 **settings,
             },
         )
+        if architecture == "eagle" and not config.norm_before_fc and "state_scales" not in settings:
+            config.state_scales = measured_state_scales(target, config.target_layer_ids or [])
         drafter = cls(config)
         start_from_target(drafter, target, token_counts, init_layers)
         if target.dtype.is_floating_point:

@@ -3,6 +3,7 @@
 Knows both models' modules; knows nothing about training.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from .block_model import BlockDrafter, MarkovHead
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter
 from .target_weights import embedding_matrix, head_matrix, input_device
+
+logger = logging.getLogger(__name__)
 
 # Where an eagle layer's weights lie in a decoder layer of the Llama kind; its attention reads [embedding, state].
 EAGLE_LAYER = {
@@ -148,25 +151,55 @@ MEASURED_TOKENS = 128
 STATE_SIZE = 0.25  # the root mean square that scaled states have: small beside what the layer learns to add
 
 
-@torch.no_grad()
 def measured_state_scales(target: Any, layer_ids: Sequence[int]) -> list[float] | None:
     """The `state_scales` of a drafter that reads the states `layer_ids`, by one forward of `target` [ours].
 
-    The forward is of tokens from all over the vocabulary. `None` where the target's layers have no weights.
+    The forward is of tokens from all over the vocabulary. `None` where the target's layers have no weights, or, with a
+    warning, where it fails.
     """
-    if any(parameter.is_meta for parameter in target.parameters()) and not hasattr(target, "hf_device_map"):
+    hooked = any(hasattr(module, "_hf_hook") for module in target.modules())  # accelerate's, which load weights
+    if not hooked and any(parameter.is_meta for parameter in target.parameters()):
         return None
-    width, device = target.config.get_text_config().vocab_size, input_device(target)
-    tokens = torch.arange(MEASURED_TOKENS, device=device) * width // MEASURED_TOKENS
-    states = target(input_ids=tokens[None], output_hidden_states=True, use_cache=False).hidden_states
-    return [state_scale(states[layer][0]) for layer in layer_ids]
+    try:
+        states = _measured_states(target)
+        return [state_scale(states[layer][0]) for layer in layer_ids]
+    except Exception as error:  # whatever a family's forward or the library that stores the weights raises
+        logger.warning(
+            "target: the size of its states could not be measured (%s: %s). The drafter reads them as they are, and "
+            "may learn more slowly. Pass state_scales to from_target to set it.",
+            type(error).__name__,
+            error,
+        )
+        return None
+
+
+@torch.no_grad()
+def _measured_states(target: Any) -> tuple[torch.Tensor, ...]:
+    """All states `[1, L, h]` of tokens from all over the vocabulary; the target's dropout is off."""
+    text, embeddings = target.config.get_text_config(), target.get_input_embeddings()
+    count = min(MEASURED_TOKENS, getattr(text, "max_position_embeddings", None) or MEASURED_TOKENS)
+    width = min(text.vocab_size, getattr(embeddings, "num_embeddings", text.vocab_size))
+    tokens = (torch.arange(count, device=input_device(target)) * width // count)[None]
+    training = [module for module in target.modules() if module.training]
+    target.eval()
+    try:
+        return target(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            output_hidden_states=True,
+            use_cache=False,
+            return_dict=True,
+        ).hidden_states
+    finally:
+        for module in training:
+            module.training = True
 
 
 def state_scale(states: torch.Tensor) -> float:
     """The power of two that brings states `[L, h]` closest to a root mean square of [`STATE_SIZE`].
 
-    Of the tokens' the median counts: the first token's states can be a hundred times as large. A power of two loses
-    nothing where an export multiplies weights by it.
+    Of the tokens' the median counts: the first token's states can be a hundred times as large. In float32 and bfloat16
+    a power of two loses nothing where an export multiplies weights by it.
     """
     size = states.float().pow(2).mean(-1).median().sqrt().item()
     return 2.0 ** round(math.log2(STATE_SIZE / size)) if 0 < size < math.inf else 1.0
@@ -219,9 +252,9 @@ def _start_eagle_layer(draft: EagleDrafter, source: nn.Module) -> None:
     _copy_weights(layer, weights, EAGLE_LAYER)
     for name in EAGLE_ATTENTION:
         _copy_into(layer.get_parameter(name)[:, hidden:], weights.get(name), name)
-    if draft.state_scales is not None:
+    if (scales := draft.drafter_config.state_scales) is not None:
         for added in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            added.weight.mul_(draft.state_scales[-1])
+            added.weight.mul_(scales[-1])
 
 
 def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], names: dict[str, str]) -> None:

@@ -31,7 +31,7 @@ from ..measure.calibration import calibrate
 from ..measure.costs import measure_costs
 from ..measure.evaluation import decode, evaluation_metrics, report
 from ..measure.plots import plot_curves
-from ..runtime.configuration_ppow import vocabulary_fingerprint
+from ..runtime.configuration_ppow import PPOWDrafterConfig, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
@@ -209,6 +209,9 @@ class PPOWTrainer(Trainer):
         self._run_record = run_record(self.args, self.train_dataset.fingerprint)
         if resume_from_checkpoint:
             check_same_run(resume_from_checkpoint, self._run_record)
+            config = PPOWDrafterConfig.from_pretrained(resume_from_checkpoint)
+            # Part of what the weights mean, and of a new drafter measured anew.
+            self.accelerator.unwrap_model(self.model).config.state_scales = config.state_scales
         self.eval_prompts = self.args.eval_prompts
         if resume_from_checkpoint:
             stored = json.loads((Path(resume_from_checkpoint) / STATE).read_text())

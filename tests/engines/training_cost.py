@@ -139,7 +139,8 @@ def make_pair(given: argparse.Namespace, dtype: str) -> tuple[Any, PPOWDrafter, 
     )  # fmt: skip
     target = LlamaForCausalLM(config).to(getattr(torch, dtype))
     reduced = {"draft_vocab_size": given.draft_vocab_size, "token_counts": torch.rand(given.vocab_size)}
-    drafter = PPOWDrafter.from_target(target, "eagle", target_layer_ids=LAYERS, **reduced).float()
+    shape = {"target_layer_ids": LAYERS, "state_scales": None}  # what peers have no place for
+    drafter = PPOWDrafter.from_target(target, "eagle", **shape, **reduced).float()
     texts = [torch.randint(given.vocab_size, (given.length,)) for _ in range(given.batch)]
     return target, drafter, SequenceDataset(texts, [[True] * given.length] * given.batch)
 
