@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import ppow_hf
-from ppow_hf.measure.benchmark import ratio_interval, run_benchmark, trace_from_forwards
+from ppow_hf.measure.benchmark import run_benchmark, trace_from_forwards
 from ppow_hf.measure.benchmark_report import format_table, plot_windows, verdict, write_benchmark
 from ppow_hf.measure.costs import measure_costs
+from ppow_hf.measure.intervals import ratio_interval
 from ppow_hf.measure.provenance import describe_machine, public_command
 from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
 

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import evaluate
+import numpy
 import pytest
 import torch
 from transformers.dynamic_module_utils import get_imports
 
 from ppow_hf import PPOWDrafter, metrics
+from ppow_hf.measure.intervals import ratio_interval
 from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
 
 
@@ -87,4 +89,27 @@ def test_acceptance_is_measured_by_real_decoding(make_target):
     assert row["drafted"] == row["accepted"] and row["prompts"] == 2
     # 20 tokens: the prompt's forward gives 1, then rounds of 5, the last one cut to what is left
     assert row["rounds"] == 2 * 4 and row["acceptance_length"] == pytest.approx(19 / 4)
+    assert row["acceptance_length_interval"] is None  # of two prompts
     assert result["target"] == "twin" and result["versions"]["torch"] == torch.__version__
+
+
+def test_the_interval_of_a_mean_over_prompts_is_that_of_the_ratio_of_sums():
+    generator = numpy.random.default_rng(1)
+    rounds = generator.integers(5, 40, size=200)
+    kept = rounds * generator.normal(2.0, 0.4, size=200)
+    low, high = ratio_interval((kept, rounds))
+    ratio = kept.sum() / rounds.sum()
+    error = 1.96 * ((kept - ratio * rounds) ** 2).sum() ** 0.5 / rounds.sum()  # the delta method's
+    assert [low, high] == pytest.approx([ratio - error, ratio + error], rel=0.01)
+    assert ratio_interval((kept[:4], rounds[:4])) is None
+    assert ratio_interval(([0] * 5, [0] * 5)) is None  # nothing was drafted
+
+
+def test_a_measured_row_has_the_interval_over_its_prompts(make_target):
+    target = make_target("llama", initializer_range=0.3)
+    drafter = PPOWDrafter.from_target(target, "standalone", num_hidden_layers=1, max_window=4)
+    prompts = [[5, 9, 17 + place] for place in range(6)]
+    result = metrics.measure_acceptance(target, drafter, {"some": prompts}, windows=("fixed",), max_new_tokens=20)
+    (row,) = result["rows"]
+    low, high = row["acceptance_length_interval"]
+    assert 1 <= low <= row["acceptance_length"] <= high <= 5 and low < high

@@ -44,7 +44,8 @@ ACCEPTANCE = {
     "target": "ada/base", "dtype": "float32", "max_new_tokens": 32, "seed": 3,
     "rows": [
         {"workload": "chat", "temperature": 0.0, "window": "fixed", "max_window": 3, "prompts": 9, "wasted": 0.25,
-         "acceptance_length": 2.345, "acceptance_by_position": [0.81, 0.52, 0.33], "tokens_per_target_forward": 2.2,
+         "acceptance_length": 2.345, "acceptance_length_interval": [2.1, 2.61],
+         "acceptance_by_position": [0.81, 0.52, 0.33], "tokens_per_target_forward": 2.2,
          "repeated_8grams": 0.07, "drafted": 30, "accepted": 22, "rounds": 10},
         {"workload": "chat", "temperature": 1.0, "window": "kl", "max_window": 3, "prompts": 9, "wasted": 0.5,
          "acceptance_length": 1.789, "acceptance_by_position": [0.44], "tokens_per_target_forward": 1.5,
@@ -140,7 +141,7 @@ def test_every_measured_number_stands_in_a_table(folder):
     ]  # fmt: skip
     assert cells(text, "transformers_assisted_constant")[0][1:3] == ["61.0", "1.22"]
     assert cells(text, "chat") == [
-        ["chat", "0", "fixed 3", "9", "2.35", "2.20", "25%", "7%"],
+        ["chat", "0", "fixed 3", "9", "2.35 (2.10 to 2.61)", "2.20", "25%", "7%"],
         ["chat", "1", "kl, at most 3", "9", "1.79", "1.50", "50%", "1%"],
         ["chat", "0", "fixed 3", "0.81", "0.52", "0.33"],
         ["chat", "1", "kl, at most 3", "0.44", "", ""],

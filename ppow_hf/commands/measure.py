@@ -21,6 +21,8 @@ from ..data.models import (
 )
 from ..data.sources import DATA_HELP
 
+PRINTED = ("workload", "temperature", "window", "acceptance_length", "acceptance_length_interval")
+
 
 def register(subparsers: Any) -> None:
     """Add the parser of `ppow measure`."""
@@ -91,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         result["half_precision"] = half_precision
     write_benchmark(result, arguments.json)
     for row in result["rows"]:
-        print(json.dumps({name: row[name] for name in ("workload", "temperature", "window", "acceptance_length")}))
+        print(json.dumps({name: row[name] for name in PRINTED}))
     if half_precision is not None:
         print(json.dumps({name: value for name, value in half_precision.items() if name != "first_differences"}))
     return 0

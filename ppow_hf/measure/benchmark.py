@@ -27,14 +27,13 @@ from ..runtime.trace import GenerationTrace, RoundTrace
 from ..version import __version__
 from .costs import check_count, check_prompts, measure_costs, with_progress
 from .evaluation import left_padded, until_end
+from .intervals import ratio_interval
 from .provenance import describe_machine, public_command
 from .window_study import eos_of
 
 PROMPT_LOOKUP_TOKENS = 10
 FIXED_WINDOW = 8
 TREE_NODES = 16
-INTERVAL_SAMPLES = 1000
-FEWEST_PROMPTS_FOR_INTERVAL = 5
 
 Ways = dict[str, Callable[[], dict[str, Any]]]  # row -> the options of its next call of `generate`
 
@@ -466,23 +465,3 @@ def _describe_row(name: str, runs: _Runs, plain: _Runs, greedy: bool) -> dict[st
         # The rule's own account, at the end of each call: whether it would go on drafting.
         row["speculation_pays"] = 2 * sum(trace.speculation_pays for trace in every) > len(every)
     return row
-
-
-def ratio_interval(
-    runs: tuple[Sequence[int], Sequence[float]], plain: tuple[Sequence[int], Sequence[float]]
-) -> list[float] | None:
-    """95% interval of a row's speed over plain's, by resampling prompts; `None` for fewer than five prompts.
-
-    Both arguments are new tokens and seconds by prompt; the same prompts are drawn for both.
-    """
-    import numpy
-
-    count = len(runs[0])
-    if count < FEWEST_PROMPTS_FOR_INTERVAL:
-        return None
-    drawn = numpy.random.default_rng(0).integers(count, size=(INTERVAL_SAMPLES, count))
-    tokens, seconds, plain_tokens, plain_seconds = (
-        numpy.asarray(values, dtype=float)[drawn].sum(axis=1) for values in (*runs, *plain)
-    )
-    low, high = numpy.percentile(tokens / seconds * plain_seconds / plain_tokens, [2.5, 97.5])
-    return [float(low), float(high)]

@@ -33,6 +33,8 @@ def measure_acceptance(
 ) -> dict[str, Any]:
     """Decode each workload's prompts for real and compute the metric from the rounds: what `acceptance.json` holds.
 
+    Each row has the 95% interval of its acceptance length over prompts too, by bootstrap; `None` for fewer than five.
+
     Args:
         target (`PreTrainedModel`), drafter ([`PPOWDrafter`]): the pair.
         workloads (`dict[str, list[list[int]]]`): name -> token ids of its prompts.
@@ -45,6 +47,7 @@ def measure_acceptance(
     import evaluate
 
     from ..measure.evaluation import decode, repeated_ngrams
+    from ..measure.intervals import ratio_interval
     from ..measure.provenance import describe, public_name
 
     metric = evaluate.load(path("acceptance_length"))
@@ -56,7 +59,10 @@ def measure_acceptance(
                 outputs, traces = decode(
                     target, drafter, prompts, max_new_tokens, temperature, seed, window=window, max_window=longest
                 )
-                rounds = [r for trace in traces for r in trace.rounds[1:]]  # the first reads the prompt
+                by_prompt = [trace.rounds[1:] for trace in traces]  # the first round reads the prompt
+                rounds = [r for rounds in by_prompt for r in rounds]
+                drafting = [[r for r in rounds if r.window > 0] for rounds in by_prompt]
+                kept = [sum(r.accepted + 1 for r in rounds) for rounds in drafting]
                 costs = traces[0]
                 row = metric.compute(
                     drafted=[r.window for r in rounds],
@@ -73,6 +79,7 @@ def measure_acceptance(
                         "prompts": len(prompts),
                         "repeated_8grams": repeated_ngrams(outputs, 8),
                         **row,
+                        "acceptance_length_interval": ratio_interval((kept, list(map(len, drafting)))),
                     }
                 )
     facts = {

@@ -294,7 +294,7 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
                 "temperature": f"{row['temperature']:g}",
                 "window": _window(row),
                 "prompts": _cell(row["prompts"]),
-                "acceptance_length": f"{row['acceptance_length']:.2f}",
+                "acceptance_length": f"{row['acceptance_length']:.2f}{_interval(row)}",
                 "tokens_per_target_forward": f"{row['tokens_per_target_forward']:.2f}",
                 "wasted": _share(row["wasted"]),
                 "repeated": _share(row["repeated_8grams"]),
@@ -307,6 +307,12 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
         ],
         "half_precision": _half_precision(measurement.get("half_precision")),
     }
+
+
+def _interval(row: dict[str, Any]) -> str:
+    """The 95% interval of an acceptance length as it stands behind it; nothing where the measurement has none."""
+    ends = row.get("acceptance_length_interval")
+    return f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
 
 
 def _half_precision(divergence: dict[str, Any] | None) -> str:
