@@ -35,6 +35,10 @@ def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWD
         architecture = "block"
     if overrides.get("draft_vocab_size"):
         overrides["token_counts"] = torch.rand(target.config.vocab_size)
+    if architecture == "eagle" and not overrides.get(
+        "norm_before_fc"
+    ):  # measured ones would leave little of a random one
+        overrides = {"state_scales": [0.5, 1.0, 2.0], **overrides}
     drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
     with torch.no_grad():
         for parameter in drafter.parameters():

@@ -260,7 +260,7 @@ def test_text_of_the_target_verifies_as_the_target_does(make_trainer, make_targe
     inputs = batch_of(dataset)
     learner = make_trainer(architecture, "ce", dataset=dataset, unroll_steps=WINDOW)
     optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-2)
-    for _ in range(25):  # until its drafts agree with the target now and then
+    for _ in range(4):  # until its drafts agree with the target now and then
         backward(learner, lambda: learner.compute_loss(learner.model, inputs))
         optimizer.step()
     found = {}
@@ -280,7 +280,7 @@ def test_text_of_the_target_verifies_as_the_target_does(make_trainer, make_targe
     loss, gradient, verified, tokens, drafted_whole = found["target"]
     loss_by_text, gradient_by_text, by_text, tokens_by_text, drafted_by_text = found["auto"]
     assert verified.accepted.sum() > 3
-    if bool((verified.accepted < WINDOW - 1).any()):
+    if bool((verified.accepted < WINDOW - 1).any(1).all()):  # else a row's whole windows fill up the others'
         assert drafted_by_text < drafted_whole  # nothing is drafted behind a rejected token
     assert torch.equal(verified.draft_ids[verified.learned], by_text.draft_ids[by_text.learned])
     for name in ("prefixes", "accepted", "advantages", "learned"):

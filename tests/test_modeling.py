@@ -661,7 +661,7 @@ def test_vocabulary_fingerprint_tells_vocabularies_apart():
 
 
 def test_a_new_eagle_drafter_brings_its_targets_states_to_one_size(make_target):
-    target = make_target("llama", initializer_range=0.2)
+    target = copy.deepcopy(make_target("llama", initializer_range=0.2))
     with torch.no_grad():
         target.model.layers[2].mlp.down_proj.weight.mul_(20)
     drafter = PPOWDrafter.from_target(target, "eagle")
@@ -675,7 +675,7 @@ def test_a_new_eagle_drafter_brings_its_targets_states_to_one_size(make_target):
 
 
 def test_a_target_in_training_gives_the_same_drafter_and_stays_in_training(make_target):
-    target = make_target("gpt2")
+    target = copy.deepcopy(make_target("gpt2"))
     drafters = []
     for mode in (False, True):
         target.train(mode)
