@@ -38,7 +38,7 @@ def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWD
     if architecture == "eagle" and not overrides.get(
         "norm_before_fc"
     ):  # measured ones would leave little of a random one
-        overrides = {"state_scales": [0.5, 1.0, 2.0], **overrides}
+        overrides = {"state_scales": [0.5, 1.0, 1.0], **overrides}
     drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
     with torch.no_grad():
         for parameter in drafter.parameters():
