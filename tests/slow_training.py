@@ -35,9 +35,8 @@ def make_drafter(target, architecture: str, seed: int = 1, **overrides) -> PPOWD
         architecture = "block"
     if overrides.get("draft_vocab_size"):
         overrides["token_counts"] = torch.rand(target.config.vocab_size)
-    if architecture == "eagle" and not overrides.get(
-        "norm_before_fc"
-    ):  # measured ones would leave little of a random one
+    if architecture == "eagle" and not overrides.get("norm_before_fc"):
+        # With those measured, a random drafter drafts nothing that is kept.
         overrides = {"state_scales": [0.5, 1.0, 1.0], **overrides}
     drafter = PPOWDrafter.from_target(target, architecture, **{"shares_target_embeddings": False, **overrides})
     with torch.no_grad():

@@ -511,7 +511,8 @@ class PPOWDrafter(PreTrainedModel):
                 begin at random.
             overrides: fields of [`PPOWDrafterConfig`] (`max_window`, `target_layer_ids`, ...) or of the drafter's own
                 transformer (`num_hidden_layers`, `intermediate_size`, ...). Unless `state_scales` is given, `None` for
-                none, an eagle drafter's are measured by one forward of the target.
+                none, an eagle drafter's are measured by one forward of the target (a record's target cannot: give it
+                the record's `state_scales()`).
         """
         check_settings(architecture=architecture)
         if isinstance(target, PPOWDrafter):

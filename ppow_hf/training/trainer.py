@@ -206,14 +206,13 @@ class PPOWTrainer(Trainer):
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
         self.already_finished = False
+        self.eval_prompts = self.args.eval_prompts
         self._run_record = run_record(self.args, self.train_dataset.fingerprint)
         if resume_from_checkpoint:
             check_same_run(resume_from_checkpoint, self._run_record)
-            config = PPOWDrafterConfig.from_pretrained(resume_from_checkpoint)
-            # Part of what the weights mean, and of a new drafter measured anew.
-            self.accelerator.unwrap_model(self.model).config.state_scales = config.state_scales
-        self.eval_prompts = self.args.eval_prompts
-        if resume_from_checkpoint:
+            # The checkpoint's weights go with its scales; those of a drafter made anew were measured again.
+            trained = PPOWDrafterConfig.from_pretrained(resume_from_checkpoint)
+            self.accelerator.unwrap_model(self.model).config.state_scales = trained.state_scales
             stored = json.loads((Path(resume_from_checkpoint) / STATE).read_text())
             if self.args.cost_ratio is None:
                 self.cost_ratio = stored["cost_ratio"]
