@@ -25,8 +25,8 @@ from ppow_hf import PPOWDrafter
 from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.evaluation import EVALUATION_METRICS
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments, preparation
+from ppow_hf.training.batch_order import GroupedByLength, RepeatedBlocks
 from ppow_hf.training.checkpoints import check_complete, check_writable, last_complete_checkpoint
-from ppow_hf.training.trainer import RepeatedBlocks
 
 OBJECTIVES = ["supervised", "ppow"]
 EVERY_KIND = [(kind, objective) for kind in [*ARCHITECTURES, "confident"] for objective in OBJECTIVES]
@@ -356,6 +356,41 @@ def test_repeated_blocks_repeat_whole_blocks_in_an_order_of_seed_and_epoch():
         assert sorted(set(order)) == sorted(order[::6] + order[1::6] + order[2::6]) and len(set(order)) == 9
         orders.append(order)
     assert orders[0] == orders[2] != orders[1]
+
+
+def test_batches_of_similar_lengths_hold_every_sequence_once_in_an_order_of_seed_and_epoch():
+    lengths = torch.randint(20, 500, (163,), generator=torch.Generator().manual_seed(0))
+    sampler = GroupedByLength(lengths, batch=4, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        torch.rand(epoch + 1)  # whatever the global state
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(163)) and len(sampler) == 163
+    assert orders[0] == orders[2] != orders[1] != list(GroupedByLength(lengths, batch=4, seed=9))
+
+    def padding(order):
+        batches = lengths[order[:160]].view(40, 4)
+        return 1 - float(batches.sum() / (4 * batches.max(1).values.sum()))
+
+    assert padding(orders[0]) < 0.15 < 0.25 < padding(torch.randperm(163, generator=torch.Generator().manual_seed(1)))
+    longest = lengths[orders[0][:160]].view(40, 4).max(1).values.float()
+    assert abs(torch.corrcoef(torch.stack([longest, torch.arange(40.0)]))[0, 1]) < 0.4  # no run from short to long
+
+
+def test_the_trainer_reads_batches_of_similar_lengths_and_other_ones_in_the_next_epoch(make_trainer):
+    for strategy in ("group_by_length", "random"):
+        trainer = make_trainer(train_sampling_strategy=strategy, per_device_train_batch_size=2)
+        loader = trainer.get_train_dataloader()
+        epochs = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            epochs.append([batch["index"].tolist() for batch in loader])
+        assert epochs[0] != epochs[1]
+        lengths = trainer.train_dataset.lengths
+        if strategy == "group_by_length":
+            kept = GroupedByLength(lengths, 2, trainer.args.seed)
+            assert sum(epochs[0], []) == list(kept)[: 2 * len(epochs[0])]
 
 
 def test_training_twice_with_one_trainer_starts_on_new_rollouts(make_trainer):

@@ -89,6 +89,11 @@ class SequenceDataset(Dataset):
         return torch.bincount(self._token_ids.long(), minlength=vocab_size)
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each sequence, `[N]`."""
+        return self._ends.diff()
+
+    @property
     def largest_token_id(self) -> int:
         return int(self._token_ids.max())
 

@@ -110,6 +110,9 @@ class PPOWTrainingArguments(TrainingArguments):
 
         > Parameters that control the data
 
+        train_sampling_strategy (`str`, *optional*, defaults to `"group_by_length"`):
+            Order of the sequences. `"group_by_length"` makes batches of similar lengths, in random order, so that
+            little is computed for padding; `"random"` mixes all lengths.
         max_length (`int`, *optional*, defaults to `256`):
             Maximum number of tokens in a training sequence.
         packing (`bool`, *optional*, defaults to `True`):
@@ -235,6 +238,13 @@ class PPOWTrainingArguments(TrainingArguments):
     )
     train_embeddings: bool = field(
         default=False, metadata={"help": "Train the token embeddings of an eagle or block drafter too."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the sequences: batches of similar lengths, in random order; or 'random'.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
     )
     max_length: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
     packing: bool = field(default=True, metadata={"help": "Join text rows and cut them into full sequences."})

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
@@ -34,6 +32,7 @@ from ..measure.plots import plot_curves
 from ..runtime.configuration_ppow import PPOWDrafterConfig, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
+from .batch_order import GroupedByLength, RepeatedBlocks
 from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
 from .checks import (
     check_batch,
@@ -296,12 +295,15 @@ class PPOWTrainer(Trainer):
             self.cost_ratio = broadcast_object_list(measured)[0]
 
     def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.train_sampling_strategy == "group_by_length":
+            sampler = GroupedByLength(self.train_dataset.lengths, batch, seed)
+        else:
+            sampler = super()._get_train_sampler(*args, **kwargs)
         if not self.args.uses_rollouts or self.args.num_iterations == 1:
             return sampler
-        block = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RepeatedBlocks(sampler, block, self.args.num_iterations, seed)
+        return RepeatedBlocks(sampler, batch, self.args.num_iterations, seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss for a batch of `collate_sequences`, normalised over the global batch."""
@@ -619,35 +621,6 @@ class PPOWTrainer(Trainer):
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
-
-
-class RepeatedBlocks(Sampler):
-    """Repeats each block of `block` indices `times` times, for several gradient steps on the same rollouts.
-
-    A random sampler is made to depend on (seed, epoch) alone, as accelerate does with those that it sees: the order is
-    then the same on every process and after a resume.
-    """
-
-    def __init__(self, sampler: Sampler, block: int, times: int, seed: int):
-        if isinstance(sampler, RandomSampler):
-            sampler = SeedableRandomSampler(sampler.data_source, generator=torch.Generator(), data_seed=seed)
-        self.sampler, self.block, self.times = sampler, block, times
-
-    def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.sampler, SeedableRandomSampler):
-            self.sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.sampler) // self.block * self.block * self.times  # type: ignore[arg-type]
-
-    def __iter__(self):
-        block = []
-        for index in self.sampler:
-            block.append(index)
-            if len(block) == self.block:
-                for _ in range(self.times):
-                    yield from block
-                block = []
 
 
 class CurvesCallback(TrainerCallback):
