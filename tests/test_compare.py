@@ -470,6 +470,34 @@ def test_a_comparison_trains_its_target_first_and_once(cell, tmp_path, capsys):
     assert not (folder / "llama-128x3").exists()
 
 
+def test_a_block_drafter_starts_with_the_most_frequent_tokens_of_the_training_texts(cell, tmp_path):
+    config = json.loads((cell / "compare.yaml").read_text()) | {
+        "architecture": "block",
+        "drafter_config": {"block_size": 5, "markov_rank": 4, "draft_vocab_size": 24},
+        "start": {"core_seconds": 0.5, "learning_rate": 1e-2},
+        "budgets": {"core_seconds": 0.1},
+        "seeds": [0],
+        "recipes": {"ppow": {"objective": "ppow", "learning_rates": [1e-3]}},
+        "select_by": ["chain_t0_k5"],
+        "baselines": [],
+    }
+    (tmp_path / "compare.yaml").write_text(json.dumps(config))
+    folder = tmp_path / "out"
+    assert cli.main(["compare", "--config", str(tmp_path / "compare.yaml"), "--output-dir", str(folder)]) == 0
+    drafter = PPOWDrafter.from_pretrained(folder / "start")
+    target = AutoModelForCausalLM.from_pretrained(config["target"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config["target"])
+    texts = training_text(load_config(tmp_path / "compare.yaml"), folder, target, tokenizer)
+    counts = torch.zeros(target.config.vocab_size)
+    for sequence in texts:
+        counts += torch.bincount(sequence["input_ids"], minlength=len(counts))
+    kept = drafter.kept_tokens
+    left_out = torch.ones_like(counts, dtype=torch.bool).index_fill(0, kept, False)
+    assert len(kept) == 24 and counts[kept].min() >= counts[left_out].max()
+    seconds = [point[1] for point in json.loads((folder / "start.json").read_text())["curve"]]
+    assert seconds[-1] >= 0.5 and {line["recipe"] for line in read(folder)} == {"start", "ppow"}
+
+
 def test_recorded_states_give_the_results_of_training_with_the_target(cell, compared, tmp_path):
     given = json.loads((cell / "compare.yaml").read_text()) | {
         "drafter": str(compared / "start"), "drafter_config": {}, "budgets": {"tokens": 700}, "seeds": [0],
@@ -531,7 +559,8 @@ def test_a_budget_of_core_seconds_counts_computing_and_not_waiting():
         ({"seeds": []}, "seeds"),
         ({"data": {"train_sequences": 3}}, "data: prompt_tokens is None"),
         ({"select_by": ["group_t0_c4"]}, "select_by: 'group_t0_c4' is not measured"),
-        ({"start": {"seconds": 3}}, "start: give seconds and learning_rate"),
+        ({"start": {"seconds": 3}}, "start: {'seconds': 3} given; give one of seconds and core_seconds, and learning_"),
+        ({"start": {"seconds": 3, "core_seconds": 3, "learning_rate": 1e-3}}, "start: .* give one of seconds and core_"),
         ({"drafter": "tiny-eagle"}, "drafter_config: .* leave it out"),
         ({"target": None, "recipes": None}, "must each have something"),
         ({"target": {"layers": 3}}, r"target: \['layers'\] are not known"),

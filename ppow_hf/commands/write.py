@@ -59,7 +59,7 @@ def register(commands: Any) -> None:
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         help="number format of the target (default: on a CPU bfloat16 where this machine computes it faster, else "
-        "float32; on a GPU and in vLLM the model's own)",
+        "float32; on a GPU the model's own)",
     )
     parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
     where = parser.add_mutually_exclusive_group()
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{len(conversations) - len(left)} of {len(conversations)} are written already", file=sys.stderr)
     if not left:
         return 0
-    with _writer(arguments, tokenizer, len(file.done)) as writer, tqdm(total=len(conversations)) as bar:
+    with tqdm(total=len(conversations)) as bar, _writer(arguments, tokenizer, len(file.done), bar) as writer:
         written = write_texts(conversations, writer, tokenizer, file, arguments.seed, bar.update)
     print(describe(written, file))
     return 0
@@ -150,8 +150,8 @@ def _open_file(arguments: argparse.Namespace) -> Any:
     return TextFile(Path(arguments.output), settings, describe(device, arguments.command))
 
 
-def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int) -> Any:
-    """A context manager of what writes."""
+def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int, bar: Any) -> Any:
+    """A context manager of what writes; vLLM's answers show on `bar` before their chunk is done."""
     import torch
 
     from ..data.regeneration import end_token_ids
@@ -183,6 +183,8 @@ def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int) -> Any:
         end_token_ids(generation_config or config.get_text_config(), tokenizer),
         arguments.max_new_tokens,
         arguments.engine_python,
+        lambda count: bar.set_postfix_str(f"{count} answers of the next {text_writers.VLLMWriter.chunk_size}"),
         dtype=arguments.dtype or "auto",
+        cpu_dtype=arguments.dtype or faster_dtype("cpu") or "float32",
         seed=arguments.seed + done,  # the engine's, which begins anew: else it would write again what it wrote before
     )

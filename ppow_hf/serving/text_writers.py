@@ -93,6 +93,8 @@ class VLLMWriter(VLLMProcess):
         end_ids (`list[int]`): its end-of-sequence tokens.
         max_new_tokens (`int`): tokens in the longest answer.
         python (`str`, *optional*): interpreter of vLLM's environment, see [`vllm_python`].
+        answered (`Callable`, *optional*): called with the number of requests of the chunk that are answered so far.
+        dtype, cpu_dtype (`str`): number format of the target, and that on a CPU.
         engine: further arguments of `vllm.LLM`.
 
     Raises `RuntimeError`, with the last lines that vLLM printed, when it ends before it is told to.
@@ -107,11 +109,16 @@ class VLLMWriter(VLLMProcess):
         end_ids: list[int],
         max_new_tokens: int,
         python: str | None = None,
+        answered: Callable[[int], None] = lambda count: None,
+        dtype: str = "auto",
+        cpu_dtype: str = "auto",
         **engine: Any,
     ):
         self.tokenizer, self.end_ids, self.max_new_tokens = tokenizer, end_ids, max_new_tokens
+        self.answered = answered
         self.context_length: int | None = None  # known once the engine is
-        options = {"model": model, "generation_config": "vllm", "disable_log_stats": True, **engine}
+        options = {"model": model, "generation_config": "vllm", "disable_log_stats": True}
+        options |= {"dtype": dtype, "cpu_dtype": cpu_dtype, **engine}
         super().__init__("vllm_write_job.py", options, python)
 
     def __enter__(self) -> "VLLMWriter":
@@ -128,7 +135,11 @@ class VLLMWriter(VLLMProcess):
             }
             for request in requests
         ]
-        pairs = zip(self._ask(job), job, strict=True)
+        found = self._ask(job)
+        while isinstance(found, int):
+            self.answered(found)
+            found = self._receive()
+        pairs = zip(found, job, strict=True)
         return [answer_of(ids, one["stop_token_ids"], self.tokenizer) for ids, one in pairs]
 
 

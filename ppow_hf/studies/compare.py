@@ -20,11 +20,12 @@ from ..data.sequences import SequenceDataset
 from ..measure.costs import bfloat16_pays
 from ..measure.provenance import describe, public_name, shortened
 from ..runtime.modeling_ppow import PPOWDrafter
+from ..runtime.target_weights import target_width
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.optimizers import make_optimizer
 from ..training.recorded_states import StateRecord
-from .configuration import RESULTS, START, CompareConfig, append_result, read_results, write_whole
+from .configuration import RESULTS, START, START_UNITS, CompareConfig, append_result, read_results, write_whole
 from .evaluation import EvaluationTexts, evaluate_drafter, mean_gain, target_entropy
 from .report import write_report
 from .texts import SPLITS, evaluation_texts, longest_sequence, training_text
@@ -54,6 +55,7 @@ def train(
     own = {
         "output_dir": str(folder),
         "max_length": max_length,
+        "max_window": drafter.config.max_window,
         "cost_ratio": 0.12,
         "per_device_train_batch_size": 8,
         "adam_beta2": 0.95,
@@ -200,19 +202,13 @@ class Comparison:
         if self.given_start is not None:
             drafter = self.given_start.float()
         else:
-            set_seed(0)
-            name = self.config.target_name
-            drafter = PPOWDrafter.from_target(
-                self.target, self.config.architecture, target_name_or_path=name, **self.config.drafter_config
-            ).float()
-            drafter = drafter.to(self.target.device)
+            drafter = self._new_drafter()
             settings = dict(self.config.start)
-            seconds, rate = settings.pop("seconds"), float(settings.pop("learning_rate"))
+            unit = next(unit for unit in START_UNITS if unit in settings)
+            amount, rate = settings.pop(unit), float(settings.pop("learning_rate"))
             common = {name: value for name, value in self.config.training.items() if name != "objective"}
             # Twice as many points: whether it reached its plateau is read off them.
-            budget = Budget(
-                "seconds", seconds, 2 * self.config.curve_points, lambda: self._point(drafter, budget, curve)
-            )
+            budget = Budget(unit, amount, 2 * self.config.curve_points, lambda: self._point(drafter, budget, curve))
             self._point(drafter, budget, curve)
             train(
                 drafter, self.target, self.data, {"objective": "supervised", **common, **settings}, budget, rate,
@@ -229,6 +225,17 @@ class Comparison:
         shutil.rmtree(folder, ignore_errors=True)
         (self.folder / "start.part").rename(folder)
         return drafter
+
+    def _new_drafter(self) -> PPOWDrafter:
+        """An untrained drafter; a reduced vocabulary has the most frequent tokens of the training texts."""
+        set_seed(0)
+        config = self.config
+        sequences = self.data.sequences if isinstance(self.data, StateRecord) else self.data
+        drafter = PPOWDrafter.from_target(
+            self.target, config.architecture, target_name_or_path=config.target_name,
+            token_counts=sequences.count_tokens(target_width(self.target)), **config.drafter_config,
+        )  # fmt: skip
+        return drafter.float().to(self.target.device)
 
     @property
     def _keep_bytes(self) -> int:

@@ -18,6 +18,8 @@ RESULTS = "results.jsonl"
 
 BUDGET_UNITS = {"tokens": "target-forward tokens", "seconds": "seconds", "core_seconds": "seconds of a core"}
 
+START_UNITS = ("seconds", "core_seconds")
+
 START = "start.json"  # what is known of the start, for the report
 
 
@@ -33,14 +35,16 @@ class CompareConfig:
         architecture (`str`): of the drafter that is trained.
         drafter (`str`, *optional*): a supervised drafter to start from, in place of training one.
         drafter_config (`dict`): fields of the drafter that is trained, as [`PPOWDrafter.from_target`] takes them; a
-            standalone one is made as small here as wanted (`hidden_size`, `num_hidden_layers`, ...).
+            standalone one is made as small here as wanted (`hidden_size`, `num_hidden_layers`, ...). The tokens of a
+            `draft_vocab_size` are the most frequent ones of the training texts.
         workload (`dict`): `name`, and either nothing else for `stdlib` (excerpts of the standard library, modules held
             in for training and held out for evaluation) or `train` and `evaluation`, files of prompts.
         data (`dict`): `train_sequences`, `prompt_tokens`, `completion_tokens`, `validation_prompts`, `test_prompts`.
         target_states (`list[str]`, *optional*): folders of `ppow record`. Their texts and states train every recipe,
             in place of training prompts (neither `workload.train` nor `train_sequences` is read) and the target's
             forwards.
-        start (`dict`): `seconds`, `learning_rate` and training arguments of the supervised start; not with `drafter`.
+        start (`dict`): `seconds` or `core_seconds`, `learning_rate` and training arguments of the supervised start;
+            not with `drafter`.
         budgets (`dict`): `tokens` (target-forward tokens), `seconds` and `core_seconds` (processor time, which other
             work on the machine does not change), one or several.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
@@ -213,8 +217,13 @@ def _check(config: CompareConfig, source: str) -> None:
             refuse(f"select_by: {name!r} is not measured; beside chains there are {sorted(counted)}.")
     if config.drafter is not None and config.drafter_config:
         refuse("drafter_config: it is of a drafter that is made; leave it out where drafter names one.")
-    if config.drafter is None and not {"seconds", "learning_rate"} <= set(config.start):
-        refuse("start: give seconds and learning_rate of the supervised start, or drafter to start from.")
+    if config.drafter is None:
+        units = [unit for unit in START_UNITS if unit in config.start]
+        if len(units) != 1 or "learning_rate" not in config.start:
+            refuse(
+                f"start: {config.start} given; give one of {' and '.join(START_UNITS)}, and learning_rate, of the "
+                "supervised start, or drafter to start from."
+            )
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

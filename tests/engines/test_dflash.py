@@ -24,9 +24,13 @@ LEARNED, STEPS = 3, 200
 
 @pytest.fixture(scope="module")
 def block(target, eagle, prompts) -> PPOWDrafter:
+    return trained_block(target, eagle, prompts)
+
+
+def trained_block(target, eagle, prompts, **heads) -> PPOWDrafter:
     """Trained here for a minute, until it knows by heart what the target writes behind the first prompts."""
     torch.manual_seed(0)
-    drafter = PPOWDrafter.from_target(target, "block", block_size=WINDOW, num_hidden_layers=1)
+    drafter = PPOWDrafter.from_target(target, "block", block_size=WINDOW, num_hidden_layers=1, **heads)
     outputs, _ = decode(target, eagle, prompts[:LEARNED], NEW_TOKENS)
     texts = [torch.tensor([[*prompt, *output]]) for prompt, output in zip(prompts, outputs, strict=False)]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from ppow_hf import cli
 pytestmark = pytest.mark.engines
 
 
-def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path):
+def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path, capsys):
     prompts = tmp_path / "p.jsonl"
     texts = ["def mean(values):", "import os\n", "class Point:\n    def __init__(self", "for line in"]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
@@ -22,3 +22,4 @@ def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path):
         for name in ("own", "vllm")
     )
     assert own and own == theirs
+    assert "4 answers of the next" in capsys.readouterr().err  # long before a chunk of many is done
