@@ -699,8 +699,8 @@ def test_a_target_that_cannot_be_measured_is_said_and_drafted_for_as_it_is(make_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"architecture": "standalone", "state_scales": [1.0] * 3}, "only an eagle drafter .* not a standalone"),
-        ({"norm_before_fc": True, "state_scales": [1.0] * 3}, "only an eagle .* not norm_before_fc"),
+        ({"architecture": "standalone", "state_scales": [1.0] * 3}, "a block or eagle drafter .* not a standalone"),
+        ({"norm_before_fc": True, "state_scales": [1.0] * 3}, "a block or eagle .* not norm_before_fc"),
         ({"state_scales": [1.0, 2.0]}, r"\[1.0, 2.0\] given; .* 3 states"),
         ({"architecture": "block", "target_layer_ids": [1, 2], "state_scales": [1.0]}, r"\[1.0\] given; .* 2 states"),
         ({"state_scales": [1.0, 0.0, 1.0]}, r"\[1.0, 0.0, 1.0\] given"),

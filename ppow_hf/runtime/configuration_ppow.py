@@ -326,7 +326,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         if self.architecture not in ("eagle", "block") or self.norm_before_fc:
             other = "norm_before_fc" if self.norm_before_fc else f"a {self.architecture} drafter"
             raise ValueError(
-                f"state_scales: only an eagle drafter without norm_before_fc and a block drafter have them, not {other}."
+                f"state_scales: a block or eagle drafter has them, without norm_before_fc, and not {other}."
             )
         numbers = isinstance(scales, list | tuple) and all(
             isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales
