@@ -183,7 +183,7 @@ def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int, bar: Any) 
         end_token_ids(generation_config or config.get_text_config(), tokenizer),
         arguments.max_new_tokens,
         arguments.engine_python,
-        lambda count: bar.set_postfix_str(f"{count} answers of the next {text_writers.VLLMWriter.chunk_size}"),
+        lambda count, of: bar.set_postfix_str(f"{count} of the next {of} answers"),
         dtype=arguments.dtype or "auto",
         cpu_dtype=arguments.dtype or faster_dtype("cpu") or "float32",
         seed=arguments.seed + done,  # the engine's, which begins anew: else it would write again what it wrote before

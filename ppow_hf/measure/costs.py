@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -150,7 +151,8 @@ def measure_costs(
 # -- checks and clocks
 
 
-def with_progress(prompts: Sequence[torch.Tensor], description: str) -> Iterable[torch.Tensor]:
+def with_progress(prompts: Sequence[Any], description: str) -> Iterable[Any]:
+    """`prompts`, with a bar that a terminal is shown."""
     from tqdm import tqdm
 
     return tqdm(prompts, desc=description, unit="prompt", disable=None, leave=False)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from ..data.regeneration import plain_distribution
 from ..runtime.draft_session import cache_argument
 from ..runtime.target_weights import input_device
+from .costs import with_progress
 from .evaluation import decode
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def measure_divergence(
     """
     plain, gaps, noise = [], [], 0.0
     window = settings.get("max_window") or drafter.config.max_window
-    for prompt in prompts:
+    for prompt in with_progress(prompts, "half precision, plain"):
         ids = torch.tensor([list(prompt)], device=input_device(target))
         with plain_distribution(target):
             output = target.generate(
@@ -59,7 +60,7 @@ def measure_divergence(
         leading = torch.cat(output.scores).float().topk(2).values  # [n, 2]
         gaps.append((leading[:, 0] - leading[:, 1]).tolist())
         noise = max(noise, window_noise(target, output.sequences, torch.cat(output.logits).float(), window + 1))
-    drafted, _ = decode(target, drafter, prompts, max_new_tokens, **settings)
+    drafted, _ = decode(target, drafter, prompts, max_new_tokens, progress="half precision, drafted", **settings)
     first_differences = []
     for place, (wanted, given) in enumerate(zip(plain, drafted, strict=True)):
         differing = [token for token, pair in enumerate(zip(wanted, given, strict=False)) if pair[0] != pair[1]]

@@ -12,6 +12,7 @@ import torch
 from ..data.regeneration import plain_distribution
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
+from .costs import with_progress
 from .window_study import eos_of
 
 # What training evaluates, and whether more of it is better.
@@ -63,13 +64,14 @@ def decode(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 1,
+    progress: str | None = None,
     **settings: Any,
 ) -> tuple[list[list[int]], list[GenerationTrace]]:
     """Generate a continuation of each prompt with the drafter; new tokens and trace of each.
 
     Sampling is seeded for each batch by (seed, its first prompt's place), and the global random state is left as it
-    was. Batches of several prompts take less time and have other random numbers; `settings` are those of
-    [`PPOWDrafter.with_settings`].
+    was. Batches of several prompts take less time and have other random numbers. `progress` names a bar that a
+    terminal is shown; `settings` are those of [`PPOWDrafter.with_settings`].
     """
     outputs: list[list[int]] = []
     traces: list[GenerationTrace] = []
@@ -78,7 +80,8 @@ def decode(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     ends = eos_of(target)
     with torch.random.fork_rng(), torch.no_grad(), plain_distribution(target):
-        for place in range(0, len(prompts), batch_size):
+        places = range(0, len(prompts), batch_size)
+        for place in places if progress is None else with_progress(places, progress):
             torch.manual_seed((seed * 1_000_003 + place) % 2**63)
             ids, mask = left_padded(
                 [torch.tensor([list(prompt)]) for prompt in prompts[place : place + batch_size]], 0

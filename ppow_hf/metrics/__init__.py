@@ -57,8 +57,9 @@ def measure_acceptance(
         for temperature in temperatures:
             for window in windows:
                 outputs, traces = decode(
-                    target, drafter, prompts, max_new_tokens, temperature, seed, window=window, max_window=longest
-                )
+                    target, drafter, prompts, max_new_tokens, temperature, seed, window=window, max_window=longest,
+                    progress=f"{workload}, T = {temperature:g}, {window}",
+                )  # fmt: skip
                 by_prompt = [trace.rounds[1:] for trace in traces]  # the first round reads the prompt
                 rounds = [r for rounds in by_prompt for r in rounds]
                 drafting = [[r for r in rounds if r.window > 0] for rounds in by_prompt]

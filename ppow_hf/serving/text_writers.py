@@ -93,7 +93,7 @@ class VLLMWriter(VLLMProcess):
         end_ids (`list[int]`): its end-of-sequence tokens.
         max_new_tokens (`int`): tokens in the longest answer.
         python (`str`, *optional*): interpreter of vLLM's environment, see [`vllm_python`].
-        answered (`Callable`, *optional*): called with the number of requests of the chunk that are answered so far.
+        answered (`Callable`, *optional*): called with the answers of a chunk so far, and the number of its requests.
         dtype, cpu_dtype (`str`): number format of the target, and that on a CPU.
         engine: further arguments of `vllm.LLM`.
 
@@ -109,7 +109,7 @@ class VLLMWriter(VLLMProcess):
         end_ids: list[int],
         max_new_tokens: int,
         python: str | None = None,
-        answered: Callable[[int], None] = lambda count: None,
+        answered: Callable[[int, int], None] = lambda count, of: None,
         dtype: str = "auto",
         cpu_dtype: str = "auto",
         **engine: Any,
@@ -137,7 +137,7 @@ class VLLMWriter(VLLMProcess):
         ]
         found = self._ask(job)
         while isinstance(found, int):
-            self.answered(found)
+            self.answered(found, len(job))
             found = self._receive()
         pairs = zip(found, job, strict=True)
         return [answer_of(ids, one["stop_token_ids"], self.tokenizer) for ids, one in pairs]

@@ -22,4 +22,4 @@ def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path, capsys):
         for name in ("own", "vllm")
     )
     assert own and own == theirs
-    assert "4 answers of the next" in capsys.readouterr().err  # long before a chunk of many is done
+    assert "4 of the next 4 answers" in capsys.readouterr().err  # long before a chunk of many is done
