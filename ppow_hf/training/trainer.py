@@ -131,24 +131,11 @@ class PPOWTrainer(Trainer):
         model.attach_target(self._read_by_drafter)
         model.train_embeddings(args.train_embeddings)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
-        train_sequences = None if record is None else record.sequences
-        if train_dataset is not None:
-            train_sequences = training_sequences(train_dataset, target_model, processing_class, args)
-        eval_sequences = evaluation_sequences(eval_dataset, processing_class, args)
-        if target_model is None and eval_sequences is not None:
-            logger.warning(
-                "eval_dataset: evaluation decodes with the target, and only its recorded states are given; it is "
-                "skipped. Pass the target too, or measure the drafter afterwards."
-            )
-        if train_sequences is not None:
-            check_token_ids(train_sequences, self.target.vocab_size)
-            check_lengths(train_sequences, args, model.config.context_length)
-            check_batch(train_sequences, args)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_sequences,
-            eval_dataset=eval_sequences,
+            train_dataset=self._training_sequences(record, train_dataset, model, processing_class, args),
+            eval_dataset=self._evaluation_sequences(eval_dataset, processing_class, args),
             processing_class=processing_class,
             data_collator=lambda items: collate_sequences(items, pad),
             callbacks=callbacks,
@@ -180,6 +167,29 @@ class PPOWTrainer(Trainer):
         check_reach(target, args)
         check_masks(target, args)
         return target
+
+    def _training_sequences(self, record: StateRecord | None, train_dataset, model, tokenizer, args):
+        """The record's sequences, or those of `train_dataset`, which the target may write; `None` without either."""
+        if record is not None:
+            sequences = record.sequences
+        elif train_dataset is not None:
+            sequences = training_sequences(train_dataset, self.target_model, tokenizer, args)
+        else:
+            return None
+        check_token_ids(sequences, self.target.vocab_size)
+        check_lengths(sequences, args, model.config.context_length)
+        check_batch(sequences, args)
+        return sequences
+
+    def _evaluation_sequences(self, eval_dataset, tokenizer, args):
+        """The prompts of `eval_dataset`, with a warning where there is no target to decode them with."""
+        sequences = evaluation_sequences(eval_dataset, tokenizer, args)
+        if self.target_model is None and sequences is not None:
+            logger.warning(
+                "eval_dataset: evaluation decodes with the target, and only its recorded states are given; it is "
+                "skipped. Pass the target too, or measure the drafter afterwards."
+            )
+        return sequences
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.muon and self.optimizer_cls_and_kwargs is None:
