@@ -47,6 +47,7 @@ TRAINING = {
     "use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False, "fp16": False,
     "max_length": 64, "packing": True, "regenerate": False, "ce_weight": 0.1, "kl_weight": 1.0, "unroll_steps": 4,
     "unroll_decay": 0.9, "text_weighting": "visited", "max_window": 6, "num_rollouts": 4, "num_prefixes": 3,
+    "num_anchors": 512,
     "rollout_temperature": 0.8, "target_temperature": 0.0, "verify_with": "target", "speedup_weight": 1.0,
     "throughput_weight": 0.0, "proximity_weight": 0.5, "proximity_threshold": 5.0, "clip_range": 0.2,
     "num_iterations": 1, "kl_coef": 0.1, "text_kl_coef": 1.0, "adaw_start": 0.5, "cost_ratio": 0.12,

@@ -58,6 +58,7 @@ def trainer_maker(tmp_path, make_target):
             "max_length": 32,
             "max_window": WINDOW,
             "num_prefixes": 2,
+            "num_anchors": 64,
             "num_rollouts": 4,
             "rollout_temperature": 0.8,
             "cost_ratio": 0.15,

@@ -183,8 +183,8 @@ def test_terms_on_drafted_windows_equal_a_loop_over_their_tokens(make_trainer, a
         assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-5)
 
 
-def sessions_supervised_loss(trainer, inputs) -> float:
-    """For every prefix, drafted on the text's own tokens by the session that decoding uses."""
+def sessions_supervised_loss(trainer, inputs, prefixes=None) -> float:
+    """For every prefix, or each row's `prefixes`, drafted on the text's own tokens by the session of decoding."""
     args, drafter, model = trainer.args, trainer.model, trainer.target_model
     first = drafter.draft_model.first_prefix
     steps = WINDOW if drafter.config.one_step else args.unroll_steps if first else 1
@@ -199,7 +199,7 @@ def sessions_supervised_loss(trainer, inputs) -> float:
         states = None
         if first:
             states = torch.cat([output.hidden_states[layer] for layer in drafter.config.target_layer_ids], dim=-1)
-        for prefix in range(first, len(ids) - 1):
+        for prefix in range(first, len(ids) - 1) if prefixes is None else prefixes[row]:
             session = drafter.start_session()
             read = None if states is None else states[:, :prefix]
             session.observe(torch.tensor([ids[first : prefix + 1]]), read, first)
@@ -234,6 +234,21 @@ def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, archi
     found = trainer.compute_loss(trainer.model, inputs).item()
     trainer.model.eval()
     assert found == pytest.approx(sessions_supervised_loss(trainer, inputs), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["eagle", "dflash"])
+def test_windows_drawn_from_a_text_stand_for_all_of_it(make_trainer, architecture):
+    data = random_dataset([24, 24, 24], loss_masks=[[True] * 24] * 3)
+    settings = {"text_weighting": "decay", "unroll_steps": 3, "num_anchors": None}
+    trainer = make_trainer(architecture, "supervised", dataset=data, **settings)
+    inputs = batch_of(trainer.train_dataset)
+    trainer.model.train()
+    trainer.state.max_steps, trainer.state.global_step = 10, 4
+    found = trainer.compute_loss(trainer.model, inputs).item()
+    trainer.model.eval()
+    uniforms = keyed_uniforms(trainer.args.seed, 4, inputs["index"], (trainer.args.max_length,), "anchors")
+    prefixes = [(1 + row[:22].argsort()[:3]).tolist() for row in uniforms]  # one for every ten of 22 prefixes
+    assert found == pytest.approx(22 / 3 * sessions_supervised_loss(trainer, inputs, prefixes), rel=1e-4)
 
 
 # Verified by the text

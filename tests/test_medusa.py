@@ -148,10 +148,10 @@ def test_saved_and_loaded_it_is_the_same(make_target, tmp_path):
 
 def make_trainer(target, tmp_path, objective, drafter=None, **settings):
     defaults = {
-        "max_length": 32, "max_window": HEADS, "num_prefixes": 4, "num_rollouts": 4, "rollout_temperature": 0.8,
-        "cost_ratio": 0.15, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True, "max_steps": 20,
-        "eval_new_tokens": 8, "eval_prompts": 2, "eval_prompt_length": 5,
+        "max_length": 32, "max_window": HEADS, "num_anchors": 64, "num_prefixes": 4, "num_rollouts": 4,
+        "rollout_temperature": 0.8, "cost_ratio": 0.15, "per_device_train_batch_size": 4, "logging_steps": 1,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True,
+        "max_steps": 20, "eval_new_tokens": 8, "eval_prompts": 2, "eval_prompt_length": 5,
     }  # fmt: skip
     args = PPOWTrainingArguments(
         output_dir=str(tmp_path / "run"), objective=objective, use_cpu=True, report_to=[], **(defaults | settings)

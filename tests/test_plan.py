@@ -72,19 +72,19 @@ def small_blocks(monkeypatch):
 
 def test_memory_of_a_step_grows_with_the_length_and_the_chunk_only_with_its_size(small_blocks):
     shape = Shape("eagle", 128, draft_vocab_size=500, chunk_size=64)
-    plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (128, 256, 512)]
+    plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (256, 512, 1024)]
     growth = [after.activations - before.activations for before, after in zip(plans, plans[1:], strict=False)]
     assert 1.7 < growth[1] / growth[0] < 2.3
     assert plans[0].logits_chunk == plans[2].logits_chunk
-    larger = make_plan(SMALL, replace(shape, length=512, chunk_size=128), MACHINE)
+    larger = make_plan(SMALL, replace(shape, length=1024, chunk_size=128), MACHINE)
     assert larger.logits_chunk == pytest.approx(2 * plans[2].logits_chunk, rel=0.2)
 
 
 def test_longer_sequences_follow_the_counted_ones(monkeypatch, small_blocks):
     assert through_points([1, 2, 4], [1 + 2 + 3, 1 + 4 + 12, 1 + 8 + 48], 10) == pytest.approx(1 + 20 + 300)
-    shape = Shape("eagle", 512, draft_vocab_size=500, chunk_size=64)
+    shape = Shape("eagle", 1024, draft_vocab_size=500, chunk_size=64)
     counted = make_plan(SMALL, shape, MACHINE)
-    monkeypatch.setattr("ppow_hf.training.plan.LONGEST_COUNTED", 256)
+    monkeypatch.setattr("ppow_hf.training.plan.LONGEST_COUNTED", 512)
     followed = make_plan(SMALL, shape, MACHINE)
     for way in WAYS:
         assert followed.peak(way) == pytest.approx(counted.peak(way), rel=0.05)
@@ -102,7 +102,7 @@ def test_targets_of_real_shapes(config, billions, length):
     assert plan.target_parameters / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.recorded_token == 4 * config.hidden_size * 2 + 6
     assert plan.peak("recorded") < 80e9  # each of these trains from recorded states
-    assert (plan.peak("whole") < 80e9) == (billions < 30)
+    assert (plan.peak("whole") < 78e9) == (billions < 30)  # of 80, the GPU's own context takes some
     assert plan.peak("recorded", 8, sharded=True) < plan.peak("recorded", 8)
 
 

@@ -72,7 +72,8 @@ def losses(tmp_path, target):
     def train(architecture, target_states=None, drafter=None, target=target, resume=False, stop=None, **settings):
         defaults = {
             "objective": "supervised", "max_length": 32, "max_window": 4, "num_prefixes": 3, "num_rollouts": 4,
-            "rollout_temperature": 0.8, "unroll_steps": 3, "cost_ratio": 0.15, "per_device_train_batch_size": 3,
+            "rollout_temperature": 0.8, "unroll_steps": 3, "num_anchors": 64, "cost_ratio": 0.15,
+            "per_device_train_batch_size": 3,
             "max_steps": 5, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True,
         }  # fmt: skip
         args = PPOWTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[], **(defaults | settings))

@@ -67,8 +67,8 @@ end_processes()
 """
 COMMON = {
     "max_length": 20, "max_window": 3, "num_prefixes": 2, "num_rollouts": 4, "rollout_temperature": 0.8,
-    "unroll_steps": 2, "cost_ratio": 0.15, "learning_rate": 1e-2, "max_steps": 8, "save_strategy": "steps",
-    "save_steps": 2,
+    "unroll_steps": 2, "num_anchors": 4, "cost_ratio": 0.15, "learning_rate": 1e-2, "max_steps": 8,
+    "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
 RUNS = {
     "supervised": {"objective": "supervised", "architecture": "standalone", "per_device_train_batch_size": 3},

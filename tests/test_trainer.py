@@ -56,7 +56,7 @@ def make_trainer(tmp_path, make_target):
         drafter = drafter or make_drafter(target, architecture)
         defaults = {
             "max_length": 32, "max_window": WINDOW, "num_prefixes": 3, "num_rollouts": 4, "rollout_temperature": 0.8,
-            "unroll_steps": 3, "cost_ratio": 0.15, "per_device_train_batch_size": 2, "max_steps": 2,
+            "unroll_steps": 3, "num_anchors": 64, "cost_ratio": 0.15, "per_device_train_batch_size": 2, "max_steps": 2,
             "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "no",
             "eval_prompts": 3, "eval_new_tokens": 8, "eval_prompt_length": 5, "disable_tqdm": True,
         }  # fmt: skip

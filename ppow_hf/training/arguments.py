@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 MUON = 2.0  # the default of `muon` where Muon can be used
 EVAL_PROMPTS = 16  # the most that are decoded by default
 EVAL_SHARE = 0.1  # of the time between evaluations, which they take by default
+ANCHOR_TOKENS = 10  # of a sequence, for each window that is learned by default
 FIRST_UNROLL_STEPS = 3  # the default of `unroll_steps` in a phase that another one follows
 
 ACCEPTED = {"verify_with": ("auto", "target"), "text_weighting": (None, "decay", "visited")}
@@ -65,13 +66,18 @@ UNHEEDED: dict[str, tuple[Any, str]] = {
 }
 
 
+def windows_learned(count: int) -> int:
+    """The default of `num_anchors` where there are `count` windows along the longest sequence."""
+    return -(-count // ANCHOR_TOKENS)
+
+
 @dataclass
 class PPOWTrainingArguments(TrainingArguments):
     r"""
     Arguments of [`PPOWTrainer`], besides those of transformers' `TrainingArguments`.
 
     The defaults are one recipe for an eagle drafter: texts that the target writes, half of them at T = 0 and half at
-    T = 1; three unrolled steps behind every prefix for the first 70% of the training, then TV and KL on the windows
+    T = 1; three unrolled steps behind every tenth prefix for the first 70% of the training, then TV and KL on windows
     that decoding visits; hidden matrices trained by Muon.
 
     Args:
@@ -143,12 +149,13 @@ class PPOWTrainingArguments(TrainingArguments):
             exp(-1/4) = 0.78 in DSpark, exp(-1/7) = 0.87 for 16 tokens in DFlash.
         text_weighting (`str`, *optional*):
             Tokens of an eagle, medusa or block drafter's windows that are learned: `"decay"`, all of the windows
-            behind every prefix, weighted by `unroll_decay`; `"visited"`, only those that decoding the text would
+            behind any prefix, weighted by `unroll_decay`; `"visited"`, only those that decoding the text would
             draft. Defaults to `"decay"` in a phase that another one follows and for `expected_length`, and to
             `"visited"` elsewhere [ours].
-        num_anchors (`int`, *optional*, defaults to `512`):
-            Maximum number of windows of a block drafter that are learned along a sequence; where there are more, they
-            are drawn at random [DFlash, 2602.06036].
+        num_anchors (`int`, *optional*):
+            Number of windows of an eagle, medusa or block drafter that are learned along a sequence, drawn at random
+            at each step where there are more [DFlash, 2602.06036]. Defaults to one for every ten tokens of the
+            batch's longest sequence: windows of other texts teach more than more windows of one [ours].
 
         > Parameters that control the terms along drafted windows
 
@@ -271,7 +278,10 @@ class PPOWTrainingArguments(TrainingArguments):
             "in the last phase."
         },
     )
-    num_anchors: int = field(default=512, metadata={"help": "Most windows of a block drafter along a sequence."})
+    num_anchors: int | None = field(
+        default=None,
+        metadata={"help": "Windows learned along a sequence; by default one for every ten tokens of the longest."},
+    )
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})
@@ -336,6 +346,10 @@ class PPOWTrainingArguments(TrainingArguments):
         self._check_ranges()
         self._check_windows()
         self._choose_muon()
+
+    def windows_learned(self, count: int) -> int:
+        """How many of `count` windows along a sequence are learned at a step."""
+        return windows_learned(count) if self.num_anchors is None else min(count, self.num_anchors)
 
     def _take_zero_3_as_2(self) -> None:
         """A drafter is whole during a step in either: its processes call its layers in different numbers."""

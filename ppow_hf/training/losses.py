@@ -64,10 +64,10 @@ def text_objective(
                 prefixes, visited = model(
                     inside=lambda drafter: visited_windows(drafter, target, args, inputs, encoding, steps)
                 )
-        if drafter.config.one_step and prefixes.shape[1] > args.num_anchors:
+        if (count := args.windows_learned(prefixes.shape[1])) < prefixes.shape[1]:
             begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
             uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
-            chosen, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], args.num_anchors)
+            chosen, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], count)
             prefixes = prefixes.gather(1, chosen)
             visited = None if visited is None else visited.gather(1, chosen[..., None].expand(-1, -1, steps))
         if visited is not None and "expected_length" not in weights:  # which is of whole windows

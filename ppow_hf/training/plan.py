@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.new_drafter import draft_config_for, target_layers_for
+from .arguments import windows_learned
 from .losses import text_terms
 from .objectives import sum_over_chunks
 from .optimizers import make_optimizer
@@ -55,7 +56,7 @@ class Shape:
         length (`int`): tokens of a sequence, S.
         batch (`int`, *optional*, defaults to `1`): sequences of a step on a GPU.
         draft_vocab_size (`int`, *optional*): of an eagle drafter.
-        steps (`int`, *optional*, defaults to `3`): unrolled draft steps behind every prefix.
+        steps (`int`, *optional*, defaults to `3`): unrolled draft steps of the windows that are learned.
         chunk_size (`int`, *optional*, defaults to `1024`): positions whose logits are held at once.
         muon (`float`, *optional*, defaults to `2.0`): as of [`PPOWTrainingArguments`].
         mixed (`bool`, *optional*, defaults to `True`): whether products are in bfloat16, with weights in float32.
@@ -303,15 +304,19 @@ def target_pass(
 
 
 def drafter_pass(target: Any, drafter: PPOWDrafter, shape: Shape, machine: Machine) -> tuple[Counted, Counted]:
-    """One chunk's loss, and the forward and backward pass of a step with it: supervised, behind every prefix."""
+    """One chunk's loss, and the forward and backward pass of a supervised step with it."""
     text = target.config.get_text_config()
     steps = 1 if shape.architecture == "standalone" else shape.steps
+    first = drafter.draft_model.first_prefix
+    count = shape.length - 1 - first
+    windows_count = windows_learned(count) if steps > 1 else count
+    share = count * (1 - (1 - windows_count / count) ** steps) / (windows_count * steps)  # of rows, at distinct places
     head = target.get_output_embeddings().weight[: shape.draft_vocab_size]
 
     def chunk(features, sources, labels):
         draft = drafter.draft_logits(features).float()
-        goal = nn.functional.linear(sources[: -(-len(features) // steps)].to(head.dtype), head).float()
-        goal_rows = torch.arange(len(features), device="meta") // steps
+        goal = nn.functional.linear(sources[: math.ceil(len(features) * share)].to(head.dtype), head).float()
+        goal_rows = (torch.arange(len(features), device="meta") * share).long()
         terms = text_terms(["ce", "kl"], draft, goal, labels, None, None, goal_rows)  # type: ignore[arg-type]
         loss = terms.sum()
         return torch.cat([loss[None], terms.detach().sum(-1)])
@@ -335,16 +340,15 @@ def drafter_pass(target: Any, drafter: PPOWDrafter, shape: Shape, machine: Machi
         states = torch.empty(shape.batch, shape.length, len(layers) * hidden, dtype=target.dtype, device="meta")
     windows = {}
     if steps > 1:
-        first = drafter.draft_model.first_prefix
-        prefixes = torch.arange(first, shape.length - 1, device="meta").expand(shape.batch, -1)
-        windows = {"prefixes": prefixes, "draft_ids": ids[:, first:-1, None].expand(-1, -1, steps)}
+        prefixes = torch.arange(first, first + windows_count, device="meta").expand(shape.batch, -1)
+        windows = {"prefixes": prefixes, "draft_ids": ids[:, :windows_count, None].expand(-1, -1, steps)}
     with counted(machine) as live:
         drafter(ids, states, loss_function=loss_function, **windows).loss.backward()
     drafter.zero_grad(set_to_none=True)
     width = drafter.config.draft_config.hidden_size
     rows = torch.empty(shape.chunk_size, width, dtype=drafter.dtype, device="meta", requires_grad=True)
     with counted(machine) as of_chunk:
-        rows_loss(rows, min(shape.chunk_size, shape.tokens * steps))
+        rows_loss(rows, min(shape.chunk_size, shape.batch * windows_count * steps))
     return Counted(of_chunk.peak, of_chunk.seconds), Counted(live.peak, live.seconds)
 
 

@@ -64,7 +64,7 @@ class Ours:
         record = StateRecord(folder / "record")
         args = PPOWTrainingArguments(
             str(folder / "run"), per_device_train_batch_size=len(record.sequences), objective="kl", unroll_steps=steps,
-            unroll_decay=1.0, text_weighting="decay", muon=0.0 if optimizer == "adamw" else None,
+            num_anchors=2048, unroll_decay=1.0, text_weighting="decay", muon=0.0 if optimizer == "adamw" else None,
             bf16=dtype == "bfloat16", max_length=2048, use_cpu=True, report_to=[],
         )  # fmt: skip
         drafter = copy.deepcopy(drafter).train()
