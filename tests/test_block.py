@@ -74,9 +74,7 @@ def slow_states(drafter: PPOWDrafter, states: torch.Tensor, anchor: int) -> torc
         key = rotate(norm(weights[name + "k_proj.weight"][rows] @ x, name + "k_norm.weight"), position)
         return key, weights[name + "v_proj.weight"][rows] @ x
 
-    scales = drafter.config.state_scales or [1.0] * len(drafter.config.target_layer_ids)
-    scaled = [torch.cat([part * c for part, c in zip(s.chunk(len(scales)), scales, strict=True)]) for s in states]
-    context = [norm(weights["fc.weight"] @ state, "hidden_norm.weight") for state in scaled]
+    context = [norm(weights["fc.weight"] @ state, "hidden_norm.weight") for state in states]
     drafted = drafter.config.block_size
     masks = drafted - 1 if drafter.config.sample_from_anchor else drafted
     block = [target.module.weight[token] for token in [anchor] + [drafter.config.mask_token_id] * masks]

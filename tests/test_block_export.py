@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_block import VARIANTS, K, make_drafter, states_of, tokens
-from test_export import folded_state, rewritten, saved, without
+from test_export import rewritten, saved, without
 
 from ppow_hf.cli import main
 from ppow_hf.export import export_drafter, import_drafter
@@ -113,7 +113,7 @@ def test_round_trip_is_tensor_identical(tmp_path, target, format, variant, kind)
     first, second = tmp_path / "first", tmp_path / "second"
     export_drafter(drafter, first, format, target=target, target_name="someone/target")
     found = import_drafter(first, target)
-    theirs, ours = found.state_dict(), folded_state(drafter)
+    theirs, ours = found.state_dict(), drafter.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) and theirs[name].dtype == ours[name].dtype for name in ours)
     same = ("block_size", "sample_from_anchor", "mask_token_id", "markov_rank", "confidence_head", "draft_vocab_size")
@@ -203,7 +203,7 @@ def test_command_line_there_and_back(tmp_path, capsys):
     assert "exported: dspark, " in printed and "imported: a block drafter with" in printed
     config = json.loads((tmp_path / "imported" / "config.json").read_text())
     assert config["block_size"] == K and config["markov_rank"] == 4
-    ours, theirs = folded_state(drafter), PPOWDrafter.from_pretrained(imported, dtype="auto").state_dict()
+    ours, theirs = drafter.state_dict(), PPOWDrafter.from_pretrained(imported, dtype="auto").state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert main(["import", exported, "--target-layer-ids", "1,2,3", "--output-dir", imported]) == 2
     assert "--target-layer-ids: a DFlash or DSpark checkpoint names its own" in capsys.readouterr().err

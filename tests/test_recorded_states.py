@@ -141,8 +141,10 @@ def test_a_target_in_bfloat16_gives_the_same_losses_from_states_in_bfloat16(make
 def test_a_drafter_starts_from_the_record_as_from_the_target(make_record, target, architecture):
     reads_layers = architecture in ("eagle", "block")
     record = StateRecord(make_record(layers=LAYERS if reads_layers else []))
-    layers = {"target_layer_ids": LAYERS, "state_scales": record.state_scales()} if reads_layers else {}
+    layers = {"target_layer_ids": LAYERS} if reads_layers else {}
     drafters = []
+    if architecture == "eagle":
+        layers["state_scales"] = record.state_scales()
     for pattern in (target, record.target):
         torch.manual_seed(0)
         drafters.append(PPOWDrafter.from_target(pattern, architecture, **layers))
@@ -164,7 +166,6 @@ def test_scales_bring_the_recorded_states_near_one(make_record, target):
         assert math.log2(scale).is_integer()
         assert 0.125 < scale * states[layer].pow(2).mean().sqrt() < 0.5
     assert len(set(record.state_scales())) > 1  # otherwise order was not tested
-    assert record.state_scales(LAYERS[1:]) == record.state_scales()[1:]
 
 
 def test_tied_weights_are_kept_once(make_record, make_target, tokenizer):

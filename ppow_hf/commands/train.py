@@ -224,13 +224,12 @@ def drafter_for_record(
     named = dataclasses.replace(script, target=script.target or record.manifest["target"])
     counts = record.sequences.count_tokens(target_width(record.target))
     layers: dict[str, Any] = {}
-    if script.architecture in ("eagle", "block"):
-        layer_ids = record.layer_ids
-        if script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
-            layer_ids = sorted(set(layer_ids) - {0}) or layer_ids
-        layers = {"target_layer_ids": layer_ids}
-        if layer_ids:
-            layers["state_scales"] = record.state_scales(layer_ids)
+    if script.architecture == "eagle":
+        layers = {"target_layer_ids": record.layer_ids}
+        if record.layer_ids:
+            layers["state_scales"] = record.state_scales()
+    elif script.architecture == "block":  # what an eagle drafter reads will do, without the embeddings if it can
+        layers = {"target_layer_ids": sorted(set(record.layer_ids) - {0}) or record.layer_ids}
     return new_drafter(named, training, target, tokenizer, counts, **layers)
 
 

@@ -59,21 +59,17 @@ def eagle3_shapes(
 
 
 def named_tensors(drafter: Any) -> dict[str, torch.Tensor]:
-    """The drafter's tensors by the names of its inner model, on the CPU.
-
-    `fc` reads the target's states as they are: `state_scales` are multiplied into it.
-    """
+    """The drafter's tensors by the names of its inner model, on the CPU."""
     state = drafter.state_dict()
-    tensors = {name.removeprefix("draft_model."): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if drafter.config.state_scales is not None:
-        tensors["fc.weight"] = scaled_states(tensors["fc.weight"], drafter.config.state_scales)
-    return tensors
+    return {name.removeprefix("draft_model."): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def eagle3_tensors(
     drafter: Any, layer: str, embeddings: bool = True, translation: bool = False
 ) -> dict[str, torch.Tensor]:
     """The tensors of an eagle [`PPOWDrafter`] under an EAGLE-3 checkpoint's names, on the CPU.
+
+    `fc` reads the target's states as they are: `state_scales` are multiplied into it.
 
     With `embeddings` those of a drafter that shares its target's too, which must have been attached. With
     `translation` `d2t` and `t2d` for a whole vocabulary too: OpenVINO's converter needs them, vLLM refuses them.
@@ -86,6 +82,8 @@ def eagle3_tensors(
         if name.startswith(LAYER_NAMES["eagle3"]):
             name = layer + name.removeprefix(LAYER_NAMES["eagle3"])
         tensors[name] = tensor
+    if drafter.config.state_scales is not None:
+        tensors["fc.weight"] = scaled_states(tensors["fc.weight"], drafter.config.state_scales)
     width, size = drafter.config.draft_vocab_size, drafter.config.vocab_size
     if width in (None, size):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}

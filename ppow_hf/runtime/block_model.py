@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from .configuration_ppow import PPOWDrafterConfig
-from .draft_models import DraftNorm, GrowingKeys, TargetEmbeddings, rotated, scaled_states
+from .draft_models import DraftNorm, GrowingKeys, TargetEmbeddings, rotated
 from .draft_session import DraftSession, KeysValues, additive_mask, still_drafted
 
 Context = list[KeysValues] | list[GrowingKeys]  # keys and values of the text's states, of each layer
@@ -150,7 +150,7 @@ class BlockDrafter(nn.Module):
     def __init__(self, config: PPOWDrafterConfig):
         super().__init__()
         draft = config.draft_config
-        self.config, self.drafter_config = draft, config
+        self.config = draft
         self.block_size: int = config.longest_window  # type: ignore[assignment]
         self.mask_token_id, self.sample_from_anchor = config.mask_token_id, config.sample_from_anchor
         hidden, width = draft.hidden_size, config.draft_vocab_size or config.vocab_size
@@ -175,10 +175,7 @@ class BlockDrafter(nn.Module):
 
         Returns the tokens p `[B, L, 1]`, each the anchor of the block behind it, and the keys and values.
         """
-        states = states.to(self.fc.weight.dtype)
-        if (scales := self.drafter_config.state_scales) is not None:
-            states = scaled_states(states, scales)
-        context = self.hidden_norm(self.fc(states))
+        context = self.hidden_norm(self.fc(states.to(self.fc.weight.dtype)))
         angles = self.embed_positions(positions)
         known = [layer(context, angles) for layer in self.layers]
         if cache is None:

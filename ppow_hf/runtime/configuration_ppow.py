@@ -115,9 +115,8 @@ class PPOWDrafterConfig(PreTrainedConfig):
             What speculators' eagle drafters do beside EAGLE-3's: normalize the target's states before `fc`; add to the
             layer's normalized state in place of the state; feed draft steps what is behind the final norm.
         state_scales (`list[float]`, *optional*):
-            What each of the target's states is multiplied by before `fc` (eagle, block), so that all come to it about
-            as large, and an eagle layer's additions count beside what they are added to [ours]. Exports multiply `fc`
-            by them.
+            What each of the target's states is multiplied by before `fc` (eagle), so that all come to it about as
+            large, and the layer's additions count beside what they are added to [ours]. Exports multiply `fc` by them.
             `None`: nothing.
         medusa_heads (`int`, *optional*):
             Heads of a medusa drafter, the longest window it can draft; `None`: as many as `max_window`.
@@ -323,19 +322,14 @@ class PPOWDrafterConfig(PreTrainedConfig):
         scales = self.state_scales
         if scales is None:
             return
-        if self.architecture not in ("eagle", "block") or self.norm_before_fc:
+        if self.architecture != "eagle" or self.norm_before_fc:
             other = "norm_before_fc" if self.norm_before_fc else f"a {self.architecture} drafter"
-            raise ValueError(
-                f"state_scales: a block or eagle drafter has them, without norm_before_fc, and not {other}."
-            )
+            raise ValueError(f"state_scales: only an eagle drafter without norm_before_fc has them, not {other}.")
         numbers = isinstance(scales, list | tuple) and all(
             isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales
         )
-        count = len(self.target_layer_ids or [0, 0, 0])
-        if not numbers or len(scales) != count or not all(0 < scale < float("inf") for scale in scales):
-            raise ValueError(
-                f"state_scales: {scales!r} given; pass a positive number for each of the target's {count} states."
-            )
+        if not numbers or len(scales) != 3 or not all(0 < scale < float("inf") for scale in scales):
+            raise ValueError(f"state_scales: {scales!r} given; pass a positive number for each of the three states.")
 
     def check_block(self) -> None:
         """Raise `ValueError` for fields of a block drafter that are out of range, or given to another one."""

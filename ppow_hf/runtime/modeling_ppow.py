@@ -511,8 +511,8 @@ class PPOWDrafter(PreTrainedModel):
                 begin at random.
             overrides: fields of [`PPOWDrafterConfig`] (`max_window`, `target_layer_ids`, ...) or of the drafter's own
                 transformer (`num_hidden_layers`, `intermediate_size`, ...). Unless `state_scales` is given, `None` for
-                none, an eagle or block drafter's are measured by one forward of the target (a record's target cannot:
-                give it the record's `state_scales()`).
+                none, an eagle drafter's are measured by one forward of the target (a record's target cannot: give it
+                the record's `state_scales()`).
         """
         check_settings(architecture=architecture)
         if isinstance(target, PPOWDrafter):
@@ -557,7 +557,7 @@ class PPOWDrafter(PreTrainedModel):
                 **settings,
             },
         )
-        if architecture in ("eagle", "block") and not config.norm_before_fc and "state_scales" not in settings:
+        if architecture == "eagle" and not config.norm_before_fc and "state_scales" not in settings:
             config.state_scales = measured_state_scales(target, config.target_layer_ids or [])
         drafter = cls(config)
         start_from_target(drafter, target, token_counts, init_layers)

@@ -168,10 +168,10 @@ class StateRecord:
         """What the longest sequences were cut to."""
         return max(part.manifest["max_length"] for part in self._parts)
 
-    def state_scales(self, layer_ids: list[int] | None = None) -> list[float]:
-        """The `state_scales` of a drafter that reads `layer_ids`, by default all of them, by the first sequences."""
+    def state_scales(self) -> list[float]:
+        """The `state_scales` of an eagle drafter that reads `layer_ids`, by the first sequences."""
         num_layers = self.target.config.get_text_config().num_hidden_layers
-        names = [layer_name(layer, num_layers) for layer in layer_ids or self.layer_ids]
+        names = [layer_name(layer, num_layers) for layer in self.layer_ids]
         rows = [self.read(index, names) for index in range(min(len(self.sequences), MEASURED_SEQUENCES))]
         return [state_scale(torch.cat(parts)) for parts in zip(*rows, strict=True)]
 
