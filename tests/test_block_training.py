@@ -136,8 +136,8 @@ def test_windows_drawn_along_the_text_stand_for_all():
     uniforms = torch.rand(3000, 2, 6, generator=torch.Generator().manual_seed(0))
     sums, counts = torch.zeros(3000, 2), torch.zeros(2, 6)
     for draw, numbers in enumerate(uniforms):
-        places, scales = chosen_windows(begun, numbers, 2)
-        assert places.shape == (2, 2) and bool((places[:, 0] < places[:, 1]).all())
+        places, kept, scales = chosen_windows(begun, numbers, torch.tensor([2, 2]))
+        assert places.shape == (2, 2) and bool((places[:, 0] < places[:, 1]).all()) and bool(kept.all())
         counts.scatter_add_(1, places, torch.ones(2, 2))
         sums[draw] = scales * values[places].sum(1)
     assert counts[1].tolist() == [0, 3000, 0, 0, 3000, 0] and sums[:, 1].unique().tolist() == [57.0]

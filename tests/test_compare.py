@@ -420,6 +420,10 @@ def test_the_shipped_configuration_is_whole(tmp_path):
     small = load_config(None, smoke=True, recipes=["cst", "ppow_literal"])
     assert list(small.recipes) == ["cst", "ppow_literal"] and small.budgets == {"tokens": 4000}
     assert small.data["prompt_tokens"] == config.data["prompt_tokens"]
+    given = {**vars(config), "start": {**config.start, "core_seconds": config.start["seconds"]}}
+    del given["start"]["seconds"]
+    (tmp_path / "cores.yaml").write_text(json.dumps(given))
+    assert load_config(tmp_path / "cores.yaml", smoke=True).start == small.start
 
 
 def test_the_shipped_comparison_at_a_gpus_scale_trains_a_target_of_100_million(tmp_path):

@@ -13,8 +13,8 @@ from test_data import LINES, build_tokenizer
 from test_resume import COMMON, SCRIPT, environment, step_logs
 
 RUNS = {
-    "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4},
-    "tv": {"objective": "tv", "architecture": "eagle", "max_steps": 4},  # on the windows that decoding visits
+    "supervised": {"objective": "supervised", "architecture": "eagle", "max_steps": 4, "num_anchors": None},
+    "tv": {"objective": "tv", "architecture": "eagle", "max_steps": 4, "num_anchors": None},  # on visited windows
     "ppow": {"objective": "ppow", "architecture": "standalone", "num_iterations": 2, "max_steps": 6},
     "block": {"objective": "supervised", "architecture": "confident", "max_steps": 4, "num_anchors": 5},
 }

@@ -236,19 +236,42 @@ def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, archi
     assert found == pytest.approx(sessions_supervised_loss(trainer, inputs), rel=1e-4)
 
 
+def loss_of_rows(trainer, rows, step=4) -> float:
+    """Loss of the rows in one batch, times their learned tokens."""
+    inputs = batch_of(trainer.train_dataset, rows)
+    trainer.state.max_steps, trainer.state.global_step = 10, step
+    return trainer.compute_loss(trainer.model, inputs).item() * inputs["loss_mask"].sum().item()
+
+
 @pytest.mark.parametrize("architecture", ["eagle", "dflash"])
 def test_windows_drawn_from_a_text_stand_for_all_of_it(make_trainer, architecture):
-    data = random_dataset([24, 24, 24], loss_masks=[[True] * 24] * 3)
+    data = random_dataset([24, 24, 12], loss_masks=[[True] * length for length in (24, 24, 12)])
     settings = {"text_weighting": "decay", "unroll_steps": 3, "num_anchors": None}
     trainer = make_trainer(architecture, "supervised", dataset=data, **settings)
     inputs = batch_of(trainer.train_dataset)
-    trainer.model.train()
-    trainer.state.max_steps, trainer.state.global_step = 10, 4
-    found = trainer.compute_loss(trainer.model, inputs).item()
-    trainer.model.eval()
     uniforms = keyed_uniforms(trainer.args.seed, 4, inputs["index"], (trainer.args.max_length,), "anchors")
-    prefixes = [(1 + row[:22].argsort()[:3]).tolist() for row in uniforms]  # one for every ten of 22 prefixes
-    assert found == pytest.approx(22 / 3 * sessions_supervised_loss(trainer, inputs, prefixes), rel=1e-4)
+    expected = 0.0
+    for row, (windows, drawn) in enumerate([(22, 3), (22, 3), (10, 1)]):  # one for every ten
+        prefixes = [(1 + uniforms[row, :windows].argsort()[:drawn]).tolist()]
+        alone = batch_of(trainer.train_dataset, [row])
+        slow = sessions_supervised_loss(trainer, alone, prefixes) * alone["loss_mask"].sum().item()
+        expected += windows / drawn * slow
+    trainer.model.train()
+    assert loss_of_rows(trainer, [0, 1, 2]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["decay", "visited"])
+@pytest.mark.parametrize("architecture", ["eagle", "dspark"])
+def test_windows_drawn_from_a_text_do_not_depend_on_its_batch(make_trainer, architecture, weighting):
+    data = random_dataset([30, 13, 22], loss_masks=[[True] * length for length in (30, 13, 22)])
+    trainer = make_trainer(
+        architecture, "supervised", dataset=data, text_weighting=weighting, unroll_steps=3, num_anchors=None
+    )
+    trainer.model.train()
+    together = loss_of_rows(trainer, [0, 1, 2])
+    assert together == pytest.approx(sum(loss_of_rows(trainer, [row]) for row in range(3)), rel=1e-5)
+    trainer.args.num_anchors = 64
+    assert together != pytest.approx(loss_of_rows(trainer, [0, 1, 2]), rel=1e-3)  # else nothing was left out
 
 
 # Verified by the text
@@ -491,7 +514,7 @@ def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_targe
     ],
 )
 def test_each_phase_has_its_own_unrolled_steps_and_text_weighting(make_trainer, objective, begin, end):
-    """Few steps behind every prefix first, what decoding visits in the last phase; what is given holds in all."""
+    """Few steps first, what decoding visits in the last phase; what is given holds in all."""
     args = make_trainer("eagle", objective).args
     assert [args.unrolling_at(progress) for progress in (0.0, 0.69, 0.7, 1.0)] == [begin, begin, end, end]
     args = make_trainer("eagle", objective, unroll_steps=2, text_weighting="decay").args

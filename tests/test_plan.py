@@ -125,3 +125,5 @@ def test_the_command_prints_what_fits(tmp_path, capsys):
     assert capsys.readouterr().out.count("too large") == 5
     assert cli.main([*command, "--architecture", "standalone", "--draft-vocab-size", "10"]) == 2
     assert "--draft-vocab-size: a standalone drafter" in capsys.readouterr().err
+    assert cli.main([*command, "--max-length", "2"]) == 2
+    assert "--max-length: 2 given; at least 4 tokens are needed" in capsys.readouterr().err

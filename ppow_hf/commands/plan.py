@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_options(
         arguments, "max_length", "gpus", "batch_size", "draft_vocab_size", "gpu_gigabytes", "teraflops", "bandwidth"
     )
+    if arguments.max_length < 4:  # as in training
+        raise ValueError(f"--max-length: {arguments.max_length} given; at least 4 tokens are needed.")
     if arguments.draft_vocab_size is not None and arguments.architecture != "eagle":
         raise ValueError(f"--draft-vocab-size: a {arguments.architecture} drafter has the target's. Leave it out.")
     config, _ = load_config(arguments.target, "--target")

@@ -100,7 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{len(conversations) - len(left)} of {len(conversations)} are written already", file=sys.stderr)
     if not left:
         return 0
-    with tqdm(total=len(conversations)) as bar, _writer(arguments, tokenizer, len(file.done), bar) as writer:
+    bar = tqdm(total=len(conversations), miniters=0, mininterval=1)
+    with bar, _writer(arguments, tokenizer, len(file.done), bar) as writer:
+        bar.unpause()  # the engine has started
         written = write_texts(conversations, writer, tokenizer, file, arguments.seed, bar.update)
     print(describe(written, file))
     return 0
@@ -150,6 +152,12 @@ def _open_file(arguments: argparse.Namespace) -> Any:
     return TextFile(Path(arguments.output), settings, describe(device, arguments.command))
 
 
+def _show(bar: Any, count: int, of: int) -> None:
+    """Say on `bar` how many of a chunk's requests are answered, as often as it may be drawn."""
+    bar.set_postfix_str("" if count == of else f"{count} of the next {of} answers", refresh=False)
+    bar.update(0)
+
+
 def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int, bar: Any) -> Any:
     """A context manager of what writes; vLLM's answers show on `bar` before their chunk is done."""
     import torch
@@ -183,7 +191,7 @@ def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int, bar: Any) 
         end_token_ids(generation_config or config.get_text_config(), tokenizer),
         arguments.max_new_tokens,
         arguments.engine_python,
-        lambda count, of: bar.set_postfix_str(f"{count} of the next {of} answers"),
+        lambda count, of: _show(bar, count, of),
         dtype=arguments.dtype or "auto",
         cpu_dtype=arguments.dtype or faster_dtype("cpu") or "float32",
         seed=arguments.seed + done,  # the engine's, which begins anew: else it would write again what it wrote before

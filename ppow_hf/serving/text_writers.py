@@ -94,7 +94,8 @@ class VLLMWriter(VLLMProcess):
         max_new_tokens (`int`): tokens in the longest answer.
         python (`str`, *optional*): interpreter of vLLM's environment, see [`vllm_python`].
         answered (`Callable`, *optional*): called with the answers of a chunk so far, and the number of its requests.
-        dtype, cpu_dtype (`str`): number format of the target, and that on a CPU.
+        dtype (`str`, *optional*, defaults to `"auto"`), cpu_dtype (`str`, *optional*):
+            Number format of the target, and another one on a CPU.
         engine: further arguments of `vllm.LLM`.
 
     Raises `RuntimeError`, with the last lines that vLLM printed, when it ends before it is told to.
@@ -111,7 +112,7 @@ class VLLMWriter(VLLMProcess):
         python: str | None = None,
         answered: Callable[[int, int], None] = lambda count, of: None,
         dtype: str = "auto",
-        cpu_dtype: str = "auto",
+        cpu_dtype: str | None = None,
         **engine: Any,
     ):
         self.tokenizer, self.end_ids, self.max_new_tokens = tokenizer, end_ids, max_new_tokens

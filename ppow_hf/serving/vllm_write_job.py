@@ -23,7 +23,7 @@ def main(engine, answers_descriptor):
     # The longest context that fits in memory; and on a CPU no compilation, which takes minutes there.
     arguments = {"max_model_len": -1, "enforce_eager": current_platform.is_cpu(), **json.loads(engine)}
     cpu_dtype = arguments.pop("cpu_dtype")
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and cpu_dtype:
         arguments["dtype"] = cpu_dtype
     with os.fdopen(int(answers_descriptor), "w", encoding="utf-8") as answers:
 
@@ -33,7 +33,8 @@ def main(engine, answers_descriptor):
 
         class Answered(tqdm):  # how vLLM says that requests are done
             def update(self, n=1):
-                answer(self.n + n)
+                if self.iterable is None:  # that of another of vLLM's bars
+                    answer(self.n + n)
                 return super().update(n)
 
         llm = vllm.LLM(**arguments)

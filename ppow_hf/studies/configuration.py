@@ -48,7 +48,8 @@ class CompareConfig:
         budgets (`dict`): `tokens` (target-forward tokens), `seconds` and `core_seconds` (processor time, which other
             work on the machine does not change), one or several.
         seeds (`list[int]`), learning_rates (`list[float]`): the first seed chooses among the rates, the others follow.
-        training (`dict`): training arguments of every recipe; without `muon` there, AdamW trains all parameters.
+        training (`dict`): training arguments of every recipe; without `muon` there, AdamW trains all parameters, and
+            without `max_window` windows are the drafter's.
         recipes (`dict[str, dict]`): training arguments of each; `learning_rates` there takes the place of the common.
             `regenerate_temperature` there says how the target writes that recipe's text; the others' is of T = 0.
             `later` there is a dict of arguments that take the place of the recipe's own once the share `from` of the
@@ -160,6 +161,7 @@ def load_config(
     if target_states is not None:
         given["target_states"] = target_states
     if smoke:
+        given["start"] = {name: value for name, value in given.get("start", {}).items() if name not in START_UNITS}
         for name, value in SMOKE.items():
             given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) and name != "budgets" else value
         given["seeds"] = given.get("seeds", [0])[:1]

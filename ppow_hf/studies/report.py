@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 
 from ..measure.plots import plot_curves
-from .configuration import BUDGET_UNITS, RESULTS, START, read_results
+from .configuration import BUDGET_UNITS, RESULTS, START, START_UNITS, read_results
 from .evaluation import mean_gain
 
 LOOPING = 0.2  # share of repeated 8-grams from which on a text counts as looping
@@ -303,7 +303,8 @@ class Report:
         """`start.png`, and for each budget `curves-BUDGET.png` (as the paper's figure 3) and `rewards-BUDGET.png`."""
         if self.start["curve"]:
             points = [(seconds, tau) for _, seconds, tau in self.start["curve"]]
-            plot_curves({"start": points}, self.folder / "start.png", title="supervised start", x_label="seconds")
+            unit = next((BUDGET_UNITS[unit] for unit in START_UNITS if unit in self.config["start"]), "seconds")
+            plot_curves({"start": points}, self.folder / "start.png", title="supervised start", x_label=unit)
         for budget in self.config["budgets"]:
             trained = [
                 line for line in self.lines

@@ -66,8 +66,8 @@ UNHEEDED: dict[str, tuple[Any, str]] = {
 }
 
 
-def windows_learned(count: int) -> int:
-    """The default of `num_anchors` where there are `count` windows along the longest sequence."""
+def windows_learned(count: Any) -> Any:
+    """The default of `num_anchors` for a sequence with `count` windows, an `int` or a tensor of them."""
     return -(-count // ANCHOR_TOKENS)
 
 
@@ -154,8 +154,9 @@ class PPOWTrainingArguments(TrainingArguments):
             `"visited"` elsewhere [ours].
         num_anchors (`int`, *optional*):
             Number of windows of an eagle, medusa or block drafter that are learned along a sequence, drawn at random
-            at each step where there are more [DFlash, 2602.06036]. Defaults to one for every ten tokens of the
-            batch's longest sequence: windows of other texts teach more than more windows of one [ours].
+            at each step where there are more [DFlash, 2602.06036]. Defaults to one for every ten of its tokens:
+            windows of other texts teach more than more windows of one [ours]. An eagle drafter that is unrolled for
+            one step learns every token.
 
         > Parameters that control the terms along drafted windows
 
@@ -280,7 +281,7 @@ class PPOWTrainingArguments(TrainingArguments):
     )
     num_anchors: int | None = field(
         default=None,
-        metadata={"help": "Windows learned along a sequence; by default one for every ten tokens of the longest."},
+        metadata={"help": "Windows learned along a sequence; by default one for every ten of its tokens."},
     )
     max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
@@ -347,9 +348,10 @@ class PPOWTrainingArguments(TrainingArguments):
         self._check_windows()
         self._choose_muon()
 
-    def windows_learned(self, count: int) -> int:
-        """How many of `count` windows along a sequence are learned at a step."""
-        return windows_learned(count) if self.num_anchors is None else min(count, self.num_anchors)
+    def windows_learned(self, counts: torch.Tensor) -> torch.Tensor:
+        """How many windows are learned at a step, at least 1, of sequences with `counts` of them."""
+        wanted = windows_learned(counts) if self.num_anchors is None else counts.clamp_max(self.num_anchors)
+        return wanted.clamp_min(1)
 
     def _take_zero_3_as_2(self) -> None:
         """A drafter is whole during a step in either: its processes call its layers in different numbers."""

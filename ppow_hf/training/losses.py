@@ -64,12 +64,15 @@ def text_objective(
                 prefixes, visited = model(
                     inside=lambda drafter: visited_windows(drafter, target, args, inputs, encoding, steps)
                 )
-        if (count := args.windows_learned(prefixes.shape[1])) < prefixes.shape[1]:
-            begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
+        begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
+        counts = args.windows_learned(inputs["attention_mask"].sum(1) - 1 - first)
+        if bool((begun.sum(1) > counts).any()):
             uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
-            chosen, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], count)
-            prefixes = prefixes.gather(1, chosen)
-            visited = None if visited is None else visited.gather(1, chosen[..., None].expand(-1, -1, steps))
+            chosen, kept, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], counts)
+            nothing = input_ids.shape[1] - 2  # a prefix behind which a shorter row has nothing to learn
+            prefixes = prefixes.gather(1, chosen).masked_fill(~kept, nothing)
+            if visited is not None:
+                visited = visited.gather(1, chosen[..., None].expand(-1, -1, steps)) & kept[..., None]
         if visited is not None and "expected_length" not in weights:  # which is of whole windows
             windows["goes_on"] = goes_on_within(visited)
         windows |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
@@ -98,14 +101,20 @@ def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch
     return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
 
 
-def chosen_windows(begun: torch.Tensor, uniforms: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places `[B, count]`, ascending, of windows drawn from those that are `begun` `[B, M]` bool, without replacement,
-    by `uniforms` `[B, M]`; and by what a sum over them is multiplied, `[B]`, to be that over all on average.
+def chosen_windows(
+    begun: torch.Tensor, uniforms: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places `[B, W]`, ascending, of `counts` `[B]` windows drawn from those that are `begun` `[B, M]` bool, without
+    replacement, by `uniforms` `[B, M]`; which of them are a row's, `[B, W]` bool, W being the most of a row; and by
+    what a sum over them is multiplied, `[B]`, to be that over all on average.
 
     Rows in which fewer are begun are filled up with others.
     """
-    places = uniforms.masked_fill(~begun, 2.0).argsort(dim=1)[:, :count].sort(dim=1).values
-    return places, (begun.sum(1) / count).clamp_min(1.0)
+    width = begun.shape[1]
+    order = uniforms.masked_fill(~begun, 2.0).argsort(dim=1)[:, : int(counts.max())]
+    surplus = torch.arange(order.shape[1], device=order.device) >= counts[:, None]
+    places = order.masked_fill(surplus, width).sort(dim=1).values
+    return places.clamp_max(width - 1), places < width, (begun.sum(1) / counts).clamp_min(1.0)
 
 
 @without_gradients()

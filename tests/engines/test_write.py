@@ -4,12 +4,15 @@ import json
 
 import pytest
 
-from ppow_hf import cli
+from ppow_hf import cli, tiny
+from ppow_hf.data.models import load_tokenizer
+from ppow_hf.data.writing import Request
+from ppow_hf.serving.text_writers import VLLMWriter
 
 pytestmark = pytest.mark.engines
 
 
-def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path, capsys):
+def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path):
     prompts = tmp_path / "p.jsonl"
     texts = ["def mean(values):", "import os\n", "class Point:\n    def __init__(self", "for line in"]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
@@ -22,4 +25,14 @@ def test_greedy_rows_are_those_of_transformers(engine_python, tmp_path, capsys):
         for name in ("own", "vllm")
     )
     assert own and own == theirs
-    assert "4 of the next 4 answers" in capsys.readouterr().err  # long before a chunk of many is done
+
+
+def test_each_answer_is_told_before_the_chunk_is_done(engine_python):
+    tokenizer = load_tokenizer("tiny")
+    requests = [Request("", None, tokenizer(text)["input_ids"], 0.0, 0) for text in ("def mean(", "import", "class")]
+    told = []
+    with VLLMWriter(
+        tiny.target_path(), tokenizer, [], 8, engine_python, lambda count, of: told.append((count, of)), "float32"
+    ) as writer:
+        answers = writer(requests)
+    assert told == [(1, 3), (2, 3), (3, 3)] and all(len(answer.token_ids) == 8 for answer in answers)
