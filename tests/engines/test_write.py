@@ -32,7 +32,7 @@ def test_each_answer_is_told_before_the_chunk_is_done(engine_python):
     requests = [Request("", None, tokenizer(text)["input_ids"], 0.0, 0) for text in ("def mean(", "import", "class")]
     told = []
     with VLLMWriter(
-        tiny.target_path(), tokenizer, [], 8, engine_python, lambda count, of: told.append((count, of)), "float32"
+        str(tiny.target_path()), tokenizer, [], 8, engine_python, lambda count, of: told.append((count, of)), "float32"
     ) as writer:
         answers = writer(requests)
     assert told == [(1, 3), (2, 3), (3, 3)] and all(len(answer.token_ids) == 8 for answer in answers)
