@@ -54,7 +54,7 @@ def test_a_dspark_directory_is_what_its_authors_publish(tmp_path, target):
     assert weights["markov_head.markov_w1.weight"].shape == (64, 3)
     assert weights["confidence_head.proj.weight"].shape == (1, 32 + 3)
     text = (tmp_path / "README.md").read_text()
-    assert "the GPU kernels that Markov heads need interpreted" in text
+    assert "with the GPU kernels for Markov heads interpreted" in text
     assert '"enable_adaptive_verification": true' in text and "Not tried: it needs CUDA graphs." in text
 
 

@@ -170,7 +170,7 @@ WHAT = {
 METHODS = {"eagle3": "eagle3", "standalone": "draft_model"}  # what vLLM calls a layout, where not by its own name
 SGLANG_ALGORITHMS = {"eagle3": "EAGLE3", "standalone": "STANDALONE"}
 TESTED = "Tested with vLLM 0.32 on a CPU, in float32."
-TESTED_INTERPRETED = "Tested with vLLM 0.32 on a CPU, in float32, the GPU kernels that Markov heads need interpreted."
+TESTED_INTERPRETED = "Tested with vLLM 0.32 on a CPU, in float32, with the GPU kernels for Markov heads interpreted."
 
 
 def engine_readme(

@@ -66,7 +66,7 @@ UNHEEDED: dict[str, tuple[Any, str]] = {
 }
 
 
-def windows_learned(count: Any) -> Any:
+def default_anchors(count: Any) -> Any:
     """The default of `num_anchors` for a sequence with `count` windows, an `int` or a tensor of them."""
     return -(-count // ANCHOR_TOKENS)
 
@@ -350,7 +350,7 @@ class PPOWTrainingArguments(TrainingArguments):
 
     def windows_learned(self, counts: torch.Tensor) -> torch.Tensor:
         """How many windows are learned at a step, at least 1, of sequences with `counts` of them."""
-        wanted = windows_learned(counts) if self.num_anchors is None else counts.clamp_max(self.num_anchors)
+        wanted = default_anchors(counts) if self.num_anchors is None else counts.clamp_max(self.num_anchors)
         return wanted.clamp_min(1)
 
     def _take_zero_3_as_2(self) -> None:

@@ -64,15 +64,8 @@ def text_objective(
                 prefixes, visited = model(
                     inside=lambda drafter: visited_windows(drafter, target, args, inputs, encoding, steps)
                 )
-        begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
         counts = args.windows_learned(inputs["attention_mask"].sum(1) - 1 - first)
-        if bool((begun.sum(1) > counts).any()):
-            uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
-            chosen, kept, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], counts)
-            nothing = input_ids.shape[1] - 2  # a prefix behind which a shorter row has nothing to learn
-            prefixes = prefixes.gather(1, chosen).masked_fill(~kept, nothing)
-            if visited is not None:
-                visited = visited.gather(1, chosen[..., None].expand(-1, -1, steps)) & kept[..., None]
+        prefixes, visited, scales = drawn_windows(args, inputs, prefixes, visited, steps, counts, step)
         if visited is not None and "expected_length" not in weights:  # which is of whole windows
             windows["goes_on"] = goes_on_within(visited)
         windows |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
@@ -99,6 +92,29 @@ def text_objective(
 def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
     """`goes_on` of [`PPOWDrafter.unroll`] for windows that are drafted as far as `followed` `[B, M, K]` bool."""
     return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
+
+
+def drawn_windows(
+    args: PPOWTrainingArguments,
+    inputs: Mapping[str, torch.Tensor],
+    prefixes: torch.Tensor,
+    visited: torch.Tensor | None,
+    steps: int,
+    counts: torch.Tensor,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What is left of `prefixes` `[B, M]` and of `visited` `[B, M, steps]` where `counts` `[B]` windows are learned, and
+    by what a row's sum is multiplied, `[B]`. All of them, and `None`, where no row has more.
+    """
+    begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
+    if not bool((begun.sum(1) > counts).any()):
+        return prefixes, visited, None
+    uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
+    chosen, kept, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], counts)
+    nothing = inputs["input_ids"].shape[1] - 2  # a prefix behind which a shorter row has nothing to learn
+    if visited is not None:
+        visited = visited.gather(1, chosen[..., None].expand(-1, -1, steps)) & kept[..., None]
+    return prefixes.gather(1, chosen).masked_fill(~kept, nothing), visited, scales
 
 
 def chosen_windows(

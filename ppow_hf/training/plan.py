@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.new_drafter import draft_config_for, target_layers_for
-from .arguments import windows_learned
+from .arguments import default_anchors
 from .losses import text_terms
 from .objectives import sum_over_chunks
 from .optimizers import make_optimizer
@@ -309,7 +309,7 @@ def drafter_pass(target: Any, drafter: PPOWDrafter, shape: Shape, machine: Machi
     steps = 1 if shape.architecture == "standalone" else shape.steps
     first = drafter.draft_model.first_prefix
     count = shape.length - 1 - first
-    windows_count = windows_learned(count) if steps > 1 else count
+    windows_count = default_anchors(count) if steps > 1 else count
     share = count * (1 - (1 - windows_count / count) ** steps) / (windows_count * steps)  # of rows, at distinct places
     head = target.get_output_embeddings().weight[: shape.draft_vocab_size]
 
