@@ -103,8 +103,8 @@ def drawn_windows(
     counts: torch.Tensor,
     step: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What is left of `prefixes` `[B, M]` and of `visited` `[B, M, steps]` where `counts` `[B]` windows are learned, and
-    by what a row's sum is multiplied, `[B]`. All of them, and `None`, where no row has more.
+    """What is left of `prefixes` `[B, M]` and of `visited` `[B, M, steps]` where `counts` `[B]` windows are learned,
+    and by what a row's sum is multiplied, `[B]`. All of them, and `None`, where no row has more.
     """
     begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
     if not bool((begun.sum(1) > counts).any()):
