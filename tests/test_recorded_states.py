@@ -346,6 +346,23 @@ def test_the_commands_record_and_train(tmp_path, target, tokenizer, capsys):
     assert "required: --train_data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [[], ["--regenerate", "true"], ["--regenerate", "false"]])
+def test_completions_of_the_data_are_recorded_where_that_is_asked_for(tmp_path, target, tokenizer, caplog, given):
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    words = list(tokenizer.get_vocab())[5:13]
+    row = {"prompt": " ".join(words[:4]), "completion": " " + " ".join(words[4:])}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["record", "--target", str(tmp_path / "target"), "--data", str(tmp_path / "texts.jsonl")]
+    assert cli.main([*command, "--output-dir", str(tmp_path / "record"), "--device", "cpu", *given]) == 0
+    kept = StateRecord(str(tmp_path / "record")).sequences[0]
+    keeps = given == ["--regenerate", "false"]
+    theirs = tokenizer.decode(kept["input_ids"], skip_special_tokens=True).split()
+    assert (theirs == words) == keeps
+    assert bool(kept["target_written"].any()) == (not keeps)
+    assert ("Pass --regenerate false to train on them" in caplog.text) == (not keeps)
+
+
 def test_shards_and_batches_are_filled():
     assert shard_starts([5, 5, 5, 30, 1], 10) == [0, 2, 3, 4, 5]
     lengths = [10, 3, 9, 10, 3, 10]

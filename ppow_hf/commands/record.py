@@ -30,6 +30,12 @@ def register(commands: Any) -> None:
         "--max-length", "--max_length", type=int, default=256, help="tokens of a sequence (default: %(default)s)"
     )
     parser.add_argument(
+        "--regenerate",
+        choices=["true", "false"],
+        help="whether the target writes the completions, half of them at T = 0; false keeps those in the data "
+        "(default: as of ppow train, for rows with prompt or messages)",
+    )
+    parser.add_argument(
         "--architecture",
         choices=["eagle", "standalone", "medusa", "block"],
         default="eagle",
@@ -108,8 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
     placement = chosen_placement(arguments)
     target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device, placement)
     tokenizer = load_tokenizer(arguments.target, "--target")
+    regenerate = None if arguments.regenerate is None else arguments.regenerate == "true"
     settings = PPOWTrainingArguments(
-        str(folder), max_length=arguments.max_length, use_cpu=device == "cpu", report_to=[]
+        str(folder), max_length=arguments.max_length, regenerate=regenerate, use_cpu=device == "cpu", report_to=[]
     )
     sequences = training_sequences(arguments.data, target, tokenizer, settings, "--data")
     layers: list[int] = []

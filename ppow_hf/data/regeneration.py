@@ -91,8 +91,6 @@ def regenerate(
         raise ValueError(f"temperature: {temperature} given. Pass 0 for the most likely token, or more to sample.")
 
     prompts = extract_prompts(source, tokenizer, longest_prompt(max_length, max_new_tokens), argument)
-    if len(prompts) < len(temperatures):
-        raise ValueError(f"temperature: {len(temperatures)} given for {len(prompts)} prompts. Pass more prompts.")
     length_limit = _length_limit(prompts, target, tokenizer, max_length, argument)
 
     eos_token_ids = end_token_ids(target.generation_config, tokenizer)
@@ -101,7 +99,7 @@ def regenerate(
     cache_folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after
     processes = _Processes(across_processes and not is_split(target))
     parts = []
-    for number, each in enumerate(temperatures):
+    for number, each in enumerate(temperatures[: len(prompts)]):
         own_prompts = prompts[number :: len(temperatures)]
         settings: dict[str, Any] = {
             "length_limit": length_limit,

@@ -3,8 +3,9 @@
     python tests/engines/peer_training.py --target MODEL --target-states R... --core-seconds 900 --output-dir D
 
 speculators' runs in the interpreter that PPOW_VLLM_PYTHON names (make_environment.sh). Both keep the same draft
-vocabulary, compute in bfloat16 on one thread, and have their learning rate fall over the budget. Then, or alone with
---only compare, D/ours and D/speculators-imported draft along the same texts of the target, behind each --prompts.
+vocabulary, compute on one thread, in bfloat16 where this machine is faster so and else in float32, and have their
+learning rate fall over the budget. Then, or alone with --only compare, D/ours and D/speculators-imported draft along
+the same texts of the target, behind each --prompts.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 
 from ppow_hf import PPOWDrafter, import_drafter
 from ppow_hf.data.models import load_prompts, load_target, load_tokenizer, parse_workload, resolve
+from ppow_hf.measure.costs import faster_dtype
 from ppow_hf.serving.engine_process import engine_python
 from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE
 from ppow_hf.studies.compare import train
@@ -51,7 +53,7 @@ def train_ours(given: argparse.Namespace, target: Any, drafter: PPOWDrafter, rec
         "objective": PPOWTrainingArguments.objective,
         "muon": None,  # the default of training, where that of `train` is AdamW alone
         "per_device_train_batch_size": given.batch_size,
-        "bf16": True,
+        "bf16": target.dtype == torch.bfloat16,
     }
     rate, folder = PPOWTrainingArguments.learning_rate, given.output_dir / "ours"
     trainer = train(drafter, target, record, settings, budget, rate, given.seed, folder, record.max_length, 0)
@@ -61,7 +63,7 @@ def train_ours(given: argparse.Namespace, target: Any, drafter: PPOWDrafter, rec
     return {"steps": steps, "tokens": budget.tokens, "core_seconds": budget.seconds, "losses": losses}
 
 
-def train_speculators(given: argparse.Namespace, drafter: PPOWDrafter) -> dict[str, Any]:
+def train_speculators(given: argparse.Namespace, target: Any, drafter: PPOWDrafter) -> dict[str, Any]:
     """Train by speculators' recipe in D/speculators, and import it as D/speculators-imported; what was done.
 
     Raises `RuntimeError` if its process fails.
@@ -72,7 +74,7 @@ def train_speculators(given: argparse.Namespace, drafter: PPOWDrafter) -> dict[s
     words = [
         *("--target", resolve(given.target), "--target-states", *given.target_states, "--vocabulary", vocabulary),
         *("--core-seconds", given.core_seconds, "--total-seq-len", given.total_seq_len, "--seed", given.seed),
-        *("--output-dir", folder),
+        *("--output-dir", folder, "--dtype", str(target.dtype).removeprefix("torch.")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     finished = subprocess.run([python, str(JOB), *map(str, words)], env=environment, check=False)
@@ -132,10 +134,10 @@ def main() -> None:
     torch.set_num_threads(1)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     record = StateRecord(*given.target_states)
-    target = load_target(given.target, dtype="bfloat16", device="cpu")
+    target = load_target(given.target, dtype=faster_dtype("cpu"), device="cpu")
     drafter = new_drafter(target, record, given.draft_vocab_size, given.seed)
     if given.only in (None, "speculators"):
-        report(given, "speculators", train_speculators(given, drafter))
+        report(given, "speculators", train_speculators(given, target, drafter))
     if given.only in (None, "ours"):
         report(given, "ours", train_ours(given, target, drafter, record))
     if given.only in (None, "compare"):

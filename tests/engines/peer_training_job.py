@@ -5,6 +5,7 @@ a GPU, so that the loop is here; it ends when it has computed for so many second
 """
 
 import argparse
+import inspect
 import itertools
 import json
 import time
@@ -27,6 +28,7 @@ def its_arguments(given, layers):
         "target_layer_ids": layers,
         "total_seq_len": given.total_seq_len,
         "seed": given.seed,
+        "hidden_states_dtype": given.dtype,
         "draft_attn_impl": given.attention,  # its way for hardware without flex attention
         "loss_implementation": "eager",  # the fused one is of Triton
         "full_attention_indices": [0],  # the same as its window of 2,048 tokens where texts are shorter
@@ -45,6 +47,14 @@ def build_model(args, vocabulary):
     model = build_draft_model(args, Eagle3DraftModel, tables["t2d"], tables["d2t"], len(tables["d2t"]))
     model.verifier_norm = torch.nn.Identity()  # the recorded last states are behind the norm
     return model.float().train()
+
+
+def orthogonalize_in_float32():
+    """Have PyTorch's Muon compute in float32: it casts to bfloat16, some fifty times slower on a CPU without it."""
+    from torch.optim import _muon
+
+    source = inspect.getsource(_muon._zeropower_via_newtonschulz)
+    exec(source.replace("grad.bfloat16()", "grad.float()"), vars(_muon))
 
 
 class Batches:
@@ -93,12 +103,13 @@ def train(model, args, batches, core_seconds):
     optimizers = build_optimizers(model, args)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["full_lr"] = group["lr"]
+    dtype = getattr(torch, args.hidden_states_dtype)
     began, tokens, losses = time.process_time(), 0, []
     for batch in batches:
         progress = min((time.process_time() - began) / core_seconds, 1.0)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["full_lr"] * rate_factor(progress)
-        with torch.autocast("cpu", dtype=getattr(torch, args.hidden_states_dtype)):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             _, loss, _ = model(**batch, **loss_arguments)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -123,6 +134,7 @@ def main():
     parser.add_argument("--vocabulary", required=True, help="d2t and t2d of the draft vocabulary")
     parser.add_argument("--core-seconds", type=float, required=True)
     parser.add_argument("--total-seq-len", type=int, required=True, help="tokens of a packed batch")
+    parser.add_argument("--dtype", default="bfloat16", help="that it computes in")
     parser.add_argument("--attention", default="sdpa", help="its implementation of attention")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -131,6 +143,8 @@ def main():
     rows = RecordedSequences(*given.target_states)
     args = its_arguments(given, rows.layers)
     model = build_model(args, given.vocabulary)
+    if given.dtype == "float32":
+        orthogonalize_in_float32()
     done = train(model, args, Batches(args, rows, model.hidden_size, rows.layers), given.core_seconds)
     model.save_pretrained(given.output_dir)
     recipe = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str | list)}
