@@ -332,7 +332,6 @@ def test_unrolled_choices_equal_features_along_the_same_windows(target, architec
         unrolled = drafter.unroll(features, cache, prefixes, lambda j, _, windows: draft_ids[:, :, j], K)
         output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
     torch.testing.assert_close(unrolled, output.window_features, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(features, output.features, atol=1e-4, rtol=1e-4)
 
 
 @both_architectures
@@ -357,9 +356,9 @@ def test_unroll_shows_each_choice_the_features_it_is_drawn_from(target, architec
 def test_a_window_of_one_token_is_the_prefixs_own_feature(target, architecture):
     drafter = make_drafter(target, architecture)
     input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
-    output = drafter(input_ids, states_of(target, drafter, input_ids), prefixes=prefixes, draft_ids=draft_ids[..., :1])
-    rows = torch.arange(B)[:, None]
-    torch.testing.assert_close(output.window_features[:, :, 0], output.features[rows, prefixes])
+    states, rows = states_of(target, drafter, input_ids), torch.arange(B)[:, None]
+    along = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids[..., :1]).window_features
+    torch.testing.assert_close(along[:, :, 0], drafter(input_ids, states).features[rows, prefixes])
 
 
 @pytest.mark.lowest
@@ -396,14 +395,17 @@ def test_padding_on_the_right_changes_no_feature(make_target, family, architectu
     mask[0, 7:] = 0
     prefixes, draft_ids = torch.tensor([[2, 6], [4, 10]]), tokens(2, 2, K, seed=6)
     states = states_of(target, drafter, batch)
+    rows = {"together": (batch, states, mask), "alone": (short, None if states is None else states[:1, :7], None)}
+    features, along = {}, {}
     with torch.no_grad():
-        together = drafter(batch, states, attention_mask=mask, prefixes=prefixes, draft_ids=draft_ids)
-        alone = drafter(
-            short, None if states is None else states[:1, :7], prefixes=prefixes[:1], draft_ids=draft_ids[:1]
-        )
-    torch.testing.assert_close(together.features[:1, :7], alone.features, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(together.window_features[:1], alone.window_features, atol=1e-4, rtol=1e-4)
-    assert together.features.isfinite().all() and together.window_features.isfinite().all()
+        for name, (ids, state, seen) in rows.items():
+            count = len(ids)
+            given = {"prefixes": prefixes[:count], "draft_ids": draft_ids[:count]}
+            features[name] = drafter(ids, state, seen).features
+            along[name] = drafter(ids, state, seen, **given).window_features
+    torch.testing.assert_close(features["together"][:1, :7], features["alone"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(along["together"][:1], along["alone"], atol=1e-4, rtol=1e-4)
+    assert features["together"].isfinite().all() and along["together"].isfinite().all()
 
 
 def test_packed_mask_equals_its_definition_written_as_loops():
@@ -487,13 +489,17 @@ def test_eager_and_sdpa_attention_agree(make_target, tmp_path, family, architect
         assert drafter.draft_model.config._attn_implementation == implementation
         states = states_of(target, drafter, input_ids)
         with torch.no_grad():
-            outputs.append(drafter(input_ids, states, mask, prefixes, draft_ids))
+            outputs.append(
+                (
+                    drafter(input_ids, states, mask).features,
+                    drafter(input_ids, states, mask, prefixes, draft_ids).window_features,
+                )
+            )
         session, first = drafter.start_session(), drafter.draft_model.first_prefix
         session.observe(input_ids[:1, first:], None if states is None else states[:1, :-1], first)
         session.first_logits()
         sessions.append(session.next_logits(torch.tensor([[5]]), 0))
-    torch.testing.assert_close(outputs[0].features, outputs[1].features, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(outputs[0].window_features, outputs[1].window_features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(*sessions, atol=1e-4, rtol=1e-4)
 
 
@@ -507,8 +513,8 @@ def test_gradient_checkpointing_leaves_gradients_alone(target, architecture):
     input_ids, (prefixes, draft_ids) = tokens(B, S), windows()
     states = states_of(target, plain, input_ids)
     for drafter in (plain, checkpointed):
-        output = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids)
-        (output.window_features.square().mean() + output.logits.square().mean()).backward()
+        along = drafter(input_ids, states, prefixes=prefixes, draft_ids=draft_ids).window_features
+        (along.square().mean() + drafter(input_ids, states).logits.square().mean()).backward()
     for (name, expected), given in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert expected.grad is not None, name
         torch.testing.assert_close(given.grad, expected.grad, msg=name)

@@ -161,6 +161,11 @@ def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return heads * cosines + rotate_half(heads) * sines
 
 
+def rows_at(whole: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows `[B, M, ...]` of `whole` `[B, L, ...]` at `places` `[B, M]`."""
+    return whole[torch.arange(len(places), device=places.device)[:, None], places]
+
+
 class EagleAttention(nn.Module):
     """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
 
@@ -176,12 +181,17 @@ class EagleAttention(nn.Module):
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
+    def heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """`[B, heads, L, d]` from `x` `[B, L, 2*h]`."""
+        return projection(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def keys_values(self, x: torch.Tensor, angles: torch.Tensor) -> KeysValues:
+        """Keys and values alone, of tokens that others see."""
+        return rotated(self.heads(self.k_proj, x), angles), self.heads(self.v_proj, x)
+
     def forward(self, x, angles, mask, past: EagleCache):
         batch, length = x.shape[:2]
-        queries, keys, values = (
-            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        queries, keys, values = (self.heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         turned = rotated(torch.cat([queries, keys], dim=1), angles)
         queries, keys = turned.split([queries.shape[1], keys.shape[1]], dim=1)
         if isinstance(past, WindowKeys):
@@ -213,9 +223,14 @@ class EagleDecoderLayer(GradientCheckpointingLayer):
         self.hidden_norm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, embeddings, states, angles, mask, past: EagleCache):
+    def forward(self, embeddings, states, angles, mask, past: EagleCache, places: torch.Tensor | None = None):
+        """States `[B, L, h]` and the cache; with `places` `[B, M]` those of these tokens alone, `[B, M, h]`, as of
+        windows that begin with them: of the others only keys and values are computed."""
         normed = self.hidden_norm(states)
         x = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        if places is not None:
+            past = WindowKeys(self.self_attn.keys_values(x, angles), places - 1)
+            x, normed, states, angles = (rows_at(whole, places) for whole in (x, normed, states, angles))
         attended, keys_values = self.self_attn(x, angles, mask, past)
         states = (normed if self.norm_before_residual else states) + attended
         return states + self.mlp(self.post_attention_layernorm(states)), keys_values
@@ -290,10 +305,11 @@ class EagleDrafter(nn.Module):
         self.lm_head = nn.Linear(draft.hidden_size, width, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(draft)
 
-    def encode(self, tokens, states, cache, positions, allowed):
+    def encode(self, tokens, states, cache, positions, allowed, places=None):
         """Tokens p with the target's states of tokens p - 1, `[B, L]` and `[B, L, 3*h_target]` -> features, cache.
 
-        Without a cache, `allowed` may be `None`: each token sees those before it.
+        Without a cache, `allowed` may be `None`: each token sees those before it. With `places` `[B, M]` features are
+        of these tokens alone, `[B, M, h]`, and the cache is [`WindowKeys`] of windows that begin with them.
         """
         states = states.to(self.fc.weight.dtype)
         if self.input_norm is not None:
@@ -301,22 +317,22 @@ class EagleDrafter(nn.Module):
         elif self.drafter_config.state_scales is not None:
             states = scaled_states(states, self.drafter_config.state_scales)
         features = self.fc(states)
-        return self.advance(tokens, features, cache, self.embed_positions(positions), allowed)
+        return self.advance(tokens, features, cache, self.embed_positions(positions), allowed, places)
 
     def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions `[B, L]` as `advance` takes them: cosines and sines `[B, L, 2, d]`."""
         return torch.stack(self.rotary_emb(self.fc.weight, positions), dim=2)
 
-    def advance(self, tokens, features, cache, angles, allowed):
+    def advance(self, tokens, features, cache, angles, allowed, places=None):
         """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
         own = self.embed_tokens
         embeddings = self.target_embeddings.rows(tokens, self.fc.weight.dtype) if own is None else own(tokens)
         mask = allowed
-        if self.config._attn_implementation == "eager" and not isinstance(cache, WindowKeys):
+        if self.config._attn_implementation == "eager" and places is None and not isinstance(cache, WindowKeys):
             if mask is None and cache is None:
                 mask = causal_allowed(tokens.shape[1], 0, tokens.device)
             mask = None if mask is None else additive_mask(mask, embeddings.dtype)
-        features, cache = self.midlayer(embeddings, features, angles, mask, cache)
+        features, cache = self.midlayer(embeddings, features, angles, mask, cache, places)
         return (self.norm(features) if self.norm_output else features), cache
 
     def logits(self, features: torch.Tensor, place: int | None = None) -> torch.Tensor:

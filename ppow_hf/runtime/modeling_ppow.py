@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from .block_model import BlockDrafter, BlockSession
 from .compatibility import check_target, check_width
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
-from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys
+from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys, rows_at
 from .draft_session import DraftSession, packed_allowed, still_drafted
 from .generation import DrafterView
 from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
@@ -38,8 +38,8 @@ class PPOWDrafterOutput(ModelOutput):
         loss (`torch.Tensor`, *optional*): what `loss_function` returned.
         logits (`torch.Tensor` of shape `(B, S, V)`, *optional*):
             Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes
-            before `first_prefix`. Not computed when `loss_function` is given, and not by a block drafter.
-        features (`torch.Tensor` of shape `(B, S, h)`): features of all prefixes.
+            before `first_prefix`. Not computed when `loss_function` or windows are given, and not by a block drafter.
+        features (`torch.Tensor` of shape `(B, S, h)`, *optional*): features of all prefixes, without windows.
         window_features (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
             Features along the windows of `draft_ids`: entry j gives the distribution of the window's token j.
         block_states (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
@@ -228,6 +228,11 @@ class PPOWDrafter(PreTrainedModel):
 
         `target_states` `[B, S, 3*h_target]` is needed by eagle; entry i is the target's state of token i.
         """
+        features, cache = self._encoded(input_ids, target_states)
+        return nn.functional.pad(features, (0, 0, self.draft_model.first_prefix, 0)), cache
+
+    def _encoded(self, input_ids: torch.Tensor, target_states: torch.Tensor | None, **at) -> tuple[torch.Tensor, Any]:
+        """The draft model's `encode` of whole sequences: features from `first_prefix` on, and the cache."""
         batch, length = input_ids.shape
         first = self.draft_model.first_prefix
         positions = torch.arange(first, length, device=input_ids.device).expand(batch, -1) - first
@@ -239,8 +244,7 @@ class PPOWDrafter(PreTrainedModel):
                     f"{self.config.target_layer_ids}; pass them (see collect_target_states)."
                 )
             states = target_states[:, :-1]
-        features, cache = self.draft_model.encode(input_ids[:, first:], states, None, positions, None)
-        return nn.functional.pad(features, (0, 0, first, 0)), cache
+        return self.draft_model.encode(input_ids[:, first:], states, None, positions, None, **at)
 
     def unroll(
         self,
@@ -272,24 +276,22 @@ class PPOWDrafter(PreTrainedModel):
             anchors, states = features[..., 0].gather(1, prefixes), self.block_states(features, cache, prefixes)
             along = draft.along(states, anchors, choose, window, goes_on)
         else:
-            along = self._step_by_step(features, cache, prefixes, choose, window, goes_on)
-        if goes_on is None:  # all windows come to every token
-            return torch.stack([reached for _, reached in along], dim=2)
-        return spread_over_windows(along, prefixes.shape[1], window)
+            if isinstance(draft, EagleDrafter):
+                cache = WindowKeys(cache, prefixes - draft.first_prefix)
+            along = self._step_by_step(rows_at(features, prefixes), cache, prefixes, choose, window, goes_on)
+        return features_along(along, prefixes.shape[1], window, goes_on is None)
 
-    def _step_by_step(self, features, cache, prefixes, choose, window, goes_on):
-        """[`unroll`] by a draft step for each token: windows `[B, A]` that come to it, their features `[B, A, h]`."""
+    def _step_by_step(self, current, cache, prefixes, choose, window, goes_on):
+        """[`unroll`] by a draft step for each token, from the features `[B, M, h]` of the prefixes: windows `[B, A]`
+        that come to it, their features `[B, A, h]`."""
         draft = self.draft_model
-        first, (batch, count) = draft.first_prefix, prefixes.shape
-        current = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
+        batch, count = prefixes.shape
         windows = torch.arange(count, device=prefixes.device).expand(batch, -1)  # [B, A]: those that are drafted
         alive = torch.ones_like(windows, dtype=torch.bool)
-        positions, along = prefixes - first, [(windows, current)]
+        positions, along = prefixes - draft.first_prefix, [(windows, current)]
         allowed: torch.Tensor | None = None
-        if isinstance(draft, EagleDrafter):
-            cache = WindowKeys(cache, positions)
-        elif isinstance(draft, StandaloneDrafter):
-            key_prefixes = torch.arange(features.shape[1], device=prefixes.device)
+        if isinstance(draft, StandaloneDrafter):
+            key_prefixes = torch.arange(draft.cache_length(cache), device=prefixes.device)
             allowed = (key_prefixes <= prefixes[..., None])[:, None]  # [B, 1, M, S]
         for j in range(window):
             tokens = choose(j, current, windows)
@@ -341,20 +343,27 @@ class PPOWDrafter(PreTrainedModel):
         prefixes: torch.Tensor,
         draft_ids: torch.Tensor,
         goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of all prefixes `[B, S, h]` and along given windows `[B, M, K, h]`, with gradients.
+    ) -> torch.Tensor:
+        """Features along given windows `[B, M, K, h]`, with gradients.
 
-        `goes_on` as of [`unroll`]; a standalone drafter reads windows whole.
+        An eagle drafter computes of the other prefixes keys and values alone. `goes_on` as of [`unroll`]; a
+        standalone drafter reads windows whole.
         """
-        window = draft_ids.shape[-1]
-        if isinstance(self.draft_model, StandaloneDrafter):
+        draft, window = self.draft_model, draft_ids.shape[-1]
+        if isinstance(draft, StandaloneDrafter):
             return self._packed_features(input_ids, attention_mask, prefixes, draft_ids)
-        features, cache = self.prefix_features(input_ids, target_states)
 
         def given(j: int, _, windows: torch.Tensor) -> torch.Tensor:
             return draft_ids[:, :, j].gather(1, windows)
 
-        return features, self.unroll(features, cache, prefixes, given, window, goes_on)
+        if not isinstance(draft, EagleDrafter):
+            features, cache = self.prefix_features(input_ids, target_states)
+            return self.unroll(features, cache, prefixes, given, window, goes_on)
+        distinct, places = distinct_in_rows(prefixes)
+        features, cache = self._encoded(input_ids, target_states, places=distinct - draft.first_prefix)
+        starts = rows_at(features, places), cache.of_windows(places)
+        along = self._step_by_step(*starts, prefixes, given, window, goes_on)
+        return features_along(along, prefixes.shape[1], window, goes_on is None)
 
     def _packed_features(self, input_ids, attention_mask, prefixes, draft_ids):
         """The same for a standalone drafter: one forward over the sequence and all windows behind it."""
@@ -373,12 +382,10 @@ class PPOWDrafter(PreTrainedModel):
             self.draft_model.embed_positions(torch.cat([positions, tail_positions.flatten(1)], dim=1)),
             allowed,
         )
-        features = everything[:, :length]
-        starts = features.gather(1, prefixes[..., None].expand(-1, -1, features.shape[-1]))
-        along = (
-            everything[:, length:].unflatten(1, (count, window - 1)) if window > 1 else starts[:, :, None][:, :, :0]
-        )
-        return features, torch.cat([starts[:, :, None], along], dim=2)
+        starts = rows_at(everything[:, :length], prefixes)[:, :, None]
+        if window == 1:
+            return starts
+        return torch.cat([starts, everything[:, length:].unflatten(1, (count, window - 1))], dim=2)
 
     def forward(
         self,
@@ -392,7 +399,7 @@ class PPOWDrafter(PreTrainedModel):
         inside: Callable[["PPOWDrafter"], Any] | None = None,
         **kwargs,
     ) -> PPOWDrafterOutput:
-        """Features of all prefixes, and along given windows.
+        """Features of all prefixes, or along given windows.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`): right-padded sequences.
@@ -414,7 +421,7 @@ class PPOWDrafter(PreTrainedModel):
         output = PPOWDrafterOutput()
         is_block = isinstance(self.draft_model, BlockDrafter)
         if prefixes is not None and draft_ids is not None:
-            output.features, output.window_features = self.window_features(
+            output.window_features = self.window_features(
                 input_ids, target_states, attention_mask, prefixes, draft_ids, goes_on
             )
         else:
@@ -423,7 +430,7 @@ class PPOWDrafter(PreTrainedModel):
                 output.block_states = self.block_states(output.features, cache, prefixes)
         if loss_function is not None:
             output.loss = loss_function(self, output)
-        elif not is_block:
+        elif output.features is not None and not is_block:
             output.logits = self.compute_logits(output.features)
         return output
 
@@ -596,9 +603,13 @@ def distinct_in_rows(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return distinct, torch.empty_like(order).scatter(1, order, ranks)
 
 
-def spread_over_windows(along: list[tuple[torch.Tensor, torch.Tensor]], count: int, window: int) -> torch.Tensor:
+def features_along(
+    along: list[tuple[torch.Tensor, torch.Tensor]], count: int, window: int, whole: bool
+) -> torch.Tensor:
     """`[B, count, window, h]` from the windows `[B, A]` that came to each token and their features `[B, A, h]`; 0
-    where a window did not come to a token."""
+    where a window did not come to a token. `whole`: all windows came to every token, in order."""
+    if whole:
+        return torch.stack([reached for _, reached in along], dim=2)
     spread = []
     for windows, features in along:
         nothing = features.new_zeros(len(features), count, features.shape[-1])

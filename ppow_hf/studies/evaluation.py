@@ -247,7 +247,7 @@ def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledTex
         prefixes = torch.arange(text.start, length - 1, device=drafter.device)
         places = (prefixes[:, None] + 1 + torch.arange(window, device=drafter.device)).clamp_max(length - 1)
         tokens = ids[0, places]  # [M, K]
-        features, along = drafter.window_features(ids, states, None, prefixes[None], tokens[None])
+        along = drafter.window_features(ids, states, None, prefixes[None], tokens[None])
         draft_probs = [
             drafter.compute_logits(along[0, :, j], target_probs.shape[-1]).float().softmax(-1) for j in range(window)
         ]

@@ -1,12 +1,13 @@
-"""Tokens/s of a training step with the target's head on the draft vocabulary alone, against its whole vocabulary.
+"""Tokens/s of a training step, against the same with the target's whole head, and with features of every prefix.
 
 Run it: `python -m ppow_hf.training.step_benchmark`. Random weights in the shape of SmolLM2-135M, cut to a few layers;
-both ways take turns in one process, and their losses must agree.
+the ways take turns in one process, and their losses must agree.
 """
 
 import argparse
 import statistics
 import tempfile
+from typing import cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,7 +18,7 @@ from ..runtime.modeling_ppow import PPOWDrafter
 from .arguments import PPOWTrainingArguments
 from .trainer import PPOWTrainer
 
-WAYS = ("whole head", "draft vocabulary")
+WAYS = ("whole head", "every prefix", "default")
 
 
 def make_trainer(given: argparse.Namespace, folder: str) -> PPOWTrainer:
@@ -46,14 +47,23 @@ def make_trainer(given: argparse.Namespace, folder: str) -> PPOWTrainer:
 
 def step(trainer: PPOWTrainer, inputs: dict[str, torch.Tensor], way: str) -> tuple[float, float]:
     """Loss and seconds of one forward and backward pass."""
-    target = trainer.target
+    target, drafter = trainer.target, cast(PPOWDrafter, trainer.model)
     if way == WAYS[0]:
         vars(target)["_kept_logits"] = lambda sources, kept: target.logits(sources)[..., kept]
+    if way == WAYS[1]:
+
+        def every_prefix(ids, states, mask, prefixes, draft_ids, goes_on=None):
+            given = drafter.prefix_features(ids, states)
+            choose = lambda j, _, windows: draft_ids[:, :, j].gather(1, windows)  # noqa: E731
+            return drafter.unroll(*given, prefixes, choose, draft_ids.shape[-1], goes_on)
+
+        drafter.__dict__["window_features"] = every_prefix
     started = now(trainer.args.device)
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     seconds = now(trainer.args.device) - started
     vars(target).pop("_kept_logits", None)
+    drafter.__dict__.pop("window_features", None)
     trainer.model.zero_grad()
     return loss.item(), seconds
 
@@ -82,7 +92,8 @@ def main() -> None:
     for way, results in found.items():
         speed = given.batch * given.length / seconds[way]
         print(f"{way:<18} {1e3 * seconds[way]:8.0f} ms a step {speed:8.0f} tokens/s   loss {results[0][0]:.6f}")
-    print(f"{'ratio':<18} {seconds[WAYS[0]] / seconds[WAYS[1]]:8.2f}")
+    ratios = ", ".join(f"{seconds[way] / seconds[WAYS[-1]]:.2f} over {way}" for way in WAYS[:-1])
+    print(f"{'ratio':<18} {ratios}")
 
 
 if __name__ == "__main__":
