@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--core-seconds", type=float, default=900, help="of each training")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
-    parser.add_argument("--batch-size", type=int, default=4, help="our sequences of a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="our sequences of a step")
     parser.add_argument("--total-seq-len", type=int, default=1024, help="tokens of speculators' packed batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[*SIDES, "compare"], help="do this alone, as on two cores at once")
