@@ -216,24 +216,10 @@ def text_loss(
     `expected_length` is of whole windows: the share of them that is kept, or of those that anything of is visited the
     kept tokens, so that all terms of visited windows are sums over the text.
     """
-    names, steps = list(weights), features.shape[2]
+    names, flat_sources = list(weights), sources.flatten(0, 1)
     of_windows = torch.tensor([name == "expected_length" for name in names], device=features.device)
-    learned = learned_windows(inputs, prefixes, steps)
-    decays = args.unroll_decay ** torch.arange(steps, device=features.device)
-    step_weights = decays.expand(learned.shape) / decays.sum()
-    if visited is not None:
-        learned = learned & (visited.any(-1, keepdim=True) if "expected_length" in weights else visited)
-        step_weights = visited.float()
     coefficients = torch.tensor(list(weights.values()), device=features.device)
-    places, order = places_in_batch(inputs["input_ids"], prefixes, learned)
-    labels, flat_sources = inputs["input_ids"].flatten()[places + 1], sources.flatten(0, 1)
-    features, step_weights = features[learned][order], step_weights[learned][order]
-    scales = scales if scales is None else scales[learned.nonzero()[:, 0]][order]
-    is_first = (learned.nonzero()[:, 2] == 0)[order]
-    by_length = None
-    if "expected_length" in weights:
-        kept = keep_rows(drafter, target, args, features.detach(), flat_sources, labels, places)
-        by_length = length_weights(kept, learned, args.max_window, order) * (1 if visited is None else steps)
+    rows = text_rows(drafter, target, args, weights, features, prefixes, inputs, flat_sources, visited, scales)
 
     def chunk(features, places, labels, step_weights, is_first, by_length, scales):
         source_places, goal_rows = torch.unique_consecutive(places, return_inverse=True)
@@ -254,11 +240,46 @@ def text_loss(
             sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *sums])
         return torch.cat([loss[None], sums])
 
-    rows = features, places, labels, step_weights, is_first, by_length, scales
     totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *rows)
     kl, agreed, count, *sums = totals[1:].detach().tolist()
     metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, sums, strict=True))
     return totals[0], {name: value / max(count, 1) for name, value in metrics.items()}
+
+
+def text_rows(
+    drafter: PPOWDrafter,
+    target: TrainingTarget,
+    args: PPOWTrainingArguments,
+    weights: Mapping[str, float],
+    features: torch.Tensor,
+    prefixes: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    sources: torch.Tensor,
+    visited: torch.Tensor | None,
+    scales: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The learned steps of [`text_loss`], R in all, in the order of their places in the batch: features `[R, h]`,
+    places, the text's tokens, weights, which of them are a window's first, [`length_weights`] and `scales`.
+
+    `sources` `[B * S, H]` are those of all places.
+    """
+    steps = features.shape[2]
+    learned = learned_windows(inputs, prefixes, steps)
+    decays = args.unroll_decay ** torch.arange(steps, device=features.device)
+    step_weights = decays.expand(learned.shape) / decays.sum()
+    if visited is not None:
+        learned = learned & (visited.any(-1, keepdim=True) if "expected_length" in weights else visited)
+        step_weights = visited.float()
+    places, order = places_in_batch(inputs["input_ids"], prefixes, learned)
+    labels = inputs["input_ids"].flatten()[places + 1]
+    features, step_weights = features[learned][order], step_weights[learned][order]
+    scales = scales if scales is None else scales[learned.nonzero()[:, 0]][order]
+    is_first = (learned.nonzero()[:, 2] == 0)[order]
+    by_length = None
+    if "expected_length" in weights:
+        kept = keep_rows(drafter, target, args, features.detach(), sources, labels, places)
+        by_length = length_weights(kept, learned, args.max_window, order) * (1 if visited is None else steps)
+    return features, places, labels, step_weights, is_first, by_length, scales
 
 
 def places_in_batch(
