@@ -31,7 +31,8 @@ from .commands import (
     write,
 )
 from .commands.errors import check_words, explain
-from .commands.parsing import parse
+from .commands.parsing import parse, spellings
+from .commands.typed import Typed, TypedWarnings
 
 COMMANDS = (  # in the order of `ppow --help`
     quickstart,
@@ -66,19 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # On a CPU oneDNN keeps a kernel for each of the last 1,024 shapes, and a training has new ones in every step:
         # what is kept between the tensors of past steps is memory that is never given back.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    typed = Typed(argv, lambda: spellings(argv[0] if argv else "", COMMANDS))
     try:
-        if argv[:1] == ["train"]:
-            return train.run(train.parse(argv[1:]))
-        arguments = parse(argv, COMMANDS)
-        check_words(arguments, argv)
-        return arguments.run(arguments)
+        with TypedWarnings(typed):
+            if argv[:1] == ["train"]:
+                return train.run(train.parse(argv[1:]))
+            arguments = parse(argv, COMMANDS)
+            check_words(arguments, argv)
+            return arguments.run(arguments)
     except SystemExit as exit_request:  # argparse: --help, or a mistake that it has explained already
         return exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
     except KeyboardInterrupt:
         print("ppow: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        sentence = explain(error, argv)
+        sentence = explain(error, argv, typed)
         if sentence is None or os.environ.get("PPOW_DEBUG"):
             raise
         print(f"ppow: error: {sentence}", file=sys.stderr)

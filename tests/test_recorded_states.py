@@ -347,7 +347,7 @@ def test_the_commands_record_and_train(tmp_path, target, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("given", [[], ["--regenerate", "true"], ["--regenerate", "false"]])
-def test_completions_of_the_data_are_recorded_where_that_is_asked_for(tmp_path, target, tokenizer, caplog, given):
+def test_completions_of_the_data_are_recorded_where_that_is_asked_for(tmp_path, target, tokenizer, capsys, given):
     target.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
     words = list(tokenizer.get_vocab())[5:13]
@@ -360,7 +360,7 @@ def test_completions_of_the_data_are_recorded_where_that_is_asked_for(tmp_path, 
     theirs = tokenizer.decode(kept["input_ids"], skip_special_tokens=True).split()
     assert (theirs == words) == keeps
     assert bool(kept["target_written"].any()) == (not keeps)
-    assert ("Pass --regenerate false to train on them" in caplog.text) == (not keeps)
+    assert ("Pass --regenerate false to train on them" in capsys.readouterr().err) == (not keeps)
 
 
 def test_shards_and_batches_are_filled():

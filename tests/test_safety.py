@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.commands.errors import explain
+from ppow_hf.commands.typed import Typed
 from ppow_hf.export import export_drafter
 from ppow_hf.measure.redaction import redact_command, redact_record, redact_text
 from ppow_hf.publish.hub import repository_files, write_repository
@@ -561,9 +562,9 @@ def test_a_long_list_of_classes_is_left_out(saved, capsys):
 
 def test_a_bug_of_ours_keeps_its_traceback(saved, monkeypatch):
     for error in (TypeError("ours"), KeyError("ours"), AttributeError("ours"), RecursionError("ours")):
-        assert explain(error, ["generate", "--target", str(saved / "target")]) is None
+        assert explain(error, ["generate", "--target", str(saved / "target")], Typed([], dict)) is None
     disk = OSError(28, "No space left on device", "/somewhere/x")
-    assert "the disk is full" in (explain(disk, []) or "")
+    assert "the disk is full" in (explain(disk, [], Typed([], dict)) or "")
 
 
 def test_calls_with_the_wrong_kind_of_object_are_refused_by_name(saved, make_trainer, tmp_path, make_target):

@@ -15,12 +15,8 @@ from pathlib import Path
 
 from ..data.models import resolve
 from ..data.weights import brief, file_damage, folder_damage
+from .typed import Typed, named_words
 
-# Names of the library for what a command line calls otherwise.
-TYPED = {
-    "train_dataset": "train_data", "eval_dataset": "eval_data", "target_model": "target", "processing_class": "target",
-    "model": "drafter", "resume_from_checkpoint": "resume",
-}  # fmt: skip
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded", "unexpected pos")
 # Errors that speak of bytes and name no file: the file is looked for among the arguments.
@@ -28,7 +24,7 @@ OF_FILES = (json.JSONDecodeError, UnicodeError, RecursionError, pickle.Unpicklin
             gzip.BadGzipFile, EOFError)  # fmt: skip
 
 
-def explain(error: BaseException, argv: Sequence[str]) -> str | None:
+def explain(error: BaseException, argv: Sequence[str], typed: Typed) -> str | None:
     """One sentence about an error of the files, the models, the device or the arguments; `None` for any other."""
     if _is_full(error) and "disk" not in str(error):
         return "the disk is full, or a quota is: free some space, or name a folder on another disk, and run it again."
@@ -43,18 +39,8 @@ def explain(error: BaseException, argv: Sequence[str]) -> str | None:
     if isinstance(error, ImportError | RuntimeError) and _is_missing_library(error):
         return f"a library is missing: {brief(error)}"
     if _module(error) in ("safetensors", "huggingface_hub") or isinstance(error, ValueError | OSError):
-        return as_typed(" ".join(str(error).split()) if _is_ours(error) else brief(error), argv)
+        return typed.sentence(" ".join(str(error).split()) if _is_ours(error) else brief(error))
     return None
-
-
-def as_typed(sentence: str, argv: Sequence[str]) -> str:
-    """A sentence that opens with an argument of the library, opening with the option as it was typed."""
-    name, colon, rest = sentence.partition(":")
-    for option, _ in reversed(list(named_words(argv))):
-        plain = (option or "").lstrip("-").replace("-", "_")
-        if plain and plain in (name, TYPED.get(name)):
-            return f"{option}{colon}{rest}"
-    return sentence
 
 
 def check_words(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -85,20 +71,6 @@ def damages(argv: Sequence[str]) -> Iterator[str]:
         if found is not None:
             place = f"{option}: " if option else ""
             yield f"{place}{value!r}: {found}."
-
-
-def named_words(argv: Sequence[str]) -> Iterator[tuple[str | None, str]]:
-    """`(option, value)` of each word of a command that can be a value; positional ones have no option."""
-    option: str | None = None
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if word.startswith("-") and equals:
-            yield name, value
-        elif word.startswith("-"):
-            option = word
-            yield option, ""
-        else:
-            yield option, word
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -119,23 +119,29 @@ def register(subparsers: Any) -> None:
     )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The words behind `ppow train` as `script` ([`ScriptArguments`]) and `training` ([`PPOWTrainingArguments`])."""
-    import torch
+def build_parser() -> Any:
+    """The parser of `ppow train`, an `HfArgumentParser`."""
     from transformers import HfArgumentParser
 
-    from ..measure.costs import bfloat16_pays
     from ..training import PPOWTrainingArguments
-    from ..training.recorded_states import StateRecord
 
-    parser = HfArgumentParser(
+    return HfArgumentParser(
         [ScriptArguments, PPOWTrainingArguments],
         prog="ppow train",
         description="Train a drafter for a target on your own data, supervised or with PPOW. On two machines each "
         "runs accelerate launch --num_machines 2 --machine_rank 0 (the other 1) --num_processes N --main_process_ip "
         "IP -m ppow_hf.cli train ..., with N of both together, the first's IP, and an --output_dir that both share.",
     )
-    words = list(argv)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The words behind `ppow train` as `script` ([`ScriptArguments`]) and `training` ([`PPOWTrainingArguments`])."""
+    import torch
+
+    from ..measure.costs import bfloat16_pays
+    from ..training.recorded_states import StateRecord
+
+    parser, words = build_parser(), list(argv)
     chosen = any(word.startswith(("--bf16", "--fp16", "--target_dtype", "-h", "--help")) for word in words)
     if not chosen and not torch.accelerator.is_available() and bfloat16_pays("cpu"):
         words += ["--bf16", "true"]

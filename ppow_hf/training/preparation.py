@@ -48,10 +48,9 @@ def training_sequences(
     if not target_completes(rows[0], args.regenerate):
         return prepare_sequences(rows, tokenizer, args.max_length, packing=args.packing, argument=argument)
     if {"completion", "messages"} & set(rows[0]):
-        keeping = "--regenerate false" if argument.startswith("--") else "regenerate=False"
         logger.warning(
-            f"{argument}: the target writes the completions; those in the data are not trained on. Pass {keeping} to "
-            "train on them."
+            f"{argument}: the target writes the completions; those in the data are not trained on. Pass "
+            "regenerate=False to train on them."
         )
     return regenerate(
         rows,
