@@ -51,7 +51,7 @@ TRAINING = {
     "rollout_temperature": 0.8, "target_temperature": 0.0, "verify_with": "target", "speedup_weight": 1.0,
     "throughput_weight": 0.0, "proximity_weight": 0.5, "proximity_threshold": 5.0, "clip_range": 0.2,
     "num_iterations": 1, "kl_coef": 0.1, "text_kl_coef": 1.0, "adaw_start": 0.5, "cost_ratio": 0.12,
-    "chunk_size": 1024, "verify_tokens": 4096, "eval_prompts": 0, "calibrate_at_end": False,
+    "chunk_size": 1024, "verify_tokens": 4096, "eval_prompts": 1, "calibrate_at_end": False,
 }  # fmt: skip
 
 

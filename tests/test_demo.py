@@ -327,7 +327,7 @@ def test_a_target_alone_needs_a_drafter_that_comes_with_the_package(qwen3_pair, 
     target.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     named = settings.DemoSettings.from_environment({"PPOW_DEMO_TARGET": str(tmp_path)})
-    with pytest.raises(ValueError, match="^PPOW_DEMO_DRAFTER: a target was named without a drafter"):
+    with pytest.raises(ValueError, match=r"^--drafter \(PPOW_DEMO_DRAFTER\): a target was named without one"):
         settings.load_models(named)
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.commands.errors import explain
+from ppow_hf.commands.parsing import spellings
 from ppow_hf.commands.typed import Typed
 from ppow_hf.export import export_drafter
 from ppow_hf.measure.redaction import redact_command, redact_record, redact_text
@@ -500,6 +501,74 @@ def test_wrong_arguments_of_a_training_are_one_line_with_the_option_as_typed(sav
     }.items():
         command = train_command(saved, tmp_path / "out", "--max_steps", 1, *words)
         assert message in fails(capsys, *command), words
+
+
+@pytest.mark.parametrize("reduced", [[], ["--draft_vocab_size", 20]], ids=["whole", "reduced"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_data", "foo.jsonl"], "--eval_data: the dataset has the columns ['foo']"),
+        (["--eval_data", "code=foo.jsonl", "more=prompts.jsonl"], "--eval_data code=: the dataset has the columns"),
+        (["--eval_strategy", "steps"], "--eval_strategy: 'steps' given without data to evaluate on. Pass --eval_data"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint: 'nowhere' has no"),
+        (["--objective", "ppow", "--num_iterations", 3, "--save_steps", 5], "--save_steps: 5 is no multiple of "),
+        (["--report_to", "wandb"], "a library is missing"),
+        (["--optim", "adamw_8bit", "--muon", 0], "a library is missing"),
+        (["--init_layers", 99], "--init_layers: "),
+        (["--eval_data", "prompts.jsonl", "--eval_strategy", "steps", "--metric_for_best_model", "eval_no_kl"],
+         "--metric_for_best_model: 'eval_no_kl' given"),
+        (["--eval_prompts", 0], "--eval_prompts: 0 given"),
+        (["--seed", -1], "--seed: -1 given"),
+        (["--drafter", "tiny-eagle", "--markov_rank", 3], "given, which is of a new drafter, and --drafter names one"),
+    ],
+)  # fmt: skip
+def test_a_training_is_refused_before_the_target_writes_its_texts(
+    saved, tmp_path, capsys, monkeypatch, words, message, reduced
+):
+    def wrote(*_, **__):
+        raise AssertionError("the target wrote texts")
+
+    monkeypatch.setattr("ppow_hf.training.preparation.regenerate", wrote)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(8 * '{"prompt": "a b c"}\n')
+    Path("foo.jsonl").write_text('{"foo": "a"}\n')
+    command = train_command(saved, tmp_path / "out", "--max_steps", 1, "--train_data", "prompts.jsonl")
+    assert message in fails(capsys, *command, *words, *reduced)
+
+
+def test_options_of_a_drafter_are_those_of_a_new_one(saved, tmp_path, capsys):
+    command = train_command(saved, tmp_path / "out", "--max_steps", 1, "--architecture", "medusa")
+    said = fails(capsys, *command, "--num_hidden_layers", 2)
+    assert said.endswith(
+        "--num_hidden_layers: a medusa drafter has heads and no transformer of its own. Leave it out."
+    )
+    assert cli.main([*command, "--max_window", "12"]) == 0
+    assert PPOWDrafter.from_pretrained(tmp_path / "out").config.medusa_heads == 12
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence", "typed"),
+    [
+        ("train --train_data x", "train_dataset: of max_length=64. Raise max_length, or cut.",
+         "--train_data: of --max_length 64. Raise --max_length, or cut."),
+        ("train --target_states R --max-length 9", "train_dataset: 1 sequence, or max_length.",
+         "--target_states: 1 sequence, or --max-length."),
+        ("train", "eval_dataset['code']: no rows", "--eval_data code=: no rows"),
+        ("train", "fp16: given. Pass bf16=True.", "--fp16: given. Pass --bf16 true."),
+        ("train", 'x. Make one with architecture="block", or by objective="kl; 0.5: tv".',
+         "x. Make one with --architecture block, or by --objective 'kl; 0.5: tv'."),
+        ("train", "model: call from_target(max_window=3) on 'max_length/a' and `max_length`.",
+         "--drafter: call from_target(max_window=3) on 'max_length/a' and `max_length`."),
+        ("record", "target_layer_ids: [3] (regenerate=True, or not)", "--layers: [3] (--regenerate true, or not)"),
+        ("generate", "assistant_model: pass assistant_model=drafter.with_settings(window=3)",
+         "--drafter: pass assistant_model=drafter.with_settings(window=3)"),
+        ("push d", "repo_id: bad, or git_tag", "USER/NAME: bad, or --tag"),
+        ("", "model: bad", "model: bad"),
+    ],
+)  # fmt: skip
+def test_sentences_name_arguments_as_they_are_typed(argv, sentence, typed):
+    words = argv.split()
+    assert Typed(words, lambda: spellings(words[0] if words else "", cli.COMMANDS)).sentence(sentence) == typed
 
 
 @pytest.mark.parametrize(

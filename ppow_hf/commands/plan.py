@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.draft_vocab_size is not None and arguments.architecture != "eagle":
         raise ValueError(f"--draft-vocab-size: a {arguments.architecture} drafter has the target's. Leave it out.")
     config, _ = load_config(arguments.target, "--target")
+    if config.model_type == "ppow_drafter":
+        raise ValueError(f"--target: {arguments.target!r} is a drafter. Name the model that it is to draft for.")
     import torch
 
     from ..training.plan import Shape, make_plan

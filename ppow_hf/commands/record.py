@@ -112,17 +112,17 @@ def run(arguments: argparse.Namespace) -> int:
         vllm_python(arguments.engine_python)
     device = arguments.device or ("cpu" if arguments.engine else "cuda" if torch.cuda.is_available() else "cpu")
     placement = chosen_placement(arguments)
-    target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device, placement)
-    tokenizer = load_tokenizer(arguments.target, "--target")
     regenerate = None if arguments.regenerate is None else arguments.regenerate == "true"
     settings = PPOWTrainingArguments(
         str(folder), max_length=arguments.max_length, regenerate=regenerate, use_cpu=device == "cpu", report_to=[]
     )
-    sequences = training_sequences(arguments.data, target, tokenizer, settings, "--data")
+    target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device, placement)
+    tokenizer = load_tokenizer(arguments.target, "--target")
     layers: list[int] = []
     if arguments.architecture in ("eagle", "block"):
         count = target.config.get_text_config().num_hidden_layers
         layers = target_layers_for(arguments.architecture, arguments.layers, count) or []
+    sequences = training_sequences(arguments.data, target, tokenizer, settings, "--data")
     reader: Any = None
     if arguments.engine:
         reader = VLLMStates(target, resolve(arguments.target), layers, arguments.max_length, arguments.engine_python)

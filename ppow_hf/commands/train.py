@@ -163,14 +163,21 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from ..training import PPOWTrainer
+    from ..training.checkpoints import check_complete
     from ..training.processes import end_processes
     from ..training.recorded_states import StateRecord
 
     script, training = arguments.script, arguments.training
+    check_heeded(script, training)
     ensure_writable(training.output_dir, "--output_dir")
     if script.train_data is not None:
         check_source(script.train_data, "--train_data")
     eval_sources = evaluation_sources(script.eval_data or [])
+    resume: bool | str | None = training.resume_from_checkpoint
+    if script.resume or resume in ("auto", "true", "True"):
+        resume = True  # the last complete one, or a new start where there is none
+    elif resume:
+        check_complete(str(resume))
     set_seed(training.seed)  # which draws a new drafter's weights
     device = str(training.device)
     dtype: str | None = script.target_dtype
@@ -187,7 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
         drafter = load_drafter(script.drafter, "--drafter", "float32", device)
         check_tokenizer(drafter, tokenizer, "--drafter")
     elif record is None:
-        drafter, train_data = drafter_for_data(script, training, target, tokenizer)
+        drafter, train_data = drafter_for_data(script, training, target, tokenizer, eval_sources)
     else:
         drafter = drafter_for_record(script, training, record, target or record.target, tokenizer)
     trainer = PPOWTrainer(
@@ -199,9 +206,6 @@ def run(arguments: argparse.Namespace) -> int:
         processing_class=tokenizer,
         target_states=record,
     )
-    resume: bool | str | None = training.resume_from_checkpoint
-    if script.resume or resume in ("auto", "true", "True"):
-        resume = True  # the last complete one, or a new start where there is none
     trainer.train(resume_from_checkpoint=resume)
     if not trainer.already_finished:
         trainer.save_model()
@@ -209,13 +213,39 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def drafter_for_data(script: ScriptArguments, training: Any, target: Any, tokenizer: Any) -> tuple[Any, Any]:
+def check_heeded(script: ScriptArguments, training: Any) -> None:
+    """Raise `ValueError` for arguments of a new drafter beside one to train on, and of texts beside recorded ones."""
+    of_new = ("architecture", "draft_vocab_size", "num_hidden_layers", "markov_rank", "confidence_head", "init_layers")
+    fields = {field.name: field.default for field in dataclasses.fields(script)}
+    for name in of_new if script.drafter is not None else ():
+        if getattr(script, name) != fields[name]:
+            raise ValueError(
+                f"{name}: {getattr(script, name)} given, which is of a new drafter, and --drafter names one to train "
+                "on. Leave out one of them."
+            )
+    if script.target_states is not None and training.regenerate is not None:
+        raise ValueError(
+            f"regenerate: {training.regenerate} given, and recorded states come with their texts. Leave it out."
+        )
+
+
+def drafter_for_data(
+    script: ScriptArguments, training: Any, target: Any, tokenizer: Any, eval_sources: Any
+) -> tuple[Any, Any]:
     """A new drafter, and the training data, whose tokens choose a reduced vocabulary."""
+    import torch
+
     from ..runtime.target_weights import target_width
-    from ..training.preparation import training_sequences
+    from ..training.checks import check_evaluation, check_libraries
+    from ..training.preparation import evaluation_sequences, training_sequences
 
     if script.draft_vocab_size is None:
         return new_drafter(script, training, target, tokenizer), script.train_data
+    # What is refused without the texts, before the target writes them.
+    new_drafter(script, training, target, tokenizer, torch.ones(target_width(target)))
+    check_evaluation(training, eval_sources)
+    check_libraries(training)
+    evaluation_sequences(eval_sources, tokenizer, training)
     sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")
     counts = sequences.count_tokens(target_width(target))
     return new_drafter(script, training, target, tokenizer, counts), sequences
@@ -263,8 +293,8 @@ def new_drafter(
     from ..runtime.configuration_ppow import vocabulary_fingerprint
     from ..runtime.modeling_ppow import PPOWDrafter
 
-    if script.architecture == "block":
-        overrides["block_size"] = training.max_window
+    if script.architecture in ("block", "medusa"):  # their longest window
+        overrides["max_window"] = training.max_window
     for name in ("num_hidden_layers", "markov_rank", "confidence_head"):
         if getattr(script, name) is not None:
             overrides[name] = getattr(script, name)

@@ -210,7 +210,7 @@ def prepare_sequences(
         )
     if columns == ("text",):
         token_ids, loss_masks = _text_sequences(rows, tokenizer, max_length, packing, min_length, argument)
-        return _keep_learnable(token_ids, loss_masks, None, argument, f"at least min_length={min_length} tokens")
+        return _keep_learnable(token_ids, loss_masks, None, argument, f"at least {min_length} tokens")
 
     target_written: list | None = None
     if columns == ("input_ids",):

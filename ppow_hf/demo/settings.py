@@ -147,7 +147,7 @@ def load_models(settings: DemoSettings) -> Models:
 
     name = settings.drafter or shipped_drafter(tokenizer)
     if name is None:
-        raise ValueError("PPOW_DEMO_DRAFTER: a target was named without a drafter. Name the drafter made for it.")
+        raise ValueError("--drafter (PPOW_DEMO_DRAFTER): a target was named without one. Name its drafter.")
 
     def drafter(name: str, argument: str) -> ShownDrafter:
         model = load_drafter(name, argument, settings.dtype, settings.device)

@@ -61,6 +61,8 @@ def drafter_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: there is no folder {str(folder)!r}.")
     config = _read(folder / "config.json")
     target = public_name(config.get("target_name_or_path"))
     name = _plain(repository or folder.resolve().name)

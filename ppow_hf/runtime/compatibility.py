@@ -210,8 +210,8 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
     check_target(target)
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
-            f"num_beams: {generation_config.num_beams} beams given, but speculative decoding verifies one sequence. "
-            "Pass num_beams=1, or leave out assistant_model."
+            f"num_beams: {generation_config.num_beams} given, perhaps by the target's generation_config.json, but "
+            "speculative decoding verifies one sequence. Set it to 1, or generate without a drafter."
         )
     mode = generation_config.get_generation_mode()
     if mode not in MODES:

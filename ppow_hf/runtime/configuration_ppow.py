@@ -373,11 +373,11 @@ class PPOWDrafterConfig(PreTrainedConfig):
         if self.architecture == "block":
             raise ValueError(
                 f"max_window: {max_window} given, but this block drafter drafts {longest} tokens in its one forward. "
-                "Give at most that many, or make a drafter with a larger block_size."
+                "Give at most that many, or make a drafter for longer windows."
             )
         raise ValueError(
-            f"max_window: {max_window} given, but this medusa drafter has {longest} heads, one for each token of "
-            "a window. Give at most that many, or make a drafter with more medusa_heads."
+            f"max_window: {max_window} given, but this medusa drafter has {longest} heads, one for each token of a "
+            "window. Give at most that many, or make a drafter for longer windows."
         )
 
 

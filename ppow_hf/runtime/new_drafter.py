@@ -90,9 +90,7 @@ def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
     """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not heed."""
     if architecture == "medusa":
         for name in options:
-            raise ValueError(
-                f"{name}: a medusa drafter has heads and no transformer of its own. Give medusa_heads, medusa_layers."
-            )
+            raise ValueError(f"{name}: a medusa drafter has heads and no transformer of its own. Leave it out.")
     if architecture == "block":
         for name, value in {"attention_dropout": 0.0, "use_sliding_window": False}.items():
             if options.get(name, value) != value:

@@ -40,14 +40,14 @@ AT_LEAST = {
     "max_new_tokens": (1, "tokens"),
     "chunk_size": (1, "positions"),
     "verify_tokens": (1, "tokens"),
-    "eval_prompts": (0, "prompts"),
+    "eval_prompts": (1, "prompts"),
     "eval_prompt_length": (1, "tokens"),
     "eval_new_tokens": (1, "tokens"),
 }
 POSITIVE = ("rollout_temperature", "unroll_decay", "proximity_threshold", "clip_range")
 NOT_NEGATIVE = (
     "target_temperature", "ce_weight", "kl_weight", "speedup_weight", "throughput_weight", "proximity_weight",
-    "kl_coef", "text_kl_coef", "adaw_start",
+    "kl_coef", "text_kl_coef", "adaw_start", "seed",
 )  # fmt: skip
 
 # Arguments of transformers' TrainingArguments that this trainer would take and not heed: their value there, and why.
@@ -452,6 +452,12 @@ class PPOWTrainingArguments(TrainingArguments):
         if self.uses_rollouts and self.max_length <= self.max_window:
             raise ValueError(
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
+            )
+        repeated = self.uses_rollouts and self.num_iterations > 1 and self.save_strategy == SaveStrategy.STEPS
+        if repeated and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps: {self.save_steps} is no multiple of num_iterations={self.num_iterations}; a checkpoint "
+                "between two gradient steps on the same rollouts could not be resumed exactly."
             )
 
     def _choose_muon(self) -> None:

@@ -1,13 +1,18 @@
 """Whether a drafter, a target, a tokenizer and data belong together: clear errors before anything is computed."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..data.regeneration import is_split
 from ..data.sequences import SequenceDataset
+from ..measure.evaluation import EVALUATION_METRICS
 from ..runtime.compatibility import check_layers, check_target, check_width, rotary_change
 from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter
@@ -83,6 +88,28 @@ def check_heeded(options: dict[str, Any]) -> None:
     for name, reason in UNHEEDED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}: {reason} Leave it out.")
+
+
+def check_evaluation(args: PPOWTrainingArguments, eval_dataset: Any) -> None:
+    """Raise `ValueError` for evaluations without data, and for a best metric that they do not give."""
+    if eval_dataset is None and args.eval_strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy: {args.eval_strategy.value!r} given without data to evaluate on. Pass eval_dataset, or "
+            "leave it out."
+        )
+    parts = eval_dataset if isinstance(eval_dataset, Mapping) else ()
+    names = [*EVALUATION_METRICS, *(f"{part}_{name}" for part in parts for name in EVALUATION_METRICS)]
+    best = args.metric_for_best_model
+    if eval_dataset is not None and best is not None and best.removeprefix("eval_") not in names:
+        raise ValueError(f"metric_for_best_model: {best!r} given, and evaluation gives {names}. Pass one of them.")
+
+
+def check_libraries(args: PPOWTrainingArguments) -> None:
+    """Raise as transformers does, but before texts are written, for a library of `report_to` or `optim` that is
+    missing."""
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        callback()
+    Trainer.get_optimizer_cls_and_kwargs(args)
 
 
 def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:
@@ -204,6 +231,6 @@ def check_batch(sequences: SequenceDataset, args: PPOWTrainingArguments) -> None
         batch *= args.gradient_accumulation_steps
     if len(sequences) < batch:
         raise ValueError(
-            f"train_dataset: {len(sequences)} sequences of up to {args.max_length} tokens do not fill one batch of "
-            f"{batch}. Give more data, or lower max_length or per_device_train_batch_size."
+            f"train_dataset: {len(sequences)} sequences do not fill one batch of {batch}. Give more texts, or lower "
+            "per_device_train_batch_size."
         )

@@ -126,7 +126,7 @@ def _evaluated(source: Any, tokenizer: Any, args: PPOWTrainingArguments, argumen
     if isinstance(source, SequenceDataset):
         return _checked(source, argument)
     if is_stream(source):
-        needed = EVAL_PROMPTS if args.eval_prompts is None else max(args.eval_prompts, 1)
+        needed = EVAL_PROMPTS if args.eval_prompts is None else args.eval_prompts
 
         def prompts(rows: list[dict]) -> SequenceDataset:
             return _evaluated(rows, tokenizer, args, argument)

@@ -37,8 +37,10 @@ from .checkpoints import STATE, check_complete, check_writable, last_complete_ch
 from .checks import (
     check_batch,
     check_confidence,
+    check_evaluation,
     check_heeded,
     check_lengths,
+    check_libraries,
     check_masks,
     check_pair,
     check_reach,
@@ -115,6 +117,8 @@ class PPOWTrainer(Trainer):
                 check_pair(model, target, processing_class, args)
         assert args is not None
         check_heeded(kwargs)
+        check_evaluation(args, eval_dataset)
+        check_libraries(args)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         use_one_device(args)
@@ -131,11 +135,12 @@ class PPOWTrainer(Trainer):
         model.attach_target(self._read_by_drafter)
         model.train_embeddings(args.train_embeddings)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
+        held_out = self._evaluation_sequences(eval_dataset, processing_class, args)  # before the target writes texts
         super().__init__(
             model=model,
             args=args,
             train_dataset=self._training_sequences(record, train_dataset, model, processing_class, args),
-            eval_dataset=self._evaluation_sequences(eval_dataset, processing_class, args),
+            eval_dataset=held_out,
             processing_class=processing_class,
             data_collator=lambda items: collate_sequences(items, pad),
             callbacks=callbacks,
@@ -227,12 +232,6 @@ class PPOWTrainer(Trainer):
                 self.cost_ratio = stored["cost_ratio"]
             if self.args.eval_prompts is None:
                 self.eval_prompts = stored.get("eval_prompts")
-        by_steps = self.args.uses_rollouts and self.args.save_strategy == "steps"
-        if by_steps and self.args.num_iterations > 1 and self.args.save_steps % self.args.num_iterations:
-            raise ValueError(
-                f"save_steps: {self.args.save_steps} is no multiple of num_iterations={self.args.num_iterations}; a "
-                "checkpoint between two gradient steps on the same rollouts could not be resumed exactly."
-            )
         self._micro_step = 0
         self._rollouts.clear()
         self._metrics.clear()
@@ -244,7 +243,7 @@ class PPOWTrainer(Trainer):
             self._train_began = time.perf_counter()
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         calibrates = self.args.calibrate_at_end and self.target_model is not None
-        if calibrates and self.eval_dataset is not None and self.args.eval_prompts != 0:
+        if calibrates and self.eval_dataset is not None:
             if self.accelerator.is_main_process or self._in_step:
                 self._with_whole_drafter(self._calibrate)
             self.accelerator.wait_for_everyone()
