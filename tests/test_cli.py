@@ -148,6 +148,8 @@ def test_prompts_are_read_from_a_named_column(tmp_path, tokenizer, make_target):
 
 def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, capsys):
     pair = ["--target", saved / "target", "--drafter", saved / "eagle"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def add(a\n")
     cases = {
         "--target: there is no folder": ["generate", "--target", tmp_path / "no", *pair[2:], "--prompt", "a"],
         "--drafter: there is no folder": ["generate", *pair[:2], "--drafter", tmp_path / "no", "--prompt", "a"],
@@ -166,11 +168,112 @@ def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, cap
         "--fit-prompts: 0 given": ["bench", "--windows", *pair, "--fit-prompts", 0],
         "--repeats: 0 given": ["bench", *pair, "--repeats", 0],
         "--json": ["bench", *pair, "--json", tmp_path],
-        "--standalone": ["bench", *pair, "--standalone", saved / "target", "--prompts", saved / "target/config.json"],
+        "--standalone": ["bench", *pair, "--standalone", saved / "target", "--prompts", prompts],
     }
     for message, argv in cases.items():
         assert message in fails(capsys, *argv), message
     assert "--target: " in fails(capsys, "generate", "--target", saved / "eagle", *pair[2:], "--prompt", "a")
+
+
+PAIR = "--target tiny --drafter tiny-eagle"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"calibrate {PAIR} --output-dir out --max-new-tokens 2", "--max-new-tokens: 2 given, which leaves nothing"),
+        (f"windows {PAIR} --max-new-tokens 1", "--max-new-tokens: 1 given, which leaves nothing to draft"),
+        (f"measure {PAIR} --json a.json --max-new-tokens 1", "--max-new-tokens: 1 given, which leaves nothing"),
+        (f"overhead {PAIR} --window 62", "--window: 62 given, and --max-new-tokens 64 leave no room"),
+        (f"bench {PAIR} --temperature 0 -1", "--temperature: -1.0 given"),
+        (f"bench {PAIR} --temperature nan", "--temperature: nan given"),
+        (f"measure {PAIR} --json a.json --temperature 0,nan", "--temperature: nan given"),
+        (f"windows {PAIR} --cost-ratios 0.1 nan", "--cost-ratios: nan given"),
+        (f"windows {PAIR} --live -1", "--live: -1 given"),
+        (f"bench {PAIR} --plot w.xyz", "--plot: 'w.xyz' given; the name of a .png file is needed"),
+        (f"bench {PAIR} --engine-tokens 3 0", "--engine-tokens: 0 given"),
+        (f"bench {PAIR} --engine-python python", "--engine-python: 'python' given without --engine"),
+        (f"measure {PAIR} --json a.json --window fixed,foo", "--window: 'foo' is not one of ['kl', 'fixed', 'heur"),
+        (f"measure {PAIR} --json a.json --max-window 0", "--max-window: 0 given"),
+        (f"generate {PAIR} --prompt a --max-window 0", "--max-window: 0 given"),
+        (f"generate {PAIR} --prompt a --seed -1", "--seed: -1 given"),
+        (f"generate {PAIR} --prompt -", "--prompt: what stands on stdin is not UTF-8 text"),
+        (f"bench {PAIR} --num-prompts 100000", "--num-prompts: 100000 prompts asked for"),
+        (f"windows {PAIR} --fit-prompts 90000", "--fit-prompts and --num-prompts: 90020 prompts asked for"),
+        ("quickstart --prompts 100000 --output-dir out", "--prompts: 100000 prompts asked for"),
+        ("quickstart --prompts 0 --output-dir out", "--prompts: 0 given"),
+        ("quickstart --seed -1 --output-dir out", "--seed: -1 given"),
+        ("demo --target tiny --port 99999", "--port: 99999 given; a number from 1 to 65535 is needed"),
+        (f"bench {PAIR} --prompts latin.txt", "--prompts: 'latin.txt' is not UTF-8 text"),
+        (f"bench {PAIR} --prompts blank.txt", "--prompts: 'blank.txt' has no prompt"),
+        (f"bench {PAIR} --prompts p.txt:foo", "--prompts: 'p.txt:foo' given, and each line of a .txt file"),
+        (f"overhead {PAIR} --prompts rows.jsonl:foo", "--prompts: rows.jsonl has no column 'foo'"),
+        (f"measure {PAIR} --json a.json --prompts p.txt --prompts d/p.txt", "--prompts: 'p.txt' and 'd/p.txt' are"),
+        (f"windows {PAIR} --prompts a=p.txt a=d/p.txt", "are both called 'a'. Give each a name of its own"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, line, message):
+    import io
+
+    from ppow_hf.tiny import corpus
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "_load", load)
+    monkeypatch.setattr(corpus, "standard_library", list)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def a\udcff"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name, content in {
+        "p.txt": b"a\n",
+        "d/p.txt": b"b\n",
+        "blank.txt": b"\n \n",
+        "latin.txt": b"caf\xe9\n",
+        "rows.jsonl": b'{"text": "a"}\n',
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    assert message in fails(capsys, *line.split())
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_is_tried_before_a_model_is_loaded(capsys, monkeypatch, device):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    line = f"generate {PAIR} --prompt a --device {device}"
+    assert f"--device: '{device}' cannot be used: " in fails(capsys, *line.split())
+
+
+def test_quickstart_looks_at_its_comparison_before_it_trains(tmp_path, capsys, monkeypatch):
+    from ppow_hf.commands import quickstart
+    from ppow_hf.tiny import corpus
+
+    def train(*_):
+        raise AssertionError("it trained")
+
+    function = "def f():\n" + "".join(f"    x{number} = {number}\n" for number in range(9))
+    monkeypatch.setattr(corpus, "standard_library", lambda: [corpus.SourceFile("some", function, held_out=True)])
+    monkeypatch.setattr(quickstart, "_train", train)
+    argv = ["quickstart", "--prompts", 1, "--output-dir", tmp_path, "--max-new-tokens", 5000]
+    assert "--max-new-tokens: 5000 leaves no room for a prompt in a context of 1024" in fails(capsys, *argv)
+
+
+def test_a_target_that_ends_every_text_at_once_leaves_nothing_to_draft(tmp_path, capsys):
+    shutil.copytree(tiny.target_path(), tmp_path / "target")
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    target.generation_config.eos_token_id = list(range(target.config.vocab_size))
+    target.generation_config.save_pretrained(tmp_path / "target")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("import os\nimport sys\n")
+    pair = ["--target", tmp_path / "target", "--drafter", "tiny-eagle", "--prompts", prompts, "--max-new-tokens", 8]
+    for command in (
+        ["calibrate", *pair, "--fit-prompts", 1, "--num-prompts", 1, "--output-dir", tmp_path / "out"],
+        ["windows", *pair, "--fit-prompts", 1, "--num-prompts", 1],
+        ["measure", *pair, "--json", tmp_path / "a.json"],
+    ):
+        assert "--prompts: the target ends every text of " in fails(capsys, *command)
 
 
 def test_a_target_without_its_tokenizer_is_refused(saved, make_target, tmp_path, capsys):

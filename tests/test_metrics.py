@@ -93,6 +93,13 @@ def test_acceptance_is_measured_by_real_decoding(make_target):
     assert result["target"] == "twin" and result["versions"]["torch"] == torch.__version__
 
 
+def test_a_longest_window_of_no_tokens_is_refused(make_target):
+    target = make_target("llama")
+    drafter = PPOWDrafter.from_target(target, "standalone", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="max_window: 0"):
+        metrics.measure_acceptance(target, drafter, {"some": [[5, 9]]}, windows=("fixed",), max_window=0)
+
+
 def test_the_interval_of_a_mean_over_prompts_is_that_of_the_ratio_of_sums():
     generator = numpy.random.default_rng(1)
     rounds = generator.integers(5, 40, size=200)

@@ -120,6 +120,45 @@ def test_all_user_turns_of_a_chat_are_asked_and_its_assistants_left_out(tmp_path
     assert conversations[0].pending == [[system, first], [second]]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "number.jsonl"], "--prompts: `messages` of row 0 is not a list of messages"),
+        (["--prompts", "latin.txt"], "--prompts: 'latin.txt' is not UTF-8 text"),
+        (["--prompts", "p.txt:foo"], "--prompts: 'p.txt:foo' given, and each line of a .txt file is a prompt"),
+        (["--prompts", "p.txt", "--device", "foo"], "--device: 'foo' cannot be used: "),
+        (["--prompts", "p.txt", "--engine-python", "x"], "--engine-python: 'x' given without --engine"),
+        (["--self-prompted", 2, "--num-prompts", 1], "--num-prompts: 1 given without --prompts"),
+        (["--prompts", "p.txt", "--temperature", 0, -1], "--temperature: -1.0 given"),
+        (["--prompts", "p.txt", "--output", "other.jsonl"], "--output: the settings would be in 'other.json', which"),
+        (["--prompts", "p.txt", "--output", "list.jsonl"], "--output: the settings would be in 'list.json', which"),
+    ],
+)
+def test_bad_input_is_refused_by_name_before_the_target_is_loaded(tmp_path, capsys, monkeypatch, words, message):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "_load", load)
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "number.jsonl": b'{"messages": 5}\n',
+        "latin.txt": b"caf\xe9\n",
+        "p.txt": b"a\n",
+        "other.json": b'{"a": 1}',
+        "list.json": b"[1",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    assert message in fails(capsys, "write", "--target", "tiny", "--output", "texts.jsonl", *words)
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"id":', "5"])
+def test_rows_of_something_else_are_no_texts_to_go_on_with(tmp_path, line):
+    TextFile(tmp_path / "texts.jsonl", {})
+    (tmp_path / "texts.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="--output: '.*texts.jsonl', line 1 is no row of this command"):
+        TextFile(tmp_path / "texts.jsonl", {})
+
+
 # What is kept
 
 

@@ -13,14 +13,15 @@ from ..data.models import (
     STDLIB_PROMPT_TOKENS,
     add_chat,
     add_models,
+    check_needs,
+    check_not_negative,
     check_options,
-    check_positive,
-    check_prompts,
     check_tokenizer,
     ensure_file_writable,
     load_drafter,
     load_pair,
     load_prompts,
+    read_prompts,
 )
 from ..data.sources import DATA_HELP
 from ..serving import engine_bench
@@ -88,21 +89,21 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, load, and run every combination of batch size and temperature."""
-    check_options(arguments, "num_prompts", "max_new_tokens", "repeats")
-    for size in arguments.batch_size:
-        check_positive("--batch-size", size)
-    for name in ("json", "plot"):
+    check_options(arguments, "num_prompts", "max_new_tokens", "repeats", "batch_size", "engine_tokens")
+    check_not_negative("--temperature", arguments.temperature)
+    check_needs(arguments, "engine_python", "engine")
+    for name, ending in (("json", ""), ("plot", ".png")):
         if getattr(arguments, name):
-            ensure_file_writable(getattr(arguments, name), f"--{name}")
+            ensure_file_writable(getattr(arguments, name), f"--{name}", ending)
     engine_bench.check(arguments)
-    check_prompts(arguments.prompts)
+    given_prompts = read_prompts(arguments.prompts, arguments.num_prompts)
     target, tokenizer, drafter = load_pair(arguments)
     standalone = None
     if arguments.standalone:
         standalone = load_drafter(arguments.standalone, "--standalone", arguments.dtype, arguments.device)
         check_tokenizer(standalone, tokenizer, "--standalone")
     prompts = load_prompts(
-        arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
+        given_prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
     )
     if arguments.engine:
         return engine_bench.run(arguments, target, tokenizer, drafter, prompts)

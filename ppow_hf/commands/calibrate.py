@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ..data.models import (
     add_chat,
     add_models,
+    check_drafts,
     check_options,
     ensure_writable,
     load_drafter,
     load_pair,
-    parse_workload,
     resolve,
 )
-from .windows import workload_prompts
+from .windows import read_prompts_to_fit, workload_prompts
 
 if TYPE_CHECKING:
     from ..measure.window_study import DraftTable
@@ -59,21 +59,24 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Fit, compare on the other prompts, write."""
     check_options(arguments, "num_prompts", "fit_prompts", "max_new_tokens")
-    name, source = parse_workload(arguments.prompts)
+    check_drafts(arguments.max_new_tokens)
     folder = ensure_writable(arguments.output_dir, "--output-dir")
+    ((name, given),) = read_prompts_to_fit(arguments, [arguments.prompts]).items()
     target, tokenizer, drafter = load_pair(arguments)
-    prompts = workload_prompts(name, arguments, source, tokenizer, target)
+    prompts = workload_prompts(name, arguments, given, tokenizer, target)
     from ..measure.calibration import calibrate
-    from ..measure.window_report import calibration_curve
+    from ..measure.window_report import calibration_curve, check_rounds
     from ..measure.window_study import draft_tables
     from ..runtime.windowing import CostModel
 
     fit_prompts, test_prompts = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
+    window = drafter.config.max_window
+    tables = draft_tables(target, drafter, test_prompts, arguments.max_new_tokens, window)
+    check_rounds(name, sum(table.tokens for table in tables))
     calibration = calibrate(
         target, drafter, [ids[0].tolist() for ids in fit_prompts], arguments.max_new_tokens, seed=arguments.seed
     )
-    window = drafter.config.max_window
-    tables = draft_tables(target, drafter, test_prompts, arguments.max_new_tokens, window)
+    check_rounds("the prompts to fit on", calibration["greedy"]["observations"])
     costs = CostModel(**calibration["costs"], one_step=drafter.config.one_step)
     greedy = calibration["greedy"]
     print(

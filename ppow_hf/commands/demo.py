@@ -9,6 +9,8 @@ from typing import Any
 
 from ..data.models import MODEL_HELP
 
+LAST_PORT = 65535
+
 
 def register(subparsers: Any) -> None:
     """Add the parser of `ppow demo`."""
@@ -40,6 +42,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve the page until interrupted."""
+    if arguments.port is not None and not 0 < arguments.port <= LAST_PORT:
+        raise ValueError(f"--port: {arguments.port} given; a number from 1 to {LAST_PORT} is needed.")
     try:
         import gradio  # noqa: F401
     except ImportError as error:

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..data.models import add_models, check_fits, check_options, load_pair
+from ..data.models import add_models, check_fits, check_not_negative, check_options, check_seed, load_pair
 
 if TYPE_CHECKING:
     from ..runtime.trace import GenerationTrace
@@ -47,10 +47,10 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue the prompt and print the text."""
-    check_options(arguments, "max_new_tokens")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ValueError(f"--temperature: {arguments.temperature} given; 0 (greedy) or a positive number is needed.")
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    check_options(arguments, "max_new_tokens", "max_window")
+    check_not_negative("--temperature", [arguments.temperature])
+    check_seed(arguments.seed)
+    prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     target, tokenizer, drafter = load_pair(arguments)
     input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     check_fits("--prompt", input_ids.shape[1], arguments.max_new_tokens, target)
@@ -84,6 +84,16 @@ def run(arguments: argparse.Namespace) -> int:
     print(prompt + text)
     print(format_summary(summary), file=sys.stderr)
     return 0
+
+
+def read_stdin() -> str:
+    """What stands on stdin; `ValueError` unless it is text."""
+    try:
+        text = sys.stdin.read()
+        text.encode()  # where stdin lets bytes through that are no text
+    except UnicodeError as error:
+        raise ValueError("--prompt: what stands on stdin is not UTF-8 text. Convert it to UTF-8.") from error
+    return text
 
 
 def summarize_trace(trace: "GenerationTrace", new_tokens: int, seconds: float) -> dict[str, Any]:

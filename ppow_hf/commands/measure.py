@@ -11,13 +11,15 @@ from ..data.models import (
     STDLIB_PROMPT_TOKENS,
     add_chat,
     add_models,
+    check_drafts,
+    check_not_negative,
     check_options,
     ensure_file_writable,
     load_drafter,
     load_pair,
     load_prompts,
     load_target,
-    parse_workload,
+    read_workloads,
 )
 from ..data.sources import DATA_HELP
 
@@ -61,15 +63,16 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Decode the prompts, write what was counted, and print it in short."""
-    check_options(arguments, "num_prompts", "max_new_tokens")
+    check_options(arguments, "num_prompts", "max_new_tokens", "max_window")
+    check_drafts(arguments.max_new_tokens)
     ensure_file_writable(arguments.json, "--json")
-    temperatures = _temperatures(arguments.temperature)
-    sources = dict(parse_workload(text) for text in arguments.prompts or ["stdlib"])
+    temperatures, windows = _temperatures(arguments.temperature), _windows(arguments.window)
+    given_prompts = read_workloads(arguments.prompts or ["stdlib"], arguments.num_prompts)
     target, tokenizer, drafter = load_pair(arguments)
     workloads = {}
-    for name, source in sources.items():
+    for name, given in given_prompts.items():
         prompts = load_prompts(
-            source, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
+            given, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
         )
         workloads[name] = [ids[0].tolist() for ids in prompts]
     from ..measure.benchmark_report import write_benchmark
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         drafter,
         workloads,
         temperatures=temperatures,
-        windows=arguments.window.split(","),
+        windows=windows,
         max_window=arguments.max_window,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
@@ -120,6 +123,16 @@ def _temperatures(text: str) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--temperature: {text!r} given; pass numbers with commas between, such as 0,1.") from error
-    if not all(0 <= value < float("inf") for value in values):
-        raise ValueError(f"--temperature: {text!r} given; 0 (greedy) or positive numbers are needed.")
+    check_not_negative("--temperature", values)
     return values
+
+
+def _windows(text: str) -> list[str]:
+    """`--window` as names of rules."""
+    from ..runtime.configuration_ppow import WINDOWS
+
+    names = text.split(",")
+    for name in names:
+        if name not in WINDOWS:
+            raise ValueError(f"--window: {name!r} is not one of {list(WINDOWS)}. Pass them with commas between.")
+    return names

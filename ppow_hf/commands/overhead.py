@@ -13,11 +13,13 @@ from ..data.models import (
     add_models,
     check_fits,
     check_options,
-    check_prompts,
     ensure_file_writable,
     load_pair,
     load_prompts,
+    read_prompts,
 )
+
+UNTIMED = 3  # tokens beside a timed round's drafts: one of each round that reads the prompt, and its own last
 
 
 def register(subparsers: Any) -> None:
@@ -49,12 +51,17 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     check_options(arguments, "num_prompts", "max_new_tokens", "window")
+    if arguments.max_new_tokens < arguments.window + UNTIMED:
+        raise ValueError(
+            f"--window: {arguments.window} given, and --max-new-tokens {arguments.max_new_tokens} leave no room for "
+            f"rounds of it. Pass {arguments.window + UNTIMED} tokens or more, or a shorter window."
+        )
     if arguments.json:
         ensure_file_writable(arguments.json, "--json")
-    check_prompts(arguments.prompts)
+    given_prompts = read_prompts(arguments.prompts, arguments.num_prompts)
     target, tokenizer, drafter = load_pair(arguments)
     prompts = load_prompts(
-        arguments.prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
+        given_prompts, arguments.num_prompts, tokenizer, target, arguments.max_new_tokens, arguments.chat
     )
     for prompt in prompts:
         check_fits("--prompts", prompt.shape[1], arguments.max_new_tokens, target)

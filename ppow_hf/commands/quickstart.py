@@ -9,10 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data.models import TARGET_HELP, check_options, ensure_writable, load_drafter, load_target, load_tokenizer
+from ..data.models import (
+    TARGET_HELP,
+    check_options,
+    check_seed,
+    ensure_writable,
+    load_drafter,
+    load_target,
+    load_tokenizer,
+    prompt_room,
+)
 from ..tiny import is_embedded
 
 if TYPE_CHECKING:
+    import torch
+
     from ..data.sequences import SequenceDataset
     from ..runtime.modeling_ppow import PPOWDrafter
     from ..runtime.trace import GenerationTrace
@@ -68,18 +79,22 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train a drafter (not with `--fast`), compare it with the other ways, save and print."""
     embedded = is_embedded(arguments.target)
-    arguments.prompts = arguments.prompts or DEFAULT_PROMPTS["embedded" if embedded else "named"]
+    if arguments.prompts is None:
+        arguments.prompts = DEFAULT_PROMPTS["embedded" if embedded else "named"]
     arguments.architecture = arguments.architecture or ("standalone" if embedded else "eagle")
     check_options(arguments, "prompts", "max_new_tokens", "minutes")
+    check_seed(arguments.seed)
     if arguments.fast and not embedded:
         raise ValueError(f"--fast: there is no embedded drafter for {arguments.target!r}. Leave one of both out.")
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     started = time.perf_counter()
     from ..tiny.corpus import standard_library
 
-    target, tokenizer = _load(arguments.target), load_tokenizer(arguments.target)
-    files = standard_library()
+    files, tokenizer = standard_library(), load_tokenizer(arguments.target)
     held_out = [file for file in files if file.held_out]
+    rows = function_rows(held_out, arguments.prompts, tokenizer, arguments.seed, "--prompts")
+    target = _load(arguments.target)
+    prompts = _encode(rows, target, tokenizer, arguments)
     print(
         f"Target: {'the embedded ' if embedded else ''}{target.config.model_type} of {target.num_parameters():,} "
         f"parameters, {str(target.dtype).removeprefix('torch.')}. Modules of the standard library: "
@@ -94,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         drafter = _train(folder, target, tokenizer, files, arguments)
         drafter_source = repr(arguments.output_dir)
-    _compare(folder, target, tokenizer, drafter, held_out, arguments)
+    _compare(folder, target, tokenizer, drafter, prompts, arguments)
     written = "windows.png" if arguments.fast else "windows.png, training.png and the drafter"
     print(f"\nSaved in {arguments.output_dir}: benchmark.json, {written}.")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. To use the drafter:\n")
@@ -203,15 +218,33 @@ def _named_phases(
     return drafter, [Phase(first, all_positions(people)), Phase(second, all_positions(written))], eval_data
 
 
-def function_rows(files: list["SourceFile"], count: int, tokenizer: Any, seed: int) -> list[dict[str, Any]]:
-    """`count` beginnings of functions as rows of data: a user's turn each where the tokenizer has a chat template."""
+def function_rows(
+    files: list["SourceFile"], count: int, tokenizer: Any, seed: int, argument: str = "count"
+) -> list[dict[str, Any]]:
+    """`count` beginnings of functions as rows of data: a user's turn each where the tokenizer has a chat template.
+
+    Raises `ValueError` naming `argument` where there are fewer.
+    """
     from ..tiny.corpus import function_prompts
 
     if tokenizer.chat_template is None:
-        return [{"prompt": text} for text in function_prompts(files, count, seed=seed)]
-    texts = function_prompts(files, 3 * count, seed=seed, prompt_lines=6)
+        return [{"prompt": text} for text in function_prompts(files, count, seed=seed, argument=argument)]
+    texts = function_prompts(files, count, seed=seed, prompt_lines=6, choices=3, argument=argument)
     texts = sorted(texts, key=len)[count : 2 * count]  # not the longest: a chat must not lose its opening
     return [{"messages": [{"role": "user", "content": f"Complete this Python code:\n{text}"}]} for text in texts]
+
+
+def _encode(
+    rows: list[dict[str, Any]], target: Any, tokenizer: Any, arguments: argparse.Namespace
+) -> list["torch.Tensor"]:
+    """The prompts to compare on; raises where `--max-new-tokens` leaves no room for them."""
+    import torch
+
+    from ..data.sequences import extract_prompts
+
+    longest = PROMPT_TOKENS if is_embedded(arguments.target) else CHAT_TOKENS
+    room = min(longest, prompt_room(target, arguments.max_new_tokens))
+    return [torch.tensor([ids]) for ids in extract_prompts(rows, tokenizer, room, argument="--prompts")]
 
 
 def _compare(
@@ -219,7 +252,7 @@ def _compare(
     target: Any,
     tokenizer: Any,
     drafter: "PPOWDrafter",
-    held_out: list["SourceFile"],
+    prompts: list["torch.Tensor"],
     arguments: argparse.Namespace,
 ) -> None:
     """Benchmark on functions of held-out modules; write benchmark.json and windows.png, print table and verdict.
@@ -228,7 +261,6 @@ def _compare(
     """
     import torch
 
-    from ..data.sequences import extract_prompts
     from ..measure.benchmark import run_benchmark
     from ..measure.benchmark_report import format_table, plot_windows, verdict, write_benchmark
 
@@ -236,9 +268,6 @@ def _compare(
     standalone = None
     if embedded and arguments.architecture == "eagle":
         standalone = load_drafter("tiny-standalone", dtype="float32")
-    rows = function_rows(held_out, arguments.prompts, tokenizer, arguments.seed)
-    ids = extract_prompts(rows, tokenizer, PROMPT_TOKENS if embedded else CHAT_TOKENS, argument="--prompts")
-    prompts: list[torch.Tensor] = [torch.tensor([prompt]) for prompt in ids]
     print(
         f"\nComparing on {arguments.prompts} functions of held-out modules, {arguments.max_new_tokens} tokens each, "
         "greedy:",

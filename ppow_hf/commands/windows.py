@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 from ..data.models import (
     add_chat,
     add_models,
+    check_drafts,
+    check_not_negative,
     check_options,
     ensure_writable,
     load_pair,
     load_prompts,
-    parse_workload,
+    read_workloads,
 )
 
 if TYPE_CHECKING:
     import torch
 
+    from ..data.models import Prompts
     from ..runtime.modeling_ppow import PPOWDrafter
 
 PLOTTED_COST = "0.12"
@@ -80,15 +83,14 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check, load, study, print, write."""
     check_options(arguments, "num_prompts", "fit_prompts", "max_new_tokens", "segment_tokens")
+    check_drafts(arguments.max_new_tokens)
+    check_not_negative("--cost-ratios", arguments.cost_ratios)
+    check_not_negative("--live", [arguments.live])
     if arguments.output_dir:
         ensure_writable(arguments.output_dir, "--output-dir")
-    if any(ratio < 0 for ratio in arguments.cost_ratios):
-        raise ValueError(f"--cost-ratios: {arguments.cost_ratios} given; a cost is 0 or more.")
-    workloads = dict(parse_workload(text) for text in arguments.prompts)
+    workloads = read_prompts_to_fit(arguments, arguments.prompts)
     target, tokenizer, drafter = load_pair(arguments)
-    prompts = {
-        name: workload_prompts(name, arguments, source, tokenizer, target) for name, source in workloads.items()
-    }
+    prompts = {name: workload_prompts(name, arguments, given, tokenizer, target) for name, given in workloads.items()}
     from ..measure.window_report import format_study
 
     result = study_windows(arguments, target, drafter, prompts)
@@ -173,10 +175,18 @@ def write_study(result: dict[str, Any], folder: Path) -> None:
     )
 
 
-def workload_prompts(name: str, arguments: argparse.Namespace, source: str, tokenizer: Any, target: Any) -> list[Any]:
+def read_prompts_to_fit(arguments: argparse.Namespace, texts: list[str]) -> "dict[str, Prompts]":
+    """The prompts of each workload, before anything is loaded: to fit on and to compare on."""
+    count = arguments.fit_prompts + arguments.num_prompts
+    return read_workloads(texts, count, "--fit-prompts and --num-prompts")
+
+
+def workload_prompts(
+    name: str, arguments: argparse.Namespace, given: "Prompts", tokenizer: Any, target: Any
+) -> list[Any]:
     """Token ids `[1, n]` of the workload's first prompts: those to fit on, then those to compare on."""
     count = arguments.fit_prompts + arguments.num_prompts
-    prompts = load_prompts(source, count, tokenizer, target, arguments.max_new_tokens, arguments.chat)
+    prompts = load_prompts(given, count, tokenizer, target, arguments.max_new_tokens, arguments.chat)
     if len(prompts) <= arguments.fit_prompts:
         raise ValueError(
             f"--fit-prompts: {arguments.fit_prompts} of the {len(prompts)} prompts of {name} are to be fitted on, "

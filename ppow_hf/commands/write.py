@@ -9,7 +9,10 @@ from typing import Any
 from ..data.models import (
     TARGET_HELP,
     add_chat,
-    check_positive,
+    check_device,
+    check_needs,
+    check_not_negative,
+    check_options,
     ensure_file_writable,
     load_config,
     load_target,
@@ -119,15 +122,13 @@ def describe(written: Any, file: Any) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("num_prompts", "self_prompted", "max_new_tokens", "batch_size"):
-        if getattr(arguments, name) is not None:
-            check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
-    for temperature in arguments.temperature:
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"--temperature: {temperature} given; 0 (greedy) or a positive number is needed.")
-    if Path(arguments.output).suffix != ".jsonl":
-        raise ValueError(f"--output: {arguments.output!r} given; the name of a .jsonl file is needed.")
-    ensure_file_writable(arguments.output, "--output")
+    check_options(arguments, "num_prompts", "self_prompted", "max_new_tokens", "batch_size")
+    check_not_negative("--temperature", arguments.temperature)
+    check_needs(arguments, "engine_python", "engine")
+    check_needs(arguments, "num_prompts", "prompts")
+    ensure_file_writable(arguments.output, "--output", ".jsonl")
+    if arguments.device is not None:
+        check_device(arguments.device)
     if arguments.prompts is not None:
         check_source(arguments.prompts, "--prompts")
     if arguments.engine:

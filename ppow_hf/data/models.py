@@ -8,8 +8,9 @@ import difflib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..tiny import EMBEDDED_NAMES, REAL_DRAFTERS, drafter_path, embedded_path, is_embedded
 from .sources import check_source, parse_source
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..runtime.modeling_ppow import PPOWDrafter
 
 STDLIB_PROMPT_TOKENS = 128
+LARGEST_SEED = 2**32 - 1  # numpy's, which `set_seed` sets too
+FEWEST_DRAFTED = 3  # new tokens: the first comes with the prompt, and a round's last is no draft
 MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
 TARGET_HELP = f"{MODEL_HELP}, or a .gguf file (on the Hub: REPOSITORY:FILE.gguf)"
 
@@ -141,17 +144,57 @@ def downloaded_pair() -> tuple[str, str] | None:
     return None
 
 
+class Prompts(NamedTuple):
+    """Prompts that were read, and not yet encoded.
+
+    Args:
+        rows (`list[dict]`): of the data that was named.
+        most_tokens (`int`, *optional*): of each prompt, its last ones.
+    """
+
+    rows: list[dict[str, Any]]
+    most_tokens: int | None = None
+
+
 def parse_workload(text: str) -> tuple[str, str]:
-    """`[NAME=]SOURCE` -> name, and what [`load_prompts`] reads; raises as [`check_prompts`] does."""
+    """`[NAME=]SOURCE` -> name, and what [`read_prompts`] reads; raises as [`check_prompts`] does."""
     name, _, source = text.rpartition("=")
     check_prompts(source)
     return name or parse_source(source).short_name, source
 
 
+def read_workloads(texts: list[str], count: int, argument: str = "--num-prompts") -> dict[str, Prompts]:
+    """The prompts of several workloads by name, before anything is loaded; `ValueError` where two have one name."""
+    sources: dict[str, str] = {}
+    for name, source in map(parse_workload, texts):
+        if name in sources:
+            raise ValueError(
+                f"--prompts: {sources[name]!r} and {source!r} are both called {name!r}. Give each a name of its own: "
+                "NAME=DATA."
+            )
+        sources[name] = source
+    return {name: read_prompts(source, count, argument) for name, source in sources.items()}
+
+
 def check_prompts(source: str) -> None:
-    """Raise where [`load_prompts`] would find nothing, before anything is loaded."""
+    """Raise where [`read_prompts`] would find nothing, before anything is loaded."""
     if source != "stdlib":
         check_source(source, "--prompts")
+
+
+def read_prompts(source: str, count: int, argument: str = "--num-prompts") -> Prompts:
+    """The prompts of a file or dataset (see [`parse_source`]), or `count` held-out functions of the standard library
+    (`"stdlib"`), before anything is loaded; `argument` is what the count was given as."""
+    check_prompts(source)
+    if source == "stdlib":
+        from ..tiny.corpus import function_prompts, standard_library
+
+        held_out = [file for file in standard_library() if file.held_out]
+        texts = function_prompts(held_out, count, argument=argument)
+        return Prompts([{"prompt": text} for text in texts], STDLIB_PROMPT_TOKENS)
+    from .writing import read_prompt_rows
+
+    return Prompts(read_prompt_rows(source, "--prompts"))
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -160,36 +203,30 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def load_prompts(
-    source: str, count: int, tokenizer: Any, target: Any, max_new_tokens: int, chat: bool = False
+    prompts: str | Prompts, count: int, tokenizer: Any, target: Any, max_new_tokens: int, chat: bool = False
 ) -> list["torch.Tensor"]:
-    """Token ids `[1, n]` of the first `count` prompts of a file or dataset (see [`parse_source`]), or
-    of held-out functions of the standard library (`"stdlib"`); with `chat` each is a user's turn of a chat."""
+    """Token ids `[1, n]` of the first `count` of `prompts`, which are [`Prompts`] or what [`read_prompts`] reads; with
+    `chat` each is a user's turn of a chat."""
     import torch
 
-    from .sequences import extract_prompts, read_rows
+    from .sequences import extract_prompts
 
+    if isinstance(prompts, str):
+        prompts = read_prompts(prompts, count)
+    room = min(prompt_room(target, max_new_tokens), prompts.most_tokens or 2**20)
+    rows = [_as_chat(row) for row in prompts.rows] if chat else prompts.rows
+    found = extract_prompts(rows[:count], tokenizer, room, argument="--prompts")
+    if len(found) < min(count, len(rows)):  # some rows have none
+        found = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
+    return [torch.tensor([prompt]) for prompt in found]
+
+
+def prompt_room(target: Any, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have before `max_new_tokens` in the target's context; `ValueError` where none fits."""
     context = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    room = context - max_new_tokens
-    if room < 1:
+    if context <= max_new_tokens:
         raise ValueError(f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}.")
-    check_prompts(source)
-    if source == "stdlib":
-        from ..tiny.corpus import function_prompts, standard_library
-
-        held_out = [file for file in standard_library() if file.held_out]
-        rows = [{"prompt": prompt} for prompt in function_prompts(held_out, count)]
-        room = min(room, STDLIB_PROMPT_TOKENS)
-    elif parse_source(source).path.endswith(".txt"):
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-        rows = [{"prompt": line} for line in lines if line.strip()]
-    else:
-        rows = read_rows(source, "--prompts")
-    if chat:
-        rows = [_as_chat(row) for row in rows]
-    prompts = extract_prompts(rows[:count], tokenizer, room, argument="--prompts")
-    if len(prompts) < min(count, len(rows)):  # some rows have none
-        prompts = extract_prompts(rows, tokenizer, room, argument="--prompts")[:count]
-    return [torch.tensor([prompt]) for prompt in prompts]
+    return context - max_new_tokens
 
 
 def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
@@ -216,10 +253,12 @@ def ensure_writable(folder: str | Path, argument: str) -> Path:
     return folder
 
 
-def ensure_file_writable(path: str, argument: str) -> None:
-    """[`ensure_writable`] of the file's folder; `ValueError` if `path` is a folder itself."""
+def ensure_file_writable(path: str, argument: str, ending: str = "") -> None:
+    """[`ensure_writable`] of the file's folder; `ValueError` if `path` is a folder itself, or has another ending."""
     if Path(path).is_dir():
         raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
+    if not path.endswith(ending):
+        raise ValueError(f"{argument}: {path!r} given; the name of a {ending} file is needed.")
     ensure_writable(Path(path).parent, argument)
 
 
@@ -254,10 +293,10 @@ def _load(
 
     path, gguf = _existing(name, argument)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not placement:
+        check_device(device)
     if dtype is None:
         dtype = "float32" if device == "cpu" else "auto"
-    if device.partition(":")[0] == "meta":
-        raise ValueError("--device: 'meta' holds no numbers. Pass cpu, cuda or another device that computes.")
     try:
         model, found = auto_class.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **_dequantized(gguf),
@@ -318,6 +357,18 @@ def _dequantized(gguf: dict[str, str]) -> dict[str, Any]:
     return {"quantization_config": config(dequantize=True)} if gguf and config is not None else {}
 
 
+def check_device(device: str) -> None:
+    """Raise `ValueError` for a device that torch does not know, or that this machine lacks."""
+    import torch
+
+    if device.partition(":")[0] == "meta":
+        raise ValueError("--device: 'meta' holds no numbers. Pass cpu, cuda or another device that computes.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device!r} cannot be used: {brief(error)}") from error
+
+
 def check_positive(argument: str, value: float) -> None:
     """Raise `ValueError` unless `value` is finite and above 0."""
     if not 0 < value < float("inf"):
@@ -325,10 +376,39 @@ def check_positive(argument: str, value: float) -> None:
 
 
 def check_options(arguments: argparse.Namespace, *names: str) -> None:
-    """[`check_positive`] of the options with these names; one that was not given is left out."""
+    """[`check_positive`] of the options with these names, of a list each value; one that was not given is left out."""
     for name in names:
-        if getattr(arguments, name) is not None:
-            check_positive(f"--{name.replace('_', '-')}", getattr(arguments, name))
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            check_positive(f"--{name.replace('_', '-')}", value)
+
+
+def check_not_negative(argument: str, values: Iterable[float]) -> None:
+    """Raise `ValueError` unless all `values` are finite and 0 or more."""
+    for value in values:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{argument}: {value} given; 0 or a finite number above it is needed.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` for a seed that the random generators do not take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed: {seed} given; a number from 0 to {LARGEST_SEED} is needed.")
+
+
+def check_drafts(max_new_tokens: int) -> None:
+    """Raise `ValueError` for so few tokens that nothing is drafted."""
+    if max_new_tokens < FEWEST_DRAFTED:
+        raise ValueError(
+            f"--max-new-tokens: {max_new_tokens} given, which leaves nothing to draft. Pass {FEWEST_DRAFTED} or more."
+        )
+
+
+def check_needs(arguments: argparse.Namespace, name: str, needed: str) -> None:
+    """Raise `ValueError` for an option that was given without the one that it goes with."""
+    if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
+        option, other = (f"--{one.replace('_', '-')}" for one in (name, needed))
+        raise ValueError(f"{option}: {getattr(arguments, name)!r} given without {other}. Give both, or neither.")
 
 
 def check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:

@@ -186,20 +186,14 @@ def read_conversations(
     writes its own), or `prompt`; of a `.txt` file each line is a prompt. Prompts take the temperatures in turn.
 
     Args:
-        source (`str`): what [`read_rows`] reads.
+        source (`str`): what [`read_prompt_rows`] reads.
         temperatures (`Sequence[float]`): of the answers.
         chat (`bool`, *optional*, defaults to `False`): whether each `prompt` is asked as a user's turn of a chat.
         count (`int`, *optional*): rows taken, from the first on.
 
     Raises `ValueError` for rows without a prompt.
     """
-    place = parse_source(source)
-    if place.path.endswith(".txt") and not place.is_dataset:
-        lines = Path(place.path).read_text(encoding="utf-8-sig").splitlines()
-        rows = [{"prompt": line} for line in lines]
-    else:
-        rows = read_rows(source, "--prompts")
-    rows = rows[:count]
+    rows = read_prompt_rows(source, "--prompts")[:count]
     conversations: dict[str, Conversation] = {}
     for number, row in enumerate(rows):
         text, pending = _prompt_of(row, number, chat)
@@ -214,6 +208,23 @@ def read_conversations(
     if not conversations:
         raise ValueError(f"--prompts: none of the {len(rows)} rows of {source!r} has a prompt. Give at least one.")
     return list(conversations.values()), len(rows) - len(conversations)
+
+
+def read_prompt_rows(source: str, argument: str) -> list[dict]:
+    """The rows that [`read_rows`] reads, but of a `.txt` file a prompt for each line that is not blank."""
+    place = parse_source(source)
+    if place.is_dataset or not place.path.endswith(".txt"):
+        return read_rows(source, argument)
+    if place.column is not None:
+        raise ValueError(
+            f"{argument}: {source!r} given, and each line of a .txt file is a prompt: it has no columns. Leave "
+            f"{':' + place.column!r} out."
+        )
+    (whole,) = read_rows(source, argument)
+    rows = [{"prompt": line} for line in whole["text"].splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"{argument}: {source!r} has no prompt: every line is blank. Give at least one.")
+    return rows
 
 
 def self_prompted(
@@ -253,9 +264,13 @@ def _prompt_of(row: dict, number: int, chat: bool) -> tuple[str | None, list[lis
     """The text of a prompt, or the messages before each answer of a chat."""
     if "messages" in row:
         pending: list[list[dict]] = [[]]
-        for message in row["messages"] or []:
-            if not isinstance(message, dict) or "role" not in message:
-                raise ValueError(f"--prompts: `messages` of row {number} are no dicts with `role` and `content`.")
+        messages = row["messages"] or []
+        if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+            raise ValueError(
+                f"--prompts: `messages` of row {number} is not a list of messages. Every message is a dict with "
+                "`role` and `content`."
+            )
+        for message in messages:
             if message["role"] == "assistant":
                 continue
             pending[-1].append(message)
@@ -317,7 +332,7 @@ class TextFile:
         record = path.with_suffix(".json")
         settings = json.loads(json.dumps(settings))
         if record.is_file():
-            earlier = json.loads(record.read_text(encoding="utf-8"))["settings"]
+            earlier = _settings_in(record)
             for name, value in settings.items():
                 if earlier.get(name) != value:
                     raise ValueError(
@@ -352,6 +367,20 @@ class TextFile:
                     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def _settings_in(record: Path) -> dict[str, Any]:
+    """The settings in `FILE.json`; raises `ValueError` where it is not one that a [`TextFile`] wrote."""
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, LookupError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"--output: the settings would be in {str(record)!r}, which is there already and not one of this command. "
+            "Pass another file."
+        )
+    return settings
+
+
 def _whole_lines(path: Path) -> Iterator[dict]:
     """The rows of a file; what a write that was cut off left at its end is removed from it."""
     if not path.is_file():
@@ -361,8 +390,14 @@ def _whole_lines(path: Path) -> Iterator[dict]:
     if end < len(content):
         with path.open("r+b") as file:
             file.truncate(end)
-    for line in content[:end].split(b"\n")[:-1]:
-        yield json.loads(line)
+    for number, line in enumerate(content[:end].split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "id" not in row:
+            raise ValueError(f"--output: {str(path)!r}, line {number} is no row of this command. Pass another file.")
+        yield row
 
 
 # Writing

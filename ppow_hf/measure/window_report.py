@@ -50,6 +50,15 @@ def speed(traces: Sequence[GenerationTrace], costs: CostModel) -> dict[str, floa
     }
 
 
+def check_rounds(workload: str, tokens: int) -> None:
+    """Raise `ValueError` where the texts of a workload have no `tokens` beside those that come with their prompts."""
+    if tokens < 1:
+        raise ValueError(
+            f"prompts: the target ends every text of {workload} with its first token, so that nothing is drafted. "
+            "Pass other prompts."
+        )
+
+
 def run(make_rule: MakeRule, tables: Sequence[DraftTable], costs: CostModel, as_one: bool) -> list[GenerationTrace]:
     """Replay on each table, with a new rule for each as in a call of its own, or `as_one` text with one rule."""
     given = OnlineCosts(costs.cost_ratio, costs.verification_cost, costs)
@@ -86,6 +95,9 @@ def study(
         `dict`: results, one entry for each workload and cost, with a `summary`; and the calibrations that were fitted.
     """
     fit_tables = [table for workload in fitting.values() for table in workload]
+    check_rounds("the prompts to fit on", sum(table.tokens for table in fit_tables))
+    for workload, texts in tables.items():
+        check_rounds(workload, sum(table.tokens for table in texts))
     unasked = CostModel(one_step=any(cost.one_step for cost in costs.values()))  # of rules that do not ask
     calibrations = {OURS: fit_on_tables(fit_tables), CONFIDENCE_ONLY: without_look_up(fit_tables)}
     entropy_traces = {

@@ -49,9 +49,10 @@ def measure_acceptance(
     from ..measure.evaluation import decode, repeated_ngrams
     from ..measure.intervals import ratio_interval
     from ..measure.provenance import describe, public_name
+    from ..measure.window_report import check_rounds
 
     metric = evaluate.load(path("acceptance_length"))
-    longest = max_window or drafter.config.max_window
+    longest = drafter.config.max_window if max_window is None else max_window
     rows = []
     for workload, prompts in workloads.items():
         for temperature in temperatures:
@@ -62,6 +63,7 @@ def measure_acceptance(
                 )  # fmt: skip
                 by_prompt = [trace.rounds[1:] for trace in traces]  # the first round reads the prompt
                 rounds = [r for rounds in by_prompt for r in rounds]
+                check_rounds(workload, len(rounds))
                 drafting = [[r for r in rounds if r.window > 0] for rounds in by_prompt]
                 kept = [sum(r.accepted + 1 for r in rounds) for rounds in drafting]
                 costs = traces[0]

@@ -118,10 +118,18 @@ def corpus_fingerprint(files: list[SourceFile]) -> str:
     return digest.hexdigest()[:16]
 
 
-def function_prompts(files: list[SourceFile], count: int, seed: int = 0, prompt_lines: int = 12) -> list[str]:
-    """`count` prompts, each the beginning of a function with the lines before it, at most one per module in turn.
+def function_prompts(
+    files: list[SourceFile],
+    count: int,
+    seed: int = 0,
+    prompt_lines: int = 12,
+    choices: int = 1,
+    argument: str = "count",
+) -> list[str]:
+    """`choices` times `count` prompts, each the beginning of a function with the lines before it.
 
-    A prompt ends after the function's signature and docstring, so that what follows is its body.
+    A prompt ends after the function's signature and docstring, so that what follows is its body. Raises `ValueError`
+    naming `argument`, as which the count was given, where the files hold too few functions.
     """
     candidates: list[str] = []
     for file in files:
@@ -139,6 +147,9 @@ def function_prompts(files: list[SourceFile], count: int, seed: int = 0, prompt_
             start = max(0, min(node.lineno - 1, first_body_line) - prompt_lines)
             candidates.append("".join(lines[start:first_body_line]))
     random.Random(seed).shuffle(candidates)
-    if len(candidates) < count:
-        raise ValueError(f"count: {count} prompts asked for, but the files hold only {len(candidates)} functions.")
-    return candidates[:count]
+    most = len(candidates) // choices
+    if most < count:
+        raise ValueError(
+            f"{argument}: {count} prompts asked for, but the modules have functions for {most} only. Ask for fewer."
+        )
+    return candidates[: choices * count]
