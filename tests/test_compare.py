@@ -435,7 +435,9 @@ def test_the_shipped_comparison_at_a_gpus_scale_trains_a_target_of_100_million(t
     assert load_config("100m", smoke=True).target_name == "llama-128x2"
 
 
-def test_the_shipped_comparison_of_a_real_target_trains_on_recorded_states_alone():
+def test_the_shipped_comparison_of_a_real_target_trains_on_recorded_states_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluation.jsonl").write_text('{"prompt": "x"}\n' * 120)
     config = load_config("smollm2", target_states=["record"])
     assert config.reference in config.recipes and set(config.baselines) <= set(config.recipes)
     for settings in config.recipes.values():
@@ -550,38 +552,123 @@ def test_a_budget_of_core_seconds_counts_computing_and_not_waiting():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_states": ["record"]}, "lk has regenerate_temperature; with target_states"),
-        ({"recipe": {}}, r"--config: \['recipe'\]"),
-        ({"recipes": {"x": {"objective": "sft"}}}, "objective: 'sft'"),
-        ({"recipes": {"x": {"speed": 1}}}, r"recipes: x has \['speed'\]"),
-        ({"recipes": {"x": {"later": {"from": 0.5, "speed": 1}}}}, r"recipes: x has \['speed'\]"),
-        ({"recipes": {"x": {"later": {"num_prefixes": 1}}}}, r"later of x is {'num_prefixes': 1}"),
-        ({"recipes": {"x": {"later": 0.5}}}, "later of x is 0.5"),
-        ({"recipes": {"x": {"later": {"from": 1.5}}}}, "later of x begins from 1.5"),
+        ({"target_states": ["record"]}, "recipes.lk: regenerate_temperature is given, and with target_states"),
+        ({"recipes": {"x": {"objective": "sft"}}}, "recipes.x: objective: 'sft'"),
+        ({"recipes": {"x": {"speed": 1}}}, r"recipes.x: \['speed'\] are no training arguments"),
+        ({"recipes": {"x": {"later": {"from": 0.5, "speed": 1}}}}, r"recipes.x: \['speed'\] are no"),
+        ({"recipes": {"x": {"later": {"num_prefixes": 1}}}}, r"recipes.x: later is {'num_prefixes': 1}"),
+        ({"recipes": {"x": {"later": 0.5}}}, "recipes.x: later is 0.5"),
+        ({"recipes": {"x": {"later": {"from": 1.5}}}}, "recipes.x: later begins from 1.5"),
+        ({"recipes": {"x": {"later": {"from": 0.5, "unroll_steps": 0}}}}, "recipes.x: unroll_steps: 0 given"),
+        ({"recipes": {"x": None}}, "recipes: {'x': None} given"),
+        ({"recipes": {"x": {}, "y": {"num_rollouts": 0}}}, "recipes.y: num_rollouts: 0 given; at least 1"),
+        ({"recipes": {"x": {"num_rollouts": "many"}}}, "recipes.x: num_rollouts: 'many' given; .* int"),
+        ({"recipes": {"x": {"kl_coef": "1e-1"}}}, "recipes.x: kl_coef: '1e-1' given; .* YAML reads 1e-3 as a text"),
+        ({"recipes": {"x": {"learning_rates": []}}}, r"recipes.x: the learning rates \[\] given"),
+        ({"recipes": {"x": {"objective": "ppow", "max_window": 40}}}, "recipes.x: max_length: 32 .* of data"),
+        ({"recipes": {"x": {"objective": 5}}}, "recipes.x: "),
+        ({"training": {"later": 1}}, "training: later is 1; give settings and from"),
+        ({"training": {"typo": 1}}, r"training: \['typo'\] are no training arguments"),
+        ({"training": {"num_rollouts": 0}}, "training: num_rollouts: 0 given"),
+        (
+            {
+                "training": {},
+                "data": {
+                    "train_sequences": 2,
+                    "prompt_tokens": 8,
+                    "completion_tokens": 12,
+                    "validation_prompts": 3,
+                    "test_prompts": 4,
+                },
+            },
+            r"data.train_sequences: 2 texts to train on do not fill .* per_device_train_batch_size \(8\)",
+        ),
+        (
+            {"workload": {"name": "x", "train": "nofile.jsonl", "evaluation": "e.jsonl"}},
+            "workload.evaluation: .*no file",
+        ),
+        ({"workload": {"name": "x", "train": "nofile.jsonl"}}, "workload: it needs evaluation and train"),
+        ({"workload": {"train": "a.jsonl"}}, "workload: .* give a name"),
+        ({"architecture": "eagel"}, "architecture: 'eagel'"),
+        ({"dtype": "float99"}, "dtype: 'float99'"),
+        ({"groups": 8}, r"groups: 8 given; it must be of the kind list\[int\]"),
         ({"budgets": {"steps": 5}}, "budgets: {'steps': 5}"),
         ({"budgets": {"tokens": 0}}, "budgets: {'tokens': 0}"),
-        ({"seeds": []}, "seeds"),
+        ({"seeds": []}, "recipes, seeds, learning_rates and select_by must"),
         ({"data": {"train_sequences": 3}}, "data: prompt_tokens is None"),
         ({"select_by": ["group_t0_c4"]}, "select_by: 'group_t0_c4' is not measured"),
         ({"start": {"seconds": 3}}, "start: {'seconds': 3} given; give one of seconds and core_seconds"),
         ({"start": {"seconds": 3, "core_seconds": 3, "learning_rate": 1e-3}}, "start: .* give one of seconds"),
+        ({"start": {"seconds": "some", "learning_rate": 1e-3}}, "start: seconds: 'some' given"),
+        ({"start": {"seconds": 3, "learning_rate": "fast"}}, r"start: the learning rates \['fast'\] given"),
+        ({"start": {"seconds": 3, "learning_rate": 1e-3, "unroll": 3}}, r"start: \['unroll'\] are no"),
+        ({"start": {"seconds": 3, "learning_rate": 1e-3, "unroll_steps": 0}}, "start: unroll_steps: 0 given"),
         ({"drafter": "tiny-eagle"}, "drafter_config: .* leave it out"),
-        ({"target": None, "recipes": None}, "must each have something"),
+        ({"target": None, "recipes": None}, ".* must each have something"),
         ({"target": {"layers": 3}}, r"target: \['layers'\] are not known"),
         ({"target": {"hidden_size": 100}}, "hidden_size: 100 given"),
         ({"target": {"family": "gpt2"}}, "family: 'gpt2'"),
-        ({"target": {"max_steps": "many"}}, "max_steps is 'many'"),
+        ({"target": {"max_steps": "many"}}, "target: max_steps is 'many'"),
     ],
 )
 def test_a_configuration_that_cannot_be_run_is_refused(cell, tmp_path, change, message):
     config = json.loads((cell / "compare.yaml").read_text()) | change
     path = tmp_path / "compare.yaml"
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^--config: in compare.yaml, {message}"):
         load_config(path)
 
 
+def test_a_workload_of_too_few_prompts_is_refused(cell, tmp_path):
+    config = json.loads((cell / "compare.yaml").read_text())
+    (tmp_path / "few.jsonl").write_text('{"prompt": "x"}\n' * 3)
+    for split, message in (("evaluation", "workload.evaluation: it has 3 prompts"), ("train", "data.train_sequences")):
+        given = config | {"workload": config["workload"] | {split: str(tmp_path / "few.jsonl")}}
+        (tmp_path / "compare.yaml").write_text(json.dumps(given))
+        with pytest.raises(ValueError, match=message):
+            load_config(tmp_path / "compare.yaml")
+    given["workload"]["train"] = str(tmp_path / "nofile.jsonl")
+    (tmp_path / "compare.yaml").write_text(json.dumps(given))
+    with pytest.raises(ValueError, match="^--config: in compare.yaml, workload.train: .*no file"):
+        load_config(tmp_path / "compare.yaml")
+
+
+TRAINED_FIRST = {"hidden_size": 128, "num_layers": 1, "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "tinny"}, "target: there is no model 'tinny'"),
+        ({"drafter_config": {"nonsense": 3}}, "drafter_config: nonsense: neither a field"),
+        ({"target": TRAINED_FIRST, "drafter_config": {"nonsense": 3}}, "drafter_config: nonsense: neither a field"),
+        ({"select_by": ["chain_t0_k7"]}, "select_by: 'chain_t0_k7' is not measured of this drafter"),
+        (
+            {"recipes": {"x": {"objective": "confidence"}}},
+            "recipes.x: objective: 'confidence' trains a confidence head",
+        ),
+        ({"drafter_config": {"max_window": 40}, "recipes": {"x": {"objective": "ppow"}}}, "recipes.x: max_length: 32"),
+        ({"drafter_config": {"intermediate_size": "wide"}}, "drafter_config: "),
+        ({"architecture": "medusa", "recipes": {"x": {"max_window": 11}}}, "recipes.x: max_window: 11 given"),
+        ({"target_states": ["nothing"], "recipes": {"x": {}}}, "target_states: 'nothing' has no record.json"),
+        ({"workload": {"name": "x", "train": "columns.jsonl", "evaluation": "columns.jsonl"}}, "workload.train: "),
+    ],
+)
+def test_what_a_target_tells_is_refused_before_anything_is_written(
+    cell, tmp_path, monkeypatch, capsys, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "columns.jsonl").write_text('{"question": "x"}\n' * 20)
+    (tmp_path / "compare.yaml").write_text(json.dumps(json.loads((cell / "compare.yaml").read_text()) | change))
+    assert cli.main(["compare", "--config", "compare.yaml", "--output-dir", "out", "--device", "cpu"]) == 2
+    assert f"ppow: error: --config: in compare.yaml, {message}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_what_is_not_there_is_named(tmp_path, capsys):
+    (tmp_path / "compare.yaml").write_text('{"recipe": {}}')
+    assert cli.main(["compare", "--config", str(tmp_path / "compare.yaml"), "--output-dir", str(tmp_path)]) == 2
+    assert "--config: ['recipe'] in compare.yaml is not known" in capsys.readouterr().err
     assert cli.main(["compare", "--config", str(tmp_path / "no.yaml"), "--output-dir", str(tmp_path)]) == 2
     assert "--config: there is no file" in capsys.readouterr().err
     assert cli.main(["compare", "--recipes", "nothing", "--output-dir", str(tmp_path)]) == 2

@@ -62,20 +62,28 @@ def run(arguments: argparse.Namespace) -> int:
         _check_compared(folder, "--output-dir")
         print(write_report(folder).read_text(encoding="utf-8"))
         return 0
-    from ..studies.compare import Comparison
-    from ..studies.configuration import load_config
+    from ..studies.compare import Comparison, rehearse
+    from ..studies.configuration import load_config, named, where
+    from ..studies.texts import check_prompts
+    from ..training.recorded_states import StateRecord
 
     recipes = [name.strip() for name in arguments.recipes.split(",")] if arguments.recipes else None
     config = load_config(arguments.config, arguments.smoke, recipes, arguments.target_states)
-    source = config.target
-    if isinstance(source, dict):
-        source = _train_target(config, source, folder, arguments.device)
-    target = load_target(source, "target", config.dtype, arguments.device)
-    tokenizer = load_tokenizer(source, "target")
+    source, place = config.target, where(arguments.config)
+    with named("" if arguments.target_states else place):
+        record = None if config.target_states is None else StateRecord(*config.target_states)
     start = None
     if config.drafter is not None:
-        start = load_drafter(config.drafter, "drafter", "float32", arguments.device)
-        check_tokenizer(start, tokenizer, "drafter")
+        start = load_drafter(config.drafter, f"{place}drafter", "float32", arguments.device)
+    if isinstance(source, dict):
+        source = _train_target(config, folder, arguments.device, place, record, start)
+    target = load_target(source, f"{place}target", config.dtype, arguments.device)
+    tokenizer = load_tokenizer(source, f"{place}target")
+    if start is not None:
+        check_tokenizer(start, tokenizer, f"{place}drafter")
+    with named(place):
+        check_prompts(config, tokenizer)
+        rehearse(config, target, record, start)
     Comparison(config, folder, target, tokenizer, start, arguments.command).run()
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0
@@ -93,24 +101,31 @@ def _write_mean(folder: Path, compared: list[Path]) -> str:
     return text
 
 
-def _train_target(config: "CompareConfig", settings: dict[str, Any], folder: Path, device: str | None) -> str:
-    """Train what a configuration's `target` describes, or go on with it; the folder that holds it then."""
+def _train_target(config: "CompareConfig", folder: Path, device: str | None, place: str, *models: Any) -> str:
+    """Train what a configuration's `target` describes, or go on with it; the folder that holds it then.
+
+    `models` are the record and the start of [`rehearse`].
+    """
     from ..data.sequences import read_rows
     from ..data.sources import split_column
-    from ..studies.compare import claim_folder
-    from ..studies.configuration import target_recipe
+    from ..studies.compare import claim_folder, rehearse
+    from ..studies.configuration import named, target_recipe
     from ..tiny.corpus import texts_of_rows
-    from ..tiny.recipe import make_target
+    from ..tiny.recipe import build_target, make_target
 
-    texts = None
-    if "texts" in settings:
-        file, columns = split_column(settings["texts"])
-        texts = texts_of_rows(read_rows(file, "target: texts"), (columns or "text").split(","), "target: texts")
+    assert isinstance(config.target, dict)
+    recipe, texts, trained = target_recipe(config.target), None, folder / str(config.target_name)
+    is_trained = (trained / "recipe.json").is_file()  # written when the weights are
+    with named(place):
+        if "texts" in config.target:
+            file, columns = split_column(config.target["texts"])
+            texts = texts_of_rows(read_rows(file, "target: texts"), (columns or "text").split(","), "target: texts")
+        if not is_trained:
+            rehearse(config, build_target(recipe, 0, 1), *models)
     claim_folder(config, folder)  # refuses other settings before anything is trained
-    target_folder = folder / str(config.target_name)
-    if not (target_folder / "recipe.json").is_file():  # written when the weights are
-        make_target(target_folder, target_recipe(settings), device=device, texts=texts)
-    return str(target_folder)
+    if not is_trained:
+        make_target(trained, recipe, device=device, texts=texts)
+    return str(trained)
 
 
 def _check_compared(folder: Path, argument: str) -> None:

@@ -7,13 +7,16 @@ and in which order; the texts are prepared in texts.py, what a drafter is worth 
 evaluation.py, what came out is said in report.py.
 """
 
+import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainerCallback, set_seed
 
 from ..data.sequences import SequenceDataset
@@ -21,14 +24,23 @@ from ..measure.costs import bfloat16_pays
 from ..measure.provenance import describe, public_name, shortened
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import target_width
-from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.optimizers import make_optimizer
 from ..training.recorded_states import StateRecord
-from .configuration import RESULTS, START, START_UNITS, CompareConfig, append_result, read_results, write_whole
-from .evaluation import EvaluationTexts, evaluate_drafter, mean_gain, target_entropy
+from .configuration import (
+    RESULTS,
+    START,
+    START_UNITS,
+    CompareConfig,
+    append_result,
+    named,
+    read_results,
+    run_arguments,
+    write_whole,
+)
+from .evaluation import EvaluationTexts, chain_names, evaluate_drafter, longest_window, mean_gain, target_entropy
 from .report import write_report
-from .texts import SPLITS, evaluation_texts, longest_sequence, training_text
+from .texts import SPLITS, evaluation_texts, training_text
 
 # -- one run
 
@@ -45,35 +57,32 @@ def train(
     max_length: int,
     keep_bytes: int,
 ) -> BudgetTrainer:
-    """Train until the budget is spent; the learning rate falls to a twentieth over it, after ten steps of warm-up.
+    """Train until the budget is spent; `settings` as of [`run_arguments`].
 
-    `settings` are training arguments, with `later` as in [`CompareConfig`]; without `muon` all is trained by AdamW.
     `data` are sequences for the target to read, or recorded states.
     """
-    later = dict(settings.get("later", {}))
-    share = later.pop("from", 1.0)
-    own = {
-        "output_dir": str(folder),
-        "max_length": max_length,
-        "max_window": drafter.config.max_window,
-        "cost_ratio": 0.12,
-        "per_device_train_batch_size": 8,
-        "adam_beta2": 0.95,
-        "muon": 0.0,
-        "logging_steps": 5,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": target.device.type == "cpu",
-        "bf16": bfloat16_pays(target.device.type),
-        **{name: value for name, value in settings.items() if name != "later"},
-        "max_steps": 10_000_000,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
-    args = PPOWTrainingArguments(**own)
-    second = PPOWTrainingArguments(**{**own, **later})  # refused before any work, if it must be
-    switch = _Switch(budget, share, {name: getattr(second, name) for name in later})
+    trainer = make_trainer(drafter, target, data, settings, budget, learning_rate, seed, folder, max_length)
+    trainer.target.keep_encodings(keep_bytes)
+    trainer.train()
+    return trainer
+
+
+def make_trainer(
+    drafter: PPOWDrafter,
+    target: Any,
+    data: SequenceDataset | StateRecord,
+    settings: Mapping[str, Any],
+    budget: Budget,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+    max_length: int,
+) -> BudgetTrainer:
+    """The trainer of a run; the learning rate falls to a twentieth over the budget, after ten steps of warm-up."""
+    args, later, share = run_arguments(
+        settings, learning_rate, max_length, seed=seed, output_dir=str(folder), max_window=drafter.config.max_window,
+        use_cpu=target.device.type == "cpu", bf16=bfloat16_pays(target.device.type),
+    )  # fmt: skip
     set_seed(seed)
     record = data if isinstance(data, StateRecord) else None
     drafter.attach_target(target)
@@ -82,13 +91,10 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
     )
-    trainer = BudgetTrainer(
+    return BudgetTrainer(
         budget, model=drafter, target_model=target, args=args, train_dataset=None if record else data,
-        target_states=record, callbacks=[budget, switch], optimizers=(optimizer, schedule),
+        target_states=record, callbacks=[budget, _Switch(budget, share, later)], optimizers=(optimizer, schedule),
     )  # fmt: skip
-    trainer.target.keep_encodings(keep_bytes)
-    trainer.train()
-    return trainer
 
 
 class _Switch(TrainerCallback):
@@ -101,6 +107,44 @@ class _Switch(TrainerCallback):
         if self.budget.fraction >= self.share:
             for name, value in self.values.items():
                 setattr(args, name, value)
+
+
+def new_drafter(config: CompareConfig, target: Any, token_counts: torch.Tensor) -> PPOWDrafter:
+    """An untrained drafter; a reduced vocabulary has the most frequent tokens, by `token_counts` `[vocab_size]`."""
+    set_seed(0)
+    drafter = PPOWDrafter.from_target(
+        target, config.architecture, target_name_or_path=config.target_name, token_counts=token_counts,
+        **config.drafter_config,
+    )  # fmt: skip
+    return drafter.float().to(target.device)
+
+
+def rehearse(
+    config: CompareConfig, target: Any, record: StateRecord | None = None, start: PPOWDrafter | None = None
+) -> None:
+    """Make the drafter and every run's trainer, without the texts: what would be refused is refused before any work.
+
+    `target` may be one that is not trained yet. Raises `ValueError` that names the key.
+    """
+    runs = {f"recipes.{name}: ": config.recipe_settings(name) for name in config.recipes}
+    if start is None:
+        runs = {"start: ": config.start_settings} | runs
+        with named("drafter_config: ", TypeError, StrictDataclassError):
+            drafter = new_drafter(config, target, torch.ones(target_width(target)))
+    else:
+        drafter = copy.deepcopy(start)
+    chains = chain_names(longest_window(drafter))
+    for name in config.select_by:
+        if name.startswith(("chain", "greedy")) and name not in chains:
+            raise ValueError(f"select_by: {name!r} is not measured of this drafter; of its chains there are {chains}.")
+    count, max_length = config.data.get("train_sequences", 0), config.longest_sequence
+    data: SequenceDataset | StateRecord = SequenceDataset([[0, 0]] * count, [[False, True]] * count)
+    if record is not None:
+        data, max_length = record, max(max_length, record.max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        for place, settings in runs.items():
+            with named(place):
+                make_trainer(drafter, target, data, settings, Budget("tokens", 1), 1e-3, 0, Path(folder), max_length)
 
 
 # -- the comparison
@@ -157,7 +201,7 @@ class Comparison:
         self.config, self.folder, self.target, self.tokenizer = config, Path(folder), target, tokenizer
         self.given_start, self.command = start, command
         claim_folder(config, self.folder)
-        self.max_length = longest_sequence(config)
+        self.max_length = config.longest_sequence
         self.lines = read_results(self.folder / RESULTS)
         self.data: SequenceDataset | StateRecord
         self.texts: dict[str, EvaluationTexts] = {}
@@ -175,9 +219,8 @@ class Comparison:
         chosen: list[dict[str, Any]] = []
         for kind, amount in self.config.budgets.items():
             budget = {"kind": kind, "amount": amount}
-            for recipe, settings in self.config.recipes.items():
-                rates = settings.get("learning_rates", self.config.learning_rates)
-                first = self.config.seeds[0]
+            for recipe in self.config.recipes:
+                rates, first = self.config.learning_rates_of(recipe), self.config.seeds[0]
                 tried = [self._train_once(start, recipe, first, budget, float(rate)) for rate in rates]
                 best = max(tried, key=self._gain)
                 chosen.append(best)
@@ -202,16 +245,16 @@ class Comparison:
         if self.given_start is not None:
             drafter = self.given_start.float()
         else:
-            drafter = self._new_drafter()
-            settings = dict(self.config.start)
-            unit = next(unit for unit in START_UNITS if unit in settings)
-            amount, rate = settings.pop(unit), float(settings.pop("learning_rate"))
-            common = {name: value for name, value in self.config.training.items() if name != "objective"}
+            sequences = self.data.sequences if isinstance(self.data, StateRecord) else self.data
+            drafter = new_drafter(self.config, self.target, sequences.count_tokens(target_width(self.target)))
+            given = self.config.start
+            kind = next(kind for kind in START_UNITS if kind in given)
             # Twice as many points: whether it reached its plateau is read off them.
-            budget = Budget(unit, amount, 2 * self.config.curve_points, lambda: self._point(drafter, budget, curve))
+            points = 2 * self.config.curve_points
+            budget = Budget(kind, given[kind], points, lambda: self._point(drafter, budget, curve))
             self._point(drafter, budget, curve)
             train(
-                drafter, self.target, self.data, {"objective": "supervised", **common, **settings}, budget, rate,
+                drafter, self.target, self.data, self.config.start_settings, budget, float(given["learning_rate"]),
                 seed=0, folder=folder / "training", max_length=self.max_length, keep_bytes=self._keep_bytes,
             )  # fmt: skip
         summary = {
@@ -225,17 +268,6 @@ class Comparison:
         shutil.rmtree(folder, ignore_errors=True)
         (self.folder / "start.part").rename(folder)
         return drafter
-
-    def _new_drafter(self) -> PPOWDrafter:
-        """An untrained drafter; a reduced vocabulary has the most frequent tokens of the training texts."""
-        set_seed(0)
-        config = self.config
-        sequences = self.data.sequences if isinstance(self.data, StateRecord) else self.data
-        drafter = PPOWDrafter.from_target(
-            self.target, config.architecture, target_name_or_path=config.target_name,
-            token_counts=sequences.count_tokens(target_width(self.target)), **config.drafter_config,
-        )  # fmt: skip
-        return drafter.float().to(self.target.device)
 
     @property
     def _keep_bytes(self) -> int:
@@ -271,7 +303,7 @@ class Comparison:
             budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter, counter, curve)
         )
         trainer = train(
-            drafter, self.target, data, {**self.config.training, **settings}, counter, rate, seed, folder,
+            drafter, self.target, data, self.config.recipe_settings(recipe), counter, rate, seed, folder,
             self.max_length, self._keep_bytes,
         )  # fmt: skip
         names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")

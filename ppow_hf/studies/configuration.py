@@ -1,16 +1,24 @@
 """What a comparison trains and measures: read from YAML, checked before anything is computed."""
 
+import inspect
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
+
+from ..data.sequences import read_rows
 from ..measure.provenance import public_name
+from ..runtime.configuration_ppow import check_settings
 from ..tiny.recipe import TargetRecipe, recipe_of
 from ..training import PPOWTrainingArguments
-from ..training.objectives import parse_objective
+from ..training.checks import check_batch
 
 CONFIGS = {name: Path(__file__).with_name(f"compare_{name}.yaml") for name in ("default", "100m", "smollm2")}
 
@@ -99,6 +107,63 @@ class CompareConfig:
             return f"{recipe.family}-{recipe.hidden_size}x{recipe.num_layers}"
         return public_name(self.target)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and its completion together, at most."""
+        return self.data["prompt_tokens"] + self.data["completion_tokens"]
+
+    @property
+    def start_settings(self) -> dict[str, Any]:
+        """Training arguments of the supervised start."""
+        common = {name: value for name, value in self.training.items() if name != "objective"}
+        own = {name: value for name, value in self.start.items() if name not in (*START_UNITS, "learning_rate")}
+        return {"objective": "supervised", **common, **own}
+
+    def recipe_settings(self, name: str) -> dict[str, Any]:
+        """Training arguments of a recipe, with `later`."""
+        own = {key: value for key, value in self.recipes[name].items() if key != "learning_rates"}
+        return {**self.training, **own}
+
+    def learning_rates_of(self, name: str) -> list[float]:
+        """The learning rates among which a recipe's is chosen."""
+        return self.recipes[name].get("learning_rates", self.learning_rates)
+
+
+def run_arguments(
+    settings: Mapping[str, Any], learning_rate: float, max_length: int, **of_run: Any
+) -> tuple[PPOWTrainingArguments, dict[str, Any], float]:
+    """Training arguments of a run, the values that some of them have later, and from which share of the budget on.
+
+    `settings` are training arguments, with `later` as in [`CompareConfig`]; without `muon` all is trained by AdamW.
+    `of_run` are what the machine and the drafter give where `settings` do not, and the seed.
+    """
+    later = dict(settings.get("later", {}))
+    share = later.pop("from", 1.0)
+    own = {
+        "max_length": max_length,
+        "cost_ratio": 0.12,
+        "per_device_train_batch_size": 8,
+        "adam_beta2": 0.95,
+        "muon": 0.0,
+        "logging_steps": 5,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **of_run,
+        **{name: value for name, value in settings.items() if name != "later"},
+        "max_steps": 10_000_000,
+        "learning_rate": learning_rate,
+        "seed": of_run.get("seed", 0),
+    }
+    try:
+        args = PPOWTrainingArguments(**own)
+        second = PPOWTrainingArguments(**{**own, **later}) if later else args
+    except ValueError as error:
+        if "max_length" not in str(error) or "max_length" in settings:
+            raise
+        raise ValueError(f"{error} Here max_length is prompt_tokens + completion_tokens of data.") from error
+    return args, {name: getattr(second, name) for name in later}, share
+
 
 def target_recipe(settings: Mapping[str, Any]) -> TargetRecipe:
     """The recipe that a configuration's `target` stands for. Raises `ValueError` for what is unknown or impossible."""
@@ -176,56 +241,191 @@ def load_config(
         if missing:
             raise ValueError(f"--recipes: {missing} are not among {sorted(config.recipes)}.")
         config.recipes = {name: config.recipes[name] for name in recipes}
-    _check(config, path.name)
+    with named(where(path)):
+        _check(config)
     return config
 
 
-def _check(config: CompareConfig, source: str) -> None:
-    def refuse(what: str) -> None:
-        raise ValueError(f"--config: in {source}, {what}")
+def where(path: str | Path | None) -> str:
+    """What an error about a configuration's value begins with."""
+    return f"--config: in {Path(path or 'default').name}, "
 
-    if not config.recipes or not config.seeds or not config.learning_rates:
-        refuse("recipes, seeds and learning_rates must each have something in them.")
-    if not config.budgets or set(config.budgets) - set(BUDGET_UNITS) or min(config.budgets.values()) <= 0:
-        refuse(f"budgets: {config.budgets} given; give one or several of {', '.join(BUDGET_UNITS)}, above 0.")
+
+@contextmanager
+def named(place: str, *more: type[Exception]) -> Iterator[None]:
+    """What is refused inside, by errors of these kinds too, is refused with `place` before it."""
+    kinds: tuple[type[Exception], ...] = (FileNotFoundError, ValueError, *more)
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{place}{error}") from error
+
+
+def _check(config: CompareConfig) -> None:
+    """Raise `ValueError` or `FileNotFoundError`, naming the key, for what could not be run."""
+    if not config.recipes or not config.seeds or not config.learning_rates or not config.select_by:
+        raise ValueError("recipes, seeds, learning_rates and select_by must each have something in them.")
+    for name, kind in get_type_hints(CompareConfig).items():
+        if name != "learning_rates":  # texts that are numbers will do, as YAML reads 1e-3
+            _check_kind(name, getattr(config, name), kind)
+    check_settings(architecture=config.architecture)
+    if config.dtype != "auto" and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
+        raise ValueError(f"dtype: {config.dtype!r} given; give float32, bfloat16 or auto.")
     if isinstance(config.target, dict):
-        try:
-            target_recipe(config.target)
-        except ValueError as error:
-            refuse(str(error))
+        target_recipe(config.target)
+    _check_amounts(config)
+    _check_metrics(config)
+    sequences = _check_workload(config)
+    _check_start(config)
+    for name, recipe in config.recipes.items():
+        if config.target_states is not None and "regenerate_temperature" in recipe:
+            raise ValueError(
+                f"recipes.{name}: regenerate_temperature is given, and with target_states the texts are written. Drop "
+                "it."
+            )
+    _check_runs(config, sequences)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that YAML gave is what a field is annotated with."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(one, parts[1]) for one in value.values())
+    return kind is Any or isinstance(value, (int, float) if kind is float else kind)
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    if not _fits(value, kind):
+        written = inspect.formatannotation(kind).replace("typing.", "")
+        note = " YAML reads 1e-3 as a text and 1.0e-3 as a number." if "float" in written else ""
+        raise ValueError(f"{name}: {value!r} given; it must be of the kind {written}.{note}")
+
+
+def _check_amounts(config: CompareConfig) -> None:
+    if not config.budgets or set(config.budgets) - set(BUDGET_UNITS) or min(config.budgets.values()) <= 0:
+        raise ValueError(
+            f"budgets: {config.budgets} given; give one or several of {', '.join(BUDGET_UNITS)}, above 0."
+        )
     counts = ["prompt_tokens", "completion_tokens", "validation_prompts", "test_prompts"]
     if config.target_states is None:
         counts.append("train_sequences")
     for name in counts:
-        if not isinstance(config.data.get(name), int) or config.data[name] < 1:
-            refuse(f"data: {name} is {config.data.get(name)!r}; a whole number of at least 1 is needed.")
-    own = {f.name for f in fields(PPOWTrainingArguments)}
-    for name, recipe in config.recipes.items():
-        later = recipe.get("later", {"from": 0.5})
-        if not isinstance(later, dict) or not isinstance(later.get("from"), int | float):
-            refuse(f"recipes: later of {name} is {later}; give settings and from, a share: {{from: 0.5, ...}}.")
-        unknown = sorted((set(recipe) - own - {"learning_rates", "later"}) | (set(later) - own - {"from"}))
-        if unknown:
-            refuse(f"recipes: {name} has {unknown}, which are no training arguments.")
-        if not 0 < later["from"] < 1:
-            refuse(f"recipes: later of {name} begins from {later['from']}; give a share between 0 and 1.")
-        if config.target_states is not None and "regenerate_temperature" in recipe:
-            refuse(f"recipes: {name} has regenerate_temperature; with target_states the texts are written. Drop it.")
-        parse_objective(recipe.get("objective", PPOWTrainingArguments.objective), 0.1, 1.0)
+        if config.data.get(name, 0) < 1:
+            raise ValueError(f"data: {name} is {config.data.get(name)!r}; a whole number of at least 1 is needed.")
+
+
+def _check_metrics(config: CompareConfig) -> None:
     counted = {f"group_t0_c{count}" for count in config.groups} | {f"speed_t0_{c:g}" for c in config.cost_ratios}
     counted |= {f"tree_t{t}_n{count}" for count in config.tree_nodes for t in (0, 1)}
     for name in config.select_by:
         if name not in counted and not name.startswith(("chain_t0_k", "chain_t1_k", "greedy_t1_k")):
-            refuse(f"select_by: {name!r} is not measured; beside chains there are {sorted(counted)}.")
-    if config.drafter is not None and config.drafter_config:
-        refuse("drafter_config: it is of a drafter that is made; leave it out where drafter names one.")
+            raise ValueError(f"select_by: {name!r} is not measured; beside chains there are {sorted(counted)}.")
+
+
+def _check_workload(config: CompareConfig) -> int | None:
+    """How many sequences it gives to train on; `None` for those of recorded states."""
+    data, workload = config.data, config.workload
+    if not all(isinstance(workload.get(name, ""), str) for name in ("train", "evaluation")) or "name" not in workload:
+        raise ValueError(f"workload: {workload} given; give a name, and train and evaluation, files of prompts.")
+    trained = config.target_states is None
+    if workload["name"] == "stdlib" and "train" not in workload:
+        return data["train_sequences"] if trained else None
+    needed = {"train", "evaluation"} if trained else {"evaluation"}
+    if not needed <= set(workload):
+        raise ValueError(f"workload: it needs {' and '.join(sorted(needed))}, files of prompts, or the name stdlib.")
+    found = len(read_rows(workload["evaluation"], "workload.evaluation"))
+    wanted = data["validation_prompts"] + data["test_prompts"]
+    if found < wanted:
+        raise ValueError(
+            f"workload.evaluation: it has {found} prompts, fewer than validation_prompts + test_prompts = {wanted}. "
+            "Give more of them, or lower those numbers."
+        )
+    return min(data["train_sequences"], len(read_rows(workload["train"], "workload.train"))) if trained else None
+
+
+def _check_start(config: CompareConfig) -> None:
+    if config.drafter is not None:
+        if config.drafter_config:
+            raise ValueError("drafter_config: it is of a drafter that is made; leave it out where drafter names one.")
+        return
+    units = [unit for unit in START_UNITS if unit in config.start]
+    if len(units) != 1 or "learning_rate" not in config.start:
+        raise ValueError(
+            f"start: {config.start} given; give one of {' and '.join(START_UNITS)}, and learning_rate, of the "
+            "supervised start, or drafter to start from."
+        )
+    _check_kind(f"start: {units[0]}", config.start[units[0]], float)
+    if not config.start[units[0]] > 0:
+        raise ValueError(f"start: {units[0]} is {config.start[units[0]]}; it must be above 0.")
+
+
+def _check_runs(config: CompareConfig, sequences: int | None) -> None:
+    """Raise `ValueError` for training arguments that the start or a recipe could not be run with."""
+    runs = {f"recipes.{name}": config.recipe_settings(name) for name in config.recipes}
+    given = {f"recipes.{name}": own for name, own in config.recipes.items()} | {"training": config.training}
+    rates = {f"recipes.{name}": config.learning_rates_of(name) for name in config.recipes}
     if config.drafter is None:
-        units = [unit for unit in START_UNITS if unit in config.start]
-        if len(units) != 1 or "learning_rate" not in config.start:
-            refuse(
-                f"start: {config.start} given; give one of {' and '.join(START_UNITS)}, and learning_rate, of the "
-                "supervised start, or drafter to start from."
-            )
+        runs["start"] = given["start"] = config.start_settings
+        rates["start"] = [config.start["learning_rate"]]
+    for place, settings in given.items():
+        _check_arguments(place, settings)
+    for place, settings in runs.items():
+        _check_rates(place, rates[place])
+        refusal = _refusal(config, settings, sequences)
+        if refusal is not None:  # said of `training` where it is all of that
+            shared = refusal == _refusal(config, config.training, sequences)
+            raise ValueError(f"{'training' if shared else place}: {refusal}")
+
+
+def _check_arguments(place: str, settings: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for names that are no training arguments, and for what stands where a number belongs."""
+    kinds = get_type_hints(PPOWTrainingArguments)
+    later = settings.get("later", {"from": 0.5})
+    if not isinstance(later, dict) or not isinstance(later.get("from"), int | float):
+        raise ValueError(f"{place}: later is {later}; give settings and from, a share: {{from: 0.5, ...}}.")
+    if not 0 < later["from"] < 1:
+        raise ValueError(f"{place}: later begins from {later['from']}; give a share between 0 and 1.")
+    unknown = sorted((set(settings) - set(kinds) - {"learning_rates", "later"}) | (set(later) - set(kinds) - {"from"}))
+    if unknown:
+        raise ValueError(f"{place}: {unknown} are no training arguments; `ppow train --help` lists them.")
+    for name, value in (*settings.items(), *later.items()):
+        if set(get_args(kinds.get(name)) or [kinds.get(name)]) <= {int, float, bool, NoneType}:
+            _check_kind(f"{place}: {name}", value, kinds[name])
+
+
+def _check_rates(place: str, rates: Any) -> None:
+    try:
+        numbers = [float(rate) for rate in rates]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"{place}: the learning rates {rates} given; give numbers above 0.")
+
+
+def _refusal(config: CompareConfig, settings: Mapping[str, Any], sequences: int | None) -> str | None:
+    """What speaks against training arguments, whatever the target and drafter; `None` if nothing does."""
+    longest = config.longest_sequence if sequences is not None else 2**20  # a record's length is not known here
+    try:
+        args, _, _ = run_arguments(settings, 1e-3, longest, output_dir=os.devnull, use_cpu=True, max_window=1)
+    except (AttributeError, TypeError, ValueError) as error:
+        return str(error)
+    if sequences is not None:
+        _check_batch(sequences, args)
+    return None
+
+
+def _check_batch(sequences: int, args: PPOWTrainingArguments) -> None:
+    try:
+        check_batch(range(sequences), args)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(
+            f"data.train_sequences: {sequences} texts to train on do not fill one batch. Give more, in workload.train "
+            f"too if it is there, or lower per_device_train_batch_size ({args.per_device_train_batch_size})."
+        ) from error
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def evaluate_drafter(
     """
     was_training = drafter.training
     drafter.eval()
-    window = min(LONGEST_WINDOW, drafter.config.longest_window or LONGEST_WINDOW)
+    window = longest_window(drafter)
     tables = [
         draft_table(target, drafter, torch.tensor([prompt]), text, texts.max_new_tokens, depth=window)
         for prompt, text in zip(texts.prompts, texts.greedy, strict=True)
@@ -168,6 +168,17 @@ def quotient(pairs: Sequence[Sequence[float]]) -> float:
     """Sum of the first numbers over that of the second ones; 1 where nothing was counted (plain decoding)."""
     below = sum(pair[1] for pair in pairs)
     return sum(pair[0] for pair in pairs) / below if below else 1.0
+
+
+def longest_window(drafter: PPOWDrafter) -> int:
+    """Tokens of the longest chain that is measured."""
+    return min(LONGEST_WINDOW, drafter.config.longest_window or LONGEST_WINDOW)
+
+
+def chain_names(window: int) -> list[str]:
+    """The metrics of chains of a drafter whose longest is `window`."""
+    lengths = sorted({min(5, window), window})
+    return [f"chain_t{t}_k{length}" for t in (0, 1) for length in lengths] + [f"greedy_t1_k{window}"]
 
 
 def mean_gain(line: Mapping[str, Any], start: Mapping[str, Any], names: Sequence[str]) -> float:

@@ -16,11 +16,18 @@ from .configuration import CompareConfig, write_whole
 from .evaluation import EvaluationTexts, SampledText, write_texts
 
 SPLITS = ("validation", "test")
+UNCUT = 2**30  # tokens of a prompt
 
 
-def longest_sequence(config: CompareConfig) -> int:
-    """Tokens of a prompt and its completion together, at most."""
-    return config.data["prompt_tokens"] + config.data["completion_tokens"]
+def check_prompts(config: CompareConfig, tokenizer: Any) -> None:
+    """Raise `ValueError` for rows of a workload's files that give no prompts, before the target writes behind any."""
+    if "evaluation" not in config.workload:
+        return
+    train, evaluation = workload_rows(config, tokenizer)
+    evaluated = [row for rows in evaluation.values() for row in rows]
+    for split, rows in (("train", train), ("evaluation", evaluated)):
+        if rows:
+            extract_prompts(rows, tokenizer, UNCUT, argument=f"workload.{split}")
 
 
 def evaluation_texts(config: CompareConfig, folder: Path, target: Any, tokenizer: Any) -> dict[str, EvaluationTexts]:
@@ -51,7 +58,7 @@ def training_text(
     """What the target writes behind the workload's training prompts, kept in `folder`."""
     sequences = regenerate(
         workload_rows(config, tokenizer)[0], target, tokenizer,
-        max_length=longest_sequence(config), max_new_tokens=config.data["completion_tokens"], batch_size=32,
+        max_length=config.longest_sequence, max_new_tokens=config.data["completion_tokens"], batch_size=32,
         temperature=temperature, cache_dir=folder / "data",
     )  # fmt: skip
     return all_positions(sequences)
@@ -71,20 +78,10 @@ def workload_rows(config: CompareConfig, tokenizer: Any) -> tuple[list[dict], di
         return train, {
             split: excerpts(sides[split], tokenizer, wanted[split], data["prompt_tokens"], seed=1) for split in SPLITS
         }
-    needed = {"train", "evaluation"} if config.target_states is None else {"evaluation"}
-    if not needed <= set(workload):
-        raise ValueError(
-            f"--config: workload needs {' and '.join(sorted(needed))}, files of prompts, or the name stdlib."
-        )
     train = []
     if config.target_states is None:
         train = read_rows(workload["train"], "workload.train")[: data["train_sequences"]]
     rows = read_rows(workload["evaluation"], "workload.evaluation")
-    if len(rows) < sum(wanted.values()):
-        raise ValueError(
-            f"--config: workload.evaluation has {len(rows)} prompts, fewer than validation_prompts + test_prompts "
-            f"= {sum(wanted.values())}. Give more of them, or lower those numbers."
-        )
     random.Random(0).shuffle(rows)
     first = wanted[SPLITS[0]]
     return train, {SPLITS[0]: rows[:first], SPLITS[1]: rows[first : first + wanted[SPLITS[1]]]}
