@@ -8,7 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..data.models import TARGET_HELP, check_options, ensure_writable, load_target, load_tokenizer, resolve
+from ..data.models import (
+    TARGET_HELP,
+    check_needs,
+    check_options,
+    ensure_writable,
+    load_target,
+    load_tokenizer,
+    resolve,
+)
 from ..data.sources import DATA_HELP, check_source
 from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
 
@@ -94,6 +102,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`ppow record`."""
     check_options(arguments, "max_length", "max_gigabytes")
+    check_needs(arguments, "engine_python", "engine")
     if arguments.layers is not None and arguments.architecture not in ("eagle", "block"):
         raise ValueError(f"--layers: a {arguments.architecture} drafter reads the last state alone. Leave it out.")
     folder = ensure_writable(arguments.output_dir, "--output-dir")
