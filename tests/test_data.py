@@ -408,8 +408,11 @@ def test_prompts_take_several_temperatures_in_turn(target, tokenizer, tmp_path):
             assert torch.equal(mixed[place][name], expected[name]), (place, name)
     again = regenerate(PROMPTS, target, tokenizer, temperature=[0.0, 1.5], **options)
     assert again.fingerprint == mixed.fingerprint != greedy.fingerprint
-    with pytest.raises(ValueError, match="temperature: 5 given"):
-        regenerate(PROMPTS[:2], target, tokenizer, temperature=[0.0] * 5, **options)
+    few = regenerate(PROMPTS[:2], target, tokenizer, temperature=[0.0, 1.5, 2.0], **options)
+    alone = regenerate(PROMPTS[1:2], target, tokenizer, temperature=1.5, **options)
+    assert len(few) == 2
+    assert torch.equal(few[0]["input_ids"], greedy[0]["input_ids"])
+    assert torch.equal(few[1]["input_ids"], alone[0]["input_ids"])
 
 
 def test_samples_follow_the_targets_distribution_at_the_temperature(target, tokenizer, tmp_path):
