@@ -17,7 +17,7 @@ from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.provenance import shortened
 from ppow_hf.measure.window_study import draft_table
-from ppow_hf.studies.compare import Comparison, plateau_gain, train
+from ppow_hf.studies.compare import Comparison, make_trainer, plateau_gain
 from ppow_hf.studies.configuration import load_config, read_results, target_recipe
 from ppow_hf.studies.evaluation import (
     EvaluationTexts,
@@ -327,10 +327,11 @@ def test_what_comes_later_in_a_recipe_comes_when_its_share_is_spent(target, tmp_
                 "later": {"from": 0.5, "unroll_steps": 2}}  # fmt: skip
     drafter = PPOWDrafter.from_target(target, "eagle")
     data = SequenceDataset([list(range(1, 17))] * 8, [[True] * 16] * 8)
-    trainer = train(drafter, target, data, settings, budget, 1e-3, 0, tmp_path, 16, 0)
+    trainer = make_trainer(drafter, target, data, settings, budget, 1e-3, 0, tmp_path, 16)
+    trainer.train()
     assert seen == [1, 1, 2, 2] and trainer.args.unroll_steps == 2
     with pytest.raises(ValueError, match="unroll_steps: 0 given"):
-        train(drafter, target, data, {**settings, "later": {"from": 0.5, "unroll_steps": 0}}, budget, 1e-3, 0,
+        make_trainer(drafter, target, data, {**settings, "later": {"from": 0.5, "unroll_steps": 0}}, budget, 1e-3, 0,
               tmp_path, 16, 0)  # fmt: skip
 
 

@@ -242,9 +242,9 @@ def drafter_for_data(
     if script.draft_vocab_size is None:
         return new_drafter(script, training, target, tokenizer), script.train_data
     # What is refused without the texts, before the target writes them.
-    new_drafter(script, training, target, tokenizer, torch.ones(target_width(target)))
+    any_tokens = new_drafter(script, training, target, tokenizer, torch.ones(target_width(target)))
     check_evaluation(training, eval_sources)
-    check_libraries(training)
+    check_libraries(training, any_tokens)
     evaluation_sequences(eval_sources, tokenizer, training)
     sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")
     counts = sequences.count_tokens(target_width(target))

@@ -45,28 +45,6 @@ from .texts import SPLITS, evaluation_texts, training_text
 # -- one run
 
 
-def train(
-    drafter: PPOWDrafter,
-    target: Any,
-    data: SequenceDataset | StateRecord,
-    settings: Mapping[str, Any],
-    budget: Budget,
-    learning_rate: float,
-    seed: int,
-    folder: Path,
-    max_length: int,
-    keep_bytes: int,
-) -> BudgetTrainer:
-    """Train until the budget is spent; `settings` as of [`run_arguments`].
-
-    `data` are sequences for the target to read, or recorded states.
-    """
-    trainer = make_trainer(drafter, target, data, settings, budget, learning_rate, seed, folder, max_length)
-    trainer.target.keep_encodings(keep_bytes)
-    trainer.train()
-    return trainer
-
-
 def make_trainer(
     drafter: PPOWDrafter,
     target: Any,
@@ -77,8 +55,12 @@ def make_trainer(
     seed: int,
     folder: Path,
     max_length: int,
+    keep_bytes: int = 0,
 ) -> BudgetTrainer:
-    """The trainer of a run; the learning rate falls to a twentieth over the budget, after ten steps of warm-up."""
+    """The trainer of a run; the learning rate falls to a twentieth over the budget, after ten steps of warm-up.
+
+    `data` are sequences for the target to read, or recorded states; `settings` as of [`run_arguments`].
+    """
     args, later, share = run_arguments(
         settings, learning_rate, max_length, seed=seed, output_dir=str(folder), max_window=drafter.config.max_window,
         use_cpu=target.device.type == "cpu", bf16=bfloat16_pays(target.device.type),
@@ -91,10 +73,12 @@ def make_trainer(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
     )
-    return BudgetTrainer(
+    trainer = BudgetTrainer(
         budget, model=drafter, target_model=target, args=args, train_dataset=None if record else data,
         target_states=record, callbacks=[budget, _Switch(budget, share, later)], optimizers=(optimizer, schedule),
     )  # fmt: skip
+    trainer.target.keep_encodings(keep_bytes)
+    return trainer
 
 
 class _Switch(TrainerCallback):
@@ -253,10 +237,10 @@ class Comparison:
             points = 2 * self.config.curve_points
             budget = Budget(kind, given[kind], points, lambda: self._point(drafter, budget, curve))
             self._point(drafter, budget, curve)
-            train(
+            make_trainer(
                 drafter, self.target, self.data, self.config.start_settings, budget, float(given["learning_rate"]),
                 seed=0, folder=folder / "training", max_length=self.max_length, keep_bytes=self._keep_bytes,
-            )  # fmt: skip
+            ).train()  # fmt: skip
         summary = {
             "curve": curve,
             "plateau_gain": plateau_gain(curve),
@@ -302,10 +286,11 @@ class Comparison:
         counter = Budget(
             budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter, counter, curve)
         )
-        trainer = train(
+        trainer = make_trainer(
             drafter, self.target, data, self.config.recipe_settings(recipe), counter, rate, seed, folder,
             self.max_length, self._keep_bytes,
         )  # fmt: skip
+        trainer.train()
         names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")
         log = [{n: row[n] for n in names if n in row} for row in trainer.state.log_history if "loss" in row]
         training = {

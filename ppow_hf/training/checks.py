@@ -104,12 +104,12 @@ def check_evaluation(args: PPOWTrainingArguments, eval_dataset: Any) -> None:
         raise ValueError(f"metric_for_best_model: {best!r} given, and evaluation gives {names}. Pass one of them.")
 
 
-def check_libraries(args: PPOWTrainingArguments) -> None:
+def check_libraries(args: PPOWTrainingArguments, drafter: PPOWDrafter) -> None:
     """Raise as transformers does, but before texts are written, for a library of `report_to` or `optim` that is
     missing."""
     for callback in get_reporting_integration_callbacks(args.report_to):
         callback()
-    Trainer.get_optimizer_cls_and_kwargs(args)
+    Trainer.get_optimizer_cls_and_kwargs(args, drafter)
 
 
 def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:

@@ -53,9 +53,11 @@ def step(trainer: PPOWTrainer, inputs: dict[str, torch.Tensor], way: str) -> tup
     if way == WAYS[1]:
 
         def every_prefix(ids, states, mask, prefixes, draft_ids, goes_on=None):
-            given = drafter.prefix_features(ids, states)
-            choose = lambda j, _, windows: draft_ids[:, :, j].gather(1, windows)  # noqa: E731
-            return drafter.unroll(*given, prefixes, choose, draft_ids.shape[-1], goes_on)
+            def given(j, _, windows):
+                return draft_ids[:, :, j].gather(1, windows)
+
+            features, cache = drafter.prefix_features(ids, states)
+            return drafter.unroll(features, cache, prefixes, given, draft_ids.shape[-1], goes_on)
 
         drafter.__dict__["window_features"] = every_prefix
     started = now(trainer.args.device)

@@ -118,7 +118,7 @@ class PPOWTrainer(Trainer):
         assert args is not None
         check_heeded(kwargs)
         check_evaluation(args, eval_dataset)
-        check_libraries(args)
+        check_libraries(args, model)
         check_writable(args.output_dir)
         check_hub_strategy(args)
         use_one_device(args)

@@ -24,7 +24,7 @@ from ppow_hf.data.models import load_prompts, load_target, load_tokenizer, parse
 from ppow_hf.measure.costs import faster_dtype
 from ppow_hf.serving.engine_process import engine_python
 from ppow_hf.serving.vllm_runner import PYTHON_VARIABLE
-from ppow_hf.studies.compare import train
+from ppow_hf.studies.compare import make_trainer
 from ppow_hf.studies.evaluation import evaluate_drafter, write_texts
 from ppow_hf.studies.report import paired_gain, value
 from ppow_hf.training import PPOWTrainingArguments
@@ -56,7 +56,8 @@ def train_ours(given: argparse.Namespace, target: Any, drafter: PPOWDrafter, rec
         "bf16": target.dtype == torch.bfloat16,
     }
     rate, folder = PPOWTrainingArguments.learning_rate, given.output_dir / "ours"
-    trainer = train(drafter, target, record, settings, budget, rate, given.seed, folder, record.max_length, 0)
+    trainer = make_trainer(drafter, target, record, settings, budget, rate, given.seed, folder, record.max_length)
+    trainer.train()
     drafter.save_pretrained(folder)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     steps = trainer.state.global_step
