@@ -11,13 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppow_hf.data.regeneration import regenerate
-from ppow_hf.data.sequences import (
-    SequenceDataset,
-    collate_sequences,
-    extract_prompts,
-    prepare_sequences,
-    read_rows,
-)
+from ppow_hf.data.rows import read_rows
+from ppow_hf.data.sequences import SequenceDataset, collate_sequences, extract_prompts, prepare_sequences
 
 BOS, EOS, PAD, TURN = "<|begin|>", "<|end|>", "<|pad|>", "<|turn|>"
 LINES = [

@@ -10,7 +10,7 @@ import pytest
 from hub_server import Blob, hub_server
 
 from ppow_hf.commands.train import evaluation_sources
-from ppow_hf.data.sequences import read_rows
+from ppow_hf.data.rows import read_rows
 from ppow_hf.data.sources import Source, check_source, parse_source, split_column
 
 ROWS = {
@@ -93,7 +93,7 @@ def test_a_folder_without_data_and_a_missing_file_are_said(tmp_path):
 
 def test_a_dataset_on_the_hub(tmp_path):
     script = (
-        "import json, sys; from ppow_hf.data.sequences import read_rows\n"
+        "import json, sys; from ppow_hf.data.rows import read_rows\n"
         "print(json.dumps(read_rows('me/sums@train:question', 'train_dataset')))\n"
         "try: read_rows('me/none', 'train_dataset')\n"
         "except ValueError as error: print(error)"

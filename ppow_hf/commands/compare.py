@@ -106,7 +106,7 @@ def _train_target(config: "CompareConfig", folder: Path, device: str | None, pla
 
     `models` are the record and the start of [`rehearse`].
     """
-    from ..data.sequences import read_rows
+    from ..data.rows import read_rows
     from ..data.sources import split_column
     from ..studies.compare import claim_folder, rehearse
     from ..studies.configuration import named, target_recipe

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_options(arguments, "max_steps", "layers")
     ensure_writable(arguments.output_dir, "--output-dir")
     tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
-    from ..data.sequences import read_rows
+    from ..data.rows import read_rows
     from ..tiny.corpus import texts_of_rows
     from ..tiny.recipe import make_target, recipe_of
 

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     from tqdm.auto import tqdm
 
-    from ..data.sequences import chat_template_of
+    from ..data.chats import chat_template_of
     from ..data.writing import read_conversations, self_prompted, write_texts
 
     tokenizer = load_tokenizer(arguments.target, "--target")

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from .sequences import TEMPLATE_COLUMNS, chat_of, encode_chat, open_prompts, read_rows
+from .chats import chat_of, encode_chat
+from .rows import TEMPLATE_COLUMNS, read_rows
 from .sources import parse_source
+from .tokens import open_prompts
 
 SELF_PROMPT_TEMPERATURE = 1.0  # Magpie's, 2406.08464
 LOOP_COPIES = 3

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..data.sequences import read_rows
+from ..data.rows import read_rows
 from ..measure.provenance import public_name
 from ..runtime.configuration_ppow import check_settings
 from ..tiny.recipe import TargetRecipe, recipe_of

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.regeneration import regenerate
-from ..data.sequences import SequenceDataset, all_positions, extract_prompts, read_rows
+from ..data.rows import read_rows
+from ..data.sequences import SequenceDataset, all_positions, extract_prompts
 from ..tiny.corpus import excerpts, standard_library
 from .configuration import CompareConfig, write_whole
 from .evaluation import EvaluationTexts, SampledText, write_texts

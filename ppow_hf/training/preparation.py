@@ -12,15 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.regeneration import longest_prompt, regenerate
-from ..data.sequences import (
-    SequenceDataset,
-    has_prompts_alone,
-    is_stream,
-    prepare_prompts,
-    prepare_sequences,
-    read_rows,
-    rows_of_stream,
-)
+from ..data.rows import is_stream, read_rows, rows_of_stream
+from ..data.sequences import SequenceDataset, has_prompts_alone, prepare_prompts, prepare_sequences
 from .arguments import EVAL_PROMPTS, PPOWTrainingArguments
 
 logger = logging.get_logger(__name__)
