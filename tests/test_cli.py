@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -165,6 +166,9 @@ def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, cap
         "--temperature: 0.7 given": ["bench", *pair, "--engine", "vllm", "--temperature", 0.7],
         "--batch-size: 8 given; llama.cpp": ["bench", *pair, "--engine", "llamacpp", "--batch-size", 8],
         "--gguf-dtype: q8_0 given": ["bench", *pair, "--engine", "vllm", "--gguf-dtype", "q8_0"],
+        "--repeats: given with --engine": ["bench", *pair, "--engine", "vllm", "--repeats", 3],
+        "--thorough: given with --engine": ["bench", *pair, "--engine", "vllm", "--thorough"],
+        "--plot: given with --engine": ["bench", *pair, "--engine", "vllm", "--plot", tmp_path / "w.png"],
         "--fit-prompts: 0 given": ["bench", "--windows", *pair, "--fit-prompts", 0],
         "--repeats: 0 given": ["bench", *pair, "--repeats", 0],
         "--json": ["bench", *pair, "--json", tmp_path],
@@ -173,6 +177,12 @@ def test_mistakes_end_with_one_line_that_names_the_argument(saved, tmp_path, cap
     for message, argv in cases.items():
         assert message in fails(capsys, *argv), message
     assert "--target: " in fails(capsys, "generate", "--target", saved / "eagle", *pair[2:], "--prompt", "a")
+
+
+def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port: {port} cannot be served on" in fails(capsys, "demo", "--target", "no/such", "--port", port)
 
 
 PAIR = "--target tiny --drafter tiny-eagle"

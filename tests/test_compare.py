@@ -570,6 +570,9 @@ def test_a_budget_of_core_seconds_counts_computing_and_not_waiting():
         ({"recipes": {"x": {"objective": 5}}}, "recipes.x: "),
         ({"training": {"later": 1}}, "training: later is 1; give settings and from"),
         ({"training": {"typo": 1}}, r"training: \['typo'\] are no training arguments"),
+        ({"recipes": {"x": {"learning_rate": 1e-3, "seed": 1}}}, r"recipes.x: \['learning_rate', 'seed'\] are given"),
+        ({"recipes": {"x": {"later": {"from": 0.5, "learning_rate": 1e-3}}}}, r"recipes.x: \['learning_rate'\] are"),
+        ({"training": {"max_steps": 5}}, r"training: \['max_steps'\] are given, which the comparison sets"),
         ({"training": {"num_rollouts": 0}}, "training: num_rollouts: 0 given"),
         (
             {
@@ -628,6 +631,9 @@ def test_a_workload_of_too_few_prompts_is_refused(cell, tmp_path):
         (tmp_path / "compare.yaml").write_text(json.dumps(given))
         with pytest.raises(ValueError, match=message):
             load_config(tmp_path / "compare.yaml")
+    (tmp_path / "few.jsonl").write_text('{"question": "x"}\n' * 30)
+    with pytest.raises(ValueError, match=r"workload.train: the dataset has the columns \['question'\]"):
+        load_config(tmp_path / "compare.yaml")
     given["workload"]["train"] = str(tmp_path / "nofile.jsonl")
     (tmp_path / "compare.yaml").write_text(json.dumps(given))
     with pytest.raises(ValueError, match="^--config: in compare.yaml, workload.train: .*no file"):
@@ -652,7 +658,10 @@ TRAINED_FIRST = {"hidden_size": 128, "num_layers": 1, "max_steps": 1}
         ({"drafter_config": {"intermediate_size": "wide"}}, "drafter_config: "),
         ({"architecture": "medusa", "recipes": {"x": {"max_window": 11}}}, "recipes.x: max_window: 11 given"),
         ({"target_states": ["nothing"], "recipes": {"x": {}}}, "target_states: 'nothing' has no record.json"),
-        ({"workload": {"name": "x", "train": "columns.jsonl", "evaluation": "columns.jsonl"}}, "workload.train: "),
+        (
+            {"workload": {"name": "x", "train": "columns.jsonl", "evaluation": "columns.jsonl"}},
+            "workload.evaluation: ",
+        ),
     ],
 )
 def test_what_a_target_tells_is_refused_before_anything_is_written(

@@ -5,6 +5,7 @@ Knows arguments and environment variables; the page is in demo/.
 
 import argparse
 import os
+import socket
 from typing import Any
 
 from ..data.models import MODEL_HELP
@@ -42,8 +43,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve the page until interrupted."""
-    if arguments.port is not None and not 0 < arguments.port <= LAST_PORT:
-        raise ValueError(f"--port: {arguments.port} given; a number from 1 to {LAST_PORT} is needed.")
+    if arguments.port is not None:
+        _check_port(arguments.host or "127.0.0.1", arguments.port)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -58,3 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings = DemoSettings.from_environment({**os.environ, **given})
     launch(settings, server_name=arguments.host, server_port=arguments.port)
     return 0
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise `ValueError` for a port that is out of range or taken, before models are loaded."""
+    if not 0 < port <= LAST_PORT:
+        raise ValueError(f"--port: {port} given; a number from 1 to {LAST_PORT} is needed.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ValueError(f"--port: {port} cannot be served on ({error.strerror}). Give another, or none.") from error

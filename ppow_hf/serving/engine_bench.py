@@ -28,6 +28,8 @@ ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp"}
 METHODS = {"eagle": "eagle3", "standalone": "draft_model", "medusa": "medusa", "block": "dflash"}
 PYTHONS = {"vllm": vllm_python, "sglang": sglang_python, "llamacpp": llamacpp_python}
 PROPOSER = "ppow_hf.serving.vllm_proposer.KLAdaptiveProposer"
+# Arguments of `ppow bench` that --engine does not use, and their defaults.
+OF_TRANSFORMERS = {"standalone": None, "repeats": 1, "thorough": False, "plot": None}
 NGRAM = 3  # tokens that must have occurred before, in the engines' own lookup
 
 
@@ -154,8 +156,12 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.gguf_dtype and arguments.engine != "llamacpp":
         raise ValueError(f"--gguf-dtype: {arguments.gguf_dtype} given; only --engine llamacpp reads GGUF files.")
-    if arguments.engine:
-        PYTHONS[arguments.engine](arguments.engine_python)
+    if not arguments.engine:
+        return
+    for name, default in OF_TRANSFORMERS.items():
+        if getattr(arguments, name) != default:
+            raise ValueError(f"--{name}: given with --engine, which does not use it. Drop one of the two.")
+    PYTHONS[arguments.engine](arguments.engine_python)
 
 
 def run(

@@ -13,7 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..data.rows import read_rows
+from ..data.rows import find_columns, read_rows
+from ..data.sequences import PROMPT_COLUMNS
 from ..measure.provenance import public_name
 from ..runtime.configuration_ppow import check_settings
 from ..tiny.recipe import TargetRecipe, recipe_of
@@ -27,6 +28,8 @@ RESULTS = "results.jsonl"
 BUDGET_UNITS = {"tokens": "target-forward tokens", "seconds": "seconds", "core_seconds": "seconds of a core"}
 
 START_UNITS = ("seconds", "core_seconds")
+
+OF_RUN = ("learning_rate", "max_steps", "num_train_epochs", "seed")  # training arguments that no recipe has
 
 START = "start.json"  # what is known of the start, for the report
 
@@ -337,14 +340,17 @@ def _check_workload(config: CompareConfig) -> int | None:
     needed = {"train", "evaluation"} if trained else {"evaluation"}
     if not needed <= set(workload):
         raise ValueError(f"workload: it needs {' and '.join(sorted(needed))}, files of prompts, or the name stdlib.")
-    found = len(read_rows(workload["evaluation"], "workload.evaluation"))
+    prompts = {name: read_rows(workload[name], f"workload.{name}") for name in sorted(needed)}
+    for name, rows in prompts.items():
+        find_columns(rows, PROMPT_COLUMNS, f"workload.{name}")
+    found = len(prompts["evaluation"])
     wanted = data["validation_prompts"] + data["test_prompts"]
     if found < wanted:
         raise ValueError(
             f"workload.evaluation: it has {found} prompts, fewer than validation_prompts + test_prompts = {wanted}. "
             "Give more of them, or lower those numbers."
         )
-    return min(data["train_sequences"], len(read_rows(workload["train"], "workload.train"))) if trained else None
+    return min(data["train_sequences"], len(prompts["train"])) if trained else None
 
 
 def _check_start(config: CompareConfig) -> None:
@@ -389,6 +395,12 @@ def _check_arguments(place: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{place}: later is {later}; give settings and from, a share: {{from: 0.5, ...}}.")
     if not 0 < later["from"] < 1:
         raise ValueError(f"{place}: later begins from {later['from']}; give a share between 0 and 1.")
+    ours = sorted((set(settings) | set(later)) & set(OF_RUN))
+    if ours:
+        raise ValueError(
+            f"{place}: {ours} are given, which the comparison sets: drop them, and see seeds, "
+            "learning_rates and budgets."
+        )
     unknown = sorted((set(settings) - set(kinds) - {"learning_rates", "later"}) | (set(later) - set(kinds) - {"from"}))
     if unknown:
         raise ValueError(f"{place}: {unknown} are no training arguments; `ppow train --help` lists them.")
