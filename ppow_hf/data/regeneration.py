@@ -381,7 +381,7 @@ def _load_cached(tensors_path: Path, prompts: list[list[int]], temperature: floa
         if any(sequence[: len(prompt)] != prompt for sequence, prompt in zip(sequences, prompts, strict=True)):
             raise ValueError("the prompts in it are others")
         dataset = _regenerated_dataset(sequences, prompts, temperature)
-        if dataset.fingerprint != metadata["fingerprint"]:
+        if dataset.token_fingerprint != metadata["fingerprint"]:
             raise ValueError("its fingerprint is not the recorded one")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         logger.warning("%s is damaged (%s): deleted, and written anew by the target.", tensors_path, error)
@@ -444,7 +444,7 @@ def _save_cached(
     """Whether it could be kept."""
     metadata = {
         "format_version": CACHE_FORMAT_VERSION,
-        "fingerprint": dataset.fingerprint,
+        "fingerprint": dataset.token_fingerprint,
         "sequences": len(dataset),
         "tokens": len(dataset._token_ids),
         "target": target.config.name_or_path,

@@ -71,6 +71,8 @@ def is_stream(source: Any) -> bool:
 def rows_of_stream(source: Any) -> Iterator[Any]:
     """Rows as they come; those of the `datasets` library without Arrow's nulls."""
     from_arrow = any(kind.__module__.startswith("datasets.") for kind in type(source).__mro__)
+    if not isinstance(source, Iterable) and hasattr(source, "__len__"):
+        source = map(source.__getitem__, range(len(source)))  # a torch Dataset need not raise IndexError at its end
     for row in source:
         yield without_padding(row) if from_arrow and isinstance(row, Mapping) else row
 
@@ -161,6 +163,18 @@ def integers(values: Any, column: str, number: int, argument: str) -> list[int]:
     if tensor is None or tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
         raise ValueError(f"{argument}: `{column}` of row {number} is not a flat list of integers. Tokenize it anew.")
     return tensor.long().tolist()
+
+
+def token_ids_of(values: Any, column: str, number: int, argument: str) -> list[int]:
+    """A row's [`integers`]; raises `ValueError`, naming the row, for one that no tokenizer gives."""
+    ids = integers(values, column, number, argument)
+    wrong = [value for value in (min(ids), max(ids)) if not 0 <= value < 2**31] if ids else []
+    if wrong:
+        raise ValueError(
+            f"{argument}: `{column}` of row {number} has the token id {wrong[0]}, and ids are 0 to {2**31 - 1}. "
+            "Tokenize it anew; of `input_ids` mark padding by an `attention_mask` of 0."
+        )
+    return ids
 
 
 def without_padding(row: Mapping) -> dict:

@@ -5,6 +5,7 @@ Knows tokenizers; knows nothing about models.
 
 import hashlib
 import logging
+from itertools import compress
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .chats import chat_prompts, chat_sequences, chats_of
-from .rows import find_columns, integers, read_rows, strings
+from .rows import find_columns, integers, read_rows, strings, token_ids_of
 from .tokens import open_prompts, open_texts, tokenize
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ SEQUENCE_COLUMNS = (
     ("prompt",),
 )
 PROMPT_COLUMNS = (("messages",), ("prompt",), ("text",))
+# The first entry of which a row has a column decides which of its `input_ids` are learned.
+LOSS_COLUMNS = (("loss_mask",), ("labels",), ("completion_mask", "assistant_masks"))
 
 
 class SequenceDataset(Dataset):
@@ -89,10 +92,21 @@ class SequenceDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of the token ids and of where sequences end, for the provenance record."""
+        """Short hash of the tokens, of where sequences end and of both masks: of all that is trained on."""
+        digest = self._token_digest()
+        digest.update(self._loss_mask.numpy().tobytes())
+        digest.update(self._target_written.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def token_fingerprint(self) -> str:
+        """Short hash of the tokens and of where sequences end, without the masks."""
+        return self._token_digest().hexdigest()[:16]
+
+    def _token_digest(self) -> Any:
         digest = hashlib.sha256(self._ends.numpy().astype("<i8").tobytes())
         digest.update(self._token_ids.numpy().astype("<i4").tobytes())
-        return digest.hexdigest()[:16]
+        return digest
 
 
 def prepare_sequences(
@@ -108,7 +122,8 @@ def prepare_sequences(
 
     Columns, the first of these that the dataset has:
 
-    - `input_ids`, with optional `loss_mask` and `target_written`: taken as they are.
+    - `input_ids`, with optional `target_written`: without the padding (`attention_mask` 0); loss by `loss_mask`, else
+      by `labels` that are not -100, else by `completion_mask` and `assistant_masks`, else on every token.
     - `prompt_ids` and `completion_ids`, as `ppow write` makes them: loss on the completion, which the target wrote
       greedily where `temperature` is 0. A row whose prompt begins with all of the row before it is that chat's next
       turn; both make one sequence.
@@ -308,26 +323,34 @@ def _completion_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, 
 def _tokenized_sequences(rows: list[dict], argument: str) -> tuple[list, list, list]:
     token_ids, loss_masks, target_written = [], [], []
     for number, row in enumerate(rows):
-        ids = integers(row["input_ids"], "input_ids", number, argument)
+        padded = integers(row["input_ids"], "input_ids", number, argument)
+        is_text = _mask_of(row, ("attention_mask",), len(padded), number, argument) or [True] * len(padded)
+        ids = token_ids_of(list(compress(padded, is_text)), "input_ids", number, argument)
         if not ids:
             continue
-        if min(ids) < 0:
-            raise ValueError(
-                f"{argument}: `input_ids` of row {number} has the negative id {min(ids)}. Remove padding."
-            )
-        masks = {}
-        for column, default in (("loss_mask", 1), ("target_written", 0)):
-            given = row.get(column)
-            masks[column] = [default] * len(ids) if given is None else integers(given, column, number, argument)
-            if len(masks[column]) != len(ids):
-                raise ValueError(
-                    f"{argument}: `{column}` of row {number} has {len(masks[column])} entries for {len(ids)} "
-                    "`input_ids`. Give one per token."
-                )
+        by_loss = (_mask_of(row, columns, len(padded), number, argument) for columns in LOSS_COLUMNS)
+        learned = next(filter(None, by_loss), is_text)
+        written = _mask_of(row, ("target_written",), len(padded), number, argument) or [False] * len(padded)
         token_ids.append(ids)
-        loss_masks.append([value != 0 for value in masks["loss_mask"]])
-        target_written.append([value != 0 for value in masks["target_written"]])
+        loss_masks.append(list(compress(learned, is_text)))
+        target_written.append(list(compress(written, is_text)))
     return token_ids, loss_masks, target_written
+
+
+def _mask_of(row: dict, columns: tuple[str, ...], length: int, number: int, argument: str) -> list[bool]:
+    """Where all of those `columns` that the row has are not 0, and `labels` not -100; empty where it has none."""
+    masks = []
+    for column in columns:
+        if row.get(column) is None:
+            continue
+        values = integers(row[column], column, number, argument)
+        if len(values) != length:
+            raise ValueError(
+                f"{argument}: `{column}` of row {number} has {len(values)} entries for {length} `input_ids`. Give one "
+                "per token."
+            )
+        masks.append([value != (-100 if column == "labels" else 0) for value in values])
+    return [all(values) for values in zip(*masks, strict=True)]
 
 
 def _written_sequences(rows: list[dict], argument: str) -> tuple[list, list, list]:
@@ -335,8 +358,8 @@ def _written_sequences(rows: list[dict], argument: str) -> tuple[list, list, lis
     loss_masks: list[list[bool]] = []
     target_written: list[list[bool]] = []
     for number, row in enumerate(rows):
-        prompt = integers(row["prompt_ids"], "prompt_ids", number, argument)
-        completion = integers(row["completion_ids"], "completion_ids", number, argument)
+        prompt = token_ids_of(row["prompt_ids"], "prompt_ids", number, argument)
+        completion = token_ids_of(row["completion_ids"], "completion_ids", number, argument)
         if not token_ids or prompt[: len(token_ids[-1])] != token_ids[-1]:
             token_ids.append([])
             loss_masks.append([])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -55,8 +55,9 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
     check_width(config.vocab_size, width)
     if config.target_layer_ids and config.target_hidden_size != text.hidden_size:
         raise ValueError(
-            f"target_model: its hidden size is {text.hidden_size}, and this eagle drafter reads states of "
-            f"{config.target_hidden_size}. Use the target it was made for, or make a drafter with from_target."
+            f"target_model: its hidden size is {text.hidden_size}, and this {config.architecture} drafter reads "
+            f"states of {config.target_hidden_size}. Use the target it was made for, or make a drafter with "
+            "from_target."
         )
     check_layers(config.target_layer_ids, text.num_hidden_layers, "model")
     if problems := drafter.weight_problems():
@@ -70,6 +71,12 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
         )
     if tokenizer is None:
         return
+    is_processor = isinstance(tokenizer, ProcessorMixin)
+    if is_processor or not callable(getattr(tokenizer, "get_vocab", None)):
+        whose = "processor.tokenizer" if is_processor else "AutoTokenizer.from_pretrained(...)"
+        raise ValueError(
+            f"processing_class: a {type(tokenizer).__name__} given, not a tokenizer. Pass processing_class={whose}."
+        )
     if len(tokenizer) > width:
         raise ValueError(
             f"processing_class: the tokenizer has {len(tokenizer)} tokens and the target's logits only {width}. Pass "
@@ -132,7 +139,7 @@ def check_token_ids(sequences: SequenceDataset, width: int) -> None:
 
 def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:
     """Raise `ValueError` when a training sequence is longer than `max_length` or than the models' context."""
-    longest = max(len(sequences[index]["input_ids"]) for index in range(len(sequences)))
+    longest = int(sequences.lengths.max())
     if longest > args.max_length:
         raise ValueError(
             f"train_dataset: its longest sequence has {longest} tokens, more than max_length={args.max_length}. Raise "

@@ -21,17 +21,33 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
+from ..data.weights import brief
 from ..runtime.start_weights import state_scale
 from .target import TargetEncoding, TrainingTarget
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 1
-MANIFEST, SEQUENCES, WEIGHTS = "record.json", "sequences.safetensors", "target.safetensors"
+MANIFEST, SEQUENCES, WEIGHTS, CONFIG = "record.json", "sequences.safetensors", "target.safetensors", "config.json"
+MANIFEST_KINDS = {
+    "target": str,
+    "target_dtype": str,
+    "target_fingerprint": str,
+    "vocabulary_fingerprint": str,
+    "data_fingerprint": str,
+    "max_length": int,
+    "layer_ids": list,
+    "states_dtype": str,
+    "sequences": int,
+    "tokens": int,
+    "shard_starts": list,
+}
 LAST = "last"  # the state behind the final norm, which the head reads
 NO_FORWARD = "target_states: recorded states know no window but those of their texts; verify others by the target."
 MEASURED_SEQUENCES = 4
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
+# What reading a file raises that is damaged, or not of this record.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError)
 
 
 def shard_name(number: int) -> str:
@@ -41,6 +57,25 @@ def shard_name(number: int) -> str:
 def layer_name(layer: int, num_layers: int) -> str:
     """The tensor of a shard that holds the states behind `layer` of a target's `num_layers` layers."""
     return LAST if layer == num_layers else f"layer.{layer}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The MANIFEST of a folder; raises one of DAMAGE, which says what is wrong, for one that `ppow record` did not
+    write."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"its format is {manifest.get('format')!r}, and this version of ppow_hf reads {FORMAT}")
+    for name, kind in MANIFEST_KINDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"its {name} is {manifest.get(name)!r}")
+    if not isinstance(getattr(torch, manifest["target_dtype"], None), torch.dtype):
+        raise ValueError(f"its target_dtype is {manifest['target_dtype']!r}")
+    starts = manifest["shard_starts"]
+    if starts != sorted(starts) or (starts[0], starts[-1]) != (0, manifest["sequences"]):
+        raise ValueError(f"its shard_starts do not go from 0 to its {manifest['sequences']} sequences")
+    return manifest
 
 
 class RecordFolder:
@@ -58,32 +93,39 @@ class RecordFolder:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder).expanduser()
-        with self._reading():
-            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            self._starts: list[int] = self.manifest["shard_starts"]  # first sequence of each shard, and the end
+        with self._reading(MANIFEST):
+            self.manifest = read_manifest(self.folder)
+        self._starts: list[int] = self.manifest["shard_starts"]  # first sequence of each shard, and the end
+        with self._reading(CONFIG):
+            (self.folder / CONFIG).stat()  # where it is missing, transformers would look on the Hub
+            self.config = AutoConfig.from_pretrained(self.folder)
+        with self._reading(SEQUENCES):
             tensors = load_file(self.folder / SEQUENCES)
-        lengths = tensors["lengths"]
+            lengths = tensors["lengths"]
+            if (len(lengths), int(lengths.sum())) != (self.manifest["sequences"], self.manifest["tokens"]):
+                raise ValueError(f"it holds other sequences than {MANIFEST} says")
+            parts = {name: tensors[name].split(lengths.tolist()) for name in SEQUENCE_TENSORS}
         self._ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).tolist()
         self._rows = self._recorded_rows()
-        parts = {name: tensors[name].split(lengths.tolist()) for name in SEQUENCE_TENSORS}
         self.tensors = {name: [parts[name][row] for row in self._rows] for name in SEQUENCE_TENSORS}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Raise errors of its files with what to do about them."""
+    def _reading(self, name: str) -> Iterator[None]:
+        """Raise errors of the file `name` with what to do about them."""
         try:
             yield
         except FileNotFoundError as error:
             raise ValueError(
-                f"target_states: {str(self.folder)!r} has no {Path(error.filename or MANIFEST).name}, so that it "
-                "holds no recorded states. Write them with ppow record."
+                f"target_states: {str(self.folder)!r} has no {name}, so that it holds no recorded states. Write "
+                "them with ppow record."
             ) from error
-        except (ValueError, KeyError, SafetensorError) as error:
+        except DAMAGE as error:
             raise ValueError(
-                f"target_states: the record in {str(self.folder)!r} is damaged ({error}). Record the states again."
+                f"target_states: {name} in {str(self.folder)!r} cannot be read ({brief(error)}). Record the states "
+                "again."
             ) from error
 
     def _recorded_rows(self) -> list[int]:
@@ -103,17 +145,18 @@ class RecordFolder:
 
     def target(self) -> Any:
         """The target's configuration, token embeddings and head; its layers have no weights."""
-        with self._reading():
-            weights = load_file(self.folder / WEIGHTS)
-        config = AutoConfig.from_pretrained(self.folder)
-        with torch.device("meta"):
-            target = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.manifest["target_dtype"]))
+        with self._reading(CONFIG), torch.device("meta"):
+            target = AutoModelForCausalLM.from_config(self.config, dtype=getattr(torch, self.manifest["target_dtype"]))
         target.config._name_or_path = self.manifest["target"]
-        target.config._commit_hash = self.manifest["target_revision"]
+        target.config._commit_hash = self.manifest.get("target_revision")
         embeddings: Any = target.get_input_embeddings()
         head: Any = target.get_output_embeddings()
-        embeddings.weight = nn.Parameter(weights["embeddings.weight"], requires_grad=False)
-        head.weight = nn.Parameter(weights.get("head.weight", weights["embeddings.weight"]), requires_grad=False)
+        with self._reading(WEIGHTS):
+            weights = load_file(self.folder / WEIGHTS)
+            matrix = weights["embeddings.weight"]
+            for module, weight in ((embeddings, matrix), (head, weights.get("head.weight", matrix))):
+                check_shape(weight.shape, module.weight.shape)
+                module.weight = nn.Parameter(weight, requires_grad=False)
         bias = weights.get("head.bias")
         head.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return target.requires_grad_(False).eval()
@@ -125,13 +168,23 @@ class RecordFolder:
         first = self._ends[self._starts[shard]]
         span = slice(self._ends[row] - first, self._ends[row + 1] - first)
         path = self.folder / shard_name(shard)
+        shape = [self._ends[self._starts[shard + 1]] - first, self.config.get_text_config().hidden_size]
         try:
             with safe_open(path, framework="pt") as file:
-                return [file.get_slice(name)[span] for name in names]
-        except (OSError, SafetensorError) as error:
+                slices = [file.get_slice(name) for name in names]
+                for part in slices:
+                    check_shape(part.get_shape(), shape)
+                return [part[span] for part in slices]
+        except DAMAGE as error:
             raise ValueError(
                 f"target_states: {str(path)!r} cannot be read ({error}). Delete it and run ppow record again."
             ) from error
+
+
+def check_shape(found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise `ValueError` for a tensor that is not this record's."""
+    if list(found) != list(expected):
+        raise ValueError(f"it holds a tensor of the shape {list(found)}, and this record's has {list(expected)}")
 
 
 class StateRecord:

@@ -20,9 +20,22 @@ from transformers import PreTrainedModel
 
 from ..data.regeneration import is_split, target_identity
 from ..data.sequences import SequenceDataset
+from ..data.weights import brief
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.target_weights import embedding_matrix, head_matrix
-from .recorded_states import FORMAT, LAST, MANIFEST, SEQUENCE_TENSORS, SEQUENCES, WEIGHTS, layer_name, shard_name
+from .recorded_states import (
+    CONFIG,
+    DAMAGE,
+    FORMAT,
+    LAST,
+    MANIFEST,
+    SEQUENCE_TENSORS,
+    SEQUENCES,
+    WEIGHTS,
+    layer_name,
+    read_manifest,
+    shard_name,
+)
 from .target import FrozenTarget
 
 try:
@@ -81,7 +94,7 @@ class Recording:
         self.bytes_per_token = (len(layer_ids) + 1) * self.hidden_size * dtype.itemsize + OWN_BYTES
         self.weights = target_tensors(target)
         self.weight_bytes = sum(tensor.nbytes for tensor in self.weights.values())
-        lengths = [len(sequences[row]["input_ids"]) for row in range(len(sequences))]
+        lengths = sequences.lengths.tolist()
         self.left_out = 0
         if max_gigabytes is not None:
             kept = sequences_within(lengths, max_gigabytes * 1e9 - self.weight_bytes, self.bytes_per_token)
@@ -102,7 +115,8 @@ class Recording:
             "target_dtype": str(target.dtype).removeprefix("torch."),
             "target_fingerprint": target_identity(target)[:16],
             "vocabulary_fingerprint": vocabulary_fingerprint(tokenizer),
-            "data_fingerprint": sequences.fingerprint,
+            "data_fingerprint": sequences.token_fingerprint,
+            "sequences_fingerprint": sequences.fingerprint,
             "max_length": max_length,
             "layer_ids": list(layer_ids),
             "states_dtype": str(dtype).removeprefix("torch."),
@@ -150,7 +164,7 @@ class Recording:
         self.tokenizer.save_pretrained(folder)
         config = self.target.model.config.to_dict()
         config.pop("quantization_config", None)  # the head and the embeddings are kept as plain numbers
-        write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
+        write_whole(folder / CONFIG, (json.dumps(config, indent=1, default=str) + "\n").encode())
         write_whole(folder / MANIFEST, (json.dumps(self.manifest, indent=1) + "\n").encode())
 
     def record(self, folder: Path, missing: list[int], progress: Callable[[int], None]) -> int:
@@ -269,16 +283,16 @@ def batches_by_length(rows: range, lengths: list[int], most_tokens: int) -> Iter
 def check_same_record(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise `ValueError` where the record in `folder` is of something else, saying in what."""
     try:
-        stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
+        stored = read_manifest(folder)
+    except DAMAGE as error:
         raise ValueError(
-            f"--output-dir: {MANIFEST} in {str(folder)!r} is damaged ({error}). Pass another folder."
+            f"--output-dir: {MANIFEST} in {str(folder)!r} cannot be read ({brief(error)}). Pass another folder."
         ) from error
     named = {name: value for name, value in manifest.items() if name not in ("target", "shard_starts")}
     different = [
-        f"{name} is {stored.get(name)!r} there and {value!r} here"
+        f"{name} is {stored[name]!r} there and {value!r} here"
         for name, value in named.items()
-        if stored.get(name) != value
+        if name in stored and stored[name] != value  # earlier versions wrote no sequences_fingerprint
     ]
     if different or stored["shard_starts"] != manifest["shard_starts"]:
         raise ValueError(
