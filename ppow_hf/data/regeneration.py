@@ -201,6 +201,20 @@ def _generate_completions(
 
 
 @contextmanager
+def without_router_logits(target: PreTrainedModel) -> Iterator[None]:
+    """A mixture of experts without `output_router_logits` until the end: its loss is not for windows after a cache."""
+    configs = [target.config, target.config.get_text_config()]
+    asked = [config for config in configs if getattr(config, "output_router_logits", False)]
+    try:
+        for config in asked:
+            config.output_router_logits = False
+        yield
+    finally:
+        for config in asked:
+            config.output_router_logits = True
+
+
+@contextmanager
 def plain_distribution(target: PreTrainedModel) -> Iterator[None]:
     """The target in eval mode and without its own generation settings (top-k, penalties, `use_cache`), until the end.
 
@@ -214,7 +228,8 @@ def plain_distribution(target: PreTrainedModel) -> Iterator[None]:
     try:
         target.eval()
         target.generation_config = GenerationConfig(**tokens)
-        yield
+        with without_router_logits(target):
+            yield
     finally:
         for model, generation_config in own:
             model.generation_config = generation_config

@@ -62,6 +62,7 @@ UNHEEDED: dict[str, tuple[Any, str]] = {
     "eval_accumulation_steps": (None, "evaluation decodes prompts and keeps no predictions"),
     "bf16_full_eval": (False, "evaluation decodes in the number format of the models"),
     "fp16_full_eval": (False, "evaluation decodes in the number format of the models"),
+    "average_tokens_across_devices": (True, "the loss is always divided by the tokens of all processes"),
     "label_names": (None, "batches have the columns of `collate_sequences`"),
 }
 
@@ -185,7 +186,8 @@ class PPOWTrainingArguments(TrainingArguments):
         proximity_threshold (`float`, *optional*, defaults to `5.0`):
             Nats epsilon by which such a window may be less likely than the target's own [paper; its value is ours].
         clip_range (`float`, *optional*, defaults to `0.2`):
-            PPO's clip [paper; its value is ours].
+            PPO's clip [paper; its value is ours]. It has no effect with `num_iterations=1`, where the drafter's
+            probabilities are still those that it drafted with.
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of gradient steps on each batch of rollouts.
         kl_coef (`float`, *optional*, defaults to `0.1`):
@@ -382,8 +384,8 @@ class PPOWTrainingArguments(TrainingArguments):
     def _choose_best_metric(self) -> None:
         """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""
         if self.metric_for_best_model is None:
-            on_plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-            if not (self.load_best_model_at_end or on_plateau or self.save_strategy == SaveStrategy.BEST):
+            by_metric = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+            if not (self.load_best_model_at_end or by_metric or self.save_strategy == SaveStrategy.BEST):
                 return
             self.metric_for_best_model = "eval_acceptance_length"
         given = f"_{self.metric_for_best_model}"  # "eval_kl", "kl", and of evaluation data with names "code_kl"
@@ -454,10 +456,14 @@ class PPOWTrainingArguments(TrainingArguments):
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
             )
         repeated = self.uses_rollouts and self.num_iterations > 1 and self.save_strategy == SaveStrategy.STEPS
-        if repeated and self.save_steps % self.num_iterations:
+        steps, given = self.save_steps, f"{self.save_steps}"
+        if steps < 1:  # a share of the steps, which epochs do not tell yet
+            steps = math.ceil(max(self.max_steps, 0) * steps)
+            given = f"{self.save_steps} ({steps} of {self.max_steps} steps)"
+        if repeated and steps % self.num_iterations:
             raise ValueError(
-                f"save_steps: {self.save_steps} is no multiple of num_iterations={self.num_iterations}; a checkpoint "
-                "between two gradient steps on the same rollouts could not be resumed exactly."
+                f"save_steps: {given} is no multiple of num_iterations={self.num_iterations}; a checkpoint "
+                "between two gradient steps on the same rollouts could not be resumed exactly. Pass a multiple."
             )
 
     def _choose_muon(self) -> None:

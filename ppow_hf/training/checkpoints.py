@@ -83,6 +83,15 @@ def check_complete(checkpoint: str | Path) -> None:
             )
 
 
+def check_resumable(checkpoint: str | Path) -> None:
+    """Raise `ValueError` when a checkpoint holds the drafter alone, without what its training goes on with."""
+    if not any(Path(checkpoint).glob("rng_state*")):
+        raise ValueError(
+            f"resume_from_checkpoint: {str(checkpoint)!r} was written with save_only_model=True and has no optimizer "
+            "to go on with. Start another training in another output_dir, with its drafter as the model."
+        )
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The complete checkpoint with the highest step in `output_dir`, or `None`; a warning for each passed over."""
     folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]

@@ -54,6 +54,15 @@ class Muon(torch.optim.AdamW):
         self.dtype = dtype
         super().__init__([group for group in groups if group["params"]], lr, betas, eps, weight_decay)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; `ValueError` for a state of earlier versions, which gave norms `weight_decay` too."""
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError(
+                "resume_from_checkpoint: it was trained by an earlier version, which applied weight_decay to norms. "
+                "Start another training in another output_dir, with its drafter as the model."
+            )
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure=None):
         every = self.param_groups
@@ -118,6 +127,14 @@ def muon_groups(model: nn.Module) -> list[dict]:
     ]
 
 
+def without_vector_decay(group: dict, weight_decay: float) -> list[dict]:
+    """A group for AdamW, and where `weight_decay` is not 0 another of its norms and biases, which have none."""
+    if not weight_decay:
+        return [group]
+    parts = [[p for p in group["params"] if (p.ndim > 1) == decayed] for decayed in (True, False)]
+    return [{**group, "params": parts[0]}, {**group, "params": parts[1], "weight_decay": 0.0}]
+
+
 def make_optimizer(model: nn.Module, args: TrainingArguments, muon: float | None = None) -> torch.optim.Optimizer:
     """The optimizer of all that is trained in `model`, with the arguments' rates: AdamW, or with `muon` above 0
     [`Muon`], whose matrices' learning rate is that many times the others'."""
@@ -128,7 +145,9 @@ def make_optimizer(model: nn.Module, args: TrainingArguments, muon: float | None
         "weight_decay": args.weight_decay,
     }
     if not muon:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
+        group = {"params": [p for p in model.parameters() if p.requires_grad]}
+        return torch.optim.AdamW(without_vector_decay(group, args.weight_decay), **settings)
     matrices, others = muon_groups(model)
     matrices["lr"] = muon * args.learning_rate
-    return Muon([matrices, others], dtype=torch.bfloat16 if args.bf16 else torch.float32, **settings)
+    groups = [matrices, *without_vector_decay(others, args.weight_decay)]
+    return Muon(groups, dtype=torch.bfloat16 if args.bf16 else torch.float32, **settings)

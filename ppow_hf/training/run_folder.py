@@ -1,9 +1,10 @@
 """The folder of a training: one training in it at a time, what its checkpoints were trained with, and its end.
 
-Knows files and settings; knows nothing about models.
+Knows files, settings and by what a target is recognised; computes nothing with models.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from ..data.regeneration import is_split
+from ..runtime.configuration_ppow import PPOWDrafterConfig
 from .checkpoints import STATE
 
 try:
@@ -33,6 +37,17 @@ LEARNING = (
 FREE = (
     "chunk_size", "verify_tokens", "eval_prompts", "eval_prompt_length", "eval_new_tokens", "calibrate_at_end",
     "cost_ratio", "regenerate_batch_size",
+)  # fmt: skip
+
+# Of a drafter's configuration those that decide what its weights are, and of its own transformer's.
+SHAPE = (
+    "architecture", "vocab_size", "draft_vocab_size", "target_hidden_size", "target_layer_ids", "norm_before_fc",
+    "norm_before_residual", "norm_output", "medusa_heads", "medusa_layers", "block_size", "sample_from_anchor",
+    "mask_token_id", "markov_rank", "confidence_head",
+)  # fmt: skip
+DRAFT_SHAPE = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
 )  # fmt: skip
 
 
@@ -62,23 +77,50 @@ def lock_folder(output_dir: str | Path) -> Iterator[None]:
         file.truncate(0)
 
 
-def run_record(args: Any, data_fingerprint: str) -> dict[str, Any]:
-    """What decides what a training learns: its data, and the arguments that a resume must not change."""
+def run_record(args: Any, data_fingerprint: str, target: PreTrainedModel | None = None) -> dict[str, Any]:
+    """What decides what a training learns: data, target, and the arguments that a resume must not change."""
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = [field.name for field in dataclasses.fields(args) if field.name not in inherited and field.name not in FREE]
     record = {name: getattr(args, name) for name in (*LEARNING, *own)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     record |= {"train_dataset (fingerprint)": data_fingerprint, "sequences of a step on all devices": batch}
+    fingerprint = None if target is None else weights_fingerprint(target)
+    if fingerprint is not None:
+        record["target_model (fingerprint)"] = fingerprint
     return json.loads(json.dumps(record, default=str))
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str | None:
+    """Hash of one number of each plain parameter, in bfloat16, whatever its name, dtype and device; `None` where some
+    are offloaded or split over processes."""
+    parameters = list(model.parameters())
+    if is_split(model) or any(parameter.is_meta for parameter in parameters):
+        return None
+    plain = [p for p in parameters if type(p.data) is torch.Tensor and p.is_floating_point() and p.numel()]
+    numbers = [p.detach()[(0,) * p.ndim].to(torch.bfloat16).item() for p in plain]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 
 def check_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:
     """Raise `ValueError` where the [`run_record`] of a checkpoint differs, saying in what."""
-    stored = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8")).get("run", {})
+    _check_same(checkpoint, json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8")).get("run", {}), record)
+
+
+def check_same_drafter(checkpoint: str | Path, stored: PPOWDrafterConfig, given: PPOWDrafterConfig) -> None:
+    """Raise `ValueError` where a checkpoint's drafter is of another architecture or size, saying in what."""
+    _check_same(checkpoint, *map(_shape, (stored, given)))
+
+
+def _shape(config: PPOWDrafterConfig) -> dict[str, Any]:
+    draft = {f"draft_config.{name}": getattr(config.draft_config, name, None) for name in DRAFT_SHAPE}
+    return {f"model.config.{name}": getattr(config, name) for name in SHAPE} | draft
+
+
+def _check_same(checkpoint: str | Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
     different = [
-        f"{name} was {stored[name]!r} and is {record[name]!r}"
+        f"{name} was {stored[name]!r} and is {given[name]!r}"
         for name in stored
-        if name in record and stored[name] != record[name]
+        if name in given and stored[name] != given[name]
     ]
     if different:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..data.regeneration import whole_tensor
+from ..data.regeneration import whole_tensor, without_router_logits
 from ..runtime.draft_session import additive_mask, cache_argument
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.target_weights import input_device, target_width
@@ -157,7 +157,8 @@ class FrozenTarget(TrainingTarget):
             self.model.eval()
             for parameter in trained:
                 parameter.requires_grad_(False)
-            yield
+            with without_router_logits(self.model):
+                yield
         finally:
             self._is_frozen = False
             for parameter in trained:

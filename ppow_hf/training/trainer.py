@@ -13,14 +13,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    IntervalStrategy,
+    PredictionOutput,
+    TrainOutput,
+    rotate_checkpoints,
+)
 from transformers.utils import logging
 
 from ..data.regeneration import is_split
@@ -33,7 +41,14 @@ from ..runtime.configuration_ppow import PPOWDrafterConfig, vocabulary_fingerpri
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
 from .batch_order import GroupedByLength, RepeatedBlocks
-from .checkpoints import STATE, check_complete, check_writable, last_complete_checkpoint, seal_checkpoint
+from .checkpoints import (
+    STATE,
+    check_complete,
+    check_resumable,
+    check_writable,
+    last_complete_checkpoint,
+    seal_checkpoint,
+)
 from .checks import (
     check_batch,
     check_confidence,
@@ -56,7 +71,7 @@ from .preparation import evaluation_sequences, training_sequences
 from .recorded_states import RecordedTarget, StateRecord, open_record
 from .records import check_hub_strategy, write_records
 from .rollout import Rollout, collect_rollout, text_judges
-from .run_folder import check_same_run, is_saved, lock_folder, run_record
+from .run_folder import check_same_drafter, check_same_run, is_saved, lock_folder, run_record
 from .target import FrozenTarget, TrainingTarget
 
 logger = logging.get_logger(__name__)
@@ -65,6 +80,15 @@ logger = logging.get_logger(__name__)
 def by_name(data: Any) -> dict[str, SequenceDataset]:
     """Evaluation data by name; a single dataset has none."""
     return data if isinstance(data, dict) else {"": data}
+
+
+def check_noise(model: PPOWDrafter, target: PreTrainedModel, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` for noise on embeddings where the drafter has none, or reads its target's."""
+    if args.neftune_noise_alpha is not None and model.get_input_embeddings() in (None, target.get_input_embeddings()):
+        raise ValueError(
+            f"neftune_noise_alpha: {args.neftune_noise_alpha} given, but this drafter has no token embeddings of its "
+            "own to add noise to. Leave it out, or pass train_embeddings=True with an eagle or block drafter."
+        )
 
 
 class PPOWTrainer(Trainer):
@@ -134,6 +158,7 @@ class PPOWTrainer(Trainer):
         self._read_by_drafter: Any = target_model if record is None else record.target
         model.attach_target(self._read_by_drafter)
         model.train_embeddings(args.train_embeddings)
+        check_noise(model, self._read_by_drafter, args)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
         held_out = self._evaluation_sequences(eval_dataset, processing_class, args)  # before the target writes texts
         super().__init__(
@@ -142,7 +167,7 @@ class PPOWTrainer(Trainer):
             train_dataset=self._training_sequences(record, train_dataset, model, processing_class, args),
             eval_dataset=held_out,
             processing_class=processing_class,
-            data_collator=lambda items: collate_sequences(items, pad),
+            data_collator=partial(collate_sequences, pad_token_id=pad),
             callbacks=callbacks,
             optimizers=optimizers,
             **kwargs,
@@ -155,8 +180,7 @@ class PPOWTrainer(Trainer):
         self.cost_ratio: float | None = args.cost_ratio
         self.eval_prompts: int | None = args.eval_prompts  # by default chosen at the first evaluation of a training
         self._train_began = 0.0
-        self._rollouts: dict[int, Rollout] = {}
-        self._micro_step = 0
+        self._rollouts: dict[tuple[int, ...], Rollout] = {}  # by block of gradient steps and rows of the data
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: str | None = None
         self._run_record: dict[str, Any] = {}
@@ -201,6 +225,11 @@ class PPOWTrainer(Trainer):
             self.optimizer = make_optimizer(self.accelerator.unwrap_model(self.model), self.args, self.args.muon)
         return super().create_optimizer(*args, **kwargs)
 
+    def _get_learning_rate(self) -> float:
+        """What is logged: `learning_rate` as scheduled, not Muon's multiple of it, whose group comes first."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups if group.get("kind") == "adamw"]
+        return rates[0] if rates else super()._get_learning_rate()
+
     # -- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -221,24 +250,25 @@ class PPOWTrainer(Trainer):
             check_complete(resume_from_checkpoint)
         self.already_finished = False
         self.eval_prompts = self.args.eval_prompts
-        self._run_record = run_record(self.args, self.train_dataset.fingerprint)
+        self._run_record = run_record(self.args, self.train_dataset.fingerprint, self.target_model)
         if resume_from_checkpoint:
             check_same_run(resume_from_checkpoint, self._run_record)
             # The checkpoint's weights go with its scales; those of a drafter made anew were measured again.
             trained = PPOWDrafterConfig.from_pretrained(resume_from_checkpoint)
-            self.accelerator.unwrap_model(self.model).config.state_scales = trained.state_scales
+            config = self.accelerator.unwrap_model(self.model).config
+            check_same_drafter(resume_from_checkpoint, trained, config)
+            config.state_scales = trained.state_scales
             stored = json.loads((Path(resume_from_checkpoint) / STATE).read_text())
             if self.args.cost_ratio is None:
                 self.cost_ratio = stored["cost_ratio"]
             if self.args.eval_prompts is None:
                 self.eval_prompts = stored.get("eval_prompts")
-        self._micro_step = 0
-        self._rollouts.clear()
-        self._metrics.clear()
         result = self._end_of_run(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.already_finished:
             return result
         if result is None:
+            if resume_from_checkpoint:
+                check_resumable(resume_from_checkpoint)
             self._measure_cost_ratio()
             self._train_began = time.perf_counter()
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -248,6 +278,12 @@ class PPOWTrainer(Trainer):
                 self._with_whole_drafter(self._calibrate)
             self.accelerator.wait_for_everyone()
         return result
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """As Trainer's, which with `auto_find_batch_size` begins again with smaller batches where memory runs out."""
+        self._rollouts.clear()
+        self._metrics.clear()
+        return super()._inner_training_loop(*args, **kwargs)
 
     @property
     def _in_step(self) -> bool:
@@ -272,22 +308,45 @@ class PPOWTrainer(Trainer):
         """Load the drafter of a run whose last step was taken, from `output_dir` if it was saved; `None` before it."""
         state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
         by_epochs = self.args.max_steps <= 0
-        if state.epoch < self.args.num_train_epochs if by_epochs else state.global_step < self.args.max_steps:
+        left = state.epoch < self.args.num_train_epochs if by_epochs else state.global_step < self.args.max_steps
+        if left and not self._stopped_early(state):
             return None
         self.state = state
         self.already_finished = is_saved(self.args.output_dir, state.global_step)
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        found = PPOWDrafter.from_pretrained(self.args.output_dir if self.already_finished else best or checkpoint)
+        found = PPOWDrafter.from_pretrained(
+            self.args.output_dir if self.already_finished else self._best_checkpoint(state, str(checkpoint))
+        )
         drafter = self.accelerator.unwrap_model(self.model)
         drafter.load_state_dict(found.state_dict())
         if self.already_finished:
             drafter.config.calibration, drafter.config.max_window = found.config.calibration, found.config.max_window
+            longer = "early_stopping_patience" if left else "max_steps or num_train_epochs"
             logger.warning(
                 f"The training in {self.args.output_dir} is finished: {state.global_step} steps were taken, and "
-                "nothing is changed. Raise max_steps or num_train_epochs to go on, or train in another folder."
+                f"nothing is changed. Raise {longer} to go on, or train in another folder."
             )
         losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
         return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
+
+    def _stopped_early(self, state: TrainerState) -> bool:
+        """Whether the patience of an [`EarlyStoppingCallback`] was at its end when `state` was saved."""
+        saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, [])
+        own = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        return any(
+            then["attributes"]["early_stopping_patience_counter"] >= now.early_stopping_patience
+            for then, now in zip(saved if isinstance(saved, list) else [saved], own, strict=False)
+        )
+
+    def _best_checkpoint(self, state: TrainerState, checkpoint: str) -> str:
+        """The best checkpoint where it is asked for, also in a folder that was moved; else `checkpoint`, the last."""
+        if not self.args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return checkpoint
+        best = Path(state.best_model_checkpoint)
+        for folder in (best, Path(checkpoint).parent / best.name):
+            if folder.is_dir():
+                return str(folder)
+        logger.warning(f"load_best_model_at_end: the best checkpoint {str(best)!r} is gone; {checkpoint!r} is loaded.")
+        return checkpoint
 
     def _measure_cost_ratio(self) -> None:
         """gamma, measured on the main process unless given or resumed, and the same on all.
@@ -304,7 +363,7 @@ class PPOWTrainer(Trainer):
             self.cost_ratio = broadcast_object_list(measured)[0]
 
     def _get_train_sampler(self, *args, **kwargs):
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.args.train_sampling_strategy == "group_by_length":
             sampler = GroupedByLength(self.train_dataset.lengths, batch, seed)
@@ -349,7 +408,6 @@ class PPOWTrainer(Trainer):
                 loss = loss / self.current_gradient_accumulation_steps
         else:
             self._rollouts.clear()
-            self._micro_step += int(self.model.training)
             steps, weighting = args.unrolling_at(self.progress)
             # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
             whole = args.max_window  # what these draft from one state is learned whole
@@ -381,8 +439,10 @@ class PPOWTrainer(Trainer):
         return int(self.accelerator.gather(torch.tensor([length], device=self.args.device)).max())
 
     def _note(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
+        """Keep a step's metrics for the next log."""
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            for name, value in metrics.items():
+                self._metrics[name].append(value)
 
     @property
     def progress(self) -> float:
@@ -390,14 +450,12 @@ class PPOWTrainer(Trainer):
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def _next_rollout(self, model, inputs, encoding, by_text: bool) -> Rollout:
-        """This micro-batch's rollouts: new ones, or those kept for a further gradient step."""
-        accumulation = self.args.gradient_accumulation_steps
-        place = self._micro_step % (accumulation * self.args.num_iterations)
-        slot = place % accumulation
-        if self.model.training:
-            self._micro_step += 1
-        if place >= accumulation and slot in self._rollouts:
-            return self._rollouts[slot]
+        """This micro-batch's rollouts: new ones, or those kept for a further gradient step on the same sequences."""
+        block, iteration = divmod(self.state.global_step, self.args.num_iterations)
+        key = (block, *inputs["index"].tolist())
+        if iteration and key in self._rollouts:
+            return self._rollouts[key]
+        self._rollouts = {kept: rollout for kept, rollout in self._rollouts.items() if kept[0] == block}
         started, tokens_before = time.perf_counter(), self.target.forward_tokens
         adaptive = self.progress >= self.args.adaw_start
         assert self.cost_ratio is not None
@@ -412,7 +470,7 @@ class PPOWTrainer(Trainer):
                 f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that "
                 f"a window could begin with. Sequences need more than {first + 1} tokens."
             )
-        self._rollouts[slot] = rollout
+        self._rollouts[key] = rollout
         self._note(
             {
                 "verified_tokens_per_second": rollout.draft_ids.numel() / (time.perf_counter() - started),
@@ -489,18 +547,25 @@ class PPOWTrainer(Trainer):
         Metrics (with the prefix): `acceptance_length`, `tokens_per_target_forward`, `wasted`, `kl`, `repeated_8grams`;
         of several datasets those of all their prompts, and each one's own (`eval_NAME_acceptance_length`).
         `eval_prompts` prompts are taken of each, by default as many as a tenth of the training's time allows.
-        `eval_dataset` is for this call.
+        `eval_dataset` is for this call: data, or the name of one of the trainer's own.
         """
         if self.target_model is None:
             if self.is_in_train:
                 return {}
             raise ValueError("target_model: None given; evaluation decodes with the target.")
         given: Any = self.eval_dataset
-        if eval_dataset is not None:
+        if isinstance(eval_dataset, str) and isinstance(given, dict) and eval_dataset in given:
+            given = given[eval_dataset]
+        elif eval_dataset is not None:
             given = evaluation_sequences(eval_dataset, self.processing_class, self.args)
         if given is None:
             raise ValueError("eval_dataset: None given; evaluation decodes prompts taken from it.")
         return self._evaluate_parts(by_name(given), metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """The metrics of [`evaluate`] on `test_dataset`; a drafter predicts no labels."""
+        metrics = self.evaluate(test_dataset, ignore_keys, metric_key_prefix)
+        return PredictionOutput(predictions=None, label_ids=None, metrics=metrics)  # type: ignore[arg-type]
 
     def _evaluate_parts(self, parts: dict[str, SequenceDataset], prefix: str) -> dict[str, float]:
         started = time.perf_counter()
