@@ -161,6 +161,18 @@ def test_a_custom_criterion_ends_a_row_where_it_ends_alone(make_target, token):
     assert any(len(row) < 40 for row in expected) or token not in itertools.chain(*expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"tree_nodes": 8}], ids=["chains", "trees"])
+@pytest.mark.parametrize("eos", range(1, 64, 9))
+def test_rounds_count_no_token_after_the_end(make_target, eos, options):
+    target = make_target("llama")
+    prompts, ids, mask = ragged([7, 2, 12])
+    drafter = noisy_copy(target, 0.0)
+    expected = alone(target, prompts, eos_token_id=eos, pad_token_id=0)
+    together(target, drafter, ids, mask, eos_token_id=eos, pad_token_id=0, window="fixed", max_window=5, **options)
+    counted = [sum(r.accepted + 1 for r in trace.rounds) for trace in drafter.last_traces]
+    assert counted == [len(row) for row in expected]
+
+
 def test_the_context_ends(make_target):
     target = make_target("llama", max_position_embeddings=32)
     drafter = make_drafter(target, "standalone")

@@ -151,7 +151,9 @@ def test_sampled_chains_have_the_law_of_real_speculative_sampling(small_vocab_ta
     drafter = noisy_copy(small_vocab_target, 0.5)
     prompts = [[i % 6, (2 * i) % 6, (i // 6) % 6] for i in range(60)]
     texts = write_texts(small_vocab_target, prompts, 22, seed=0)
-    replayed = numpy.asarray(sampled_chains(small_vocab_target, drafter, texts.sampled, 4)["chain_t1_k4"])
+    found = sampled_chains(small_vocab_target, drafter, texts.sampled, 4)
+    assert {name: len(pairs) for name, pairs in found.items()} == dict.fromkeys(found, len(texts.sampled))
+    replayed = numpy.asarray(found["chain_t1_k4"])
     _, traces = decode(small_vocab_target, drafter, prompts, 22, 1.0, seed=1, window="fixed", max_window=4)
     # The stock loop ends a draft early nowhere here: no stopping token, and room for whole windows.
     decoded = [[r for r in trace.rounds if r.window == 4] for trace in traces]

@@ -22,7 +22,7 @@ from slow_training import (
 )
 
 from ppow_hf.data.sequences import SequenceDataset
-from ppow_hf.training.losses import visited_windows
+from ppow_hf.training.losses import Batch, visited_windows
 from ppow_hf.training.rollout import keyed_uniforms, written_prefixes
 
 
@@ -58,7 +58,7 @@ def naive_policy_loss(trainer, inputs):
             for j in range(len(text)):
                 if inputs["loss_mask"][row, prefix + 1 + j]:
                     divergence = kl(target[j], draft[j])
-                    values["text_kl"].append(divergence.item())
+                    values["text_kl"] += [divergence.item()] if j == 0 else []  # as along the text: of first tokens
                     total = total + args.text_kl_coef * divergence / (len(chosen) * args.max_window)
     means = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
     return total / len(inputs["index"]), means
@@ -435,7 +435,7 @@ def test_expected_length_of_visited_windows_is_of_whole_ones(make_trainer, make_
     inputs = batch_of(trainer.train_dataset)
     trainer.model.eval()
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
-    prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, WINDOW)
+    prefixes, visited = visited_windows(Batch(trainer.model, trainer.target, trainer.args, inputs, encoding), WINDOW)
     begun = [of_row[seen.any(-1)].tolist() for of_row, seen in zip(prefixes, visited, strict=True)]
     assert 5 < max(map(len, begun)) < 18
     both, _ = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
@@ -498,7 +498,7 @@ def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_targe
     trainer.model.load_state_dict(learner.model.state_dict())
     trainer.model.eval()
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
-    prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, steps)
+    prefixes, visited = visited_windows(Batch(trainer.model, trainer.target, trainer.args, inputs, encoding), steps)
     assert prefixes.shape[1] < 18 and visited[..., 1].sum() > 5 and visited[..., 2].any()
     found, _ = backward(trainer, lambda: trainer.compute_loss(trainer.model, inputs))
     assert found == pytest.approx(sessions_visited_loss(trainer, inputs, steps), rel=1e-4)
@@ -536,16 +536,17 @@ def test_a_phase_is_trained_with_its_own_text_weighting(make_trainer, architectu
 
 
 def test_windows_visited_at_a_temperature_go_on_as_often_as_tokens_are_kept(make_trainer):
-    """min(1, Q/P) of the text's token, by the first round of one sequence over many seeds."""
+    """min(1, Q/P) of the text's token, by the first round of one sequence over many steps."""
     settings = {"target_temperature": 1.0, "rollout_temperature": 1.0}
     trainer = make_trainer("eagle", "kl", text_weighting="visited", unroll_steps=3, **settings)
     inputs = batch_of(trainer.train_dataset)
     trainer.model.eval()
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)
     counts = torch.zeros(3)
-    for seed in range(400):
-        torch.manual_seed(seed)
-        prefixes, visited = visited_windows(trainer.model, trainer.target, trainer.args, inputs, encoding, 3)
+    for step in range(400):
+        batch = Batch(trainer.model, trainer.target, trainer.args, inputs, encoding, step)
+        prefixes, visited = visited_windows(batch, 3)
+        assert torch.equal(visited, visited_windows(batch, 3)[1])  # keyed by the step, whatever was drawn before
         counts += visited[0, prefixes[0] == 1].sum(0)  # the first round's
     ids = inputs["input_ids"][0].tolist()
     window = ids[2:5]

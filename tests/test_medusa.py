@@ -262,3 +262,11 @@ def test_trees_in_padded_batches_are_what_each_prompt_gives_alone(make_target, f
     rounds = [r for trace in drafter.last_traces for r in trace.rounds if r.window]
     assert all(r.depth <= HEADS and r.window <= 10 for r in rounds)
     assert sampling["do_sample"] or any(r.window > r.depth for r in rounds)  # top_k=1 leaves one candidate
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("medusa", "medusa_heads"), ("block", "block_size")])
+def test_a_shorter_window_leaves_the_heads_that_there_are(architecture, size):
+    config = PPOWDrafterConfig(architecture=architecture, max_window=6, target_layer_ids=[2], target_hidden_size=32)
+    config.max_window = 3  # as a calibration may find
+    assert getattr(config, size) == config.longest_window == 6
+    assert PPOWDrafterConfig.from_dict(config.to_dict()).longest_window == 6

@@ -259,12 +259,23 @@ def test_measure_and_card_from_the_command_line(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def add(a, b):\nimport os\n")
     arguments = ["--num-prompts", "2", "--max-new-tokens", "8", "--temperature", "0", "--window", "fixed"]
-    arguments += ["--half-precision", "bfloat16", "--json"]
-    pair = ["--target", "tiny", "--drafter", "tiny-standalone"]
-    assert main(["measure", *pair, "--prompts", f"lines={prompts}", *arguments, str(found)]) == 0
+    command = [
+        "measure",
+        "--target",
+        "tiny",
+        "--drafter",
+        "tiny-standalone",
+        "--prompts",
+        f"lines={prompts}",
+        *arguments,
+    ]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main([*command, "--half-precision", "bfloat16", "--json", str(found)]) == 0
     measurement = json.loads(found.read_text())
     (row,) = measurement["rows"]
     assert row["workload"] == "lines" and row["prompts"] == 2 and 1 <= row["acceptance_length"] <= 9
+    assert row["acceptance_length"] == printed["acceptance_length"]
     assert str(tmp_path) not in found.read_text()
     card = tmp_path / "card.md"
     assert main(["card", str(tmp_path / "drafter"), "--output", str(card)]) == 0

@@ -59,6 +59,15 @@ def test_each_row_is_what_its_prompt_gives_alone(make_target, family, architectu
         assert sum(r.accepted for r in rounds) > 0
 
 
+def test_branches_without_trees_are_refused(make_target):
+    target = make_target("llama")
+    drafter = make_drafter(target, "eagle")
+    with pytest.raises(ValueError, match="^tree_branches: 2 given without tree_nodes"):
+        target.generate(torch.tensor([[1, 2, 3]]), assistant_model=drafter.with_settings(tree_branches=2))
+    with pytest.raises(ValueError, match="^tree_branches: 2 given without tree_nodes"):
+        drafter.generate_with(tree_branches=2)(target, torch.tensor([[1, 2, 3]]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])

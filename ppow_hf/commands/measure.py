@@ -57,15 +57,16 @@ def register(subparsers: Any) -> None:
         help="also count greedy outputs that differ from plain generate's in this number format, and tell near-ties "
         "from errors (default: --dtype, where it is one of these)",
     )
-    parser.add_argument("--json", required=True, metavar="FILE", help="the result, such as DIR/acceptance.json")
+    parser.add_argument("--json", metavar="FILE", help="also write all of it, such as to DIR/acceptance.json")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Decode the prompts, write what was counted, and print it in short."""
+    """Decode the prompts, print what was counted, and write all of it where a file is given."""
     check_options(arguments, "num_prompts", "max_new_tokens", "max_window")
     check_drafts(arguments.max_new_tokens)
-    ensure_file_writable(arguments.json, "--json")
+    if arguments.json:
+        ensure_file_writable(arguments.json, "--json")
     temperatures, windows = _temperatures(arguments.temperature), _windows(arguments.window)
     given_prompts = read_workloads(arguments.prompts or ["stdlib"], arguments.num_prompts)
     target, tokenizer, drafter = load_pair(arguments)
@@ -94,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     half_precision = _half_precision(arguments, target, drafter, every_prompt)
     if half_precision is not None:
         result["half_precision"] = half_precision
-    write_benchmark(result, arguments.json)
+    if arguments.json:
+        write_benchmark(result, arguments.json)
     for row in result["rows"]:
         print(json.dumps({name: row[name] for name in PRINTED}))
     if half_precision is not None:

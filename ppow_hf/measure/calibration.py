@@ -86,4 +86,6 @@ def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
 
 def _fitting_traces(tables: Sequence[DraftTable]) -> list[GenerationTrace]:
     costs = OnlineCosts(0.0, 0.0)
-    return [replay(FixedWindow(window, costs), table, record=True) for window in FITTING_WINDOWS for table in tables]
+    depth = min((table.draft_ids.shape[1] for table in tables), default=0)
+    windows = dict.fromkeys(min(window, depth) for window in FITTING_WINDOWS)  # each once, in this order
+    return [replay(FixedWindow(window, costs), table, record=True) for window in windows for table in tables]

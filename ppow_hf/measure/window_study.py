@@ -165,7 +165,7 @@ def _draft_everywhere(
         steps: list[tuple[torch.Tensor, ...]] = []
 
         def look(j: int, draft_features: torch.Tensor, _, prefixes=prefixes, steps=steps) -> torch.Tensor:
-            logits = proposable_logits(drafter, draft_features[0], width)
+            logits = drafter.proposable_logits(draft_features[0], width)
             places = (prefixes[0] + j).clamp_max(length - 1).to(target_logits.device)
             first, second, entropies, likeliest = likeliest_tokens(logits.log_softmax(-1)).unbind(-1)
             kl, outside = divergence_on_support(target_logits[places].to(logits.device), logits)
@@ -181,12 +181,6 @@ def _draft_everywhere(
         for name, values in zip(names, zip(*steps, strict=True), strict=True):
             chunks[name].append(torch.stack(values, dim=1).cpu())
     return {name: torch.cat(values).numpy() if values else numpy.zeros((0, depth)) for name, values in chunks.items()}
-
-
-def proposable_logits(drafter: Any, features: torch.Tensor, width: int) -> torch.Tensor:
-    """Logits in float32 of the drafter's `kept_tokens`, or of `width` tokens where its vocabulary is the target's."""
-    whole = drafter.kept_tokens is None
-    return (drafter.compute_logits(features, width) if whole else drafter.draft_logits(features)).float()
 
 
 def eos_of(target: Any) -> frozenset[int]:
@@ -255,7 +249,7 @@ def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> Generat
 
     With `record` a fixed window, which needs no look at the distributions, leaves features and divergences too.
     """
-    looks = record or type(rule) is not FixedWindow
+    looks = record or rule.reads_distributions
     reads = record or isinstance(rule, KLAdaptiveWindow)
     trace = GenerationTrace(rounds=[RoundTrace(0, 0, [])])  # the target's forward over the prompt
     committed, read = 1, 0
@@ -318,6 +312,8 @@ class ConfidenceStop(FixedWindow):
     (false positive rate + 3 x false negative rate) over all reached tokens so far, from their sixth on.
     """
 
+    reads_distributions = True
+
     def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4, dynamic: bool = False):
         super().__init__(max_window, costs)
         self.threshold, self.dynamic = threshold, dynamic
@@ -360,6 +356,8 @@ class EntropyStop(FixedWindow):
 
     The threshold follows the running acceptance: up by 0.001 a round while that is under 0.9, down otherwise.
     """
+
+    reads_distributions = True
 
     def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4):
         super().__init__(max_window, costs)

@@ -216,9 +216,10 @@ class PPOWDrafterConfig(PreTrainedConfig):
         self.norm_before_residual = norm_before_residual
         self.norm_output = norm_output
         self.state_scales = state_scales
-        self.medusa_heads = medusa_heads
+        # What is not given is `max_window` now, and stays that where `max_window` is changed later.
+        self.medusa_heads = max_window if architecture == "medusa" and medusa_heads is None else medusa_heads
         self.medusa_layers = medusa_layers
-        self.block_size = block_size
+        self.block_size = max_window if architecture == "block" and block_size is None else block_size
         self.sample_from_anchor = sample_from_anchor
         self.mask_token_id = mask_token_id
         self.markov_rank = markov_rank
@@ -362,8 +363,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
     @property
     def longest_window(self) -> int | None:
         """The longest window that can be drafted at all: a medusa drafter's heads, a block; `None`: no limit."""
-        sizes = {"medusa": self.medusa_heads, "block": self.block_size}
-        return (sizes[self.architecture] or self.max_window) if self.architecture in sizes else None
+        return {"medusa": self.medusa_heads, "block": self.block_size}.get(self.architecture)
 
     def check_window(self, max_window: int) -> None:
         """Raise `ValueError` when a drafter of this configuration cannot draft windows of `max_window` tokens."""
@@ -421,8 +421,13 @@ def check_settings(**settings: Any) -> None:
 def call_settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The window settings of a call: the `given` ones, and the configuration's where a call gives none.
 
-    Raises `ValueError` where look-up is asked for together with another window than `"kl"` or with trees.
+    Raises `ValueError` where look-up is asked for together with another window than `"kl"` or with trees, and for
+    branches without trees.
     """
+    if given.get("tree_branches") is not None and given.get("tree_nodes") is None:
+        raise ValueError(
+            f"tree_branches: {given['tree_branches']} given without tree_nodes, so that chains are drafted. Give both."
+        )
     names = ("window", "max_window", "cost_ratio", "verification_cost")
     settings = {name: given.get(name, getattr(config, name)) for name in names}
     adaptive_chains = settings["window"] == "kl" and given.get("tree_nodes") is None

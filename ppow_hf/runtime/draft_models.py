@@ -469,9 +469,9 @@ class MedusaDrafter(nn.Module):
         super().__init__()
         self.config = config.draft_config
         hidden = config.target_hidden_size or config.draft_config.hidden_size
-        heads = config.medusa_heads or config.max_window
-        self.blocks = nn.ModuleList([MedusaBlock(hidden, config.medusa_layers) for _ in range(heads)])
-        self.lm_heads = nn.ModuleList([nn.Linear(hidden, config.vocab_size, bias=False) for _ in range(heads)])
+        heads = range(config.longest_window)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList([MedusaBlock(hidden, config.medusa_layers) for _ in heads])
+        self.lm_heads = nn.ModuleList([nn.Linear(hidden, config.vocab_size, bias=False) for _ in heads])
 
     def encode(self, tokens, states, cache, positions, allowed):
         """The target's states of tokens p - 1 `[B, L, h]` -> features of prefixes p `[B, L, h + 1]`, no cache."""

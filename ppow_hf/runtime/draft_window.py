@@ -15,7 +15,7 @@ from .acceptance import draw_tokens as draw_without_wait
 from .acceptance import likeliest_tokens
 from .draft_session import DraftSession, UnreadTokens, now, to_device
 from .trace import GenerationTrace, RoundTrace
-from .windowing import FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule, batch_pays
+from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule, batch_pays
 
 
 class Distributions(Protocol):
@@ -136,9 +136,10 @@ def draw_tokens(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def known_length(windows: Sequence[Window]) -> int:
-    """Positions that the rules draft whatever is drawn: the longest window of fixed rules, 1 with any other rule."""
-    fixed = all(isinstance(w.rule, FixedWindow) and not isinstance(w.rule, KLAdaptiveWindow) for w in windows)
-    return max(window.limit for window in windows) if fixed else 1
+    """Positions that the rules draft whatever is drawn; 1 with a rule that looks at each distribution."""
+    if any(window.rule.reads_distributions for window in windows):
+        return 1
+    return max(window.limit for window in windows)
 
 
 class Position(NamedTuple):

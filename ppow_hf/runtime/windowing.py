@@ -13,7 +13,7 @@ from typing import Any
 
 from .lookup import TextMemory
 
-ENOUGH_FORWARDS = 3  # target forwards that measure the cost of verification
+ENOUGH_FORWARDS = 3  # weight of the target forwards seen, older ones counting less, that measures verification
 ENOUGH_SPREAD = 0.15  # variance of their windows that does
 MAX_KL = 20.0  # nats; a saturated softmax, or a target with all its mass outside the draft vocabulary, gives more
 
@@ -64,10 +64,6 @@ class CostModel:
     def speedup(self, acceptance: float, window: int) -> float:
         """Expected tokens per one-token target forward."""
         return self.expected_tokens(acceptance, window) / self.round_cost(window)
-
-    def best_window(self, acceptance: float, max_window: int) -> int:
-        """The window of 0 to `max_window` with the highest expected speed; the shorter one on a tie."""
-        return max(range(max_window + 1), key=lambda window: (self.speedup(acceptance, window), -window))
 
 
 @dataclass
@@ -296,6 +292,7 @@ class WindowRule:
     max_window: int
     costs: OnlineCosts
     memory: TextMemory
+    reads_distributions = True  # whether `include` and `outlook` look at features; else only `start` decides
 
     def read(self, tokens: Sequence[int]) -> None:
         """Take in the text's new tokens: first the prompt, then what each round committed."""
@@ -373,6 +370,8 @@ class WindowRule:
 class FixedWindow(WindowRule):
     """Always `max_window` tokens, or as many as there is room for."""
 
+    reads_distributions = False
+
     def __init__(self, max_window: int, costs: OnlineCosts):
         self.max_window, self.costs, self.memory = max_window, costs, TextMemory()
         self._kl = 1.0
@@ -430,6 +429,8 @@ class KLAdaptiveWindow(FixedWindow):
     a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter that
     is sure and wrong is found out within a few rounds.
     """
+
+    reads_distributions = True
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ import torch
 from ..data.regeneration import complete_batch, plain_distribution
 from ..measure.calibration import fit_estimator
 from ..measure.evaluation import decode, repeated_ngrams
-from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, proposable_logits, replay
+from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.target_weights import input_device
@@ -124,7 +124,7 @@ def evaluate_drafter(
     ]
     per_prompt: dict[str, Pairs] = {}
     costs = OnlineCosts(0.12, verification_cost)
-    for length in sorted({min(5, window), window}):
+    for length in chain_lengths(window):
         traces = [replay(FixedWindow(length, costs), table, record=True) for table in tables]
         per_prompt[f"chain_t0_k{length}"] = [_kept(trace, length) for trace in traces]
     fit = calibration or fit_estimator(traces)
@@ -175,10 +175,14 @@ def longest_window(drafter: PPOWDrafter) -> int:
     return min(LONGEST_WINDOW, drafter.config.longest_window or LONGEST_WINDOW)
 
 
+def chain_lengths(window: int) -> list[int]:
+    """The lengths of chains that are measured of a drafter whose longest is `window`."""
+    return sorted({min(5, window), window})
+
+
 def chain_names(window: int) -> list[str]:
     """The metrics of chains of a drafter whose longest is `window`."""
-    lengths = sorted({min(5, window), window})
-    return [f"chain_t{t}_k{length}" for t in (0, 1) for length in lengths] + [f"greedy_t1_k{window}"]
+    return [f"chain_t{t}_k{length}" for t in (0, 1) for length in chain_lengths(window)] + [f"greedy_t1_k{window}"]
 
 
 def mean_gain(line: Mapping[str, Any], start: Mapping[str, Any], names: Sequence[str]) -> float:
@@ -241,7 +245,7 @@ def target_entropy(target: Any, texts: EvaluationTexts) -> float:
 def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledText], window: int) -> dict[str, Pairs]:
     """Rounds of drafts at T = 1 on texts drawn from the target: sampled ones (`chain_t1_k5`, `_k10`), and greedy
     ones, which are kept where they are the text's token (`greedy_t1_k10`)."""
-    names = [f"chain_t1_k{length}" for length in sorted({min(5, window), window})] + [f"greedy_t1_k{window}"]
+    names = [f"chain_t1_k{length}" for length in chain_lengths(window)] + [f"greedy_t1_k{window}"]
     pairs: dict[str, Pairs] = {}
     for text in texts:
         if len(text.ids) - text.start < 2:  # it ended at once: there was nothing to draft
@@ -266,11 +270,8 @@ def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledTex
         ratio = own / target_probs[places - 1].gather(-1, tokens[..., None])[..., 0]
         sampled = torch.tensor(text.uniforms, device=ratio.device)[places] < ratio
         greedy = torch.stack([q.argmax(-1) == tokens[:, j] for j, q in enumerate(draft_probs)], dim=1)
-        for name, verdicts, longest in (
-            (f"chain_t1_k{min(5, window)}", sampled, min(5, window)),
-            (f"chain_t1_k{window}", sampled, window),
-            (f"greedy_t1_k{window}", greedy, window),
-        ):
+        chains = [(f"chain_t1_k{longest}", sampled, longest) for longest in chain_lengths(window)]
+        for name, verdicts, longest in [*chains, (f"greedy_t1_k{window}", greedy, window)]:
             counts = verdicts[:, :longest].long().cumprod(-1).sum(-1).tolist()
             kept, rounds, place = 0, 0, 0
             while text.start + place + longest + 1 < length:
@@ -335,7 +336,7 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
             drafted: list[torch.Tensor] = []
 
             def choose(j: int, current: torch.Tensor, _, numbers=numbers, drafted=drafted) -> torch.Tensor:
-                probs = proposable_logits(drafter, current, width).softmax(-1)
+                probs = drafter.proposable_logits(current, width).softmax(-1)
                 tokens = sample_from_uniform(probs, numbers[:, :, j])
                 drafted.append(tokens if kept_tokens is None else kept_tokens[tokens])
                 return drafted[-1]

@@ -237,7 +237,7 @@ class Report:
         return said
 
     def headline(self) -> list[str]:
-        """The metrics of the first table: greedy chain, sampled drafts, the largest group but one, expected speed."""
+        """The metrics of the first table: longest greedy chain, longest sampled chain, middle group."""
 
         def longest(prefix: str) -> list[str]:
             names = [name for name in self.metrics if name.startswith(prefix)]

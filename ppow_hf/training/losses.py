@@ -6,7 +6,8 @@ is logged. Knows nothing about optimizers, steps or processes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,57 +35,79 @@ from .window_sampling import text_windows
 Loss = tuple[torch.Tensor, dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A batch of texts, and what reads it in a training step.
+
+    Args:
+        drafter ([`PPOWDrafter`]), target ([`TrainingTarget`]), args ([`PPOWTrainingArguments`]): of the training.
+        inputs (`Mapping[str, torch.Tensor]`): the texts, as of [`collate_sequences`]; B of them, S tokens long.
+        encoding ([`TargetEncoding`]): what the target says along them.
+        step (`int`): the training step, by which random numbers are keyed.
+    """
+
+    drafter: PPOWDrafter
+    target: TrainingTarget
+    args: PPOWTrainingArguments
+    inputs: Mapping[str, torch.Tensor]
+    encoding: TargetEncoding
+    step: int = 0
+
+    @property
+    def prefixes(self) -> torch.Tensor:
+        """All prefixes that something can be drafted after, `[B, S - 1 - first]`."""
+        ids = self.inputs["input_ids"]
+        first = self.drafter.draft_model.first_prefix
+        return torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        return self.args.rollout_temperature, self.args.target_temperature
+
+
 # -- along the text
 
 
-def text_objective(
-    model: Any,
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    weights: Mapping[str, float],
-    inputs: Mapping[str, torch.Tensor],
-    encoding: TargetEncoding,
-    steps: int,
-    weighting: str,
-    step: int = 0,
-) -> Loss:
-    """Sum over the text's tokens of the weighted terms, of windows of `steps` tokens (see `text_weighting`).
+class TextWindows(NamedTuple):
+    """Windows along the text that are learned, M of each row.
 
-    `model` is the `drafter`, perhaps wrapped for several processes. The training `step` keys random numbers.
+    Args:
+        prefixes (`torch.LongTensor` of shape `(B, M)`): the prefixes that they follow.
+        visited (`torch.BoolTensor` of shape `(B, M, K)`, *optional*): the only tokens that are learned.
+        scales (`torch.Tensor` of shape `(B,)`, *optional*): by what a row's sum is multiplied.
     """
-    input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
-    prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-    windows: dict[str, Any] = {}
+
+    prefixes: torch.Tensor
     visited: torch.Tensor | None = None
     scales: torch.Tensor | None = None
-    if steps > 1 or drafter.config.one_step:
-        if weighting == "visited":
-            with torch.no_grad():  # what DDP looks at, to expect no backward pass
-                prefixes, visited = model(
-                    inside=lambda drafter: visited_windows(drafter, target, args, inputs, encoding, steps)
-                )
-        counts = args.windows_learned(inputs["attention_mask"].sum(1) - 1 - first)
-        prefixes, visited, scales = drawn_windows(args, inputs, prefixes, visited, steps, counts, step)
-        if visited is not None and "expected_length" not in weights:  # which is of whole windows
-            windows["goes_on"] = goes_on_within(visited)
-        windows |= {"prefixes": prefixes, "draft_ids": text_windows(input_ids, prefixes, steps)}
+
+
+def text_objective(model: Any, batch: Batch, weights: Mapping[str, float], steps: int, weighting: str) -> Loss:
+    """Sum over the text's tokens of the weighted terms, of windows of `steps` tokens (see `text_weighting`).
+
+    `model` is the drafter, perhaps wrapped for several processes.
+    """
+    input_ids, first = batch.inputs["input_ids"], batch.drafter.draft_model.first_prefix
+    windows, followed = TextWindows(batch.prefixes), {}
+    if steps > 1 or batch.drafter.config.one_step:
+        windows = choose_text_windows(model, batch, steps, weighting)
+        followed = {"prefixes": windows.prefixes, "draft_ids": text_windows(input_ids, windows.prefixes, steps)}
+        if windows.visited is not None and "expected_length" not in weights:  # which is of whole windows
+            followed["goes_on"] = goes_on_within(windows.visited)
     metrics: dict[str, float] = {}
 
-    def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
-        features = output.window_features if windows else output.features[:, first:-1, None]  # type: ignore[index]
-        loss, text_metrics = text_loss(
-            drafter, target, args, weights, features, prefixes, inputs, encoding.sources, visited, scales
-        )
+    def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
+        features = output.window_features if followed else output.features[:, first:-1, None]  # type: ignore[index]
+        loss, text_metrics = text_loss(batch, weights, features, windows)
         metrics.update(text_metrics)
         return loss
 
     output = model(
         input_ids=input_ids,
-        target_states=encoding.states,
-        attention_mask=inputs["attention_mask"],
+        target_states=batch.encoding.states,
+        attention_mask=batch.inputs["attention_mask"],
         loss_function=loss_function,
-        **windows,
+        **followed,
     )
     return output.loss, metrics
 
@@ -94,27 +117,22 @@ def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch
     return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
 
 
-def drawn_windows(
-    args: PPOWTrainingArguments,
-    inputs: Mapping[str, torch.Tensor],
-    prefixes: torch.Tensor,
-    visited: torch.Tensor | None,
-    steps: int,
-    counts: torch.Tensor,
-    step: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What is left of `prefixes` `[B, M]` and of `visited` `[B, M, steps]` where `counts` `[B]` windows are learned,
-    and by what a row's sum is multiplied, `[B]`. All of them, and `None`, where no row has more.
-    """
+def choose_text_windows(model: Any, batch: Batch, steps: int, weighting: str) -> TextWindows:
+    """The windows of `steps` tokens that are learned in this training step: all, or as many as `num_anchors` says."""
+    args, inputs, prefixes, visited = batch.args, batch.inputs, batch.prefixes, None
+    if weighting == "visited":
+        with torch.no_grad():  # without gradients DDP does not wait for a backward pass
+            prefixes, visited = model(inside=lambda _: visited_windows(batch, steps))
+    counts = args.windows_learned(inputs["attention_mask"].sum(1) - 1 - batch.drafter.draft_model.first_prefix)
     begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
     if not bool((begun.sum(1) > counts).any()):
-        return prefixes, visited, None
-    uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "anchors")
+        return TextWindows(prefixes, visited)
+    uniforms = keyed_uniforms(args.seed, batch.step, inputs["index"], (args.max_length,), "anchors")
     chosen, kept, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], counts)
-    nothing = inputs["input_ids"].shape[1] - 2  # a prefix behind which a shorter row has nothing to learn
+    nothing = inputs["input_ids"].shape[1] - 2  # a prefix after which a shorter row has nothing to learn
     if visited is not None:
         visited = visited.gather(1, chosen[..., None].expand(-1, -1, steps)) & kept[..., None]
-    return prefixes.gather(1, chosen).masked_fill(~kept, nothing), visited, scales
+    return TextWindows(prefixes.gather(1, chosen).masked_fill(~kept, nothing), visited, scales)
 
 
 def chosen_windows(
@@ -134,26 +152,22 @@ def chosen_windows(
 
 
 @without_gradients()
-def visited_windows(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    inputs: Mapping[str, torch.Tensor],
-    encoding: TargetEncoding,
-    steps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def visited_windows(batch: Batch, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows of `steps` tokens that decoding the text would draft: their prefixes `[B, M]`, and which of their
-    tokens it would come to, `[B, M, steps]`. Rows with fewer windows have ones that nothing comes to [ours].
+    tokens would be drafted, `[B, M, steps]`. Rows with fewer windows have others, of which nothing is drafted [ours].
 
-    Rounds begin at the first prefix and behind each other. At `target_temperature` 0 a token is kept if it is the
-    drafter's choice; above 0 as rejection sampling keeps the text's token, by lot. Where nothing is learned, nothing
-    is kept.
+    The first round starts at the first prefix, each further one after the last committed token. At
+    `target_temperature` 0 a token is kept if it is the drafter's choice; above 0 as rejection sampling keeps the
+    text's token, at random. Where nothing is learned, nothing is kept.
     """
-    input_ids, first = inputs["input_ids"], drafter.draft_model.first_prefix
-    prefixes = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-    texts = text_windows(input_ids, prefixes, steps)
+    args, inputs, prefixes = batch.args, batch.inputs, batch.prefixes
+    texts = text_windows(inputs["input_ids"], prefixes, steps)
     learned = learned_windows(inputs, prefixes, steps)
-    kept = torch.zeros(learned.shape, device=input_ids.device)
+    kept = torch.zeros(learned.shape, device=prefixes.device)
+    uniforms = None
+    if args.target_temperature > 0:
+        shape = (args.max_length, steps)
+        uniforms = keyed_uniforms(args.seed, batch.step, inputs["index"], shape, "visited")[:, : prefixes.shape[1]]
 
     def follow(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         verdicts = torch.zeros_like(windows, dtype=torch.bool)
@@ -162,18 +176,17 @@ def visited_windows(
         for part in torch.arange(len(rows), device=rows.device).split(args.chunk_size):
             row, column = rows[part], columns[part]
             window = windows[row, column]
-            sources = encoding.sources[row, prefixes[row, window] + j]
-            verdicts[row, column] = text_kept(
-                drafter, target, args, features[row, column], sources, texts[row, window, j]
-            )
+            sources = batch.encoding.sources[row, prefixes[row, window] + j]
+            numbers = None if uniforms is None else uniforms[row, window, j]
+            verdicts[row, column] = text_kept(batch, features[row, column], sources, texts[row, window, j], numbers)
         kept[:, :, j].scatter_(1, windows, verdicts.to(kept))
         return texts[:, :, j].gather(1, windows)
 
     def keeps(j: int, _, windows: torch.Tensor) -> torch.Tensor:
         return kept[:, :, j].gather(1, windows) > 0
 
-    features, cache = drafter.prefix_features(input_ids, encoding.states)
-    drafter.unroll(features, cache, prefixes, follow, steps, keeps)
+    features, cache = batch.drafter.prefix_features(inputs["input_ids"], batch.encoding.states)
+    batch.drafter.unroll(features, cache, prefixes, follow, steps, keeps)
     visited = (visit_probabilities(kept) > 0) & learned
     begins = visited.any(-1)
     chosen = (~begins).long().argsort(dim=1, stable=True)[:, : int(begins.sum(1).max())]
@@ -181,105 +194,100 @@ def visited_windows(
 
 
 def text_kept(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
+    batch: Batch,
     features: torch.Tensor,
     sources: torch.Tensor,
     tokens: torch.Tensor,
+    uniforms: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Whether the text's `tokens` `[R]` are drafted and kept, `[R]` bool; above T = 0 by lot."""
-    draft = drafter.draft_logits(features).float()
-    labels = draft_labels(drafter, tokens, draft.shape[-1])
-    if args.target_temperature == 0:
+    """Whether the text's `tokens` `[R]` are drafted and kept, `[R]` bool; above T = 0 by `uniforms` `[R]`."""
+    draft = batch.drafter.draft_logits(features).float()
+    labels = draft_labels(batch.drafter, tokens, draft.shape[-1])
+    if uniforms is None:
         return draft.argmax(-1) == labels
-    draft, goal = paired_logits(drafter, target, draft, sources)
-    followed = keep_probabilities(goal, draft, labels, args.rollout_temperature, args.target_temperature)[1]
-    return torch.rand_like(followed) < followed
+    draft, target_logits = paired_logits(batch.drafter, batch.target, draft, sources)
+    return uniforms < keep_probabilities(target_logits, draft, labels, *batch.temperatures)[1]
 
 
-def text_loss(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    weights: Mapping[str, float],
-    features: torch.Tensor,
-    prefixes: torch.Tensor,
-    inputs: Mapping[str, torch.Tensor],
-    sources: torch.Tensor,
-    visited: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-) -> Loss:
-    """Weighted sum over `features` `[B, M, J, h]` along the text behind `prefixes` `[B, M]`; steps j decay, or those
-    that are `visited` `[B, M, J]` bool count alike and others nothing. `scales` `[B]` multiply a sequence's sum.
+def text_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tensor, windows: TextWindows) -> Loss:
+    """Weighted sum over `features` `[B, M, K, h]` along the text of `windows`; steps decay, or those that are visited
+    count alike and others nothing.
 
-    `expected_length` is of whole windows: the share of them that is kept, or of those that anything of is visited the
-    kept tokens, so that all terms of visited windows are sums over the text.
+    `expected_length` is of whole windows: the accepted share of each, or the accepted tokens of every window with a
+    visited token, so that all terms of visited windows are sums over the text.
     """
-    names, flat_sources = list(weights), sources.flatten(0, 1)
+    drafter, target, names = batch.drafter, batch.target, list(weights)
+    all_sources = batch.encoding.sources.flatten(0, 1)
     of_windows = torch.tensor([name == "expected_length" for name in names], device=features.device)
     coefficients = torch.tensor(list(weights.values()), device=features.device)
-    rows = text_rows(drafter, target, args, weights, features, prefixes, inputs, flat_sources, visited, scales)
 
     def chunk(features, places, labels, step_weights, is_first, by_length, scales):
-        source_places, goal_rows = torch.unique_consecutive(places, return_inverse=True)
-        draft, chunk_sources = drafter.draft_logits(features).float(), flat_sources[source_places]
-        draft, goal = paired_logits(drafter, target, draft, chunk_sources)
+        source_places, target_rows = torch.unique_consecutive(places, return_inverse=True)
+        draft, sources = drafter.draft_logits(features).float(), all_sources[source_places]
+        draft, target_logits = paired_logits(drafter, target, draft, sources)
         labels = draft_labels(drafter, labels, draft.shape[-1])
         confidence = None
         if "confidence" in names:
-            confidence = confidence_loss(drafter, target, args, features, draft, goal, chunk_sources, goal_rows)
-        terms = text_terms(names, draft, goal, labels, args, by_length, goal_rows, confidence)
+            confidence = confidence_loss(batch, features, draft, target_logits, sources, target_rows)
+        terms = text_terms(names, draft, target_logits, labels, batch.temperatures, by_length, target_rows, confidence)
         weighted = coefficients[:, None] * terms * torch.where(of_windows[:, None], 1, step_weights)
         loss = (weighted if scales is None else weighted * scales).sum()
         with torch.no_grad():
-            draft, goal, first_terms = draft[is_first], goal[goal_rows[is_first]], terms[:, is_first]
-            agreed = (draft.argmax(-1) == goal.argmax(-1)).to(loss)
-            kl = first_terms[names.index("kl")] if "kl" in names else forward_kl(goal, draft)
+            draft, target_logits = draft[is_first], target_logits[target_rows[is_first]]
+            first_terms = terms[:, is_first]
+            agreed = (draft.argmax(-1) == target_logits.argmax(-1)).to(loss)
+            kl = first_terms[names.index("kl")] if "kl" in names else forward_kl(target_logits, draft)
             sums = torch.where(of_windows, terms.sum(-1), first_terms.sum(-1))
             sums = torch.stack([kl.sum(), agreed.sum(), is_first.sum().to(loss), *sums])
         return torch.cat([loss[None], sums])
 
-    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *rows)
+    rows = text_rows(batch, weights, features, windows)
+    totals = sum_over_chunks(chunk, batch.args.chunk_size, drafter.parameters(), *rows)
     kl, agreed, count, *sums = totals[1:].detach().tolist()
     metrics = {"kl": kl, "agreement": agreed} | dict(zip(names, sums, strict=True))
     return totals[0], {name: value / max(count, 1) for name, value in metrics.items()}
 
 
-def text_rows(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    weights: Mapping[str, float],
-    features: torch.Tensor,
-    prefixes: torch.Tensor,
-    inputs: Mapping[str, torch.Tensor],
-    sources: torch.Tensor,
-    visited: torch.Tensor | None,
-    scales: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
-    """The learned steps of [`text_loss`], R in all, in the order of their places in the batch: features `[R, h]`,
-    places, the text's tokens, weights, which of them are a window's first, [`length_weights`] and `scales`.
+class TextRows(NamedTuple):
+    """The R learned steps of windows along the text, in the order of their places in the batch.
 
-    `sources` `[B * S, H]` are those of all places.
+    Args:
+        features (`torch.Tensor` of shape `(R, h)`), places, labels (`torch.LongTensor` of shape `(R,)`):
+            The drafter's features, the place among the batch's B * S tokens, and the text's next token.
+        step_weights (`torch.Tensor` of shape `(R,)`), is_first (`torch.BoolTensor` of shape `(R,)`):
+            The weight of each, and whether it is a window's first.
+        by_length (`torch.Tensor` of shape `(R, 2)`, *optional*): [`length_weights`].
+        scales (`torch.Tensor` of shape `(R,)`, *optional*): those of [`TextWindows`].
     """
-    steps = features.shape[2]
-    learned = learned_windows(inputs, prefixes, steps)
+
+    features: torch.Tensor
+    places: torch.Tensor
+    labels: torch.Tensor
+    step_weights: torch.Tensor
+    is_first: torch.Tensor
+    by_length: torch.Tensor | None
+    scales: torch.Tensor | None
+
+
+def text_rows(batch: Batch, weights: Mapping[str, float], features: torch.Tensor, windows: TextWindows) -> TextRows:
+    """The rows of [`text_loss`]."""
+    args, steps, (prefixes, visited, scales) = batch.args, features.shape[2], windows
+    learned = learned_windows(batch.inputs, prefixes, steps)
     decays = args.unroll_decay ** torch.arange(steps, device=features.device)
     step_weights = decays.expand(learned.shape) / decays.sum()
     if visited is not None:
         learned = learned & (visited.any(-1, keepdim=True) if "expected_length" in weights else visited)
         step_weights = visited.float()
-    places, order = places_in_batch(inputs["input_ids"], prefixes, learned)
-    labels = inputs["input_ids"].flatten()[places + 1]
+    places, order = places_in_batch(batch.inputs["input_ids"], prefixes, learned)
+    labels = batch.inputs["input_ids"].flatten()[places + 1]
     features, step_weights = features[learned][order], step_weights[learned][order]
     scales = scales if scales is None else scales[learned.nonzero()[:, 0]][order]
     is_first = (learned.nonzero()[:, 2] == 0)[order]
     by_length = None
     if "expected_length" in weights:
-        kept = keep_rows(drafter, target, args, features.detach(), sources, labels, places)
+        kept = keep_rows(batch, features.detach(), labels, places)
         by_length = length_weights(kept, learned, args.max_window, order) * (1 if visited is None else steps)
-    return features, places, labels, step_weights, is_first, by_length, scales
+    return TextRows(features, places, labels, step_weights, is_first, by_length, scales)
 
 
 def places_in_batch(
@@ -300,90 +308,79 @@ def places_in_batch(
 def text_terms(
     names: Iterable[str],
     draft: torch.Tensor,
-    goal: torch.Tensor,
+    target_logits: torch.Tensor,
     labels: torch.Tensor,
-    args: PPOWTrainingArguments,
+    temperatures: tuple[float, float] = (1.0, 0.0),
     by_length: torch.Tensor | None = None,
-    goal_rows: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
     confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The terms `names` of each row, `[len(names), R]`, from draft and target logits and the text's tokens.
 
-    With `goal_rows` `[R]` a row's target logits are `goal[goal_rows]`: rows may share them. `by_length` `[R, 2]`
-    weighs what `expected_length` is made of, see [`length_weights`]; `confidence` `[R]` is that term.
+    With `target_rows` `[R]` a row's target logits are `target_logits[target_rows]`: rows may share them. `by_length`
+    `[R, 2]` weighs what `expected_length` is made of, see [`length_weights`], at the `temperatures` of drafter and
+    target; `confidence` `[R]` is that term.
     """
-    row_goal = goal
-    if goal_rows is not None and {"tv", "lk", "expected_length"} & set(names):
-        row_goal = goal[goal_rows]
+    by_row = target_logits
+    if target_rows is not None and {"tv", "lk", "expected_length"} & set(names):
+        by_row = target_logits[target_rows]
     terms = []
     for name in names:
         if name == "ce":
             terms.append(cross_entropy(draft, labels))
         elif name == "kl":
-            terms.append(forward_kl(goal, draft, goal_rows))
+            terms.append(forward_kl(target_logits, draft, target_rows))
         elif name == "tv":
-            terms.append(total_variation(row_goal, draft))
+            terms.append(total_variation(by_row, draft))
         elif name == "lk":
-            terms.append(negative_log_acceptance(row_goal, draft))
+            terms.append(negative_log_acceptance(by_row, draft))
         elif name == "confidence":
             assert confidence is not None
             terms.append(confidence)
         else:
             assert by_length is not None
-            temperatures = args.rollout_temperature, args.target_temperature
-            kept, followed = keep_probabilities(row_goal, draft, labels, *temperatures)
+            kept, followed = keep_probabilities(by_row, draft, labels, *temperatures)
             # The second part has a gradient and no value: the first one, of all rows, is the expected length already.
             terms.append(-(by_length[:, 0] * kept + by_length[:, 1] * (followed - followed.detach())))
     return torch.stack(terms)
 
 
 def confidence_loss(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
+    batch: Batch,
     features: torch.Tensor,
     draft: torch.Tensor,
-    goal: torch.Tensor,
+    target_logits: torch.Tensor,
     sources: torch.Tensor,
-    goal_rows: torch.Tensor | None = None,
+    target_rows: torch.Tensor,
 ) -> torch.Tensor:
     """Binary cross-entropy `[R]` of a block drafter's confidence head against measured [`acceptance`] [DSpark].
 
-    `features` `[R, h + r]` and `draft` `[R, DV]` are of the rows; `goal` `[R', DV]`, `sources` `[R', H]` and
-    `goal_rows` as of [`text_terms`]. Only the head learns from it: the features take no gradient [ours].
+    `features` `[R, h + r]` and `draft` `[R, DV]` are of the rows; `target_logits` `[R', DV]`, `sources` `[R', H]` and
+    `target_rows` as of [`text_terms`]. Only the head learns from it: the features take no gradient [ours].
     """
+    kept = batch.drafter.kept_tokens
     with torch.no_grad():
-        kept = drafter.kept_tokens
-        whole = goal if kept is None else target.logits(sources)  # what the drafter cannot propose is rejected
-        accepted = acceptance(whole, draft, args.target_temperature, kept, goal_rows)
-    log_odds = drafter.draft_model.confidence(features.detach())
+        # What the drafter cannot propose is rejected.
+        whole = target_logits if kept is None else batch.target.logits(sources)
+        accepted = acceptance(whole, draft, batch.args.target_temperature, kept, target_rows)
+    log_odds = batch.drafter.draft_model.confidence(features.detach())
     return torch.nn.functional.binary_cross_entropy_with_logits(log_odds, accepted, reduction="none")
 
 
 @without_gradients()
-def keep_rows(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    features: torch.Tensor,
-    sources: torch.Tensor,
-    labels: torch.Tensor,
-    places: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[`keep_probabilities`] of each row, `[R, 2]`; with `places` `[R]`, ascending, sources are `sources[places]`."""
+def keep_rows(batch: Batch, features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[`keep_probabilities`] of each row, `[R, 2]`; `places` `[R]` as of [`TextRows`]."""
+    sources, size = batch.encoding.sources.flatten(0, 1), batch.args.chunk_size
     rows = [torch.zeros(0, 2, device=features.device)]
-    for start in range(0, len(features), args.chunk_size):
-        part = slice(start, start + args.chunk_size)
-        draft = drafter.draft_logits(features[part]).float()
-        if places is None:
-            draft, goal = paired_logits(drafter, target, draft, sources[part])
-        else:  # rows of one place share its target logits
-            source_places, goal_rows = torch.unique_consecutive(places[part], return_inverse=True)
-            draft, goal = paired_logits(drafter, target, draft, sources[source_places])
-            goal = goal[goal_rows]
-        part_labels = draft_labels(drafter, labels[part], draft.shape[-1])
-        temperatures = args.rollout_temperature, args.target_temperature
-        rows.append(torch.stack(keep_probabilities(goal, draft, part_labels, *temperatures), -1))
+    for start in range(0, len(features), size):
+        part = slice(start, start + size)
+        # Rows of one place share its target logits.
+        source_places, target_rows = torch.unique_consecutive(places[part], return_inverse=True)
+        draft = batch.drafter.draft_logits(features[part]).float()
+        draft, target_logits = paired_logits(batch.drafter, batch.target, draft, sources[source_places])
+        part_labels = draft_labels(batch.drafter, labels[part], draft.shape[-1])
+        kept = keep_probabilities(target_logits[target_rows], draft, part_labels, *batch.temperatures)
+        rows.append(torch.stack(kept, -1))
     return torch.cat(rows)
 
 
@@ -417,49 +414,39 @@ def length_weights(
 # -- along drafted windows
 
 
-def window_objective(
-    model: Any,
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    weights: Mapping[str, float],
-    inputs: Mapping[str, torch.Tensor],
-    encoding: TargetEncoding,
-    rollout: Rollout,
-) -> Loss:
+def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rollout: Rollout) -> Loss:
     """Sum over the batch's sequences of the weighted terms, each averaged over the sequence's windows.
 
-    `model` is the `drafter`, perhaps wrapped for several processes.
+    `model` is the drafter, perhaps wrapped for several processes.
     """
-    count = rollout.prefixes.shape[1]
+    args, input_ids, count = batch.args, batch.inputs["input_ids"], rollout.prefixes.shape[1]
     chosen = rollout.prefixes[:, :: args.num_rollouts]
-    prefixes, draft_ids, anchors = rollout.prefixes, rollout.draft_ids, args.anchors(weights)
-    if anchors:  # the same forward follows the text behind the chosen prefixes too
+    prefixes, draft_ids, text_weights = rollout.prefixes, rollout.draft_ids, args.anchors(weights)
+    if text_weights:  # the same forward follows the text after the chosen prefixes too
         prefixes = torch.cat([prefixes, chosen], dim=1)
-        texts = text_windows(inputs["input_ids"], chosen, args.max_window)
-        draft_ids = torch.cat([draft_ids, texts], dim=1)
+        draft_ids = torch.cat([draft_ids, text_windows(input_ids, chosen, args.max_window)], dim=1)
     followed = torch.ones_like(draft_ids, dtype=torch.bool)
-    followed[:, :count] = rollout.learned  # nothing is learned behind a window's first rejected token
+    followed[:, :count] = rollout.learned  # nothing is learned after a window's first rejected token
     metrics: dict[str, float] = {}
 
-    def loss_function(drafter: PPOWDrafter, output: PPOWDrafterOutput) -> torch.Tensor:
+    def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
         features = output.window_features
         assert features is not None
-        loss, window_metrics = window_loss(drafter, target, args, weights, features[:, :count], rollout)
+        loss, window_metrics = window_loss(batch, weights, features[:, :count], rollout)
         metrics.update(window_metrics)
-        if anchors:
-            anchor, text_metrics = window_text_loss(
-                drafter, target, args, anchors, features[:, count:], chosen, rollout.has_prefix, inputs,
-                encoding.sources,
-            )  # fmt: skip
-            metrics.update(text_metrics)
-            loss = loss + anchor
+        if text_weights:
+            learned = rollout.has_prefix[:, None, None].expand(*chosen.shape, args.max_window)
+            along_text, text_metrics = text_loss(
+                batch, text_weights, features[:, count:], TextWindows(chosen, learned)
+            )
+            metrics.update({f"text_{name}": text_metrics[name] for name in text_weights})
+            loss = loss + along_text / learned[0].numel()
         return loss
 
     output = model(
-        input_ids=inputs["input_ids"],
-        target_states=encoding.states,
-        attention_mask=inputs["attention_mask"],
+        input_ids=input_ids,
+        target_states=batch.encoding.states,
+        attention_mask=batch.inputs["attention_mask"],
         prefixes=prefixes,
         draft_ids=draft_ids,
         loss_function=loss_function,
@@ -468,20 +455,13 @@ def window_objective(
     return output.loss, metrics
 
 
-def window_loss(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    weights: Mapping[str, float],
-    features: torch.Tensor,
-    rollout: Rollout,
-) -> Loss:
+def window_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tensor, rollout: Rollout) -> Loss:
     """The terms on drafted windows, from `features` `[B, M, K, h]` along them; sum over sequences.
 
     Learned are tokens up to and including the first rejected one. Divided by N * G * K, so that every sequence weighs
     the same and long windows are not favoured. `ppow` brings KL(P||Q) by `kl_coef`.
     """
-    learned, (windows, window) = rollout.learned, rollout.draft_ids.shape[1:]
+    drafter, args, learned = batch.drafter, batch.args, rollout.learned
     policies = [name for name in ("ppow", "token_rl") if name in weights]
     names = [*policies, *(["opd"] if "opd" in weights else [])]
     coefficients = torch.tensor([weights[name] for name in names], device=learned.device)
@@ -490,15 +470,14 @@ def window_loss(
     new_log_probs: list[torch.Tensor] = []
 
     def chunk(features, sources, tokens, old_log_probs, advantages):
-        draft = drafter.draft_logits(features).float()
-        logits = drafter.to_target_width(draft, target.vocab_size)
-        log_probs = (logits / args.rollout_temperature).log_softmax(-1)
+        draft, target_logits = paired_logits(drafter, batch.target, drafter.draft_logits(features).float(), sources)
+        log_probs = (draft / args.rollout_temperature).log_softmax(-1)
+        tokens = draft_labels(drafter, tokens, draft.shape[-1])
         token_log_probs = log_probs.gather(-1, tokens[:, None])[:, 0]
         if old_log_probs is None:
             old_log_probs = token_log_probs.detach()
             new_log_probs.append(old_log_probs)
-        draft, goal = paired_logits(drafter, target, draft, sources)
-        kl = forward_kl(goal, draft)
+        kl = forward_kl(target_logits, draft)
         sums, clipped = [], torch.zeros_like(tokens, dtype=torch.bool)
         for number, name in enumerate(policies):
             policy, policy_clipped = clipped_policy_loss(
@@ -527,7 +506,7 @@ def window_loss(
         rollout.old_log_probs[learned] = torch.cat(new_log_probs)[: int(learned.sum())]
     count = max(int(learned.sum()), 1)
     metrics = dict(zip(("kl", "clip_fraction", "entropy"), (totals[1:] / count).tolist(), strict=True))
-    return totals[0] / (windows * window), metrics
+    return totals[0] / learned[0].numel(), metrics
 
 
 def token_advantages(name: str, rollout: Rollout, num_rollouts: int) -> torch.Tensor:
@@ -536,46 +515,6 @@ def token_advantages(name: str, rollout: Rollout, num_rollouts: int) -> torch.Te
         return rollout.advantages[..., None].expand(rollout.learned.shape)
     groups = (part.unflatten(1, (-1, num_rollouts)) for part in (rollout.verdicts, rollout.learned))
     return position_advantages(*groups).flatten(1, 2)
-
-
-def window_text_loss(
-    drafter: PPOWDrafter,
-    target: TrainingTarget,
-    args: PPOWTrainingArguments,
-    weights: Mapping[str, float],
-    features: torch.Tensor,
-    chosen: torch.Tensor,
-    has_prefix: torch.Tensor,
-    inputs: Mapping[str, torch.Tensor],
-    sources: torch.Tensor,
-) -> Loss:
-    """The text's terms along the learned text behind the prefixes `[B, N]`, divided by N * K; sum over sequences."""
-    count, window = chosen.shape[1], features.shape[2]
-    learned = learned_windows(inputs, chosen, window) & has_prefix[:, None, None]
-    places = (chosen[..., None] + torch.arange(window, device=chosen.device))[learned]
-    rows = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand(learned.shape)[learned]
-    features, sources, labels = features[learned], sources[rows, places], inputs["input_ids"][rows, places + 1]
-    names = list(weights)
-    coefficients = torch.tensor(list(weights.values()), device=chosen.device)
-    by_length = None
-    if "expected_length" in names:  # divided by the window below, where the other terms are means over its tokens
-        kept = keep_rows(drafter, target, args, features.detach(), sources, labels)
-        by_length = length_weights(kept, learned, args.max_window) * window
-
-    def chunk(features, sources, labels, by_length):
-        draft, goal = paired_logits(drafter, target, drafter.draft_logits(features).float(), sources)
-        labels = draft_labels(drafter, labels, draft.shape[-1])
-        confidence = None
-        if "confidence" in names:
-            confidence = confidence_loss(drafter, target, args, features, draft, goal, sources)
-        sums = text_terms(names, draft, goal, labels, args, by_length, confidence=confidence).sum(-1)
-        return torch.cat([(coefficients * sums).sum()[None], sums.detach()])
-
-    rows_of_chunks = features, sources, labels, by_length
-    totals = sum_over_chunks(chunk, args.chunk_size, drafter.parameters(), *rows_of_chunks)
-    tokens = max(int(learned.sum()), 1)
-    metrics = {f"text_{name}": total / tokens for name, total in zip(names, totals[1:].tolist(), strict=True)}
-    return totals[0] / (count * window), metrics
 
 
 # -- what both share

@@ -317,7 +317,7 @@ def drafter_pass(target: Any, drafter: PPOWDrafter, shape: Shape, machine: Machi
         draft = drafter.draft_logits(features).float()
         goal = nn.functional.linear(sources[: math.ceil(len(features) * share)].to(head.dtype), head).float()
         goal_rows = (torch.arange(len(features), device="meta") * share).long()
-        terms = text_terms(["ce", "kl"], draft, goal, labels, None, None, goal_rows)  # type: ignore[arg-type]
+        terms = text_terms(["ce", "kl"], draft, goal, labels, target_rows=goal_rows)
         loss = terms.sum()
         return torch.cat([loss[None], terms.detach().sum(-1)])
 

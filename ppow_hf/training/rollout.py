@@ -212,13 +212,13 @@ def draft_windows(
     draft_probs = torch.ones(draws.shape, device=prefixes.device)
 
     def choose(j: int, current: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        logits = drafter.compute_logits(current, vocab_size).float()
-        probs = (logits / temperature).softmax(-1)
+        probs = (drafter.proposable_logits(current, vocab_size) / temperature).softmax(-1)
         if not bool(torch.isfinite(probs).all()):
             raise FloatingPointError("the drafter's logits are not finite")
-        tokens = sample_from_uniform(probs, draws[:, :, j].gather(1, windows))
+        drawn = sample_from_uniform(probs, draws[:, :, j].gather(1, windows))
+        tokens = drawn if drafter.kept_tokens is None else drafter.kept_tokens[drawn]
         draft_ids[:, :, j].scatter_(1, windows, tokens)
-        draft_probs[:, :, j].scatter_(1, windows, probs.gather(-1, tokens[..., None])[..., 0])
+        draft_probs[:, :, j].scatter_(1, windows, probs.gather(-1, drawn[..., None])[..., 0])
         return tokens
 
     def on_the_text(j: int, _, windows: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..data.regeneration import whole_tensor, without_router_logits
 from ..runtime.draft_session import additive_mask, cache_argument
 from ..runtime.modeling_ppow import collect_target_states
+from ..runtime.target_session import sliding_window
 from ..runtime.target_weights import input_device, target_width
 
 
@@ -141,8 +142,7 @@ class FrozenTarget(TrainingTarget):
             self.head_is_plain = self._head_is_plain()
         text = model.config.get_text_config()
         self.vocab_size = target_width(model)
-        windows = [getattr(text, "sliding_window", None)] if getattr(text, "use_sliding_window", True) else []
-        self.sliding_window = next((window for window in windows if window), None)
+        self.sliding_window = sliding_window(text)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

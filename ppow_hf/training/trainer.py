@@ -64,7 +64,7 @@ from .checks import (
     is_placed,
     use_one_device,
 )
-from .losses import text_objective, window_objective
+from .losses import Batch, text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, training_sequences
@@ -397,11 +397,10 @@ class PPOWTrainer(Trainer):
         by_text = drafts_windows and self._verified_by_text(drafter, weights, inputs)
         with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
         encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache, inputs["index"])
+        batch = Batch(drafter, self.target, args, inputs, encoding, self.state.global_step)
         if drafts_windows:
             rollout = self._next_rollout(model, inputs, encoding, by_text)
-            loss, metrics = window_objective(
-                model, drafter, self.target, args, weights, inputs, encoding, rollout
-            )  # fmt: skip
+            loss, metrics = window_objective(model, batch, weights, rollout)
             count = len(inputs["index"]) * args.world_size
             loss = loss / count
             if self.model.training:
@@ -412,9 +411,7 @@ class PPOWTrainer(Trainer):
             # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
             whole = args.max_window  # what these draft from one state is learned whole
             steps = {"eagle": steps, "medusa": whole, "block": whole}.get(drafter.config.architecture, 1)
-            loss, metrics = text_objective(
-                model, drafter, self.target, args, weights, inputs, encoding, steps, weighting, self.state.global_step
-            )
+            loss, metrics = text_objective(model, batch, weights, steps, weighting)
             items = num_items_in_batch
             loss = loss / ((inputs["labels"] != -100).sum() if items is None else items)
         self._note(metrics)
