@@ -122,7 +122,9 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         assert self._unread is not None  # what the prompt's forward left
 
         def process(logits, drafts):
-            return self.logits_processor(behind(input_ids, drafts[0]), logits.to(input_ids.device))
+            scores = logits.to(input_ids.device)
+            scores = scores.clone() if self.logits_processor else scores  # a processor may write into what it is given
+            return self.logits_processor(behind(input_ids, drafts[0]), scores)
 
         length = input_ids.shape[1]
         room = self.conditions.room(self.rule.max_window, length, length)

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from .candidate_generator import KLAdaptiveCandidateGenerator, PendingTokenVerifier
 from .runtime.compatibility import (
     check_call,
     check_inputs,
-    check_mode,
     check_processors,
     check_rotary_change,
     common_context_length,
+    prepares_new_tokens,
     target_width,
 )
 from .runtime.generation import DrafterView, SpeculativeDecoding
@@ -40,6 +40,30 @@ def _get_candidate_generator(original, self, *args, **kwargs):
     return original(self, *args, **kwargs)
 
 
+def needs_our_loop(target: Any, view: DrafterView, call: dict[str, Any]) -> bool:
+    """Whether a call is more than the stock loop can do; that one also sends tokens to the model's `device`, whatever
+    is offloaded."""
+    return len(call["input_ids"]) > 1 or view.settings.get("tree_nodes") is not None or target.device.type == "meta"
+
+
+def would_differ(call: dict[str, Any]) -> bool:
+    """Whether the stock loop would not do as plain `generate`.
+
+    It asks a caller's own stopping criterion about drafts and rounds, not token by token, and where it samples it
+    returns as scores what is left of them behind a rejected token.
+    """
+    config, criteria = call["generation_config"], call["stopping_criteria"]
+    own_criteria = any(type(one).__module__ != StoppingCriteriaList.__module__ for one in criteria)
+    return own_criteria or bool(config.do_sample and config.return_dict_in_generate and config.output_scores)
+
+
+def our_loop_serves(target: Any, call: dict[str, Any]) -> bool:
+    """Whether our own loop can take over a call of one prompt."""
+    config = call["generation_config"]
+    returns_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
+    return prepares_new_tokens(target) and not returns_states and not call.get("synced_gpus")
+
+
 def _assisted_decoding(original, self, *args, **kwargs):
     bound = inspect.signature(original).bind(self, *args, **kwargs)
     call = bound.arguments
@@ -50,9 +74,7 @@ def _assisted_decoding(original, self, *args, **kwargs):
     check_processors(call["logits_processor"])
     view = drafter if isinstance(drafter, DrafterView) else drafter.with_settings()
     parts = (call["logits_processor"], call["stopping_criteria"], call["generation_config"])
-    # More than the stock loop can do; it also sends tokens to the model's `device`, whatever is offloaded:
-    offloaded = self.device.type == "meta"
-    if call["input_ids"].shape[0] > 1 or view.settings.get("tree_nodes") is not None or offloaded:
+    if needs_our_loop(self, view, call) or (would_differ(call) and our_loop_serves(self, call)):
         decoding = SpeculativeDecoding(view)
         decoding.view = view  # whose traces the caller will read
         given: dict[str, Any] = {name: call.get(name) for name in ("streamer", "synced_gpus")}
@@ -73,7 +95,6 @@ def _validate_generation_mode(original, self, generation_mode, generation_config
     if not isinstance(drafter, OURS):
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
     check_call(self, drafter, generation_config, generation_mode_kwargs.get("tokenizer"))
-    check_mode(generation_mode)
     # The stock check compares configurations and refuses padded vocabularies; ours has been made. It refuses several
     # sequences of a prompt too, which our own loop writes.
     others = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}

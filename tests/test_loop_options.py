@@ -280,7 +280,7 @@ def test_a_target_without_positions_verifies_chains_and_no_trees():
     prompts, ids, mask = ragged([5])
     given = together(target, drafter, ids, mask, window="fixed", max_window=4)
     assert_rows(given, alone(target, prompts))
-    with pytest.raises(ValueError, match="tree_nodes: MptForCausalLM places tokens without position_ids"):
+    with pytest.raises(ValueError, match="tree_nodes: MptForCausalLM places tokens by their order"):
         together(target, drafter, ids, mask, tree_nodes=4)
 
 

@@ -225,6 +225,14 @@ def test_a_target_that_gives_its_routers_logits_trains_and_is_evaluated(make):
     assert target.config.output_router_logits
 
 
+@pytest.mark.parametrize("settings", [{}, {"tree_nodes": 6}], ids=["chains", "trees"])
+def test_a_target_that_gives_its_routers_logits_generates_in_batches(settings):
+    target = moe_target()
+    view = PPOWDrafter.from_target(target, "eagle").eval().with_settings(window="fixed", max_window=3, **settings)
+    prompts, options = torch.randint(1, 64, (2, 9)), {"do_sample": False, "max_new_tokens": 12}
+    assert torch.equal(target.generate(prompts, assistant_model=view, **options), target.generate(prompts, **options))
+
+
 # Arguments
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,13 @@ STATEFUL_PROCESSORS = (
     processors.DiaEOSDelayPatternLogitsProcessor,
     processors.WhisperNoSpeechDetection,
 )
+# Settings of transformers' own assistants, and those of ours that stand in their place.
+STOCK_SETTINGS = {
+    "num_assistant_tokens": "max_window",
+    "num_assistant_tokens_schedule": "window",
+    "assistant_confidence_threshold": "window",
+    "prompt_lookup_num_tokens": "lookup",
+}
 MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 
 
@@ -49,15 +57,6 @@ def check_inputs(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> No
         )
 
 
-def check_mode(mode: GenerationMode) -> None:
-    """Raise `ValueError` for a way of generating that verifies no drafts."""
-    if mode != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode}. Leave out "
-            "assistant_model, or the options that select that mode."
-        )
-
-
 def check_layers(layer_ids: Sequence[int] | None, num_layers: int, argument: str = "assistant_model") -> None:
     """Raise `ValueError` for states of layers that the target does not have."""
     if layer_ids and max(layer_ids) > num_layers:
@@ -65,6 +64,17 @@ def check_layers(layer_ids: Sequence[int] | None, num_layers: int, argument: str
             f"{argument}: this drafter reads the target's layers {list(layer_ids)}, but the target has {num_layers}. "
             "Use a drafter trained for this target."
         )
+
+
+def depth_field(text: Any) -> str:
+    """Where a text configuration says how many layers write: of an encoder's beside it, `num_hidden_layers` tells."""
+    names = ("decoder_layers", "num_decoder_layers")
+    return next((name for name in names if getattr(text, name, None) is not None), "num_hidden_layers")
+
+
+def num_layers(text: Any) -> int:
+    """Layers of a target with this text configuration."""
+    return getattr(text, depth_field(text))
 
 
 def check_processors(logits_processor: Sequence[Any]) -> None:
@@ -145,10 +155,9 @@ def check_preparation(target: Any, own_masks: bool, many: bool, tensors: Sequenc
         many (`bool`): whether rows are padded or several.
         tensors (`Sequence[str]`): names of the tensors that go along with the tokens (images and the like).
     """
-    prepare, name = target.prepare_inputs_for_generation, type(target).__name__
-    stock = getattr(prepare, "__func__", prepare) is GenerationMixin.prepare_inputs_for_generation
+    name = type(target).__name__
     mend = "Pass one prompt, without tree_nodes, with assistant_model=drafter; or generate without a drafter."
-    if not stock and target.config.model_type not in PREPARES_NEW_TOKENS:
+    if not prepares_new_tokens(target):
         raise ValueError(
             f"custom_generate: {name} prepares its inputs in a way of its own, which this loop does not know. {mend}"
         )
@@ -164,6 +173,13 @@ def check_preparation(target: Any, own_masks: bool, many: bool, tensors: Sequenc
         raise ValueError(
             f"{along[0]}: it goes along with every token, which this loop does for one prompt only. {mend}"
         )
+
+
+def prepares_new_tokens(target: Any) -> bool:
+    """Whether a target prepares new tokens as it does a whole text, as far as we know."""
+    prepare = target.prepare_inputs_for_generation
+    stock = getattr(prepare, "__func__", prepare) is GenerationMixin.prepare_inputs_for_generation
+    return stock or target.config.model_type in PREPARES_NEW_TOKENS
 
 
 def check_rotary_change(target: Any, lengths: Sequence[int], new_tokens: int | None) -> None:
@@ -204,7 +220,10 @@ def rotary_change(target: Any) -> tuple[str | None, int]:
 
 
 def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, tokenizer: Any = None) -> None:
-    """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed."""
+    """Raise `ValueError` for a call that a PPOWDrafter cannot serve, before anything is computed.
+
+    Warns of what changes nothing: settings of other assistants, a drafter of another target.
+    """
     config = drafter.config
     text = target.config.get_text_config()
     check_target(target)
@@ -219,6 +238,11 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
             f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode.value}. "
             "Leave out the drafter, or the options that select that mode."
         )
+    if generation_config.use_cache is False:
+        raise ValueError(
+            "use_cache: False given, perhaps by the target's generation_config.json or config.json, but speculative "
+            "decoding needs the cache. Pass use_cache=True, or generate without a drafter."
+        )
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(
             "assistant_ensemble_weight: it changes the target's output, which a PPOWDrafter never does. Leave it out."
@@ -226,12 +250,26 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
     check_width(config.vocab_size, target_width(target))
     if config.target_layer_ids and config.target_hidden_size != text.hidden_size:
         raise ValueError(
-            f"assistant_model: this eagle drafter reads hidden states of size {config.target_hidden_size}, and the "
-            f"target's have {text.hidden_size}. Use a drafter trained for this target"
-            f"{' (this one was for ' + config.target_name_or_path + ')' if config.target_name_or_path else ''}."
+            f"assistant_model: this {config.architecture} drafter reads hidden states of size "
+            f"{config.target_hidden_size}, and the target's have {text.hidden_size}. Use a drafter trained for this "
+            f"target{' (this one was for ' + config.target_name_or_path + ')' if config.target_name_or_path else ''}."
         )
-    check_layers(config.target_layer_ids, text.num_hidden_layers)
+    check_layers(config.target_layer_ids, num_layers(text))
+    warn_of_stock_settings(generation_config)
     warn_of_other_target(config, target.config._name_or_path, tokenizer)
+
+
+def warn_of_stock_settings(generation_config: GenerationConfig) -> None:
+    """Warn of settings of transformers' own assistants that are not the default: a PPOWDrafter does not heed them."""
+    defaults = GenerationConfig._get_default_generation_params()
+    for name, ours in STOCK_SETTINGS.items():
+        value = getattr(generation_config, name, None)
+        if value is not None and value != defaults.get(name):
+            warnings.warn(
+                f"{name}: {value!r} given, perhaps by the target's generation_config.json, which a PPOWDrafter does "
+                f"not heed. Set {ours} with drafter.with_settings() instead.",
+                stacklevel=2,
+            )
 
 
 def common_context_length(target_config: Any, drafter_config: Any) -> int | None:

@@ -40,7 +40,6 @@ from .trace import GenerationTrace, RoundTrace
 from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, greedy_path, grow_trees, lay_out, sampled_paths
 from .windowing import (
     MAX_KL,
-    FixedWindow,
     KLAdaptiveWindow,
     WindowRule,
     make_adaptive_rule,
@@ -242,7 +241,7 @@ class SpeculativeCall:
         self.rows = self._make_rows(settings)
         self.tree_rules = {row.place: self._tree_rule(row.rule) for row in self.rows} if self.trees else {}
         # Whether the rules, or the trace, look at the drafter's distributions.
-        self.looks = view.record or any(type(row.rule) is not FixedWindow for row in self.rows)
+        self.looks = view.record or any(row.rule.reads_distributions for row in self.rows)
         self.everyone = list(self.rows)
         view.last_traces = [row.trace for row in self.rows]
         view.last_trace = view.drafter.last_trace = view.last_traces[0]
@@ -375,7 +374,7 @@ class SpeculativeCall:
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens[:committed]))
         record = row.trace.rounds[-1]
-        record.accepted = min(record.accepted, committed)
+        record.accepted = min(record.accepted, committed - 1)
         return committed
 
     def _keep(self, verdict: Verdict, committed: list[list[int]]) -> None:

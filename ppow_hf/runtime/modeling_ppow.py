@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from .block_model import BlockDrafter, BlockSession
-from .compatibility import check_target, check_width
+from .compatibility import check_target, check_width, num_layers
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys, rows_at
 from .draft_session import DraftSession, packed_allowed, still_drafted
@@ -152,6 +152,12 @@ class PPOWDrafter(PreTrainedModel):
         """
         return self.to_target_width(self.draft_logits(features, place), width)
 
+    def proposable_logits(self, features: torch.Tensor, width: int) -> torch.Tensor:
+        """Features `[..., h]` -> logits in float32 of what can be proposed: the `kept_tokens`, or, where the drafter's
+        vocabulary is the target's, its `width` tokens."""
+        whole = self.kept_tokens is None
+        return (self.compute_logits(features, width) if whole else self.draft_logits(features)).float()
+
     def get_input_embeddings(self):
         """The token embeddings that the drafter reads, its own or its target's.
 
@@ -184,7 +190,9 @@ class PPOWDrafter(PreTrainedModel):
         if not self.config.shares_target_embeddings:
             return
         module: Any = target.get_input_embeddings()
-        rows, hidden = module.num_embeddings, module.embedding_dim  # its weight may be packed
+        # Its weight may be packed, and PEFT's adapters of embeddings do not know their size: what they wrap does.
+        sized = getattr(module, "base_layer", getattr(module, "original_module", module))
+        rows, hidden = sized.num_embeddings, sized.embedding_dim
         own_hidden = self.config.draft_config.hidden_size
         if hidden != own_hidden:
             raise ValueError(
@@ -448,6 +456,9 @@ class PPOWDrafter(PreTrainedModel):
         chains `tree_nodes` (`int`: most nodes of a round's tree, at most `max_window` deep) and `tree_branches`
         (`int`, defaults to `4`: most children of a node, and nodes expanded in a level). The view's `last_trace` is
         its own.
+
+        Unless both costs are given, or the window is fixed without trees, windows follow times measured on this
+        machine: sampled texts keep their distribution, but a seed does not write the same text again.
         """
         return DrafterView(self, settings)
 
@@ -528,11 +539,11 @@ class PPOWDrafter(PreTrainedModel):
         if architecture not in ("eagle", "block") and draft_vocab_size is not None:
             raise ValueError("draft_vocab_size: only an eagle or block drafter has a reduced vocabulary.")
         text = target.config.get_text_config()
-        vocab_size = target_width(target)
+        depth, vocab_size = num_layers(text), target_width(target)
         config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
         settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
         if init_layers is not None:
-            check_init_layers(architecture, init_layers, text.num_hidden_layers)
+            check_init_layers(architecture, init_layers, depth)
             if architecture == "standalone":
                 overrides.setdefault("num_hidden_layers", len(init_layers))
         draft_config = draft_config_for(architecture, text, vocab_size, overrides)
@@ -546,7 +557,7 @@ class PPOWDrafter(PreTrainedModel):
         if longest is not None:
             settings.setdefault(longest, settings.get("max_window", PPOWDrafterConfig().max_window))
             settings.setdefault("max_window", settings[longest])
-        layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), text.num_hidden_layers)
+        layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), depth)
         lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
         config = PPOWDrafterConfig(
             architecture=architecture,

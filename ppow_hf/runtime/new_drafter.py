@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from .compatibility import check_width
+from .compatibility import check_width, depth_field
 from .configuration_ppow import default_block_layers, default_target_layers
 from .target_weights import embedding_matrix, target_width
 
@@ -23,7 +23,7 @@ def draft_config_for(architecture: str, text_config, vocab_size: int, overrides:
         draft_config = copy.deepcopy(given if given is not None else text_config)
         draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
         if given is None:
-            overrides.setdefault("num_hidden_layers", 1)
+            overrides.setdefault(depth_field(text_config), overrides.pop("num_hidden_layers", 1))
             draft_config.vocab_size = vocab_size
         check_width(draft_config.vocab_size, vocab_size)
     else:

@@ -236,10 +236,10 @@ def _start_standalone_layers(model: Any, target: Any, init_layers: Sequence[int]
     if len(layers) != len(init_layers):
         raise ValueError(f"init_layers: {len(init_layers)} layers given for a drafter of {len(layers)}.")
     for layer, number in zip(layers, init_layers, strict=True):
-        _copy_weights(layer, dict(sources[number].named_parameters()), {name: name for name in layer.state_dict()})
+        _copy_module(layer, sources[number])
     norm, source = (getattr(one.get_decoder(), "norm", None) for one in (model, target))
     if norm is not None and source is not None:
-        _copy_weights(norm, dict(source.named_parameters()), {name: name for name in norm.state_dict()})
+        _copy_module(norm, source)
 
 
 def _start_eagle_layer(draft: EagleDrafter, source: nn.Module) -> None:
@@ -249,7 +249,8 @@ def _start_eagle_layer(draft: EagleDrafter, source: nn.Module) -> None:
     """
     weights, layer = dict(source.named_parameters()), draft.midlayer
     hidden = draft.fc.out_features
-    _copy_weights(layer, weights, EAGLE_LAYER)
+    for name, place in EAGLE_LAYER.items():
+        _copy_into(layer.get_parameter(name), weights.get(place), place)
     for name in EAGLE_ATTENTION:
         _copy_into(layer.get_parameter(name)[:, hidden:], weights.get(name), name)
     if (scales := draft.drafter_config.state_scales) is not None:
@@ -257,14 +258,16 @@ def _start_eagle_layer(draft: EagleDrafter, source: nn.Module) -> None:
             added.weight.mul_(scales[-1])
 
 
-def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], names: dict[str, str]) -> None:
-    """Set the parameters `names` of a module from `weights`, by their names there."""
-    for name, source in names.items():
-        _copy_into(module.get_parameter(name), weights.get(source), source)
+def _copy_module(module: nn.Module, source: nn.Module) -> None:
+    """Set all that is saved of a module, buffers too, from another of its kind."""
+    weights = dict(source.named_parameters()) | dict(source.named_buffers())
+    for name, own in module.state_dict().items():
+        _copy_into(own, weights.get(name), name)
 
 
 def _copy_into(own: torch.Tensor, weight: torch.Tensor | None, name: str) -> None:
-    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.shape != own.shape:
+    numbers = weight is not None and not weight.is_meta and weight.is_floating_point() == own.is_floating_point()
+    if weight is None or not numbers or weight.shape != own.shape:
         given = "none in plain numbers" if weight is None or weight.is_meta else f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(
             f"init_layers: the drafter's layer needs {name} of shape {list(own.shape)}, and the target's has {given}. "

@@ -6,6 +6,7 @@ Rows of a batch share one cache. Draft tokens that were rejected stay in it unse
 position_ids) until they are too many, when the cache is compacted.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -16,7 +17,18 @@ from .compatibility import check_preparation
 from .draft_session import additive_mask, cache_argument, compacting_columns, gather_columns, rearrange_cache
 
 COMPACT_AT = 0.25  # share of a cache's columns that no row can see
+ALIBI = {"bloom", "mpt"}  # families with linear biases whose configuration does not say so
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}  # those whose masks we can make
+
+
+def sliding_window(text: Any) -> int | None:
+    """Tokens that sliding-window layers of a target with this text configuration attend to; `None` without any."""
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return None
+    return getattr(text, "sliding_window", None) or None
 
 
 class TargetSession:
@@ -40,13 +52,12 @@ class TargetSession:
         text = target.config.get_text_config()
         kinds = getattr(text, "layer_types", None)
         self.layer_kinds = set(kinds) if kinds is not None else None
-        self.window = self._sliding_window(text)
+        self.window = sliding_window(text)
         # Layers that drop what slid out of their window count columns, holes too: keep all, and mask by position.
         self.by_position = self.window is not None and (self.ragged or trees)
         self._check_layers(trees)
-        past = cache.get_seq_length() if cache is not None else 0
-        self._check_cache(cache, past, trees)
-        self.past = past if 0 < past < input_ids.shape[1] else 0
+        self.past = tokens_in_cache(cache, input_ids.shape[1])
+        self._check_cache(cache, self.past, trees)
         self.cache: Any = cache if cache is not None and not self.by_position else DynamicCache()
         self._alone = not (self.ragged or self.by_position)  # the target can make its own masks and positions
         self.cache.activate_past_recording()
@@ -58,22 +69,15 @@ class TargetSession:
             self.prompt_places = position_ids.expand(*position_ids.shape[:-2], len(input_ids), -1)
             self.next_places = self.prompt_places[..., -1] + 1
         takes = inspect.signature(target.forward).parameters
-        self.takes = {name: name in takes for name in ("position_ids", "logits_to_keep", "attention_mask")}
-        # ALiBi counts the mask's tokens (Bloom, Falcon) or the cache's columns (MPT): holes must not stay among them.
-        self.by_columns = not self.takes["position_ids"] or getattr(text, "alibi", False)
-        if trees and (self.by_columns or not self.takes["attention_mask"]):
-            raise ValueError(
-                f"tree_nodes: {type(target).__name__} places tokens without position_ids, so branches of a tree "
-                "cannot be told where they stand. Leave out tree_nodes."
-            )
+        optional = ("position_ids", "logits_to_keep", "attention_mask", "output_router_logits")
+        self.takes = {name: name in takes for name in optional}
+        # ALiBi counts the mask's tokens (Bloom, Falcon) or the cache's columns (MPT), as do local layers (GPT-Neo):
+        # holes must not stay among them.
+        local = "local" in getattr(text, "attention_layers", ())
+        self.by_columns = local or text.model_type in ALIBI or bool(getattr(text, "alibi", False))
+        self._check_places(trees)
         self.cache_name = cache_argument(target)
-
-    def _sliding_window(self, text: Any) -> int | None:
-        if getattr(text, "use_sliding_window", True) is False:
-            return None
-        if self.layer_kinds is not None and not any("sliding" in kind for kind in self.layer_kinds):
-            return None
-        return getattr(text, "sliding_window", None)
+        self.adapter_hooks = adapter_hooks(target) if self.ragged else []
 
     def _check_layers(self, trees: bool) -> None:
         name, kinds = type(self.target).__name__, self.layer_kinds or set()
@@ -87,6 +91,19 @@ class TargetSession:
             raise ValueError(
                 f"attn_implementation: {attention!r} takes no masks of our own, which trees and batches with sliding "
                 'windows need. Load the target with attn_implementation="sdpa".'
+            )
+
+    def _check_places(self, trees: bool) -> None:
+        name, placed = type(self.target).__name__, self.takes["position_ids"]
+        if trees and (self.by_columns or not placed or not self.takes["attention_mask"]):
+            raise ValueError(
+                f"tree_nodes: {name} places tokens by their order in the cache, where branches of a tree come one "
+                "after the other. Leave out tree_nodes."
+            )
+        if self.ragged and not (self.by_columns or placed):
+            raise ValueError(
+                f"input_ids: {name} takes no position_ids, so rows of a batch and padded prompts cannot be told where "
+                "their tokens stand. Pass one prompt without padding, or generate without a drafter."
             )
 
     def _check_cache(self, cache: Any, past: int, trees: bool) -> None:
@@ -172,6 +189,8 @@ class TargetSession:
         )
         if only_last and self.takes["logits_to_keep"]:
             prepared["logits_to_keep"] = 1
+        if self.takes["output_router_logits"]:  # whose balancing loss takes masks of whole texts alone
+            prepared["output_router_logits"] = False
         outputs = self.target(**prepared, return_dict=True, output_hidden_states=bool(self.state_layers))
         if outputs.get(self.cache_name, self.cache) is not self.cache:  # phi3 begins a long prompt with a new one
             self.cache = outputs[self.cache_name]
@@ -264,6 +283,8 @@ class TargetSession:
             self.next_places = self.next_places[..., rows]
         for name in {"token_type_ids", "mm_token_type_ids"} & set(self.extra_inputs):
             self.extra_inputs[name] = self.extra_inputs[name][rows]
+        for hook in self.adapter_hooks:
+            hook.keywords["adapter_names"] = [hook.keywords["adapter_names"][row] for row in rows.tolist()]
 
     def compact(self) -> None:
         """Forget the columns that no row can see, when they are many; all of a row's holes, where columns count."""
@@ -286,6 +307,24 @@ class TargetSession:
         return self.cache
 
 
+def adapter_hooks(target: Any) -> list[functools.partial]:
+    """PEFT's hooks that, during a call of `generate`, hand its `adapter_names`, one for each row, to the layers."""
+    hooks = [hook for module in target.modules() for hook in module._forward_pre_hooks.values()]
+    own = [hook for hook in hooks if isinstance(hook, functools.partial) and "adapter_names" in hook.keywords]
+    return list({id(hook): hook for hook in own}.values())
+
+
+def tokens_in_cache(cache: Any, length: int) -> int:
+    """How many of a text's `length` tokens a cache handed to `generate` holds; `ValueError` unless one is left."""
+    past = cache.get_seq_length() if cache is not None else 0
+    if past >= length:
+        raise ValueError(
+            f"past_key_values: the cache holds {past} tokens and input_ids {length}, which leaves none to read. Pass "
+            "the whole text as input_ids, with at least one token behind those in the cache."
+        )
+    return past
+
+
 def unread_prompt(
     input_ids: torch.Tensor, model_kwargs: dict[str, Any], mask_length: int | None
 ) -> dict[str, torch.Tensor]:
@@ -302,8 +341,8 @@ def unread_prompt(
             f"input_ids: {length} tokens given with an attention_mask of {mask_length}. With past_key_values, "
             "pass the whole sequence as input_ids, tokens in the cache included: the drafter has not read them."
         )
-    past = cache.get_seq_length() if cache is not None else 0
-    if not 0 < past < length:
+    past = tokens_in_cache(cache, length)
+    if past == 0:
         return {}
     along = ("position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
     parts = {name: model_kwargs[name] for name in along if model_kwargs.get(name) is not None}
