@@ -50,7 +50,7 @@ def would_differ(call: dict[str, Any]) -> bool:
     """Whether the stock loop would not do as plain `generate`.
 
     It asks a caller's own stopping criterion about drafts and rounds, not token by token, and where it samples it
-    returns as scores what is left of them behind a rejected token.
+    returns as scores what is left of them after a rejected token.
     """
     config, criteria = call["generation_config"], call["stopping_criteria"]
     own_criteria = any(type(one).__module__ != StoppingCriteriaList.__module__ for one in criteria)

@@ -78,7 +78,7 @@ def trainer_maker(tmp_path, make_target):
 
 @torch.no_grad()
 def target_logits_along(target, ids: list[int], prefix: int, window: list[int]) -> torch.Tensor:
-    """`[K, V]`: what the target says behind the prefix and behind each but the last token of the window."""
+    """`[K, V]`: what the target says after the prefix and after each but the last token of the window."""
     return target(torch.tensor([ids[: prefix + 1] + window[:-1]]), use_cache=False).logits[0, prefix:]
 
 

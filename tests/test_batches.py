@@ -117,7 +117,7 @@ def test_assistant_model_takes_a_batch(make_target, architecture):
 
 
 class Contains(StoppingCriteria):
-    """Stops a row when a token stands among those generated behind its own prompt of `lengths` tokens."""
+    """Stops a row when a token stands among those generated after its own prompt of `lengths` tokens."""
 
     def __init__(self, token: int):
         self.token = token

@@ -228,7 +228,7 @@ def test_a_drafter_that_is_the_target_has_every_token_accepted(run):
         assert rows[name]["accepted"] == rows[name]["drafted"] > 0 and rows[name]["wasted"] == 0
     # 12 tokens: the prompt's forward gives 1, a window of 8 gives 9, the last round 2 (window 1)
     assert rows["ppow_standalone_fixed_8"]["acceptance_length"] == pytest.approx((9 + 2) / 2)
-    # transformers drafts behind the prompt at once: 11 tokens and one more in a single forward
+    # transformers drafts after the prompt at once: 11 tokens and one more in a single forward
     assert rows["transformers_assisted_constant"]["acceptance_length"] == pytest.approx(12)
     assert rows["transformers_assisted_constant"]["tokens_per_target_forward"] == pytest.approx(12)
 
@@ -252,7 +252,7 @@ def test_rounds_told_from_forwards_agree_with_the_trace(target, eagle, prompts):
 
 
 def test_rounds_told_from_forwards_by_hand():
-    # prompt 1 2 3; a draft 4 5 behind it of which 4 is kept and 9 comes instead of 5; then nothing; then 7 7 both kept
+    # prompt 1 2 3; a draft 4 5 after it of which 4 is kept and 9 comes instead of 5; then nothing; then 7 7 both kept
     queries = [[1, 2, 3, 4, 5], [9], [6, 7, 7]]
     trace = trace_from_forwards(queries, 3, [1, 2, 3, 4, 9, 6, 7, 7, 8])
     assert [(r.window, r.accepted) for r in trace.rounds] == [(2, 1), (0, 0), (2, 2)]

@@ -17,7 +17,7 @@ B, S, M, K = 2, 11, 5, 4
 VARIANTS = {
     "dflash": {},
     "dspark": {"markov_rank": 3, "confidence_head": True},
-    "markov-behind-anchor": {"markov_rank": 3, "sample_from_anchor": False},
+    "markov-after-anchor": {"markov_rank": 3, "sample_from_anchor": False},
 }
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -54,7 +54,7 @@ def target(make_target):
 
 
 def slow_states(drafter: PPOWDrafter, states: torch.Tensor, anchor: int) -> torch.Tensor:
-    """`[K, h]` of one block behind `anchor`, where the target's `states` `[n, A*h]` are those of the tokens before."""
+    """`[K, h]` of one block after `anchor`, where the target's `states` `[n, A*h]` are those of the tokens before."""
     draft, config, target = drafter.draft_model, drafter.config.draft_config, drafter.draft_model.target_embeddings
     weights, n = draft.state_dict(), len(states)
     size, epsilon, theta = config.head_dim, config.rms_norm_eps, config.rope_parameters["rope_theta"]

@@ -30,7 +30,7 @@ def gemma3():
 
 @functools.cache
 def learned_drafter(target, variant: str, steps: int = 60) -> PPOWDrafter:
-    """A drafter that has learned much of what the target writes behind the tests' prompts."""
+    """A drafter that has learned much of what the target writes after the tests' prompts."""
     drafter = make_drafter(target, variant, num_hidden_layers=1).train()
     prompts = ragged(LENGTHS)[0]
     texts = [

@@ -92,7 +92,7 @@ def test_the_targets_last_state_and_windows_beyond_the_block_are_refused(tmp_pat
     drafter = make_drafter(target)
     drafter.config.target_layer_ids = [1, 2, 4]
     with pytest.raises(
-        ValueError, match="behind the target's last layer, 4, which vLLM hands out before the final norm"
+        ValueError, match="after the target's last layer, 4, which vLLM hands out before the final norm"
     ):
         export_drafter(drafter, tmp_path, target=target)
     with pytest.raises(ValueError, match=f"speculative_tokens: {K + 1} given; a window of 1 to {K}"):

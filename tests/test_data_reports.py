@@ -86,7 +86,7 @@ class Wrapped(torch.utils.data.Dataset):
 
 
 class Keyed(Wrapped):
-    """The same, with a KeyError behind the last row."""
+    """The same, with a KeyError after the last row."""
 
     def __getitem__(self, number):
         return dict(enumerate(self.rows))[number]

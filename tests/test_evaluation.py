@@ -73,7 +73,7 @@ def test_repeated_ngrams_are_counted_in_each_output(outputs, n, expected):
 
 
 def test_estimator_is_fitted_to_the_reached_positions_only():
-    """Made-up acceptance: logistic in the confidence. What stands behind a rejection is nonsense."""
+    """Made-up acceptance: logistic in the confidence. What stands after a rejection is nonsense."""
     draw = random.Random(0)
     rounds, reached, kept = [], 0, 0
     for _ in range(3000):

@@ -188,7 +188,7 @@ def test_readme_holds_the_commands(tmp_path, target, drafter):
     assert json.loads(speculative)["num_speculative_tokens"] == 3
     assert "--speculative-algorithm EAGLE3" in text and "--speculative-num-draft-tokens 4" in text
     assert "Tested with SGLang 0.5.23 on a CPU, greedily" in text and str(tmp_path) not in text
-    # OpenVINO GenAI counts the layers behind which a state is taken from 0 on.
+    # OpenVINO GenAI counts the layers after which a state is taken from 0 on.
     assert '<hidden_layers_list value="0 1 2" />' in text and "ov-my-drafter" in text
 
 

@@ -94,7 +94,9 @@ def test_rows_of_a_padded_batch_with_linear_biases_are_what_each_prompt_gives_al
 def test_trees_with_linear_biases_are_refused(family_target, make_target, family):
     target = family_target(family)
     prompts, ids, mask = ragged([5])
-    with pytest.raises(ValueError, match="tree_nodes: .* places tokens by their order in the cache.*Leave out tree_nodes"):
+    with pytest.raises(
+        ValueError, match="tree_nodes: .* places tokens by their order in the cache.*Leave out tree_nodes"
+    ):
         together(target, PPOWDrafter.from_target(target, "eagle").eval(), ids, mask, tree_nodes=6)
     other = make_target("llama")
     drafter = PPOWDrafter.from_target(other, "standalone", draft_config=target.config).eval()

@@ -171,7 +171,7 @@ class Counter(StoppingCriteria):
 
 
 class Doubtful(StoppingCriteria):
-    """Ends the text behind a token chosen from doubtful scores."""
+    """Ends the text after a token chosen from doubtful scores."""
 
     def __call__(self, input_ids, scores, **kwargs):
         return scores[-1].softmax(-1).amax(-1) < 0.3

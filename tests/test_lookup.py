@@ -359,7 +359,7 @@ def test_sampled_continuations_are_distributed_as_the_targets(small_vocab_target
     accepted, rejected = looked_up(traces)
     assert accepted > RUNS / 10 and rejected > RUNS / 10
     rounds = [r for trace in traces for r in trace.rounds]
-    assert any(0 < r.looked_up < r.window for r in rounds)  # behind the drafter's own
+    assert any(0 < r.looked_up < r.window for r in rounds)  # after the drafter's own
     assert any(0 < r.looked_up == r.window for r in rounds)  # in its place
 
 

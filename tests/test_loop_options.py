@@ -125,7 +125,7 @@ def test_a_generation_config_is_obeyed(make_target, way):
 
 
 class Banned(LogitsProcessor):
-    """Forbids a token behind an even one: looks at the row's own last token."""
+    """Forbids a token after an even one: looks at the row's own last token."""
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
@@ -147,7 +147,7 @@ def test_a_custom_logits_processor_sees_each_row_as_alone(make_target, way):
 
 
 class Unlikely(StoppingCriteria):
-    """Stops behind a token that was chosen from doubtful scores: reads the scores that output_scores asks for."""
+    """Stops after a token that was chosen from doubtful scores: reads the scores that output_scores asks for."""
 
     def __call__(self, input_ids, scores, **kwargs):
         return scores[-1].softmax(-1).amax(-1) < 0.3

@@ -115,7 +115,7 @@ def test_a_sequence_without_anything_to_learn_has_no_gradient(make_trainer):
 
 
 def naive_window_terms(trainer, inputs, weights) -> torch.Tensor:
-    """Every term on drafted windows, and on the text behind their prefixes, one token at a time."""
+    """Every term on drafted windows, and on the text after their prefixes, one token at a time."""
     args, drafter, model = trainer.args, trainer.model, trainer.target_model
     rollout, groups, window = rollout_of(trainer, inputs), args.num_rollouts, args.max_window
     count = rollout.prefixes.shape[1]
@@ -278,7 +278,7 @@ def test_windows_drawn_from_a_text_do_not_depend_on_its_batch(make_trainer, arch
 
 
 def written_dataset(target, prompt: int = 4, new_tokens: int = 15) -> SequenceDataset:
-    """Texts that the target wrote at T = 0 behind random prompts."""
+    """Texts that the target wrote at T = 0 after random prompts."""
     texts = [
         target.generate(
             item["input_ids"][None, :prompt], attention_mask=torch.ones(1, prompt), max_new_tokens=new_tokens,
@@ -319,7 +319,7 @@ def test_text_of_the_target_verifies_as_the_target_does(make_trainer, make_targe
     loss_by_text, gradient_by_text, by_text, tokens_by_text, drafted_by_text = found["auto"]
     assert verified.accepted.sum() > 3
     if bool((verified.accepted < WINDOW - 1).any(1).all()):  # else a row's whole windows fill up the others'
-        assert drafted_by_text < drafted_whole  # nothing is drafted behind a rejected token
+        assert drafted_by_text < drafted_whole  # nothing is drafted after a rejected token
     assert torch.equal(verified.draft_ids[verified.learned], by_text.draft_ids[by_text.learned])
     for name in ("prefixes", "accepted", "advantages", "learned"):
         assert torch.equal(getattr(verified, name), getattr(by_text, name)), name
@@ -363,7 +363,7 @@ def test_the_target_verifies_where_the_text_cannot(make_trainer, make_target, ob
 
 
 def naive_expected_length(trainer, inputs, prefixes, length: int) -> torch.Tensor:
-    """Minus the mean share of the windows behind `prefixes` (of each sequence) that is kept, drafted on the text."""
+    """Minus the mean share of the windows after `prefixes` (of each sequence) that is kept, drafted on the text."""
     args, drafter, total = trainer.args, trainer.model, torch.zeros(())
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         mask = inputs["loss_mask"][row].tolist()
@@ -424,7 +424,7 @@ def test_expected_length_equals_drafting_on_the_text(
 
 @pytest.mark.parametrize("architecture", ["eagle", "medusa", "dspark"])
 def test_expected_length_of_visited_windows_is_of_whole_ones(make_trainer, make_target, architecture):
-    """Those behind the prefixes where rounds of decoding begin, in tokens; the TV beside it is of what is visited."""
+    """Those after the prefixes where rounds of decoding begin, in tokens; the TV beside it is of what is visited."""
     target = make_target("llama", initializer_range=0.3)
     texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
     masks = [

@@ -36,7 +36,7 @@ def slow_head(drafter, state: torch.Tensor, number: int) -> torch.Tensor:
 
 @torch.no_grad()
 def slow_window_logits(drafter, target, ids: list[int], window: int) -> torch.Tensor:
-    """`[K, V]` behind `ids`: head i reads the state of token n - 2, after the final norm, and predicts token n + i.
+    """`[K, V]` after `ids`: head i reads the state of token n - 2, after the final norm, and predicts token n + i.
 
     The final norm is undone of any doubt by asking the target's own head for its logits there.
     """

@@ -65,11 +65,11 @@ def windows(seed: int = 1):
 
 
 def slow_eagle_features(drafter: PPOWDrafter, states, sequence: list[int], drafted: list[int]) -> torch.Tensor:
-    """EAGLE-3 for one sequence: features behind every token from the second on, then behind every drafted token.
+    """EAGLE-3 for one sequence: features after every token from the second on, then after every drafted token.
 
     At position i the inputs are the embedding of token i + 1 and fc(states i); later draft steps are fed the layer's
     output before the norm in place of fc(states). With speculators' norms: the states are normalized before fc, the
-    residual is the normalized state, draft steps are fed the output behind the norm.
+    residual is the normalized state, draft steps are fed the output after the norm.
     """
     config, weights = drafter.draft_model.config, drafter.draft_model.state_dict()
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -208,7 +208,7 @@ def test_windows_that_end_early_have_the_features_and_gradients_of_their_beginni
     states = states_of(target, drafter, input_ids)
     lengths = torch.randint(0, K + 1, prefixes.shape, generator=torch.Generator().manual_seed(0))
     lengths[0, 0], lengths[0, 1] = 0, K
-    reached = torch.arange(K) <= lengths[..., None]  # the distribution behind the kept tokens is computed too
+    reached = torch.arange(K) <= lengths[..., None]  # the distribution after the kept tokens is computed too
     features, gradients = [], []
     for goes_on in (None, lambda j, found, windows: lengths.gather(1, windows) > j):
         drafter.zero_grad()

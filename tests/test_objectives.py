@@ -155,7 +155,7 @@ def test_losses_stay_finite_where_the_target_has_impossible_tokens_or_nothing_is
 
 
 def one_after_another(length, logits):
-    """Every window of `length` tokens, with the rows of logits behind it: the next token hangs on the last one."""
+    """Every window of `length` tokens, with the rows of logits after it: the next token hangs on the last one."""
     for window in itertools.product(range(logits.shape[-1]), repeat=length):
         yield window, torch.stack([logits[previous] for previous in (0, *window[:-1])])
 
@@ -177,7 +177,7 @@ def test_expected_length_over_the_targets_texts_is_the_expected_count_of_drafts_
             q, p = row.softmax(-1)[token].item(), goal[(0, *window)[place]].softmax(-1)[token].item()
             chance *= q
             reached *= min(1.0, p / q)
-            # A token's verdict counts once for each window that begins with what is before it, so for all behind.
+            # A token's verdict counts once for each window that begins with what is before it, so for all after.
             behind = math.prod(
                 draft[(0, *window)[i]].softmax(-1)[window[i]].item() for i in range(place + 1, length)
             )  # fmt: skip

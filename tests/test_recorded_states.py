@@ -256,7 +256,7 @@ def test_what_needs_a_forward_of_the_target_is_refused_by_name(make_record, loss
     with pytest.raises(ValueError, match="cost_ratio: None given"):
         losses("eagle", record, objective="supervised; 0.5: ppow", cost_ratio=None)
     assert losses("eagle", record, cost_ratio=None)
-    with pytest.raises(ValueError, match=r"target_states: the states behind the layers \[0\]"):
+    with pytest.raises(ValueError, match=r"target_states: the states after the layers \[0\]"):
         losses("eagle", record, drafter=make_drafter(target, "eagle", target_layer_ids=[0, 1, 2]))
     with pytest.raises(ValueError, match="metric_for_best_model: 'eval_kl'"):
         losses("eagle", record, metric_for_best_model="eval_kl")

@@ -44,7 +44,7 @@ def any_target(request, target):
 
 @torch.no_grad()
 def distributions(target, drafter, known: torch.Tensor, draft_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """P and Q at each of `draft_ids` behind the tokens `known` `[1, n]`, `[W, V]` each, from plain forwards."""
+    """P and Q at each of `draft_ids` after the tokens `known` `[1, n]`, `[W, V]` each, from plain forwards."""
     drafted = torch.cat([known, torch.tensor([draft_ids])], dim=1)
     target_probs = target(drafted).logits[0, known.shape[1] - 1 : -1].softmax(-1)
     states = collect_target_states(

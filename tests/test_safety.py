@@ -337,7 +337,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(saved, tmp_path, ca
         assert cli.main([*again, "--resume"]) == 0
         assert "is finished: 2 steps were taken, and nothing is changed" in caplog.text
         assert content(folder) == before
-    # Killed behind its last checkpoint, before the drafter was saved: no step is taken, and the drafter is saved.
+    # Killed after its last checkpoint, before the drafter was saved: no step is taken, and the drafter is saved.
     (folder / "model.safetensors").unlink()
     assert cli.main([*command, "--resume"]) == 0
     assert load_file(folder / "model.safetensors").keys()

@@ -17,7 +17,7 @@ from ppow_hf.candidate_generator import KLAdaptiveCandidateGenerator, PendingTok
 
 VOCABULARY = 6
 LENGTH = 4  # joint distribution of so many tokens
-NEW_TOKENS = 5  # so that a window of 3 fits behind the first one, which is never drafted
+NEW_TOKENS = 5  # so that a window of 3 fits after the first one, which is never drafted
 TEMPERATURE, TOP_K, TOP_P = 0.6, 5, 0.95
 PROMPT = torch.tensor([[1, 4, 2, 5]])
 ALPHA = 1e-4

@@ -64,7 +64,7 @@ def greedy(model, ids, count):
 
 @torch.no_grad()
 def predictions(model, ids, draft):
-    """What `model` says behind `ids` and behind each token of `draft` after them."""
+    """What `model` says after `ids` and after each token of `draft` after them."""
     return model(torch.tensor([[*ids, *draft]])).logits[0, len(ids) - 1 :].argmax(-1).tolist()
 
 
@@ -214,7 +214,7 @@ def test_our_row_counts_what_the_drafter_got_right(target, drafter, batch_size):
 
 
 def test_sglangs_histograms_add_up_to_positions():
-    """Each ends at the most that a window of its prompt kept; the positions behind are told all the same."""
+    """Each ends at the most that a window of its prompt kept; the positions after are told all the same."""
     one = {"spec_verify_ct": 3, "spec_num_proposed_drafts": 12, "spec_num_correct_drafts": 4}
     other = {"spec_verify_ct": 2, "spec_num_proposed_drafts": 8, "spec_num_correct_drafts": 0}
     one["spec_correct_drafts_histogram"] = [1, 0, 2]  # one window kept nothing, two kept two tokens

@@ -216,7 +216,7 @@ def test_a_run_that_was_stopped_early_is_finished_until_its_patience_is_raised(m
 
 
 def test_a_target_that_gives_its_routers_logits_trains_and_is_evaluated(make):
-    """Its balancing loss is computed for whole batches, and would not fit windows behind a cache."""
+    """Its balancing loss is computed for whole batches, and would not fit windows after a cache."""
     target = moe_target()
     drafter = PPOWDrafter.from_target(target, "eagle").float()
     trainer = make(target=target, drafter=drafter, evaluate=True, objective="ppow", max_steps=2)

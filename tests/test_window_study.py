@@ -260,7 +260,7 @@ def test_entropy_stop_ends_with_the_first_unsure_token_and_follows_acceptance():
 
 
 def test_confidence_stop_drafts_the_windows_of_transformers(pair):
-    """transformers' assisted generation itself, begun where the table begins: behind the target's first token."""
+    """transformers' assisted generation itself, begun where the table begins: after the target's first token."""
     target, drafter, prompts, tables = pair
     assistant = drafter.draft_model.model
     assistant.generation_config.num_assistant_tokens = 16

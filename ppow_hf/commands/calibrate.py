@@ -47,10 +47,10 @@ def register(subparsers: Any) -> None:
     add_chat(parser)
     parser.add_argument("--fit-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
     parser.add_argument(
-        "--num-prompts", type=int, default=8, help="prompts behind them to compare on (default: %(default)s)"
+        "--num-prompts", type=int, default=8, help="prompts after them to compare on (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="tokens written behind each (default: %(default)s)"
+        "--max-new-tokens", type=int, default=128, help="tokens written after each (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drafts at T = 1 (default: %(default)s)")
     parser.set_defaults(run=run)

@@ -44,7 +44,7 @@ def register(subparsers: Any) -> None:
     )
     add_chat(parser)
     parser.add_argument("--num-prompts", type=int, default=20, help="prompts of each (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens behind each (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens after each (default: %(default)s)")
     parser.add_argument("--temperature", default="0", help="temperatures, with commas between (default: %(default)s)")
     parser.add_argument(
         "--window", default="fixed,kl", help="window rules, with commas between (default: %(default)s)"

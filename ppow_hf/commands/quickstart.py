@@ -139,7 +139,7 @@ def _train(
 
     prepare = _embedded_phases if is_embedded(arguments.target) else _named_phases
     drafter, phases, eval_data = prepare(folder, target, tokenizer, files, arguments)
-    evaluated = 48 if is_embedded(arguments.target) else 24  # tokens behind each held-out prompt
+    evaluated = 48 if is_embedded(arguments.target) else 24  # tokens after each held-out prompt
     log: list[dict] = []
     lengths: list[tuple[str, float]] = []
     for number, (stage, data) in enumerate(phases):

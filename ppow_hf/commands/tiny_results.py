@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def command_lines(arguments: argparse.Namespace, names: list[str], cards: Path) -> list[list[str]]:
-    """The words behind `ppow` of every command to run: those that measure a drafter before its card."""
+    """The words after `ppow` of every command to run: those that measure a drafter before its card."""
     lines: list[list[str]] = []
     for name in names:
         folder = drafter_path(name)

@@ -52,7 +52,7 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "Training data with text, prompt, prompt and completion, or messages: a .jsonl file, or a dataset "
-            "as NAME[/CONFIG][@SPLIT]; :COLUMN behind it names a column of prompts."
+            "as NAME[/CONFIG][@SPLIT]; :COLUMN after it names a column of prompts."
         },
     )
     target_states: list[str] | None = dataclasses.field(
@@ -135,7 +135,7 @@ def build_parser() -> Any:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The words behind `ppow train` as `script` ([`ScriptArguments`]) and `training` ([`PPOWTrainingArguments`])."""
+    """The words after `ppow train` as `script` ([`ScriptArguments`]) and `training` ([`PPOWTrainingArguments`])."""
     import torch
 
     from ..measure.costs import bfloat16_pays

@@ -57,7 +57,7 @@ def register(subparsers: Any) -> None:
         "--fit-prompts", type=int, default=10, help="prompts of each workload to fit on (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="tokens written behind each prompt (default: %(default)s)"
+        "--max-new-tokens", type=int, default=128, help="tokens written after each prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--cost-ratios",
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
 def study_windows(
     arguments: argparse.Namespace, target: Any, drafter: "PPOWDrafter", prompts: "dict[str, list[torch.Tensor]]"
 ) -> dict[str, Any]:
-    """The content of windows.json: the study on the prompts behind those to fit on, by workload."""
+    """The content of windows.json: the study on the prompts after those to fit on, by workload."""
     from ..measure import provenance
     from ..measure.costs import measure_costs
     from ..measure.window_report import calibration_curve, describe_workload, live_check, study

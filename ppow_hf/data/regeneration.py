@@ -54,7 +54,7 @@ def regenerate(
     not top-k, top-p or penalties, so that at T = 0 every completion token is the target's argmax. (In 16-bit precision
     a batch and a single prompt may round a near tie differently.) A completion goes through its first end-of-sequence
     token. The result is kept on disk under a hash of the prompts, the target and the settings, and read from there the
-    next time; an interrupted call's batches too, so that the next one goes on behind them. The target's mode and
+    next time; an interrupted call's batches too, so that the next one goes on after them. The target's mode and
     `generation_config`, and the global random state, are left as they were.
 
     Args:

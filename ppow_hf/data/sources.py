@@ -15,7 +15,7 @@ HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?")
 
 DATA_HELP = (
     "a .jsonl or .jsonl.gz file, or a dataset in a folder or on the Hub as NAME[/CONFIG][@SPLIT], with prompt, "
-    "messages or text, or with :COLUMN behind it"
+    "messages or text, or with :COLUMN after it"
 )
 
 
@@ -77,7 +77,7 @@ def check_source(text: str, argument: str) -> None:
     elif not Path(source.path).is_file():
         raise FileNotFoundError(
             f"{argument}: there is no file {source.path!r}. Pass a .jsonl, .jsonl.gz or .txt file, or a dataset as "
-            "NAME[/CONFIG][@SPLIT]; with :COLUMN behind it where the prompt is in another column than messages, "
+            "NAME[/CONFIG][@SPLIT]; with :COLUMN after it where the prompt is in another column than messages, "
             "prompt or text."
         )
 

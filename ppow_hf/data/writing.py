@@ -160,7 +160,7 @@ class Conversation:
         else:
             self.messages += [*self.pending.pop(0), {"role": "assistant", "content": answer.text}]
             row |= {"messages": list(self.messages), **self.columns}
-            if not answer.finished:  # nobody asks on behind half an answer
+            if not answer.finished:  # nobody asks on after half an answer
                 self.pending = []
         row |= {"prompt_ids": self.prompt_ids, "completion_ids": answer.token_ids, "temperature": self.temperature}
         self.rows.append(row if answer.exact else row | {"retokenized": True})
@@ -282,7 +282,7 @@ def _prompt_of(row: dict, number: int, chat: bool) -> tuple[str | None, list[lis
     if not isinstance(row.get("prompt"), str):
         raise ValueError(
             f"--prompts: row {number} has the columns {sorted(row)}; `messages` or a `prompt` that is a string is "
-            "needed. With :COLUMN behind the name, prompts are taken from another column."
+            "needed. With :COLUMN after the name, prompts are taken from another column."
         )
     if chat:
         return None, [[{"role": "user", "content": row["prompt"]}]] if row["prompt"].strip() else []

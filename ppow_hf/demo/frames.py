@@ -57,7 +57,7 @@ class TextPieces:
         text = self.decode(self.ids)
         while text.endswith("�"):
             text = text[:-1]
-        if not text.startswith(self.given):  # a tokenizer that rewrites what stands before: begin behind the same part
+        if not text.startswith(self.given):  # a tokenizer that rewrites what stands before: begin after the same part
             self.given = self.given[: _common_length(text, self.given)]
         new, self.given = text[len(self.given) :], max(self.given, text, key=len)
         return new

@@ -179,7 +179,7 @@ class FixedShadow:
         return ShadowRound(drafts, accepted)
 
     def commit(self, tokens: list[int]) -> None:
-        """Go on behind `tokens`, which the other run has committed. What the target has read of them stays read."""
+        """Go on after `tokens`, which the other run has committed. What the target has read of them stays read."""
         drafted, self.last_draft = self.last_draft, []
         if self.cache.get_seq_length():
             known = 0
@@ -223,7 +223,7 @@ class FixedShadow:
         return sample_from_uniform(log_probs.exp(), uniform)[:, None]
 
     def _verify(self, drafts: list[int]) -> torch.Tensor:
-        """The target's processed scores behind the last token and behind each drafted one, `[W + 1, V]`."""
+        """The target's processed scores after the last token and after each drafted one, `[W + 1, V]`."""
         logits = self._forward([self.ids[-1], *drafts])
         rows = [self._process(logits[position : position + 1], drafts[:position]) for position in range(len(logits))]
         return torch.cat(rows)
@@ -241,13 +241,13 @@ class FixedShadow:
         return int(counts)
 
     def _process(self, logits: torch.Tensor, drafts: list[int]) -> torch.Tensor:
-        """`[1, V]` behind the prefix and `drafts` -> processed scores `[1, V]`."""
+        """`[1, V]` after the prefix and `drafts` -> processed scores `[1, V]`."""
         if not self.processors:
             return logits
         return self.processors(torch.tensor([self.ids + drafts], device=logits.device), logits)
 
     def _forward(self, tokens: list[int]) -> torch.Tensor:
-        """Tokens behind the cache -> logits `[T, V]` in float32; states are kept for the drafter."""
+        """Tokens after the cache -> logits `[T, V]` in float32; states are kept for the drafter."""
         if not tokens:
             return torch.empty(0)
         layers = self.drafter.config.target_layer_ids
@@ -338,7 +338,7 @@ class Run:
             self._asked.release()
 
     def hand_over(self, committed: list[int], now: float) -> None:
-        """Called by the loop behind each round, the clock being stopped."""
+        """Called by the loop after each round, the clock being stopped."""
         seconds = now - self.started - self.paused
         trace = self._decoding.last_trace
         record = trace.rounds[-1]

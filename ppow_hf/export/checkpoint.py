@@ -180,7 +180,7 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
         raise ValueError(f"{argument}: config.json of {str(folder)!r} lacks {', '.join(missing)}.")
     ids = config.get("eagle_aux_hidden_state_layer_ids")
     inner = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    if ids is None and inner is not None:  # SGLang's way to count: the layer behind whose output a state is taken
+    if ids is None and inner is not None:  # SGLang's way to count: the layer after whose output a state is taken
         ids = [layer + 1 for layer in inner]
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     return Eagle3Checkpoint(

@@ -124,7 +124,7 @@ print(pipeline.generate("def add(a, b):", max_new_tokens=64, num_assistant_token
 ```
 """
 
-# GenAI names a layer by the one behind which a state is taken, and without this takes three by its own rule.
+# GenAI names a layer by the one after which a state is taken, and without this takes three by its own rule.
 OPENVINO_LAYERS = (
     'sed -i \'s|<eagle3_mode value="True" />|&<hidden_layers_list value="{layers}" />|\' '
     "ov-{folder}/openvino_model.xml\n"
@@ -197,7 +197,7 @@ def engine_readme(
             rows["drafted in one forward"] = f"{config.longest_window} tokens"
         rows["draft vocabulary"] = f"{config.draft_vocab_size or config.vocab_size} tokens"
         layers = ", ".join(map(str, config.target_layer_ids))
-        rows["target states read"] = f"behind {layers} of its layers (transformers' `hidden_states`)"
+        rows["target states read"] = f"after {layers} of its layers (transformers' `hidden_states`)"
     rows["number format"] = gguf_dtype if layout == "gguf" else str(drafter.dtype).removeprefix("torch.")
     facts = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     text = HEAD.format(title=folder, what=WHAT[layout], version=version, facts=facts, folder=folder)

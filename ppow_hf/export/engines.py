@@ -45,7 +45,7 @@ def serving_notes(
         if getattr(draft, "sliding_window", None) is not None and getattr(draft, "use_sliding_window", True):
             notes.append(
                 f"Engines honour the drafter's sliding window of {draft.sliding_window} tokens; it was trained "
-                "without one, so that behind longer contexts they may accept less than ppow_hf does."
+                "without one, so that after longer contexts they may accept less than ppow_hf does."
             )
         return notes
     if layout == "medusa":
@@ -61,7 +61,7 @@ def serving_notes(
         notes.append(f"The drafter reads {len(config.target_layer_ids)} states of the target; engines expect 3.")
     if text is not None and max(config.target_layer_ids) == text.num_hidden_layers:
         notes.append(
-            f"It reads the state behind the last layer, {text.num_hidden_layers}: transformers gives it after the "
+            f"It reads the state after the last layer, {text.num_hidden_layers}: transformers gives it after the "
             "final norm and vLLM before it, so that vLLM will accept little. SGLang has no such state, by its source."
         )
     if layout == "speculators" and config.target_hidden_size not in (None, draft.hidden_size):
@@ -112,7 +112,7 @@ def gguf_notes(drafter: Any, target_config: Any = None) -> list[str]:
             "hands out its layers' states for some families only."
         )
     if text is not None and max(config.target_layer_ids) == text.num_hidden_layers:
-        notes.append(f"It reads the state behind the last layer, {text.num_hidden_layers}; not tried in llama.cpp.")
+        notes.append(f"It reads the state after the last layer, {text.num_hidden_layers}; not tried in llama.cpp.")
     return notes
 
 

@@ -224,7 +224,7 @@ def _check_block(drafter: PPOWDrafter, format: str, target_config: Any) -> None:
         problem = "it reads the target's embeddings (0 of target_layer_ids), which engines do not hand out as a state"
     elif layers is not None and max(ids, default=0) >= layers:
         problem = (
-            f"it reads the state behind the target's last layer, {layers}, which vLLM hands out before the final norm "
+            f"it reads the state after the target's last layer, {layers}, which vLLM hands out before the final norm "
             "and transformers after it"
         )
     elif config.sample_from_anchor and not is_dspark(drafter):

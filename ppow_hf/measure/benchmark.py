@@ -376,7 +376,7 @@ def trace_from_forwards(
 ) -> GenerationTrace:
     """Rounds of a greedy call, told from the tokens each target forward was given and from what came out.
 
-    A forward reads the last committed token (the first one: the prompt) and the drafted ones behind it, and commits
+    A forward reads the last committed token (the first one: the prompt) and the drafted ones after it, and commits
     the drafted tokens that are in the output, and one more.
     """
     trace = GenerationTrace()

@@ -114,7 +114,7 @@ def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds
     """Draw window and accepted tokens of each round, and the divergence of the verified positions below, as a PNG.
 
     Args:
-        traces (`list[GenerationTrace]`): one per prompt, drawn one behind the other.
+        traces (`list[GenerationTrace]`): one per prompt, drawn one after the other.
         path (`str` or `Path`): the PNG.
         max_rounds (`int`, *optional*, defaults to `150`):
             Prompts are drawn as long as they stay within so many rounds; the first one always is.
@@ -172,7 +172,7 @@ def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     together = GenerationTrace(rounds=rounds)
-    which = "one prompt" if len(traces) == 1 else f"{len(shown)} of {len(traces)} prompts, one behind the other"
+    which = "one prompt" if len(traces) == 1 else f"{len(shown)} of {len(traces)} prompts, one after the other"
     figure.suptitle(
         f"window of each round, {which}: acceptance length {together.acceptance_length:.2f}, "
         f"wasted drafts {together.wasted:.0%}",

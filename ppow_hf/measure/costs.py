@@ -26,7 +26,7 @@ class Costs:
     Args:
         draft_step_seconds (`float`): median time of one draft step, the choice of its token included; of a block
             drafter the step that gives a window of `max_window` tokens.
-        target_forward_seconds (`float`): median time of a one-token target forward behind a cached context.
+        target_forward_seconds (`float`): median time of a one-token target forward after a cached context.
         cost_ratio (`float`): gamma, the first over the second.
         verification_cost (`float`): slope of v(W) = 1 + verification_cost * W, the (W+1)-token target forward over the
             one-token one; at least 0.
@@ -99,7 +99,7 @@ def measure_costs(
     if context_length is not None:
         input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]
     if input_ids.shape[1] < 2:
-        input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say behind a single token
+        input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say after a single token
     input_ids = input_ids.to(input_device(target))
     length = input_ids.shape[1]
 

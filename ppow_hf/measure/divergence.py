@@ -24,12 +24,12 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 def measure_divergence(
     target: Any, drafter: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
 ) -> dict[str, Any]:
-    """Generate greedily behind each prompt, plain and with the drafter, and look at where the texts part [ours].
+    """Generate greedily after each prompt, plain and with the drafter, and look at where the texts part [ours].
 
     Args:
         target (`PreTrainedModel`), drafter ([`PPOWDrafter`]): in the number format that is measured.
         prompts (`list[list[int]]`): token ids of each.
-        max_new_tokens (`int`, *optional*, defaults to `64`): behind each prompt.
+        max_new_tokens (`int`, *optional*, defaults to `64`): after each prompt.
         settings: those of [`PPOWDrafter.with_settings`].
 
     Returns `dtype`, `prompts`, `max_new_tokens` and

@@ -145,6 +145,6 @@ def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[tor
 
 
 def until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    """`tokens` up to and with the first that ends a text: what is behind it in a batch is padding."""
+    """`tokens` up to and with the first that ends a text: what is after it in a batch is padding."""
     ends = [place for place, token in enumerate(tokens) if token in eos]
     return tokens[: ends[0] + 1] if ends else tokens

@@ -24,9 +24,9 @@ class Overhead:
         window (`int`): W.
         rounds (`int`): rounds measured.
         round_seconds (`float`): a round of the loop that drafts and verifies W tokens.
-        draft_step_seconds (`float`): the drafter's forward of one token behind a cache of a round's length, logits
+        draft_step_seconds (`float`): the drafter's forward of one token after a cache of a round's length, logits
             included; of a block drafter that of a window, with its Markov head's chain.
-        target_seconds (`float`): the target's forward of W + 1 tokens behind a cache of that length.
+        target_seconds (`float`): the target's forward of W + 1 tokens after a cache of that length.
         new_tokens (`int`), acceptance_length (`float`): of the texts that were written meanwhile.
         draft_steps (`int`): of a round; W, or 1 of a block drafter.
     """
@@ -90,8 +90,7 @@ def measure_overhead(
             accepted += [r.accepted + 1 for r in full]
     if not rounds:
         raise ValueError(
-            f"max_new_tokens: {max_new_tokens} leave no room for rounds of {window} tokens behind the first. Give "
-            "more."
+            f"max_new_tokens: {max_new_tokens} leave no room for rounds of {window} tokens after the first. Give more."
         )
     return Overhead(
         window,
@@ -106,7 +105,7 @@ def measure_overhead(
 
 
 class BareForwards:
-    """The two models behind caches of a given text, with nothing around them."""
+    """The two models after caches of a given text, with nothing around them."""
 
     def __init__(self, target: Any, drafter: Any, ids: torch.Tensor, window: int):
         self.target, self.drafter = target, drafter

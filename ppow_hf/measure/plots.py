@@ -10,7 +10,7 @@ from typing import Any
 
 Points = Sequence[tuple[float, float]]
 CROWDED = 6  # lines, from which on a legend has no place among them
-COLOURS = 10  # of matplotlib's cycle; lines behind them have them again, dashed
+COLOURS = 10  # of matplotlib's cycle; lines after them have them again, dashed
 
 
 def plot_curves(

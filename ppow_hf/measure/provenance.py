@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision(folder: Path | None = None) -> str | None:
-    """The commit of the checkout that this package runs from, `-modified` behind it if tracked files were changed.
+    """The commit of the checkout that this package runs from, `-modified` after it if tracked files were changed.
 
     `None` where the package is installed as a copy: a repository that merely lies around its folder says nothing.
     """

@@ -1,6 +1,6 @@
 """A table of drafts from every prefix of the target's text, and any window rule replayed on it.
 
-Knows tables, rules and costs; times nothing. At T = 0 a round that starts behind a given prefix has the same drafts
+Knows tables, rules and costs; times nothing. At T = 0 a round that starts after a given prefix has the same drafts
 and the same verdict whatever came before, so that one table answers for every rule.
 """
 
@@ -36,11 +36,11 @@ class DraftTable:
 
     Args:
         prompt (`numpy.ndarray` of shape `(n,)`), text (`(N,)`): a prompt and the target's continuation of it.
-        draft_ids (`numpy.ndarray` of shape `(N - 1, K)`): the drafter's most likely tokens, each behind the last.
+        draft_ids (`numpy.ndarray` of shape `(N - 1, K)`): the drafter's most likely tokens, each after the last.
         max_probability, second_probability, entropy (`numpy.ndarray` of shape `(N - 1, K)`):
             Of the distributions they come from; nats.
         kl (`numpy.ndarray` of shape `(N - 1, K)`):
-            KL(P_D||Q) in nats against the target's distribution there, at most MAX_KL; NaN behind the first token that
+            KL(P_D||Q) in nats against the target's distribution there, at most MAX_KL; NaN after the first token that
             is rejected.
         outside (`numpy.ndarray` of shape `(N - 1, K)`): the target's mass outside the draft vocabulary there.
         accepted (`numpy.ndarray` of shape `(N - 1,)`): how many of a row's draft tokens the target keeps.
@@ -89,7 +89,7 @@ class DraftTable:
 def draft_table(
     target: Any, drafter: Any, prompt: torch.Tensor, text: Sequence[int], max_new_tokens: int, depth: int = DEPTH
 ) -> DraftTable:
-    """The table of one text `[N]` behind `prompt` `[1, n]`: one target forward, then `depth` batched draft steps.
+    """The table of one text `[N]` after `prompt` `[1, n]`: one target forward, then `depth` batched draft steps.
 
     Raises `ValueError` where the target would not have written `text`, by its forward over the whole.
     """
@@ -127,7 +127,7 @@ def draft_table(
 
 
 def _first_other(target_logits: torch.Tensor, ids: torch.Tensor, before: int, dtype: torch.dtype) -> int | None:
-    """Place behind the first `before` tokens of `ids` `[1, n + N]` whose token is not the target's choice, if any."""
+    """Place after the first `before` tokens of `ids` `[1, n + N]` whose token is not the target's choice, if any."""
     target_logits = target_logits[before - 1 : -1]
     written = target_logits.gather(-1, ids[0, before:, None])[:, 0]
     tolerance = NEAR_TIE if dtype == torch.float32 else NEAR_TIE_IN_HALF_PRECISION
@@ -143,7 +143,7 @@ def _draft_everywhere(
     before: int,
     depth: int,
 ) -> dict[str, numpy.ndarray]:
-    """Greedy drafts of `depth` tokens from every prefix of `ids` `[1, n + N]` behind the first `before` tokens.
+    """Greedy drafts of `depth` tokens from every prefix of `ids` `[1, n + N]` after the first `before` tokens.
 
     Columns `[N - 1, depth]` by name: the tokens, what [`likeliest_tokens`] says, what [`divergence_on_support`] says,
     and what a confidence head says.
@@ -192,7 +192,7 @@ def eos_of(target: Any) -> frozenset[int]:
 def draft_tables(
     target: Any, drafter: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, depth: int = DEPTH
 ) -> list[DraftTable]:
-    """Let the target write greedily behind each prompt `[1, n]`, without a drafter, and tabulate the drafts."""
+    """Let the target write greedily after each prompt `[1, n]`, without a drafter, and tabulate the drafts."""
     texts = greedy_texts(target, [prompt[0].tolist() for prompt in prompts], max_new_tokens)
     return [
         draft_table(target, drafter, prompt, text, max_new_tokens, depth)
@@ -227,7 +227,7 @@ def greedy_texts(
 
 
 class RecordedDistributions:
-    """What a table knows of the distributions behind one of its prefixes, for [`draft_windows`]."""
+    """What a table knows of the distributions after one of its prefixes, for [`draft_windows`]."""
 
     def __init__(self, table: DraftTable, committed: int, looks: bool):
         self.table, self.row, self.looks, self.position = table, committed - 1, looks, 0

@@ -165,7 +165,7 @@ def _training(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _objectives(names: list[str]) -> str:
-    """What stands behind "Trained": the stages one by one, or, where they come back, each once."""
+    """What stands after "Trained": the stages one by one, or, where they come back, each once."""
     words = {"supervised": "supervised on text that the target wrote", "ppow": "with PPOW"}
     said = {name: words.get(name, f"with the objective {name}") for name in names}
     if len(said) == len(names):
@@ -285,7 +285,7 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
     return {
         "conditions": (
             f"Target {_code(measurement['target'])} in {_cell(measurement['dtype'])}, "
-            f"{measurement['max_new_tokens']:d} new tokens behind each prompt, seed {measurement['seed']:d}, on "
+            f"{measurement['max_new_tokens']:d} new tokens after each prompt, seed {measurement['seed']:d}, on "
             f"{_machine(measurement['machine'])}; {_named(measurement['versions'])}. Made with "
             f"{_code(measurement['command'])}."
         ),
@@ -312,7 +312,7 @@ def _acceptance_part(measurement: dict[str, Any]) -> dict[str, Any]:
 
 
 def _interval(row: dict[str, Any]) -> str:
-    """The 95% interval of an acceptance length as it stands behind it; nothing where the measurement has none."""
+    """The 95% interval of an acceptance length as it stands after it; nothing where the measurement has none."""
     ends = row.get("acceptance_length_interval")
     return f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
 

@@ -353,7 +353,7 @@ def rejection_sample_distinct_trees(
         uniforms (`[B, N]`): random numbers in [0, 1), one verdict each.
         next_uniforms (`[B]`): random numbers in [0, 1) for the tokens after the paths.
 
-    Returns the paths' node indices from the context outwards `[B, D]`, -1 behind their ends; their lengths `[B]`; and
+    Returns the paths' node indices from the context outwards `[B, D]`, -1 after their ends; their lengths `[B]`; and
     the next token ids `[B]`. Source: recursive rejection sampling without replacement, Jeon et al. 2402.14160; Yang et
     al. 2401.06706.
     """

@@ -89,7 +89,7 @@ class BlockLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DraftNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x, angles, mask=None, context: KeysValues | GrowingKeys | None = None):
-        """A block's `x` behind a text's keys and values; without these `x` are the target's states of a text, whose
+        """A block's `x` after a text's keys and values; without these `x` are the target's states of a text, whose
         keys and values come back (through forward, so that a sharded layer's weights are there)."""
         if context is None:
             return self.self_attn.keys_values(x, angles)
@@ -173,7 +173,7 @@ class BlockDrafter(nn.Module):
     def encode(self, tokens, states, cache: Context | None, positions, allowed):
         """Take in the target's states of tokens p - 1, `[B, L, A*h_target]` at `positions` `[B, L]`.
 
-        Returns the tokens p `[B, L, 1]`, each the anchor of the block behind it, and the keys and values.
+        Returns the tokens p `[B, L, 1]`, each the anchor of the block after it, and the keys and values.
         """
         context = self.hidden_norm(self.fc(states.to(self.fc.weight.dtype)))
         angles = self.embed_positions(positions)
@@ -188,12 +188,12 @@ class BlockDrafter(nn.Module):
         """Positions `[B, L]` as cosines and sines `[B, L, 2, d]`."""
         return torch.stack(self.rotary_emb(self.fc.weight, positions), dim=2)
 
-    # -- blocks behind it
+    # -- blocks after it
 
     def block_states(
         self, anchors: torch.Tensor, positions: torch.Tensor, context: Context, to_text: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """States `[B, M, K, h]` of the blocks behind `anchors` `[B, M]`, which stand at `positions` `[B, M]`.
+        """States `[B, M, K, h]` of the blocks after `anchors` `[B, M]`, which stand at `positions` `[B, M]`.
 
         `to_text` bool `[B, 1, M, S]` says which of the text's states each block sees; `None`: one block, which sees
         all. No block sees another.
@@ -228,7 +228,7 @@ class BlockDrafter(nn.Module):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Windows `[B, A]` that come to each of `window` tokens, and their features `[B, A, h + r]` there.
 
-        `states` `[B, M, K, h]` are those of the blocks behind `anchors` `[B, M]`; `choose` and `goes_on` as of
+        `states` `[B, M, K, h]` are those of the blocks after `anchors` `[B, M]`; `choose` and `goes_on` as of
         [`PPOWDrafter.unroll`].
         """
         windows = torch.arange(anchors.shape[1], device=anchors.device).expand(len(anchors), -1)
@@ -268,7 +268,7 @@ class BlockDrafter(nn.Module):
         return self.target_head.logits(states) if self.lm_head is None else self.lm_head(states)
 
     def markov_bias(self, previous: torch.Tensor) -> torch.Tensor | float:
-        """What tokens `[...]` add to the logits `[..., DV]` of the tokens behind them; 0 without a Markov head."""
+        """What tokens `[...]` add to the logits `[..., DV]` of the tokens after them; 0 without a Markov head."""
         head = self.markov_head
         return 0.0 if head is None else head.markov_w2(head.markov_w1(previous))
 
@@ -283,7 +283,7 @@ class BlockDrafter(nn.Module):
 
     @staticmethod
     def cropped(cache: Context, length: int) -> Context:
-        """The first `length` states of the text; keys and values that no block writes behind stay as they are."""
+        """The first `length` states of the text; keys and values that no block writes after stay as they are."""
         for layer in cache:
             if isinstance(layer, GrowingKeys):
                 layer.length = min(layer.length, length)
@@ -298,7 +298,7 @@ class BlockDrafter(nn.Module):
 class BlockSession(DraftSession):
     """A block drafter's side of a generation call: one forward for all distributions of a window.
 
-    With a Markov head the distribution behind a token is the block's, with that token's bias: `next_logits` and
+    With a Markov head the distribution after a token is the block's, with that token's bias: `next_logits` and
     `tree_logits` give exactly what a token is drawn from.
     """
 
@@ -332,7 +332,7 @@ class BlockSession(DraftSession):
         return self._logits(depth + 1, self._readable(tokens))
 
     def _logits(self, place: int, previous: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, k, V]` of the window's token at `place` behind each of the tokens `previous` `[B, k]`."""
+        """Logits `[B, k, V]` of the window's token at `place` after each of the tokens `previous` `[B, k]`."""
         draft = self.drafter.draft_model
         if draft.confidence_head is not None:
             states = self._states[:, place, None].expand(-1, previous.shape[1], -1)

@@ -198,7 +198,7 @@ def check_rotary_change(target: Any, lengths: Sequence[int], new_tokens: int | N
     crosses = min(lengths) <= border < longest if kind == "longrope" else len(lengths) > 1 and border < longest
     if kind is not None and crosses:
         raise ValueError(
-            f"max_new_tokens: the rotary embedding ({kind}) of {type(target).__name__} changes behind {border} "
+            f"max_new_tokens: the rotary embedding ({kind}) of {type(target).__name__} changes after {border} "
             f"tokens, and this call can come from {min(lengths)} to {longest:.0f}. Lower max_new_tokens, "
             f"{'pass prompts one by one, ' if len(lengths) > 1 else ''}or generate without a drafter."
         )

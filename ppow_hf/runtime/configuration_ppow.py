@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 ARCHITECTURES = ("eagle", "standalone", "medusa", "block")
 WINDOWS = ("kl", "fixed", "heuristic")
 EAGLE_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
-MAX_APPENDED = 64  # tokens that may stand behind a known vocabulary; each takes one more fingerprint to find out
+MAX_APPENDED = 64  # tokens that may stand after a known vocabulary; each takes one more fingerprint to find out
 
 
 def vocabulary_fingerprint(tokenizer) -> str:
@@ -113,7 +113,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
             The same for the target's output head (block, without `draft_vocab_size`).
         norm_before_fc, norm_before_residual, norm_output (`bool`, *optional*, defaults to `False`):
             What speculators' eagle drafters do beside EAGLE-3's: normalize the target's states before `fc`; add to the
-            layer's normalized state in place of the state; feed draft steps what is behind the final norm.
+            layer's normalized state in place of the state; feed draft steps what is after the final norm.
         state_scales (`list[float]`, *optional*):
             What each of the target's states is multiplied by before `fc` (eagle), so that all come to it about as
             large, and the layer's additions count beside what they are added to [ours]. Exports multiply `fc` by them.

@@ -35,7 +35,7 @@ BLOCK_SCORES = 2**22
 
 @dataclass
 class WindowKeys:
-    """Keys and values behind M windows that share a text and see nothing of each other.
+    """Keys and values after M windows that share a text and see nothing of each other.
 
     Args:
         text (`[B, heads, S, d]` each): the text's.
@@ -110,7 +110,7 @@ def attend_windows(
 
 
 class GrowingKeys:
-    """Keys and values of decoding, with room behind them: one more token does not copy all that came before.
+    """Keys and values of decoding, with room after them: one more token does not copy all that came before.
 
     Without gradients only. What was cropped is overwritten by what comes next.
     """
@@ -126,7 +126,7 @@ class GrowingKeys:
         return keys[:, :, : self.length], values[:, :, : self.length]  # type: ignore[index]
 
     def extended(self, *more: torch.Tensor) -> KeysValues:
-        """Write `more` keys and values `[B, heads, n, d]` behind those held, and return them all."""
+        """Write `more` keys and values `[B, heads, n, d]` after those held, and return them all."""
         before, self.length = self.length, self.length + more[0].shape[2]
         if self._room[0] is None or self._room[0].shape[2] < self.length:
             size = self.length + max(self.length // 2, 256)
@@ -277,7 +277,7 @@ def scaled_states(states: torch.Tensor, scales: list[float]) -> torch.Tensor:
 class EagleDrafter(nn.Module):
     """The EAGLE-3 computation; parameter names are those of the published checkpoints.
 
-    A feature is what later draft steps are fed: the layer's output before the final norm, or behind it with
+    A feature is what later draft steps are fed: the layer's output before the final norm, or after it with
     `norm_output` [speculators].
     """
 
@@ -324,7 +324,7 @@ class EagleDrafter(nn.Module):
         return torch.stack(self.rotary_emb(self.fc.weight, positions), dim=2)
 
     def advance(self, tokens, features, cache, angles, allowed, places=None):
-        """One more token behind each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
+        """One more token after each feature: `[B, L]`, `[B, L, h]` -> features `[B, L, h]`, cache."""
         own = self.embed_tokens
         embeddings = self.target_embeddings.rows(tokens, self.fc.weight.dtype) if own is None else own(tokens)
         mask = allowed

@@ -36,13 +36,13 @@ def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def causal_allowed(query_count: int, past_count: int, device: torch.device) -> torch.Tensor:
-    """Causal mask `[1, 1, queries, past + queries]` for new tokens behind `past_count` cached ones."""
+    """Causal mask `[1, 1, queries, past + queries]` for new tokens after `past_count` cached ones."""
     queries = torch.arange(past_count, past_count + query_count, device=device)
     return (torch.arange(past_count + query_count, device=device) <= queries[:, None])[None, None]
 
 
 def packed_allowed(length: int, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-    """Tree mask `[B, 1, S + M*K, S + M*K]` of a sequence with M windows of K tokens behind it.
+    """Tree mask `[B, 1, S + M*K, S + M*K]` of a sequence with M windows of K tokens after it.
 
     The sequence is causal; a window's token sees its prefix and the window's own earlier tokens and itself.
     """
@@ -105,8 +105,8 @@ def compacting_columns(visible: torch.Tensor) -> torch.Tensor:
 class DraftSession:
     """The drafter's side of one generation call: its cache, what it has read, and the window it is drafting.
 
-    `observe` reads committed tokens; `first_logits` gives the distribution behind them; `next_logits(token)` the one
-    behind a drafted token. A drafter that proposes a whole window from one state (medusa) answers `next_logits` from
+    `observe` reads committed tokens; `first_logits` gives the distribution after them; `next_logits(token)` the one
+    after a drafted token. A drafter that proposes a whole window from one state (medusa) answers `next_logits` from
     the state that `first_logits` had. Rows of a batch end at the same column: what is not a row's own is padding on
     the left of what was observed, never seen again (`visible` False).
     """
@@ -121,7 +121,7 @@ class DraftSession:
         self._visible: torch.Tensor | None = None  # [B, columns] of them; None while every one is some row's token
         self._feature: torch.Tensor | None = None
         self._drafting: torch.Tensor | None = None
-        self._position: int | torch.Tensor = 0  # of the token behind everything observed
+        self._position: int | torch.Tensor = 0  # of the token after everything observed
         self._places: torch.Tensor | None = None  # [B, AHEAD, ...] of the window's tokens from `_places_from` on
         self._places_from = 0
         embeddings = drafter.get_input_embeddings()
@@ -195,13 +195,13 @@ class DraftSession:
 
     @torch.inference_mode()
     def first_logits(self) -> torch.Tensor:
-        """Logits `[B, V]` of the token behind everything observed."""
+        """Logits `[B, V]` of the token after everything observed."""
         self._drafting = self._feature
         return self.drafter.compute_logits(self._feature[:, 0], self.width, place=0)  # type: ignore[index]
 
     @torch.inference_mode()
     def next_logits(self, token: torch.Tensor, drafted: int) -> torch.Tensor:
-        """Logits `[B, V]` behind the drafted `token` `[B, 1]`, the window's `drafted`-th (counted from 0)."""
+        """Logits `[B, V]` after the drafted `token` `[B, 1]`, the window's `drafted`-th (counted from 0)."""
         draft = self.drafter.draft_model
         allowed = None
         if self._visible is not None:
@@ -213,7 +213,7 @@ class DraftSession:
 
     @torch.inference_mode()
     def tree_logits(self, tokens: torch.Tensor, parents: torch.Tensor, seen: torch.Tensor, depth: int) -> torch.Tensor:
-        """Logits `[B, k, V]` behind the k tokens of a tree's level.
+        """Logits `[B, k, V]` after the k tokens of a tree's level.
 
         Args:
             tokens (`[B, k]`): the level's tokens.

@@ -22,14 +22,14 @@ class Distributions(Protocol):
     """Where the distributions along the windows of B rows come from, one position after the other."""
 
     def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
-        """Of each row what [`likeliest_tokens`] says of the distribution behind its draft tokens, and behind that what
+        """Of each row what [`likeliest_tokens`] says of the distribution after its draft tokens, and after that what
         a confidence head says, where there is one; `None`: unseen."""
 
     def draw(self) -> Sequence[int]:
         """A token of each row's distribution."""
 
     def advance(self) -> None:
-        """Go on to the distributions behind the drawn tokens."""
+        """Go on to the distributions after the drawn tokens."""
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Window:
 
     def __post_init__(self):
         self.drafting = self.limit > 0
-        self.ended = False  # whether the text ends in this window, or right behind it
+        self.ended = False  # whether the text ends in this window, or right after it
         self._features: list[float] | None = None
 
     def consider(self, looked: Sequence[float] | None) -> None:
@@ -158,7 +158,7 @@ class Position(NamedTuple):
 
 
 class DrafterDistributions:
-    """The [`Distributions`] of a drafter behind what its session has read.
+    """The [`Distributions`] of a drafter after what its session has read.
 
     What the host needs of a position comes in one transfer, that of the first `ahead` positions together. What the
     rules then leave out is dropped.
@@ -258,7 +258,7 @@ def read_and_draft(
     """Let the drafter read what was committed, draft `windows` and measure the draft step.
 
     Reading the prompt is no draft step; reading the last round's tokens makes the first one. `args` and `options` are
-    those of [`DrafterDistributions`] behind the session.
+    those of [`DrafterDistributions`] after the session.
     """
     started = time.perf_counter()
     first_read = session.is_empty
@@ -331,7 +331,7 @@ def with_looked_up_scores(
 
 
 def padded_drafts(windows: Sequence[Window], device: torch.device) -> torch.Tensor:
-    """Draft tokens `[B, W]`, zeros behind a row's own."""
+    """Draft tokens `[B, W]`, zeros after a row's own."""
     longest = max(len(window.record.draft_ids) for window in windows)
     padded = [[*ids, *[0] * (longest - len(ids))] for ids in (window.record.draft_ids for window in windows)]
     return to_device(padded, device).view(len(windows), longest)

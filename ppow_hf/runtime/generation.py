@@ -188,9 +188,9 @@ class Verdict:
 
     Args:
         drafts (`list[list[int]]`): the draft tokens, of which the first `accepted_counts` were accepted.
-        states (`[B, T, 3*h]`, *optional*): the target's, of the last committed token and the draft tokens behind it.
+        states (`[B, T, 3*h]`, *optional*): the target's, of the last committed token and the draft tokens after it.
         columns (`int`): columns that the forward added to the target's cache, the accepted ones in front.
-        accepted_counts (`list[int]`), next_ids (`list[int]`): accepted tokens, and the token behind them.
+        accepted_counts (`list[int]`), next_ids (`list[int]`): accepted tokens, and the token after them.
         logits, scores: of each row, `[at least accepted + 1, V]`.
     """
 
@@ -327,7 +327,7 @@ class SpeculativeCall:
             row.trace.rounds.append(RoundTrace(0, 0, [], verify_seconds=seconds))
             self._commit(row, [token], logits[i], scores[i])
         first, past = self.view.drafter.draft_model.first_prefix, self.target.past
-        if first:  # eagle: the token behind each state; the row's own first token has no state before it
+        if first:  # eagle: the token after each state; the row's own first token has no state before it
             unread_ids = torch.cat([self.input_ids[:, past:], tokens], dim=1)[:, 1:]
             visible = visible[:, past:]
             readable = torch.cat([visible, visible.new_ones(len(self.rows), 1)], dim=1)[:, 1:] & visible
@@ -360,7 +360,7 @@ class SpeculativeCall:
             record.seconds = seconds
 
     def _commit_rows(self, verdict: Verdict) -> list[list[int]]:
-        """Each row's committed tokens; behind a row's end nothing is read any more, its last token included."""
+        """Each row's committed tokens; after a row's end nothing is read any more, its last token included."""
         committed = []
         for i, (row, accepted) in enumerate(zip(self.rows, verdict.accepted_counts, strict=True)):
             record_costs(row.trace, row.rule)
@@ -430,7 +430,7 @@ class SpeculativeCall:
         return Verdict(drafts, states, window + 1, accepted_counts, following, logits, scores)
 
     def _draft_chains(self) -> DraftedChains:
-        """Each row's window from the drafter, and behind it from the text where look-up is on."""
+        """Each row's window from the drafter, and after it from the text where look-up is on."""
         eos = self.endings.eos if self.looks else set()  # unseen, a chain ends by its length alone
         windows = [
             Window(row.rule, row.trace.rounds[-1], row.limit, lambda draft_ids: draft_ids[-1] in eos)
@@ -576,7 +576,7 @@ class SpeculativeCall:
     def _path_divergences(
         self, grown: GrownTrees, i: int, path: list[int], scores: torch.Tensor
     ) -> tuple[list[float], list[float]]:
-        """What [`divergences`] says behind the context and the accepted nodes, where the drafter was asked."""
+        """What [`divergences`] says after the context and the accepted nodes, where the drafter was asked."""
         nodes = [node for node in (CONTEXT, *path) if node in grown.trees[i].expanded]
         if not nodes:
             return [], []

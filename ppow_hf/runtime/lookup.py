@@ -11,7 +11,7 @@ from typing import NamedTuple
 LOOKBACK = 4  # tokens before a draft token that are looked up in the text
 LONGEST_MATCH = 32  # tokens before it that are compared with those before an earlier occurrence
 MEMORY_TOKENS = 8192  # of a longer prompt, those at its end are looked up
-NEW, DIFFERENT, REPEATED = 0, 1, 2  # a run had come once; twice, with other tokens behind; with the same one
+NEW, DIFFERENT, REPEATED = 0, 1, 2  # a run had come once; twice, with other tokens after; with the same one
 
 
 class Foretold(NamedTuple):

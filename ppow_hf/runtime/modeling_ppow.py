@@ -6,7 +6,7 @@ and how to draft on from there. Knows nothing about verification, windows or tra
 Words: a *prefix* p of a sequence is its tokens 0..p; the drafter's *feature* of prefix p gives its distribution of
 token p + 1. A standalone drafter has a feature for every prefix, an eagle drafter from prefix 1 on, since it reads the
 target's state of token p - 1 together with the embedding of token p. A block drafter has features along windows only;
-its feature of a prefix is the last token itself, the anchor of a window behind it.
+its feature of a prefix is the last token itself, the anchor of a window after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +37,13 @@ class PPOWDrafterOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`, *optional*): what `loss_function` returned.
         logits (`torch.Tensor` of shape `(B, S, V)`, *optional*):
-            Distribution of token p + 1 behind every prefix p, on the target's vocabulary; undefined for prefixes
+            Distribution of token p + 1 after every prefix p, on the target's vocabulary; undefined for prefixes
             before `first_prefix`. Not computed when `loss_function` or windows are given, and not by a block drafter.
         features (`torch.Tensor` of shape `(B, S, h)`, *optional*): features of all prefixes, without windows.
         window_features (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
             Features along the windows of `draft_ids`: entry j gives the distribution of the window's token j.
         block_states (`torch.Tensor` of shape `(B, M, K, h)`, *optional*):
-            States of a block drafter behind `prefixes`, where no `draft_ids` were given.
+            States of a block drafter after `prefixes`, where no `draft_ids` were given.
     """
 
     loss: torch.Tensor | None = None
@@ -230,7 +230,7 @@ class PPOWDrafter(PreTrainedModel):
     def prefix_features(
         self, input_ids: torch.Tensor, target_states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
-        """Features of all prefixes `[B, S, h]` and the cache behind them.
+        """Features of all prefixes `[B, S, h]` and the cache after them.
 
         Rows are padded on the right, where no token sees the padding; its features mean nothing.
 
@@ -324,7 +324,7 @@ class PPOWDrafter(PreTrainedModel):
         return along
 
     def block_states(self, features: torch.Tensor, cache: Any, prefixes: torch.Tensor) -> torch.Tensor:
-        """A block drafter's states `[B, M, K, h]` behind M prefixes of each sequence.
+        """A block drafter's states `[B, M, K, h]` after M prefixes of each sequence.
 
         Windows of one prefix share a block. Blocks are computed so many at once as have about as many tokens as the
         text: they see nothing of each other, and a mask over all of them would grow with the square of their number.
@@ -374,7 +374,7 @@ class PPOWDrafter(PreTrainedModel):
         return features_along(along, prefixes.shape[1], window, goes_on is None)
 
     def _packed_features(self, input_ids, attention_mask, prefixes, draft_ids):
-        """The same for a standalone drafter: one forward over the sequence and all windows behind it."""
+        """The same for a standalone drafter: one forward over the sequence and all windows after it."""
         (batch, length), (count, window) = input_ids.shape, draft_ids.shape[1:]
         tail = draft_ids[:, :, : window - 1]
         allowed = packed_allowed(length, prefixes, window - 1)

@@ -73,14 +73,14 @@ def target_layers_for(architecture: str, given: list[int] | None, num_layers: in
         layers = given or default_block_layers(num_layers)
         if max(layers) >= num_layers:
             raise ValueError(
-                f"target_layer_ids: {layers} must be ids from 0 to {num_layers - 1}, the states behind so many of the "
+                f"target_layer_ids: {layers} must be ids from 0 to {num_layers - 1}, the states after so many of the "
                 "target's layers; the last layer's engines hand out otherwise than transformers."
             )
         return list(layers)
     layers = given or default_target_layers(num_layers)
     if len(layers) != 3 or not 0 <= min(layers) <= max(layers) < num_layers:
         raise ValueError(
-            f"target_layer_ids: {layers} must be three ids from 0 to {num_layers - 1}, the states behind so many of "
+            f"target_layer_ids: {layers} must be three ids from 0 to {num_layers - 1}, the states after so many of "
             "the target's layers."
         )
     return list(layers)

@@ -86,7 +86,7 @@ class ScoreProcessing:
     def __call__(
         self, logits: torch.Tensor, rows: Sequence[Row], drafted: Callable[[int, int], list[int]]
     ) -> torch.Tensor:
-        """Processed scores of logits `[B, T, V]`; position t of row i stands behind its ids and `drafted(i, t)`."""
+        """Processed scores of logits `[B, T, V]`; position t of row i stands after its ids and `drafted(i, t)`."""
         if not self.processors:
             return logits
         batch, length, width = logits.shape
@@ -114,7 +114,7 @@ class ScoreProcessing:
         return scores
 
     def behind(self, logits: torch.Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -> torch.Tensor:
-        """Processed scores of logits `[B, V]` that stand behind each row's ids and its draft tokens."""
+        """Processed scores of logits `[B, V]` that stand after each row's ids and its draft tokens."""
         return self(logits.to(self.input_ids.device)[:, None], rows, lambda i, t: drafts[i])[:, 0]
 
     def _processors_of(self, row: Row) -> list[Any]:
@@ -172,7 +172,7 @@ class StopConditions:
         self.max_length = min([limit for limit in (generation_config.max_length, *limits) if limit], default=None)
 
     def room(self, max_window: int, length: int, own_length: int) -> int:
-        """Longest window that fits behind `length` tokens, `own_length` of which are not padding.
+        """Longest window that fits after `length` tokens, `own_length` of which are not padding.
 
         Its round commits one token more, and the target must be able to read it.
         """
@@ -184,7 +184,7 @@ class StopConditions:
         return max(room, 0)
 
     def met_by(self, ids: torch.Tensor, draft_ids: list[int]) -> bool:
-        """Whether the last of `draft_ids`, behind `ids` `[1, n]`, ends the text; its length is not asked about."""
+        """Whether the last of `draft_ids`, after `ids` `[1, n]`, ends the text; its length is not asked about."""
         if draft_ids[-1] in self.eos:
             return True
         if not self.others:
@@ -209,7 +209,7 @@ class Endings(StopConditions):
         self.records = bool(generation_config.return_dict_in_generate)
 
     def room_of(self, row: Row) -> int:
-        """Longest window that fits behind a row."""
+        """Longest window that fits after a row."""
         return self.room(row.rule.max_window, self.prompt_length + row.new_tokens, len(row.ids))
 
     def commit(self, row: Row, tokens: list[int], logits: torch.Tensor, scores: torch.Tensor) -> int:
@@ -273,13 +273,13 @@ CACHE_FIELD = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields
 
 
 def _by_token(rows: Sequence[list[torch.Tensor]], longest: int) -> tuple[torch.Tensor, ...]:
-    """A tensor `[B, V]` for each new token, as plain `generate` gives; zeros behind a row's end."""
+    """A tensor `[B, V]` for each new token, as plain `generate` gives; zeros after a row's end."""
     nothing = torch.zeros_like(rows[0][0])
     return tuple(torch.stack([row[t] if t < len(row) else nothing for row in rows]) for t in range(longest))
 
 
 def behind(input_ids: torch.Tensor, draft_ids: list[int]) -> torch.Tensor:
-    """`input_ids` `[1, n]` with draft tokens behind them, `[1, n + W]`."""
+    """`input_ids` `[1, n]` with draft tokens after them, `[1, n + W]`."""
     return torch.cat([input_ids, input_ids.new_tensor([draft_ids])], dim=-1)
 
 

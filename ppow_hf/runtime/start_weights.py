@@ -132,7 +132,7 @@ def _start_block(drafter: Any, head: torch.Tensor | None, kept_counts: torch.Ten
 
 def _start_markov_head(head: MarkovHead, embeddings: torch.Tensor | None, kept: torch.Tensor) -> None:
     """Let a Markov head add nothing yet, and know a token by where its embedding lies along the main directions of
-    those that are `kept` `[DV]`: like tokens then share what is learned behind one of them [ours]."""
+    those that are `kept` `[DV]`: like tokens then share what is learned after one of them [ours]."""
     head.markov_w2.weight.zero_()
     if embeddings is None:
         return
@@ -231,7 +231,7 @@ def decoder_layers(target: Any) -> nn.ModuleList:
 
 
 def _start_standalone_layers(model: Any, target: Any, init_layers: Sequence[int]) -> None:
-    """Copy whole layers, and the norm behind the last one."""
+    """Copy whole layers, and the norm after the last one."""
     layers, sources = decoder_layers(model), decoder_layers(target)
     if len(layers) != len(init_layers):
         raise ValueError(f"init_layers: {len(init_layers)} layers given for a drafter of {len(layers)}.")

@@ -47,7 +47,7 @@ class TargetSession:
     def __init__(self, target, state_layers, input_ids, visible, cache, extra_inputs, trees: bool, position_ids=None):
         self.target, self.state_layers, self.device = target, state_layers, input_ids.device
         self.visible = visible  # [B, columns of the cache and, before the prompt is read, of the prompt]
-        self.positions = visible.sum(1)  # [B]: position of the token behind everything in the cache
+        self.positions = visible.sum(1)  # [B]: position of the token after everything in the cache
         self.ragged = len(input_ids) > 1 or not bool(visible.all())
         text = target.config.get_text_config()
         kinds = getattr(text, "layer_types", None)
@@ -63,7 +63,7 @@ class TargetSession:
         self.cache.activate_past_recording()
         self.extra_inputs = extra_inputs
         self._check_inputs(trees, position_ids)
-        # What the target is given as position_ids, where they are not counted: [..., B, n] and, behind them, [..., B]
+        # What the target is given as position_ids, where they are not counted: [..., B, n] and, after them, [..., B]
         self.prompt_places = position_ids
         if position_ids is not None:
             self.prompt_places = position_ids.expand(*position_ids.shape[:-2], len(input_ids), -1)
@@ -133,7 +133,7 @@ class TargetSession:
     # -- forwards
 
     def read_prompt(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `[B, 1, V]` behind the prompts and the states of the tokens that were not in the cache."""
+        """Logits `[B, 1, V]` after the prompts and the states of the tokens that were not in the cache."""
         unread = input_ids[:, self.past :]
         places = None if self.prompt_places is None else self.prompt_places[..., self.past :]
         if self._alone:
@@ -145,7 +145,7 @@ class TargetSession:
         return self._forward(unread, positions if places is None else places, mask, only_last=True)
 
     def read_window(self, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `[B, W + 1, V]` and states behind the last committed token and a window, `tokens` `[B, W + 1]`.
+        """Logits `[B, W + 1, V]` and states after the last committed token and a window, `tokens` `[B, W + 1]`.
 
         `valid` `[B, W]` tells which draft tokens are a row's own.
         """
@@ -159,7 +159,7 @@ class TargetSession:
     def read_tree(
         self, tokens: torch.Tensor, depths: torch.Tensor, seen: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `[B, N + 1, V]` and states behind the last committed token and each node of a tree.
+        """Logits `[B, N + 1, V]` and states after the last committed token and each node of a tree.
 
         `tokens`, `depths` `[B, N + 1]` begin with the last committed token, of depth 0; `seen` `[B, N + 1, N + 1]`
         tells which of them each attends to.
@@ -171,11 +171,11 @@ class TargetSession:
         return self._forward(tokens, self._places(depths, positions), masks)
 
     def _places(self, steps: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
-        """position_ids `[..., B, T]` of new tokens, `steps` `[T]` or `[B, T]` behind the last; else `positions`."""
+        """position_ids `[..., B, T]` of new tokens, `steps` `[T]` or `[B, T]` after the last; else `positions`."""
         return positions if self.prompt_places is None else self.next_places[..., None] + steps
 
     def _forward(self, tokens, positions, mask, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `[B, T, V]` in float32 and the drafter's states of new tokens behind the cache.
+        """Logits `[B, T, V]` in float32 and the drafter's states of new tokens after the cache.
 
         The target prepares its inputs itself, as in `generate`; it is given new tokens only.
         """
@@ -245,7 +245,7 @@ class TargetSession:
         self.cache.crop(0)
 
     def keep(self, width: int, counts: torch.Tensor, most: int) -> None:
-        """After a forward of `width` tokens: the first `counts` `[B]` (at most `most`) behind the first are kept.
+        """After a forward of `width` tokens: the first `counts` `[B]` (at most `most`) after the first are kept.
 
         What others kept and a row did not stays in the cache, unseen by that row.
         """
@@ -320,7 +320,7 @@ def tokens_in_cache(cache: Any, length: int) -> int:
     if past >= length:
         raise ValueError(
             f"past_key_values: the cache holds {past} tokens and input_ids {length}, which leaves none to read. Pass "
-            "the whole text as input_ids, with at least one token behind those in the cache."
+            "the whole text as input_ids, with at least one token after those in the cache."
         )
     return past
 

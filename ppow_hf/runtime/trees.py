@@ -200,7 +200,7 @@ class LevelCandidates:
     """What the distributions of a level offer, as nested lists.
 
     Args:
-        looked (`[B, k, 4 or 5]`): the two highest probabilities, the entropy in nats, the likeliest token; behind
+        looked (`[B, k, 4 or 5]`): the two highest probabilities, the entropy in nats, the likeliest token; after
             them a confidence head's log-odds.
         tokens, probabilities (`[B, k, b]`): b candidates: the most probable ones, or drawn without replacement, in
             the order of drawing.
@@ -214,7 +214,7 @@ class LevelCandidates:
 class GrowingTrees:
     """The trees of a batch while they grow, level by level.
 
-    `frontiers` holds each row's nodes that are expanded next, and `columns` those of the drafter's cache (behind what
+    `frontiers` holds each row's nodes that are expanded next, and `columns` those of the drafter's cache (after what
     was committed) that a node follows.
     """
 
@@ -286,14 +286,14 @@ def grow_trees(
     process: Callable[[torch.Tensor, list[list[list[int]]]], torch.Tensor],
     end_tokens: set[int],
 ) -> GrownTrees:
-    """Grow a tree for each row behind what the drafter's session has read.
+    """Grow a tree for each row after what the drafter's session has read.
 
     Args:
         session ([`DraftSession`]): has observed everything committed.
         rules (`Sequence[TreeRule]`), limits (`Sequence[int]`): each row's rule and greatest depth (0: no tree).
         process (`Callable`): logits `[B, k, V]` and the draft tokens that stand before them, for each row and place
             (fewer than k places in rows with a narrower tree) -> scores.
-        end_tokens (`set[int]`): tokens behind which nothing is drafted.
+        end_tokens (`set[int]`): tokens after which nothing is drafted.
     """
     for rule, limit in zip(rules, limits, strict=True):
         rule.start(limit)
@@ -365,7 +365,7 @@ def lay_out(trees: Sequence[DraftTree], last_tokens: Sequence[int], device: torc
 
 
 def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) -> tuple[list[int], int]:
-    """Accepted path of a tree at T = 0 and the token behind it.
+    """Accepted path of a tree at T = 0 and the token after it.
 
     `tokens`, `choices` `[N + 1 or more]` begin with the context's.
     """
@@ -376,7 +376,7 @@ def greedy_path(tree: DraftTree, tokens: torch.Tensor, choices: torch.Tensor) ->
 
 
 def sampled_paths(grown: GrownTrees, tokens: torch.Tensor, scores: torch.Tensor) -> list[tuple[list[int], int]]:
-    """Accepted path of each tree at T > 0 and the token behind it.
+    """Accepted path of each tree at T > 0 and the token after it.
 
     `tokens` `[B, N + 1]` and the target's processed scores `[B, N + 1, V]` begin with the context's.
     """

@@ -286,7 +286,7 @@ class WindowRule:
     then, for position j = 0, 1, ...: the drafter's distribution is computed and described by `describe(...)`,
     `include(...)` says whether a token is drawn and verified there, and `outlook(...)` what another draft step is
     worth, where `prefers_text(...)` does not take the text; `look_up(...)` gives tokens from the text to be verified
-    behind those; after the target's answer, `update(...)` and, where there were any, `update_looked_up(...)`.
+    after those; after the target's answer, `update(...)` and, where there were any, `update_looked_up(...)`.
     """
 
     max_window: int
@@ -307,7 +307,7 @@ class WindowRule:
         drafted: Sequence[int],
         predicted: float | None = None,
     ) -> list[float]:
-        """Features of the distribution behind `drafted`, this round's draft tokens so far; `likeliest` is its mode,
+        """Features of the distribution after `drafted`, this round's draft tokens so far; `likeliest` is its mode,
         `predicted` the confidence head's log-odds where there is one.
 
         Looks at nothing that is drawn there, so that sampling stays unbiased.
@@ -339,11 +339,11 @@ class WindowRule:
         return 1.0, 0.0
 
     def prefers_text(self, drafted: Sequence[int]) -> bool:
-        """Whether the text is a better source than the drafter for what comes behind this round's `drafted` tokens."""
+        """Whether the text is a better source than the drafter for what comes after this round's `drafted` tokens."""
         return False
 
     def look_up(self, drafted: Sequence[int], limit: int) -> list[int]:
-        """Tokens from the text to be verified behind the `drafted` ones, so many that there are at most `limit`.
+        """Tokens from the text to be verified after the `drafted` ones, so many that there are at most `limit`.
 
         They depend on nothing that is not in the text or in `drafted`, so that sampling stays unbiased.
         """
@@ -541,7 +541,7 @@ class KLAdaptiveWindow(FixedWindow):
 
 
 class LookupWindow(KLAdaptiveWindow):
-    """[`KLAdaptiveWindow`] that drafts from the text as well, in the drafter's place or behind its tokens [ours].
+    """[`KLAdaptiveWindow`] that drafts from the text as well, in the drafter's place or after its tokens [ours].
 
     A token from the text costs no draft step, only its share of the verification: a chain of them goes on while S_j >=
     lambda * slope, S_j the product of the acceptances that [`ForetoldAcceptance`] estimates. What a
@@ -593,7 +593,7 @@ class LookupWindow(KLAdaptiveWindow):
         return self._price(self._cost_model.verification_cost)
 
     def _chain(self, drafted: Sequence[int], limit: int) -> tuple[list[int], list[float]]:
-        """Tokens from the text behind `drafted` that are worth their verification, and how likely each is kept."""
+        """Tokens from the text after `drafted` that are worth their verification, and how likely each is kept."""
         chain: list[int] = []
         reaches: list[float] = []
         price, reached = self.column_price, self._reached

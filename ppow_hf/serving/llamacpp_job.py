@@ -40,7 +40,7 @@ def main(job_path, result_path):
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "tokens": sum(map(len, outputs)),
-        # Every target pass behind the prompt's gives one token of its own; by n-gram some of them verify nothing.
+        # Every target pass after the prompt's gives one token of its own; by n-gram some of them verify nothing.
         "drafts": sum(map(len, outputs)) - len(outputs) - accepted if job["kind"] else 0,
         "drafted": sum(answer["timings"].get("draft_n", 0) for answer in answers),
         "accepted": accepted,

@@ -41,7 +41,7 @@ def run_llamacpp(
         draft (`str` or `Path`, *optional*): the drafter's GGUF file.
         window (`int`, *optional*, defaults to `5`): most draft tokens a round.
         python (`str`, *optional*): see [`llamacpp_python`].
-        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on behind an end-of-sequence token.
+        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on after an end-of-sequence token.
         warm_up (`bool`, *optional*, defaults to `False`): whether to run a prompt before the clock starts.
         threads (`int`, *optional*, defaults to `1`): of the CPU.
 

@@ -62,7 +62,7 @@ def run_sglang(
         speculative (`dict`, *optional*): arguments of `sglang.Engine` that speculate, as of [`chains`].
         python (`str`, *optional*): interpreter of SGLang's environment, see [`sglang_python`].
         at_a_time (`int`, *optional*, defaults to `1`): prompts that run together.
-        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on behind an end-of-sequence token.
+        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on after an end-of-sequence token.
         warm_up (`bool`, *optional*, defaults to `False`): whether to run a prompt before the clock starts.
         environment (`dict`, *optional*): further environment variables.
         engine: further arguments of `sglang.Engine`.

@@ -148,7 +148,7 @@ class ServerWriter:
     """An OpenAI-compatible server: `/chat/completions` for chats, `/completions` for texts.
 
     The key is read from `OPENAI_API_KEY`. A server tells text: the token ids are those of the text, with the end of
-    sequence behind it where the server says `stop`.
+    sequence after it where the server says `stop`.
 
     Args:
         url (`str`): of the server; without a path, `/v1` is added.

@@ -41,7 +41,7 @@ class GrowingSession(DraftSession):
 
     @torch.inference_mode()
     def join(self, other: "GrowingSession") -> None:
-        """Add the rows of `other` behind one's own; between a window's verification and the next `observe`."""
+        """Add the rows of `other` after one's own; between a window's verification and the next `observe`."""
         draft = self.drafter.draft_model
         ours, theirs = draft.cropped(self._cache, self._committed), draft.cropped(other._cache, other._committed)
         columns = max(self._committed, other._committed)
@@ -162,7 +162,7 @@ class BatchDrafter:
         """What became of the request's last window, told from the tokens that it has now."""
         new = tokens[len(request.tokens) :].tolist()
         draft, accepted = request.round.draft_ids, len(new) - 1
-        # A draft token that reappears last was accepted by a target that saw no draft behind it: the engine had cut
+        # A draft token that reappears last was accepted by a target that saw no draft after it: the engine had cut
         # the window. Otherwise the last new token is the target's own.
         verified = accepted if accepted < len(draft) and new[-1] == draft[accepted] else len(draft)
         if new[:accepted] == draft[:accepted]:

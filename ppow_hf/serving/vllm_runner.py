@@ -51,7 +51,7 @@ def run_vllm(
         speculative (`dict`, *optional*): vLLM's `speculative_config`.
         python (`str`, *optional*): interpreter of vLLM's environment, see [`vllm_python`].
         one_by_one (`bool`, *optional*, defaults to `False`): whether each prompt runs alone.
-        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on behind an end-of-sequence token.
+        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on after an end-of-sequence token.
         warm_up (`bool`, *optional*, defaults to `False`): whether to run a prompt before the clock starts.
         environment (`dict`, *optional*): further environment variables.
         engine: further arguments of `vllm.LLM`.

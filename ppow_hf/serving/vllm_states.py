@@ -36,7 +36,7 @@ class VLLMStates(VLLMProcess):
         engine = {
             "model": model,
             "dtype": str(target.dtype).removeprefix("torch."),
-            "max_model_len": max_length + 2,  # a token is written behind each sequence, and one drafted
+            "max_model_len": max_length + 2,  # a token is written after each sequence, and one drafted
             "disable_log_stats": True,
             "layer_ids": sorted({*layer_ids, self._num_layers}),
             "folder": self._folder.name,

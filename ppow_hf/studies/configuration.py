@@ -454,7 +454,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def append_result(path: Path, line: dict[str, Any]) -> None:
-    """Append a line in one write, on a line of its own also behind one that was cut off.
+    """Append a line in one write, on a line of its own also after one that was cut off.
 
     Several processes may append to one file: none ever rewrites what another has written.
     """

@@ -62,7 +62,7 @@ class EvaluationTexts:
 def write_texts(
     target: Any, prompts: list[list[int]], max_new_tokens: int, seed: int, batch_size: int = 16
 ) -> EvaluationTexts:
-    """Let the target write behind each prompt, greedily and once at T = 1, without a drafter."""
+    """Let the target write after each prompt, greedily and once at T = 1, without a drafter."""
     ends, sampled = sorted(eos_of(target)), []
     with plain_distribution(target):
         for start in range(0, len(prompts), batch_size):

@@ -21,7 +21,7 @@ UNCUT = 2**30  # tokens of a prompt
 
 
 def check_prompts(config: CompareConfig, tokenizer: Any) -> None:
-    """Raise `ValueError` for rows of a workload's files that give no prompts, before the target writes behind any."""
+    """Raise `ValueError` for rows of a workload's files that give no prompts, before the target writes after any."""
     if "evaluation" not in config.workload:
         return
     train, evaluation = workload_rows(config, tokenizer)
@@ -56,7 +56,7 @@ def evaluation_texts(config: CompareConfig, folder: Path, target: Any, tokenizer
 def training_text(
     config: CompareConfig, folder: Path, target: Any, tokenizer: Any, temperature: float | list[float] = 0.0
 ) -> SequenceDataset:
-    """What the target writes behind the workload's training prompts, kept in `folder`."""
+    """What the target writes after the workload's training prompts, kept in `folder`."""
     sequences = regenerate(
         workload_rows(config, tokenizer)[0], target, tokenizer,
         max_length=config.longest_sequence, max_new_tokens=config.data["completion_tokens"], batch_size=32,

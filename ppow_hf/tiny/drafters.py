@@ -67,7 +67,7 @@ def target_text(
     cache_dir: str | Path | None = None,
     temperature: float | list[float] = 0.0,
 ) -> SequenceDataset:
-    """Text that the target writes behind `sequences` excerpts of `files`, 64 tokens each."""
+    """Text that the target writes after `sequences` excerpts of `files`, 64 tokens each."""
     return regenerate(
         excerpts(files, tokenizer, sequences, PROMPT_TOKENS, seed),
         target,

@@ -375,7 +375,7 @@ def write_target(output_dir: Path, model: Any, report: dict[str, Any], log: list
 
 
 def continuations(model: Any, tokenizer: Any, prompts: list[str]) -> list[tuple[str, str]]:
-    """The last 96 tokens of each prompt, and what the model writes behind them, 96 tokens at T = 0."""
+    """The last 96 tokens of each prompt, and what the model writes after them, 96 tokens at T = 0."""
     samples = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][:, -96:].long()

@@ -78,7 +78,7 @@ class PPOWTrainingArguments(TrainingArguments):
     Arguments of [`PPOWTrainer`], besides those of transformers' `TrainingArguments`.
 
     The defaults are one recipe for an eagle drafter: texts that the target writes, half of them at T = 0 and half at
-    T = 1; three unrolled steps behind every tenth prefix for the first 70% of the training, then TV and KL on windows
+    T = 1; three unrolled steps after every tenth prefix for the first 70% of the training, then TV and KL on windows
     that decoding visits; hidden matrices trained by Muon.
 
     Args:
@@ -110,7 +110,7 @@ class PPOWTrainingArguments(TrainingArguments):
             - `"token_rl"`: policy gradient in which a token's reward is its own acceptance [ours].
             - `"opd"`: on-policy distillation, KL(P||Q) up to the first rejected token [2605.29343].
 
-            Terms along the text that stand beside these follow the text behind the windows' prefixes.
+            Terms along the text that stand beside these follow the text after the windows' prefixes.
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to train an eagle or block drafter's token embeddings, as a copy of its own that is saved with it.
             By default they stay the target's, which are read where they are and not saved [EAGLE-3].
@@ -126,12 +126,12 @@ class PPOWTrainingArguments(TrainingArguments):
             Whether to join `text` rows and cut them into sequences of `max_length` tokens.
         regenerate (`bool`, *optional*):
             Whether the target writes the completions. By default it does for rows with a `prompt` or `messages`, in
-            place of completions in the data, and `text` rows are trained on as they are. `True` also writes behind
+            place of completions in the data, and `text` rows are trained on as they are. `True` also writes after
             the beginning of each `text` row. `False` trains on the completions in the data.
         regenerate_temperature (`float` or `list[float]`, *optional*, defaults to `[0.0, 1.0]`):
             Temperature at which the target writes. Several take turns, prompt by prompt [ours].
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Maximum number of tokens that the target writes behind a prompt.
+            Maximum number of tokens that the target writes after a prompt.
         regenerate_batch_size (`int`, *optional*, defaults to `16`):
             Number of prompts that the target completes at once.
 
@@ -150,7 +150,7 @@ class PPOWTrainingArguments(TrainingArguments):
             exp(-1/4) = 0.78 in DSpark, exp(-1/7) = 0.87 for 16 tokens in DFlash.
         text_weighting (`str`, *optional*):
             Tokens of an eagle, medusa or block drafter's windows that are learned: `"decay"`, all of the windows
-            behind any prefix, weighted by `unroll_decay`; `"visited"`, only those that decoding the text would
+            after any prefix, weighted by `unroll_decay`; `"visited"`, only those that decoding the text would
             draft. Defaults to `"decay"` in a phase that another one follows and for `expected_length`, and to
             `"visited"` elsewhere [ours].
         num_anchors (`int`, *optional*):
@@ -229,7 +229,7 @@ class PPOWTrainingArguments(TrainingArguments):
         eval_prompt_length (`int`, *optional*, defaults to `96`):
             Number of tokens of a prompt taken from a `text` row.
         eval_new_tokens (`int`, *optional*, defaults to `64`):
-            Number of tokens decoded behind each prompt.
+            Number of tokens decoded after each prompt.
         calibrate_at_end (`bool`, *optional*, defaults to `True`):
             Whether to fit the window rule to the held-out prompts after training [ours].
         metric_for_best_model (`str`, *optional*):
@@ -321,7 +321,7 @@ class PPOWTrainingArguments(TrainingArguments):
         },
     )
     eval_prompt_length: int = field(default=96, metadata={"help": "Tokens of a prompt taken from a text row."})
-    eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded behind each prompt."})
+    eval_new_tokens: int = field(default=64, metadata={"help": "Tokens decoded after each prompt."})
     calibrate_at_end: bool = field(default=True, metadata={"help": "Fit the window rule at the end."})
     metric_for_best_model: str | None = field(
         default=None,

@@ -67,7 +67,7 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
     if kind is not None and longest > border:
         raise ValueError(
             f"max_length: with max_window it gives {longest} tokens, and the target's rotary embedding ({kind}) "
-            f"changes behind {border}, so that shorter texts would not have the states of decoding. Lower max_length."
+            f"changes after {border}, so that shorter texts would not have the states of decoding. Lower max_length."
         )
     if tokenizer is None:
         return

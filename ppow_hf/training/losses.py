@@ -521,7 +521,7 @@ def token_advantages(name: str, rollout: Rollout, num_rollouts: int) -> torch.Te
 
 
 def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, steps: int) -> torch.Tensor:
-    """Which of the text's `steps` tokens behind `prefixes` `[B, M]` are learned, `[B, M, steps]`."""
+    """Which of the text's `steps` tokens after `prefixes` `[B, M]` are learned, `[B, M, steps]`."""
     length = inputs["input_ids"].shape[1]
     places = prefixes[..., None] + 1 + torch.arange(steps, device=prefixes.device)
     learned = inputs["loss_mask"].gather(1, places.clamp_max(length - 1).flatten(1)).view(places.shape)

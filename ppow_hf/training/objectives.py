@@ -216,12 +216,12 @@ def keep_probabilities(
     draft_temperature: float,
     target_temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities `[R]` each that a token drafted behind the text is kept, and that it is the text's own and kept.
+    """Probabilities `[R]` each that a token drafted after the text is kept, and that it is the text's own and kept.
 
     `draft_temperature` is that of the drafter. At `target_temperature` 0 a token is kept if it is the target's
     choice: Q(choice), and the same where the choice is the text's token, else 0. Above 0 it is kept by rejection
     sampling: sum_x min(P, Q)(x), and min(1, Q/P) of the text's token, which makes a mean over text that the target
-    drew one over accepted drafts. Behind a negative label, a token that the drafter cannot propose, nothing is
+    drew one over accepted drafts. After a negative label, a token that the drafter cannot propose, nothing is
     followed, and at T = 0 nothing is kept.
     """
     draft = (draft_logits.float() / draft_temperature).softmax(-1)
@@ -236,7 +236,7 @@ def keep_probabilities(
 
 
 def expected_length(kept: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:
-    """Expected accepted tokens `[...]` of windows behind the text, sum_j kept_j prod_{i<j} followed_i [ours].
+    """Expected accepted tokens `[...]` of windows after the text, sum_j kept_j prod_{i<j} followed_i [ours].
 
     `kept`, `followed` `[..., K]` as of [`keep_probabilities`]. Exact, with no window drafted: a window is still on
     the text where it goes on, and the last token that is kept may leave it.
@@ -258,9 +258,9 @@ def reach_probabilities(followed: torch.Tensor) -> torch.Tensor:
 
 
 def visit_probabilities(followed: torch.Tensor) -> torch.Tensor:
-    """Probability `[B, M, K]` that decoding the text drafts token j of the window behind prefix m [ours].
+    """Probability `[B, M, K]` that decoding the text drafts token j of the window after prefix m [ours].
 
-    `followed` `[B, M, K]` as of [`keep_probabilities`], of windows behind consecutive prefixes. The first one begins a
+    `followed` `[B, M, K]` as of [`keep_probabilities`], of windows after consecutive prefixes. The first one begins a
     round; a round that keeps k tokens commits one more, so that the next one begins k + 1 prefixes on.
     """
     _, count, window = followed.shape

@@ -42,7 +42,7 @@ MANIFEST_KINDS = {
     "tokens": int,
     "shard_starts": list,
 }
-LAST = "last"  # the state behind the final norm, which the head reads
+LAST = "last"  # the state after the final norm, which the head reads
 NO_FORWARD = "target_states: recorded states know no window but those of their texts; verify others by the target."
 MEASURED_SEQUENCES = 4
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
@@ -55,7 +55,7 @@ def shard_name(number: int) -> str:
 
 
 def layer_name(layer: int, num_layers: int) -> str:
-    """The tensor of a shard that holds the states behind `layer` of a target's `num_layers` layers."""
+    """The tensor of a shard that holds the states after `layer` of a target's `num_layers` layers."""
     return LAST if layer == num_layers else f"layer.{layer}"
 
 
@@ -274,8 +274,8 @@ class RecordedTarget(TrainingTarget):
         missing = sorted(set(layer_ids or ()) - {*record.layer_ids, num_layers})
         if missing:
             raise ValueError(
-                f"target_states: the states behind the layers {missing}, which the drafter reads, are not recorded; "
-                f"those behind {[*record.layer_ids, num_layers]} are. Record them, or make a drafter with "
+                f"target_states: the states after the layers {missing}, which the drafter reads, are not recorded; "
+                f"those after {[*record.layer_ids, num_layers]} are. Record them, or make a drafter with "
                 "target_layer_ids of the record."
             )
         self._names = [layer_name(layer, num_layers) for layer in layer_ids or ()]

@@ -84,7 +84,7 @@ class Recording:
         self.target, self.tokenizer, self.dtype = FrozenTarget(target, layer_ids or None), tokenizer, dtype
         if not self.target.head_is_plain:
             raise ValueError(
-                f"--target: {type(target).__name__} scales or caps its logits behind its head, so that its last "
+                f"--target: {type(target).__name__} scales or caps its logits after its head, so that its last "
                 "states do not tell them. Train with the target itself."
             )
         self.is_split = is_split(target)

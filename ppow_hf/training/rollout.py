@@ -83,7 +83,7 @@ def paired_logits(drafter: PPOWDrafter, target: TrainingTarget, draft: torch.Ten
 def divergence_of_prefixes(
     drafter: PPOWDrafter, target: TrainingTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
 ) -> torch.Tensor:
-    """v = C(P) KL(P||Q) behind every prefix, `[B, S]` [paper], P being the target on what the drafter can propose.
+    """v = C(P) KL(P||Q) after every prefix, `[B, S]` [paper], P being the target on what the drafter can propose.
 
     Infinite divergences count as 20 nats.
     """
@@ -99,10 +99,10 @@ def divergence_of_prefixes(
 def text_judges(args, weights, inputs, first_prefix: int, context_length: int | None) -> bool:
     """Whether the text says of every window what the target would [ours].
 
-    Where the target wrote the text at T = 0, its choice behind any part of it is the text's next token: a draft is
+    Where the target wrote the text at T = 0, its choice after any part of it is the text's next token: a draft is
     kept as far as it is the text, and what the target says up to the first rejection is known from reading the text.
     So no window is read by the target, unless the proximity reward asks what it says beyond. Every sequence must have
-    a whole window of such text behind an eligible prefix.
+    a whole window of such text after an eligible prefix.
     """
     if args.verify_with == "target" or args.target_temperature > 0:
         return False
@@ -112,7 +112,7 @@ def text_judges(args, weights, inputs, first_prefix: int, context_length: int | 
 
 
 def written_prefixes(inputs, first_prefix: int, window: int, context_length: int | None) -> torch.Tensor:
-    """Of the eligible prefixes `[B, S]`, those with a whole window behind them that the target wrote at T = 0."""
+    """Of the eligible prefixes `[B, S]`, those with a whole window after them that the target wrote at T = 0."""
     written = inputs["loss_mask"] & inputs["target_written"]
     whole = torch.zeros_like(written)
     if written.shape[1] > window:
@@ -134,7 +134,7 @@ def collect_rollout(
     by_text=False,
 ) -> Rollout:
     """Choose prefixes, draft G windows from each, and reward them: verified by the target in one packed forward, or
-    `by_text` (see [`text_judges`]), from prefixes with text of the target's behind them."""
+    `by_text` (see [`text_judges`]), from prefixes with text of the target's after them."""
     was_training = drafter.training
     drafter.eval()
     features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states)
@@ -183,7 +183,7 @@ def choose_starts(drafter, target, features, cache, encoding, inputs, args, step
     eligible = written_prefixes(inputs, *limits) if by_text else eligible_prefixes(inputs["loss_mask"], *limits)
     priorities = None
     if adaptive:
-        if drafter.config.one_step:  # the distribution behind a prefix is its block's first
+        if drafter.config.one_step:  # the distribution after a prefix is its block's first
             every = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
             features = drafter.unroll(features, cache, every, lambda *_: every, window=1)[:, :, 0]
         divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
@@ -203,9 +203,9 @@ def draft_windows(
     temperature: float,
     texts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens drafted behind `prefixes` `[B, M]` and their probabilities, `[B, M, K]` each.
+    """Tokens drafted after `prefixes` `[B, M]` and their probabilities, `[B, M, K]` each.
 
-    `draws` `[B, M, K]` in [0, 1) decide the tokens. With `texts` `[B, M, K]` nothing is drafted behind a token that
+    `draws` `[B, M, K]` in [0, 1) decide the tokens. With `texts` `[B, M, K]` nothing is drafted after a token that
     differs from the text. Raises `FloatingPointError` where the drafter's logits are not finite.
     """
     draft_ids = torch.zeros(draws.shape, dtype=torch.long, device=prefixes.device)
@@ -230,7 +230,7 @@ def draft_windows(
 
 
 def text_sources(encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-    """What the target's logits along the text behind `prefixes` `[B, M]` are computed from, `[B, M, K, H]`."""
+    """What the target's logits along the text after `prefixes` `[B, M]` are computed from, `[B, M, K, H]`."""
     places = (prefixes[..., None] + torch.arange(window, device=prefixes.device)).flatten(1)
     sources = encoding.sources.gather(1, places[..., None].expand(-1, -1, encoding.sources.shape[-1]))
     return sources.unflatten(1, (prefixes.shape[1], window))
@@ -275,7 +275,7 @@ def window_rewards(
 
 
 def greedy_log_probs(target: TrainingTarget, encoding, inputs, chosen, window: int, chunk_size: int) -> torch.Tensor:
-    """log P of the target's greedy window behind each chosen prefix `[B, N]`.
+    """log P of the target's greedy window after each chosen prefix `[B, N]`.
 
     Read off the text where the target wrote it at T = 0, computed with further target forwards where it did not.
     """

@@ -25,7 +25,7 @@ class TargetEncoding:
     """What the target knows of a batch of sequences.
 
     Args:
-        sources (`torch.Tensor` of shape `(B, S, H)`): what the logits behind every prefix are computed from.
+        sources (`torch.Tensor` of shape `(B, S, H)`): what the logits after every prefix are computed from.
         states (`torch.Tensor` of shape `(B, S, 3*h)`, *optional*): states of the chosen layers.
         cache: the target's keys and values of the sequences.
         attention_mask (`torch.Tensor` of shape `(B, S)`): 0 at padding.
@@ -88,7 +88,7 @@ class TrainingTarget(ABC):
 
     @abstractmethod
     def greedy_window_log_probs(self, encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-        """log P of its own greedy window behind each prefix, `[B, N]` in nats."""
+        """log P of its own greedy window after each prefix, `[B, N]` in nats."""
 
     def logits(self, sources: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Sources `[..., H]` -> logits `[..., V]` in float32, on the sources' device; those of tokens `kept` alone."""
@@ -120,7 +120,7 @@ class TrainingTarget(ABC):
 class FrozenTarget(TrainingTarget):
     """A target that is read and never trained. It may be quantised, sharded over devices or PEFT-wrapped.
 
-    Within [`frozen`] it is in eval mode and takes no gradients; behind it the model is as it was.
+    Within [`frozen`] it is in eval mode and takes no gradients; after it the model is as it was.
 
     Logits are computed in chunks from the last hidden state, where the target's own head gives the target's own logits
     from it (checked at the start); a target that scales or caps them has its full logits kept instead.
@@ -264,7 +264,7 @@ class FrozenTarget(TrainingTarget):
     ) -> torch.Tensor:
         """What the target's logits along drafted windows are computed from, `[B, M, K, H]`: entry j judges token j.
 
-        All windows `[B, M, K]` of a sequence, each behind its prefix `[B, M]`, go through one forward over the shared
+        All windows `[B, M, K]` of a sequence, each after its prefix `[B, M]`, go through one forward over the shared
         cache under a tree mask (several when they are more than `max_tokens` tokens).
         """
         count, window = draft_ids.shape[1:]
@@ -279,7 +279,7 @@ class FrozenTarget(TrainingTarget):
         return torch.cat([starts[:, :, None], torch.cat(along, dim=1)], dim=2)
 
     def _packed(self, encoding: TargetEncoding, prefixes: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Sources behind each of the windows' tokens `[B, M, L, H]`; the cache is left as it was."""
+        """Sources after each of the windows' tokens `[B, M, L, H]`; the cache is left as it was."""
         batch, count, length = tokens.shape
         device = tokens.device
         step = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -306,7 +306,7 @@ class FrozenTarget(TrainingTarget):
 
     @torch.no_grad()
     def greedy_window_log_probs(self, encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-        """log P of the target's own greedy window behind each prefix, summed over its tokens, `[B, N]` in nats.
+        """log P of the target's own greedy window after each prefix, summed over its tokens, `[B, N]` in nats.
 
         Takes `window` - 1 further forwards of N tokens for each sequence, all prefixes at once.
         """

@@ -395,7 +395,7 @@ class PPOWTrainer(Trainer):
             weights.setdefault("confidence", 1.0)
         drafts_windows = any(name in WINDOW_TERMS for name in weights)
         by_text = drafts_windows and self._verified_by_text(drafter, weights, inputs)
-        with_cache = drafts_windows and not by_text  # for the target to read the windows behind it
+        with_cache = drafts_windows and not by_text  # for the target to read the windows after it
         encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache, inputs["index"])
         batch = Batch(drafter, self.target, args, inputs, encoding, self.state.global_step)
         if drafts_windows:

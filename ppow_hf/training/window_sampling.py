@@ -28,7 +28,7 @@ def eligible_prefixes(loss_mask: torch.Tensor, first_prefix: int, window: int, c
 def window_priorities(divergence: torch.Tensor, window: int, attention_mask: torch.Tensor | None = None):
     """Mean of v over positions p .. p + W - 1 (as far as they exist), `[B, S]` from `divergence` v `[B, S]` [paper].
 
-    `divergence[:, p]` is v = C(P) * KL(P||Q) of the distribution behind prefix p, which is the window's first one.
+    `divergence[:, p]` is v = C(P) * KL(P||Q) of the distribution after prefix p, which is the window's first one.
     `attention_mask` `[B, S]` is 0 at padding, which does not count as existing.
     """
     length = divergence.shape[1]
@@ -69,7 +69,7 @@ def choose_prefixes(eligible: torch.Tensor, uniforms: torch.Tensor, count: int, 
 
 
 def text_windows(input_ids: torch.Tensor, prefixes: torch.Tensor, window: int) -> torch.Tensor:
-    """The text's own windows behind prefixes, `[B, M, K]`; what lies beyond the sequence repeats its last token."""
+    """The text's own windows after prefixes, `[B, M, K]`; what lies beyond the sequence repeats its last token."""
     places = prefixes[..., None] + 1 + torch.arange(window, device=prefixes.device)
     clamped = places.clamp_max(input_ids.shape[1] - 1)
     return input_ids.gather(1, clamped.flatten(1)).view(places.shape)

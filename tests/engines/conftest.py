@@ -26,7 +26,7 @@ def engine_python() -> str:
 
 @pytest.fixture(scope="session")
 def target():
-    """The embedded target in float32, which goes on behind an end-of-sequence token."""
+    """The embedded target in float32, which goes on after an end-of-sequence token."""
     target = copy.deepcopy(load_target("tiny", dtype="float32", device="cpu"))
     target.generation_config.eos_token_id = None
     return target
@@ -81,7 +81,7 @@ def standalone() -> PPOWDrafter:
 
 @pytest.fixture(scope="session")
 def medusa(target, eagle, prompts) -> PPOWDrafter:
-    """Medusa heads, trained here for half a minute on what the target writes behind some of the prompts."""
+    """Medusa heads, trained here for half a minute on what the target writes after some of the prompts."""
     torch.manual_seed(0)
     drafter = PPOWDrafter.from_target(target, "medusa", medusa_heads=WINDOW)
     outputs, _ = decode(target, eagle, prompts[:10], NEW_TOKENS)

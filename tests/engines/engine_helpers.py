@@ -111,7 +111,7 @@ def random_prompts() -> list[list[int]]:
 
 
 def trained_eagle(target, prompts, steps: int = 60, learning_rate: float = 3e-3, **options) -> PPOWDrafter:
-    """An eagle drafter trained for seconds on what the target writes behind these prompts, all of one length.
+    """An eagle drafter trained for seconds on what the target writes after these prompts, all of one length.
 
     With `draft_vocab_size`, its tokens are those of these texts first.
     """

@@ -5,7 +5,7 @@
 speculators' runs in the interpreter that PPOW_VLLM_PYTHON names (make_environment.sh). Both keep the same draft
 vocabulary, compute on one thread, in bfloat16 where this machine is faster so and else in float32, and have their
 learning rate fall over the budget. Then, or alone with --only compare, D/ours and D/speculators-imported draft along
-the same texts of the target, behind each --prompts.
+the same texts of the target, after each --prompts.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def build_model(args, vocabulary):
     set_seed(args.seed)
     tables = load_file(vocabulary)
     model = build_draft_model(args, Eagle3DraftModel, tables["t2d"], tables["d2t"], len(tables["d2t"]))
-    model.verifier_norm = torch.nn.Identity()  # the recorded last states are behind the norm
+    model.verifier_norm = torch.nn.Identity()  # the recorded last states are after the norm
     return model.float().train()
 
 

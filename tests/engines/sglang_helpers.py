@@ -124,7 +124,7 @@ def assert_same_trees(sglang: SglangRun, ours: OurRun, most_different: float, mo
 
 
 def transformers_drafts(model, context: list[int]) -> list[int]:
-    """What a causal language model says greedily behind a context: a window of draft tokens."""
+    """What a causal language model says greedily after a context: a window of draft tokens."""
     ids = torch.tensor([context])
     drafted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=WINDOW, do_sample=False)
     return drafted[0, len(context) :].tolist()

@@ -28,7 +28,7 @@ def block(target, eagle, prompts) -> PPOWDrafter:
 
 
 def trained_block(target, eagle, prompts, **heads) -> PPOWDrafter:
-    """Trained here for a minute, until it knows by heart what the target writes behind the first prompts."""
+    """Trained here for a minute, until it knows by heart what the target writes after the first prompts."""
     torch.manual_seed(0)
     drafter = PPOWDrafter.from_target(target, "block", block_size=WINDOW, num_hidden_layers=1, **heads)
     outputs, _ = decode(target, eagle, prompts[:LEARNED], NEW_TOKENS)
@@ -54,7 +54,7 @@ def trained_block(target, eagle, prompts, **heads) -> PPOWDrafter:
 
 @pytest.fixture(scope="module")
 def reduced_block(block, target, prompts) -> PPOWDrafter:
-    """The same with a head of its own for 1,000 tokens, and scales moved into the norms from behind them."""
+    """The same with a head of its own for 1,000 tokens, and scales moved into the norms from after them."""
     outputs, _ = decode(target, block, prompts[:LEARNED], NEW_TOKENS)
     counts = torch.bincount(torch.tensor(outputs).flatten(), minlength=block.config.vocab_size).float()
     counts[::5] += 0.5

@@ -3,7 +3,7 @@
 SGLang's scheduler, workers, loader, models and drafting are its own; its compiled CPU library, which no registry has,
 is stood in for (sglang_on_a_cpu). An export that lost something still gives the same text and accepts much, so the
 tokens are compared: in each round, SGLang's window beside the one that our decoding drafts from the same context with
-a fixed window of the same length. Ours runs on behind the last token, where it would draft shorter windows.
+a fixed window of the same length. Ours runs on after the last token, where it would draft shorter windows.
 """
 
 import json
@@ -97,7 +97,7 @@ def test_eagle_tree(python, exported, eagle, target, few_prompts, plain_outputs,
 def test_standalone(python, exported, standalone, few_prompts, plain_outputs, tmp_path):
     """SGLang leaves out the prompt's first token for the drafter, as an EAGLE drafter reads each token one later.
 
-    So its windows are compared with what transformers says from the export behind the context without that token.
+    So its windows are compared with what transformers says from the export after the context without that token.
     """
     folder = exported("standalone", standalone, "sglang")
     served = run_sglang(python, tmp_path, tiny.target_path(), few_prompts, speculative("STANDALONE", folder))

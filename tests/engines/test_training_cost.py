@@ -32,7 +32,7 @@ def our_sums(folder, drafter) -> torch.Tensor:
 def per_step(values: torch.Tensor) -> torch.Tensor:
     """Sums of one value for each token over the tokens of each unrolled step.
 
-    The first prefix has two tokens: one whose state is read, and one behind it.
+    The first prefix has two tokens: one whose state is read, and one after it.
     """
     return torch.stack([values[2 + step :].sum() for step in range(STEPS)])
 

@@ -67,7 +67,7 @@ class Speculators:
         config = Eagle3SpeculatorConfig.from_pretrained(folder / "speculators")
         config.transformer_layer_config._attn_implementation = ATTENTION
         self.model = Eagle3DraftModel.from_pretrained(folder / "speculators", config=config).float().train()
-        self.model.verifier_norm = torch.nn.Identity()  # the recorded last states are behind the norm
+        self.model.verifier_norm = torch.nn.Identity()  # the recorded last states are after the norm
         self.model.lm_head.weight.requires_grad_(head == "trained")
         self.loss_arguments, _ = self.model.get_trainer_kwargs(
             loss_fn="kl_div", loss_implementation="eager", ttt_steps=STEPS, ttt_step_loss_decay=1.0

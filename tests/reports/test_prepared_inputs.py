@@ -134,7 +134,7 @@ def test_an_image_with_positions_along_three_axes(family, settings):
     for output in both_paths(target, drafter, rows, settings):
         assert output[0, 3:].tolist() == expected[0].tolist()
         assert output[1].tolist() == other[0].tolist()
-    if settings is FIXED:  # trees take their places behind the image too
+    if settings is FIXED:  # trees take their places after the image too
         output = loop.generate(
             target, drafter, **first, do_sample=False, max_new_tokens=24, tree_nodes=6, tree_branches=2, **COSTS
         )
@@ -234,10 +234,10 @@ def test_a_text_that_crosses_a_longrope_border_is_refused():
         target,
         drafter,
         {"input_ids": ids},
-        r"max_new_tokens: the rotary embedding \(longrope\).*behind 16",
+        r"max_new_tokens: the rotary embedding \(longrope\).*after 16",
         max_new_tokens=24,
     )
-    for length, new in ((10, 7), (17, 24), (30, 24)):  # up to the border, and from behind it
+    for length, new in ((10, 7), (17, 24), (30, 24)):  # up to the border, and from after it
         prompts, ids, mask = ragged([length])
         expected = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new)
         for output in both_paths(

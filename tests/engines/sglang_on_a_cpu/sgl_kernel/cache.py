@@ -13,7 +13,7 @@ def _rows(*columns):
 
 
 def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, pool_len):
-    """Write each request's slots, one request behind the other in `out_cache_loc`, to its places start to end."""
+    """Write each request's slots, one request after the other in `out_cache_loc`, to its places start to end."""
     taken = 0
     for request, start, end in _rows(req_pool_indices, start_offset, end_offset):
         req_to_token[request, start:end] = out_cache_loc[taken : taken + end - start].to(req_to_token.dtype)
@@ -31,7 +31,7 @@ def assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, start_offset, e
 def assign_draft_cache_locs_contiguous_cpu(
     req_pool_indices, req_to_token, seq_lens, out_cache_loc, pool_len, topk, num_steps
 ):
-    """The slots of the `topk * num_steps` draft tokens behind each request's context."""
+    """The slots of the `topk * num_steps` draft tokens after each request's context."""
     ends = seq_lens + topk * num_steps
     assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, seq_lens, ends, out_cache_loc, pool_len)
 

@@ -65,7 +65,7 @@ def verify_tree_greedy_cpu(
     """Walk down each row's tree as long as a child is the target's choice.
 
     `accept_index` `[B, depth + 1]` gets the nodes walked, node 0 first, `accept_token_num` how many were draft tokens,
-    and `predicts` the target's choice behind each of them.
+    and `predicts` the target's choice after each of them.
     """
     flat_choices = target_predict.flatten()
     for row in range(len(candidates)):
@@ -94,7 +94,7 @@ def fill_bonus_tokens_cpu(accept_tokens, accept_lens, bonus_tokens, accept_strid
 
 
 def rotate_input_ids_cpu(input_ids, extend_start_loc, extend_seq_lens, topk_index, select_index):
-    """Shift each request's tokens left by one and put its new token behind them, or at `select_index`."""
+    """Shift each request's tokens left by one and put its new token after them, or at `select_index`."""
     for row, (start, length) in enumerate(zip(extend_start_loc.tolist(), extend_seq_lens.tolist(), strict=True)):
         if length:
             end = start + length
