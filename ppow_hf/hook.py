@@ -49,12 +49,13 @@ def needs_our_loop(target: Any, view: DrafterView, call: dict[str, Any]) -> bool
 def would_differ(call: dict[str, Any]) -> bool:
     """Whether the stock loop would not do as plain `generate`.
 
-    It asks a caller's own stopping criterion about drafts and rounds, not token by token, and where it samples it
-    returns as scores what is left of them after a rejected token.
+    It asks a caller's own stopping criterion about drafts and rounds, not token by token; where it samples it returns
+    as scores what is left of them after a rejected token; and it fails where the target's configuration has no cache.
     """
     config, criteria = call["generation_config"], call["stopping_criteria"]
     own_criteria = any(type(one).__module__ != StoppingCriteriaList.__module__ for one in criteria)
-    return own_criteria or bool(config.do_sample and config.return_dict_in_generate and config.output_scores)
+    returns_drawn = config.do_sample and config.return_dict_in_generate and config.output_scores
+    return own_criteria or returns_drawn or config.use_cache is False
 
 
 def our_loop_serves(target: Any, call: dict[str, Any]) -> bool:

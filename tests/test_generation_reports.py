@@ -257,16 +257,14 @@ def test_a_cache_that_leaves_nothing_to_read_is_refused(make_target, way, settin
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_generation_without_a_cache_is_refused(make_target, way):
+def test_a_call_without_a_cache_is_refused_and_a_target_whose_default_it_is_gets_one(make_target, way):
     target = copy.deepcopy(make_target("llama"))
     drafter, prompt = make_drafter(target, "eagle"), ragged([9])[0][0]
-    with pytest.raises(ValueError, match="use_cache: False given.*Pass use_cache=True"):
+    with pytest.raises(ValueError, match="use_cache: False given.*Leave it out"):
         write(target, prompt, use_cache=False, **given(drafter, way))
     target.config.use_cache = False
     target.generation_config = GenerationConfig.from_model_config(target.config)
-    with pytest.raises(ValueError, match="use_cache: False given.*Pass use_cache=True"):
-        write(target, prompt, **given(drafter, way))
-    write(target, prompt, use_cache=True, **given(drafter, way))
+    assert torch.equal(write(target, prompt, **given(drafter, way)), write(target, prompt))
 
 
 # -- settings of other assistants

@@ -238,10 +238,10 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
             f"assistant_model: speculative decoding works with greedy search and sampling, not with {mode.value}. "
             "Leave out the drafter, or the options that select that mode."
         )
-    if generation_config.use_cache is False:
+    if generation_config.use_cache is False and target.generation_config.use_cache is not False:  # MPT's own is False
         raise ValueError(
-            "use_cache: False given, perhaps by the target's generation_config.json or config.json, but speculative "
-            "decoding needs the cache. Pass use_cache=True, or generate without a drafter."
+            "use_cache: False given, but rejected draft tokens are taken back from the cache. Leave it out, or "
+            "generate without a drafter."
         )
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(
