@@ -191,7 +191,7 @@ def test_sampled_continuations_are_distributed_as_the_targets(small_vocab_target
     rounds = [r for trace in traces for r in trace.rounds]
     assert any(r.accepted > 0 for r in rounds)
     assert any(r.accepted < r.window for r in rounds)
-    assert any(r.accepted == r.window == max_window for r in rounds)
+    assert any(r.accepted == r.window >= 2 for r in rounds)
 
 
 @pytest.mark.slow
