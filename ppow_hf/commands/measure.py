@@ -31,8 +31,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "measure",
         help="measure acceptance per position and per workload for the card",
-        description="Decode prompts and write the acceptance per position, workload, window rule and temperature as "
-        "acceptance.json, which the card shows when it lies in the drafter's folder.",
+        description="Decode prompts and print the acceptance length by workload, window rule and temperature. --json "
+        "writes it by position too; as acceptance.json in the drafter's folder the card shows it.",
     )
     add_models(parser)
     parser.add_argument(
