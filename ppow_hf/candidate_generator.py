@@ -13,6 +13,7 @@ from transformers.generation import CandidateGenerator, LogitsProcessor
 
 from .runtime.acceptance import pending_token_scores
 from .runtime.configuration_ppow import call_settings
+from .runtime.cost_model import make_costs
 from .runtime.draft_session import UnreadTokens
 from .runtime.draft_window import (
     Window,
@@ -28,7 +29,7 @@ from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from .runtime.rows import MEMORYLESS, StopConditions, behind
 from .runtime.target_session import unread_prompt
 from .runtime.trace import GenerationTrace, RoundTrace
-from .runtime.windowing import make_costs, make_window_rule
+from .runtime.windowing import make_window_rule
 
 
 class KLAdaptiveCandidateGenerator(CandidateGenerator):

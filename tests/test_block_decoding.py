@@ -15,9 +15,11 @@ from ppow_hf import PPOWDrafter
 from ppow_hf.measure.calibration import calibrate
 from ppow_hf.measure.costs import measure_costs
 from ppow_hf.measure.window_study import draft_tables, replay
+from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
 from ppow_hf.runtime.draft_window import DrafterDistributions, Window, draft_windows, draw_tokens
+from ppow_hf.runtime.estimator import AcceptanceEstimator
 from ppow_hf.runtime.trace import RoundTrace
-from ppow_hf.runtime.windowing import AcceptanceEstimator, CostModel, FixedWindow, OnlineCosts, make_window_rule
+from ppow_hf.runtime.windowing import FixedWindow, make_window_rule
 
 LENGTHS = [7, 3, 11]
 NEW_TOKENS = 24

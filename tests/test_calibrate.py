@@ -10,7 +10,7 @@ import torch
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
-from ppow_hf.runtime.windowing import AcceptanceEstimator
+from ppow_hf.runtime.estimator import AcceptanceEstimator
 from ppow_hf.tiny import drafter_path
 
 SMALL = ["--fit-prompts", "3", "--num-prompts", "2", "--max-new-tokens", "32"]

@@ -9,8 +9,8 @@ import torch
 from ppow_hf import PPOWDrafter
 from ppow_hf.measure.calibration import calibrate, fit_estimator
 from ppow_hf.measure.evaluation import decode, repeated_ngrams, report
+from ppow_hf.runtime.estimator import AcceptanceEstimator
 from ppow_hf.runtime.trace import GenerationTrace, RoundTrace
-from ppow_hf.runtime.windowing import AcceptanceEstimator
 
 PROMPTS = [[5, 9, 2], [1, 2, 3, 4, 5, 6], [40, 41]]
 COSTS = {"cost_ratio": 0.1, "verification_cost": 0.02}

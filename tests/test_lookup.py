@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.runtime import acceptance, draft_window
 from ppow_hf.runtime import generation as loop
+from ppow_hf.runtime.cost_model import OnlineCosts
 from ppow_hf.runtime.draft_session import DraftSession
+from ppow_hf.runtime.estimator import AcceptanceEstimator
 from ppow_hf.runtime.lookup import (
     DIFFERENT,
     LONGEST_MATCH,
@@ -25,13 +27,7 @@ from ppow_hf.runtime.lookup import (
     ForetoldAcceptance,
     TextMemory,
 )
-from ppow_hf.runtime.windowing import (
-    AcceptanceEstimator,
-    KLAdaptiveWindow,
-    LookupWindow,
-    OnlineCosts,
-    make_window_rule,
-)
+from ppow_hf.runtime.windowing import KLAdaptiveWindow, LookupWindow, make_window_rule
 from ppow_hf.tiny import drafter_path, target_path
 
 COSTS = {"cost_ratio": 0.1, "verification_cost": 0.02}  # given, so that nothing here depends on the clock

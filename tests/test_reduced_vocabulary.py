@@ -13,9 +13,10 @@ from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.measure.evaluation import decode, report
 from ppow_hf.measure.window_study import draft_tables, replay
 from ppow_hf.runtime.acceptance import divergence_on_support, kl_divergence
+from ppow_hf.runtime.cost_model import OnlineCosts
 from ppow_hf.runtime.generation import divergences
 from ppow_hf.runtime.modeling_ppow import collect_target_states
-from ppow_hf.runtime.windowing import FixedWindow, KLAdaptiveWindow, OnlineCosts
+from ppow_hf.runtime.windowing import FixedWindow, KLAdaptiveWindow
 
 SHARES = [0.1, 0.5]
 COSTS = {"cost_ratio": 0.12, "verification_cost": 0.04}

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.runtime.windowing import FixedWindow, OnlineCosts
+from ppow_hf.runtime.cost_model import OnlineCosts
+from ppow_hf.runtime.windowing import FixedWindow
 from ppow_hf.serving.engine_bench import Comparison, EngineRow, format_rows, own_row
 from ppow_hf.serving.llamacpp_runner import llamacpp_python, run_llamacpp
 from ppow_hf.serving.sglang_job import counts

@@ -37,15 +37,10 @@ from ppow_hf.measure.window_study import (
     mixed_stream,
     replay,
 )
+from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
+from ppow_hf.runtime.estimator import AcceptanceEstimator
 from ppow_hf.runtime.modeling_ppow import collect_target_states
-from ppow_hf.runtime.windowing import (
-    AcceptanceEstimator,
-    CostModel,
-    FixedWindow,
-    HeuristicWindow,
-    OnlineCosts,
-    batch_pays,
-)
+from ppow_hf.runtime.windowing import FixedWindow, HeuristicWindow, batch_pays
 
 GIVEN = OnlineCosts(0.12, 0.04)
 

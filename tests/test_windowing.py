@@ -6,19 +6,16 @@ import random
 
 import pytest
 
+from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
 from ppow_hf.runtime.draft_window import Window, draft_windows
+from ppow_hf.runtime.estimator import MAX_KL, AcceptanceEstimator, decayed_kl
 from ppow_hf.runtime.lookup import NEW, ForetoldAcceptance, TextMemory
 from ppow_hf.runtime.trace import RoundTrace
 from ppow_hf.runtime.windowing import (
-    MAX_KL,
-    AcceptanceEstimator,
-    CostModel,
     FixedWindow,
     HeuristicWindow,
     KLAdaptiveWindow,
-    OnlineCosts,
     batch_pays,
-    decayed_kl,
     make_window_rule,
     start_windows,
 )

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import write_whole
 from ..data.models import (
     add_chat,
     add_models,
@@ -23,7 +24,7 @@ from .windows import read_prompts_to_fit, workload_prompts
 
 if TYPE_CHECKING:
     from ..measure.window_study import DraftTable
-    from ..runtime.windowing import CostModel
+    from ..runtime.cost_model import CostModel
 
 
 def register(subparsers: Any) -> None:
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..measure.calibration import calibrate
     from ..measure.window_report import calibration_curve, check_rounds
     from ..measure.window_study import draft_tables
-    from ..runtime.windowing import CostModel
+    from ..runtime.cost_model import CostModel
 
     fit_prompts, test_prompts = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]
     window = drafter.config.max_window
@@ -111,8 +112,6 @@ def describe_speed(
 
 def write_calibration(drafter_name: str, calibration: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """Save the drafter with this calibration in `folder`; its own folder gets a new configuration only."""
-    from ..studies.configuration import write_whole
-
     source = Path(resolve(drafter_name))
     if source.is_dir() and source.resolve() == folder.resolve():
         path = folder / "config.json"

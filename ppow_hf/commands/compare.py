@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import write_whole
 from ..data.models import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
 
 if TYPE_CHECKING:
@@ -91,7 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write_mean(folder: Path, compared: list[Path]) -> str:
     """Write mean.md, the mean gains over comparisons that are done, and return its text."""
-    from ..studies.configuration import write_whole
     from ..studies.mean import mean_report
 
     for one in compared:

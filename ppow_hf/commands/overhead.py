@@ -5,9 +5,9 @@ Knows arguments and messages; the clocks are in measure/overhead.py.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from ..data.files import write_whole
 from ..data.models import (
     add_chat,
     add_models,
@@ -77,5 +77,5 @@ def run(arguments: argparse.Namespace) -> int:
         f"{measured.acceptance_length:.2f}"
     )
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(measured.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(measured.to_dict(), indent=2) + "\n")
     return 0

@@ -135,7 +135,7 @@ def _train(
 ) -> "PPOWDrafter":
     """Prepare data, train a new drafter on it phase by phase, save it, and print what each phase gained."""
     from ..tiny.drafters import in_turn, save_drafter, train_stage
-    from ..training.trainer import draw_curves
+    from ..training.curves import draw_curves
 
     prepare = _embedded_phases if is_embedded(arguments.target) else _named_phases
     drafter, phases, eval_data = prepare(folder, target, tokenizer, files, arguments)

@@ -114,7 +114,7 @@ def study_windows(
     from ..measure.costs import measure_costs
     from ..measure.window_report import calibration_curve, describe_workload, live_check, study
     from ..measure.window_study import DEPTH, draft_tables
-    from ..runtime.windowing import CostModel
+    from ..runtime.cost_model import CostModel
 
     any_prompt = next(iter(prompts.values()))[0]
     measured = measure_costs(target, drafter, any_prompt, max_window=16)

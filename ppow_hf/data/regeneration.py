@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers import __version__ as transformers_version
 
 from ..runtime.target_weights import input_device
+from .files import write_whole
 from .sequences import SequenceDataset, extract_prompts
 
 logger = logging.getLogger(__name__)
@@ -468,19 +469,9 @@ def _save_cached(
     }
     tensors = {"token_ids": dataset._token_ids, "lengths": dataset._ends.diff()}
     try:
-        _write_whole(tensors_path, save_tensors(tensors))
-        _write_whole(tensors_path.with_suffix(".json"), json.dumps(metadata, indent=2).encode())
+        write_whole(tensors_path, save_tensors(tensors))
+        write_whole(tensors_path.with_suffix(".json"), json.dumps(metadata, indent=2))
     except OSError as error:  # a full disk is no reason to lose what the target wrote
         logger.warning("The regenerated sequences could not be kept at %s (%s).", tensors_path, error)
         return False
     return True
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part; two writers do not mix."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from .chats import chat_of, encode_chat
+from .files import write_whole
 from .rows import TEMPLATE_COLUMNS, read_rows
 from .sources import parse_source
 from .tokens import open_prompts
@@ -346,7 +347,7 @@ class TextFile:
                 f"--output: {str(path)!r} is there already, without {record.name}, so that it is not one of this "
                 "command. Pass another file."
             )
-        record.write_text(json.dumps({"settings": settings, **(facts or {})}, indent=1) + "\n", encoding="utf-8")
+        write_whole(record, json.dumps({"settings": settings, **(facts or {})}, indent=1) + "\n")
         self.rows, self.seen, self.done = 0, set[str](), set[str]()
         for row in _whole_lines(path):
             self.rows += 1

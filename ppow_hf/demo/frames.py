@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..runtime.windowing import CostModel, decayed_kl
+from ..runtime.cost_model import CostModel
+from ..runtime.estimator import decayed_kl
 from .running import FIXED_WINDOW, RunResult, RunRound
 
 NO_EVIDENCE_KL = 1.0  # what the window rules hold before the first verified token

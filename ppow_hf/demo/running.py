@@ -16,11 +16,12 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, St
 
 from ..runtime.acceptance import exact_dtype, greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
 from ..runtime.compatibility import common_context_length, target_width
+from ..runtime.cost_model import OnlineCosts
 from ..runtime.draft_session import cache_argument
 from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.trace import GenerationTrace, RoundTrace
-from ..runtime.windowing import FixedWindow, OnlineCosts
+from ..runtime.windowing import FixedWindow
 
 FIXED_WINDOW = 8
 

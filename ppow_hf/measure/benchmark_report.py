@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_whole
 from ..runtime.trace import GenerationTrace
 from .plots import save_figure
 
@@ -102,12 +103,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 def write_benchmark(result: dict[str, Any], path: str | Path) -> Path:
     """Write `result` as JSON to `path`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    staged.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    staged.replace(path)
-    return path
+    return write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def plot_windows(traces: Sequence[GenerationTrace], path: str | Path, max_rounds: int = 150) -> Path:

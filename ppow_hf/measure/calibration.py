@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ..runtime.cost_model import OnlineCosts
+from ..runtime.estimator import AcceptanceEstimator
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
-from ..runtime.windowing import AcceptanceEstimator, FixedWindow, OnlineCosts
+from ..runtime.windowing import FixedWindow
 from .costs import measure_costs
 from .evaluation import decode
 from .window_study import DraftTable, draft_tables, replay

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..data.files import write_whole
 from ..version import __version__
 from .redaction import redact_command, redact_record, redact_text
 
@@ -79,11 +80,9 @@ def describe(device: Any, command: str | None = None, **facts: Any) -> dict[str,
 
 def write_provenance(folder: Path | str, device: Any, command: str | None = None, **facts: Any) -> Path:
     """Write [`describe`] to the folder's `provenance.json`, which the card shows and a push takes along."""
-    path = Path(folder) / "provenance.json"
-    staged = path.with_name(path.name + ".part")
-    staged.write_text(json.dumps(describe(device, command, **facts), indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)
-    return path
+    return write_whole(
+        Path(folder) / "provenance.json", json.dumps(describe(device, command, **facts), indent=1) + "\n"
+    )
 
 
 def public_name(name: str | None) -> str | None:

@@ -8,17 +8,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from ..runtime.cost_model import CostModel, OnlineCosts
+from ..runtime.estimator import AcceptanceEstimator
 from ..runtime.trace import GenerationTrace
-from ..runtime.windowing import (
-    AcceptanceEstimator,
-    CostModel,
-    FixedWindow,
-    HeuristicWindow,
-    KLAdaptiveWindow,
-    OnlineCosts,
-    WindowRule,
-    make_window_rule,
-)
+from ..runtime.windowing import FixedWindow, HeuristicWindow, KLAdaptiveWindow, WindowRule, make_window_rule
 from .calibration import fit_on_tables, without_look_up
 from .evaluation import decode, repeated_ngrams
 from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, clairvoyant, mixed_stream, replay

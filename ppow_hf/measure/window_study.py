@@ -15,11 +15,13 @@ import torch
 
 from ..data.regeneration import complete_batch, plain_distribution
 from ..runtime.acceptance import divergence_on_support, likeliest_tokens
+from ..runtime.cost_model import CostModel, OnlineCosts
 from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
+from ..runtime.estimator import MAX_KL
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace, RoundTrace
-from ..runtime.windowing import MAX_KL, CostModel, FixedWindow, KLAdaptiveWindow, OnlineCosts, WindowRule
+from ..runtime.windowing import FixedWindow, KLAdaptiveWindow, WindowRule
 
 DEPTH = 16
 PREFIXES_AT_ONCE = 256

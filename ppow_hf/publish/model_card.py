@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import write_whole
 from ..data.weights import safetensors_header
 from ..measure.provenance import is_hub_name, public_name
 from ..measure.redaction import redact_record
@@ -108,12 +109,7 @@ def drafter_card(
 
 def write_drafter_card(folder: str | Path, repository: str | None = None, **facts: Any) -> Path:
     """Write [`drafter_card`] to the folder's `README.md`, whole or not at all."""
-    path = Path(folder) / "README.md"
-    text = str(drafter_card(folder, repository, **facts))
-    staged = path.with_name("README.md.part")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-    return path
+    return write_whole(Path(folder) / "README.md", str(drafter_card(folder, repository, **facts)))
 
 
 def eval_results(acceptance: Sequence[dict[str, Any]], target: str | None) -> "list[EvalResult]":

@@ -13,9 +13,10 @@ import torch
 
 from .acceptance import draw_tokens as draw_without_wait
 from .acceptance import likeliest_tokens
+from .cost_model import OnlineCosts
 from .draft_session import DraftSession, UnreadTokens, now, to_device
 from .trace import GenerationTrace, RoundTrace
-from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule, batch_pays
+from .windowing import KLAdaptiveWindow, WindowRule, batch_pays
 
 
 class Distributions(Protocol):

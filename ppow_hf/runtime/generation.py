@@ -23,6 +23,7 @@ from .compatibility import (
     target_width,
 )
 from .configuration_ppow import call_settings, check_settings, warn_of_other_target
+from .cost_model import make_costs
 from .draft_session import UnreadTokens, now, to_device
 from .draft_window import (
     Window,
@@ -34,20 +35,12 @@ from .draft_window import (
     record_costs,
     with_looked_up_scores,
 )
+from .estimator import MAX_KL
 from .rows import Endings, Row, ScoreProcessing, visible_tokens
 from .target_session import COMPACT_AT, TargetSession
 from .trace import GenerationTrace, RoundTrace
 from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, greedy_path, grow_trees, lay_out, sampled_paths
-from .windowing import (
-    MAX_KL,
-    KLAdaptiveWindow,
-    WindowRule,
-    make_adaptive_rule,
-    make_costs,
-    make_window_rule,
-    start_windows,
-    text_limit,
-)
+from .windowing import KLAdaptiveWindow, WindowRule, make_adaptive_rule, make_window_rule, start_windows, text_limit
 
 TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
 

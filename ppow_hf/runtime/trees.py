@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from .acceptance import entropy, exact_dtype, greedy_accepted_path, rejection_sample_distinct_trees
+from .cost_model import OnlineCosts
 from .draft_session import to_device
-from .windowing import KLAdaptiveWindow, OnlineCosts, WindowRule
+from .windowing import KLAdaptiveWindow, WindowRule
 
 CONTEXT = -1  # the parent of nodes that follow the context
 NO_NODE = -2  # in a batch, the parent of what fills up rows with fewer nodes

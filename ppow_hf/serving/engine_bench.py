@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import write_whole
 from . import llamacpp_runner, sglang_runner, vllm_runner
 from .engine_process import EngineRun
 from .llamacpp_runner import llamacpp_python, run_llamacpp
@@ -235,7 +236,7 @@ def write(path: Path, comparison: Comparison, rows: Sequence[EngineRow], version
         "rows": [asdict(row) | {"acceptance_length": row.acceptance_length} for row in rows],
         "provenance": describe(comparison.target.device, command),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def compare(comparison: Comparison) -> tuple[list[EngineRow], str]:

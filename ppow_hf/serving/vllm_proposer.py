@@ -27,11 +27,12 @@ import numpy
 import torch
 from torch import nn
 
+from ..runtime.cost_model import OnlineCosts, make_costs
 from ..runtime.draft_session import DraftSession
 from ..runtime.draft_window import DrafterDistributions, Window, draft_windows
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.trace import RoundTrace
-from ..runtime.windowing import OnlineCosts, WindowRule, make_costs, make_window_rule, start_windows
+from ..runtime.windowing import WindowRule, make_window_rule, start_windows
 
 COMPACT_AT = 0.25  # share of the cache's columns that no request needs any more
 

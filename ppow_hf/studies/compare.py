@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainerCallback, set_seed
 
+from ..data.files import write_whole
 from ..data.sequences import SequenceDataset
 from ..measure.costs import bfloat16_pays
 from ..measure.provenance import describe, public_name, shortened
@@ -36,7 +37,6 @@ from .configuration import (
     named,
     read_results,
     run_arguments,
-    write_whole,
 )
 from .evaluation import EvaluationTexts, chain_names, evaluate_drafter, longest_window, mean_gain, target_entropy
 from .report import write_report
@@ -164,7 +164,7 @@ def claim_folder(config: CompareConfig, folder: Path) -> None:
                 f"({', '.join(changed)}). Pass another folder, or the configuration it was begun with."
             )
         mine["recipes"] = {**before["recipes"], **mine["recipes"]}
-    path.write_text(json.dumps(mine, indent=1) + "\n")
+    write_whole(path, json.dumps(mine, indent=1) + "\n")
 
 
 class Comparison:

@@ -463,10 +463,3 @@ def append_result(path: Path, line: dict[str, Any]) -> None:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
             text = b"\n" + text
         file.write(text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` so that an interruption leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

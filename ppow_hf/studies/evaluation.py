@@ -23,10 +23,12 @@ from ..measure.calibration import fit_estimator
 from ..measure.evaluation import decode, repeated_ngrams
 from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
+from ..runtime.cost_model import CostModel, OnlineCosts
+from ..runtime.estimator import AcceptanceEstimator
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
-from ..runtime.windowing import AcceptanceEstimator, CostModel, FixedWindow, OnlineCosts, make_window_rule
+from ..runtime.windowing import FixedWindow, make_window_rule
 
 Pairs = list[tuple[float, float]]
 LONGEST_WINDOW = 10

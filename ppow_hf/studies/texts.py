@@ -9,11 +9,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_whole
 from ..data.regeneration import regenerate
 from ..data.rows import read_rows
 from ..data.sequences import SequenceDataset, all_positions, extract_prompts
 from ..tiny.corpus import excerpts, standard_library
-from .configuration import CompareConfig, write_whole
+from .configuration import CompareConfig
 from .evaluation import EvaluationTexts, SampledText, write_texts
 
 SPLITS = ("validation", "test")

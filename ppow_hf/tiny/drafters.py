@@ -229,7 +229,7 @@ def load_start(folder: str | Path) -> tuple[PPOWDrafter, list[dict]]:
 
 def write_log(log: list[dict], folder: Path, title: str) -> None:
     """Write training_log.json, one row a line, and draw it as training.png."""
-    from ..training.trainer import draw_curves
+    from ..training.curves import draw_curves
 
     rows = ",\n".join(json.dumps(row) for row in provenance.shortened(log))
     (folder / "training_log.json").write_text(f"[\n{rows}\n]\n")

@@ -131,6 +131,19 @@ def _evaluated(source: Any, tokenizer: Any, args: PPOWTrainingArguments, argumen
     return prepare_sequences(rows, tokenizer, args.max_length, packing=args.packing, argument=argument)
 
 
+def held_out_prompts(data: SequenceDataset, count: int, prompt_length: int) -> list[list[int]]:
+    """The first `count` prompts: what stands before the first learned token, or the `prompt_length` first tokens."""
+    prompts = []
+    for index in range(min(count, len(data))):
+        item = data[index]
+        learned = item["loss_mask"].nonzero()[:, 0]
+        start = int(learned[0]) if len(learned) else len(item["input_ids"])
+        if len(learned) and start <= 1:
+            start = max(min(prompt_length, len(item["input_ids"]) - 1), 1)
+        prompts.append(item["input_ids"][:start].tolist())
+    return prompts
+
+
 def _checked(sequences: SequenceDataset, argument: str) -> SequenceDataset:
     if len(sequences) == 0:
         raise ValueError(f"{argument}: it holds no sequences. Pass data.")

@@ -7,7 +7,6 @@ shard appears whole or not at all. Knows files and the target's forward; knows n
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.files import write_whole
 from ..data.regeneration import is_split, target_identity
 from ..data.sequences import SequenceDataset
 from ..data.weights import brief
@@ -164,8 +164,8 @@ class Recording:
         self.tokenizer.save_pretrained(folder)
         config = self.target.model.config.to_dict()
         config.pop("quantization_config", None)  # the head and the embeddings are kept as plain numbers
-        write_whole(folder / CONFIG, (json.dumps(config, indent=1, default=str) + "\n").encode())
-        write_whole(folder / MANIFEST, (json.dumps(self.manifest, indent=1) + "\n").encode())
+        write_whole(folder / CONFIG, json.dumps(config, indent=1, default=str) + "\n")
+        write_whole(folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
 
     def record(self, folder: Path, missing: list[int], progress: Callable[[int], None]) -> int:
         """Record the `missing` shards that no other process has taken; `progress` is told tokens. Returns tokens.
@@ -321,10 +321,3 @@ def claimed(path: Path) -> Iterator[Any]:
             return
         file.truncate(0)
         yield file
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Other processes see the old file or the new one, never a part."""
-    staged = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    staged.write_bytes(content)
-    os.replace(staged, path)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_whole
 from ..measure.provenance import public_name, write_provenance
 from ..measure.redaction import redact_record
 
@@ -33,9 +34,7 @@ def write_records(trainer: Any, folder: str | Path) -> None:
         ("training_arguments.json", arguments_as_json(args)),
         ("training_log.json", log),
     ):
-        staged = folder / f"{name}.part"
-        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        staged.replace(folder / name)
+        write_whole(folder / name, json.dumps(content, indent=1) + "\n")
 
 
 def arguments_as_json(args: Any) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..data.regeneration import is_split
@@ -127,6 +127,28 @@ def _check_same(checkpoint: str | Path, stored: dict[str, Any], given: dict[str,
             f"resume_from_checkpoint: {str(checkpoint)!r} was trained otherwise: {'; '.join(different)}. Give what it "
             "was trained with, or start in another output_dir."
         )
+
+
+def stopped_early(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether the patience of an [`EarlyStoppingCallback`] was at its end when `state` was saved."""
+    saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, [])
+    own = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
+    return any(
+        then["attributes"]["early_stopping_patience_counter"] >= now.early_stopping_patience
+        for then, now in zip(saved if isinstance(saved, list) else [saved], own, strict=False)
+    )
+
+
+def best_checkpoint(state: TrainerState, last: str, args: TrainingArguments) -> str:
+    """The best checkpoint where `load_best_model_at_end` asks for it, also in a folder that was moved; else `last`."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return last
+    best = Path(state.best_model_checkpoint)
+    for folder in (best, Path(last).parent / best.name):
+        if folder.is_dir():
+            return str(folder)
+    logger.warning(f"load_best_model_at_end: the best checkpoint {str(best)!r} is gone; {last!r} is loaded.")
+    return last
 
 
 def is_saved(output_dir: str | Path, step: int) -> bool:

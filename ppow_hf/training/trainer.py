@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -36,7 +37,7 @@ from ..data.sequences import SequenceDataset, collate_sequences, padded_to
 from ..measure.calibration import calibrate
 from ..measure.costs import measure_costs
 from ..measure.evaluation import decode, evaluation_metrics, report
-from ..measure.plots import plot_curves
+from ..publish.hub import PushError, push_folder
 from ..runtime.configuration_ppow import PPOWDrafterConfig, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
@@ -64,17 +65,28 @@ from .checks import (
     is_placed,
     use_one_device,
 )
+from .curves import CurvesCallback
 from .losses import Batch, text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
-from .preparation import evaluation_sequences, training_sequences
+from .preparation import evaluation_sequences, held_out_prompts, training_sequences
 from .recorded_states import RecordedTarget, StateRecord, open_record
 from .records import check_hub_strategy, write_records
 from .rollout import Rollout, collect_rollout, text_judges
-from .run_folder import check_same_drafter, check_same_run, is_saved, lock_folder, run_record
+from .run_folder import (
+    best_checkpoint,
+    check_same_drafter,
+    check_same_run,
+    is_saved,
+    lock_folder,
+    run_record,
+    stopped_early,
+)
 from .target import FrozenTarget, TrainingTarget
 
 logger = logging.get_logger(__name__)
+
+CALIBRATION_PROMPTS = 8  # held out, of several datasets in turn
 
 
 def by_name(data: Any) -> dict[str, SequenceDataset]:
@@ -299,9 +311,10 @@ class PPOWTrainer(Trainer):
 
     def _calibrate(self, drafter: PPOWDrafter) -> None:
         drafter.config.max_window = self.args.max_window
-        prompts = self._calibration_prompts(8)
+        parts = [self._eval_prompts(data) for data in by_name(self.eval_dataset).values()]
+        in_turn = [prompt for row in itertools.zip_longest(*parts) for prompt in row if prompt is not None]
         drafter.config.calibration = calibrate(
-            self.target_model, drafter, prompts, self.args.eval_new_tokens, seed=self.args.seed
+            self.target_model, drafter, in_turn[:CALIBRATION_PROMPTS], self.args.eval_new_tokens, seed=self.args.seed
         )
 
     def _end_of_run(self, checkpoint: str | bool) -> TrainOutput | None:
@@ -309,12 +322,12 @@ class PPOWTrainer(Trainer):
         state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
         by_epochs = self.args.max_steps <= 0
         left = state.epoch < self.args.num_train_epochs if by_epochs else state.global_step < self.args.max_steps
-        if left and not self._stopped_early(state):
+        if left and not stopped_early(state, self.callback_handler.callbacks):
             return None
         self.state = state
         self.already_finished = is_saved(self.args.output_dir, state.global_step)
         found = PPOWDrafter.from_pretrained(
-            self.args.output_dir if self.already_finished else self._best_checkpoint(state, str(checkpoint))
+            self.args.output_dir if self.already_finished else best_checkpoint(state, str(checkpoint), self.args)
         )
         drafter = self.accelerator.unwrap_model(self.model)
         drafter.load_state_dict(found.state_dict())
@@ -327,26 +340,6 @@ class PPOWTrainer(Trainer):
             )
         losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
         return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
-
-    def _stopped_early(self, state: TrainerState) -> bool:
-        """Whether the patience of an [`EarlyStoppingCallback`] was at its end when `state` was saved."""
-        saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, [])
-        own = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
-        return any(
-            then["attributes"]["early_stopping_patience_counter"] >= now.early_stopping_patience
-            for then, now in zip(saved if isinstance(saved, list) else [saved], own, strict=False)
-        )
-
-    def _best_checkpoint(self, state: TrainerState, checkpoint: str) -> str:
-        """The best checkpoint where it is asked for, also in a folder that was moved; else `checkpoint`, the last."""
-        if not self.args.load_best_model_at_end or state.best_model_checkpoint is None:
-            return checkpoint
-        best = Path(state.best_model_checkpoint)
-        for folder in (best, Path(checkpoint).parent / best.name):
-            if folder.is_dir():
-                return str(folder)
-        logger.warning(f"load_best_model_at_end: the best checkpoint {str(best)!r} is gone; {checkpoint!r} is loaded.")
-        return checkpoint
 
     def _measure_cost_ratio(self) -> None:
         """gamma, measured on the main process unless given or resumed, and the same on all.
@@ -483,18 +476,8 @@ class PPOWTrainer(Trainer):
     # -- evaluation
 
     def _eval_prompts(self, data: SequenceDataset) -> list[list[int]]:
-        """Held-out prompts: what stands before the first learned token, or the beginning of a text."""
-        prompts = []
-        for index in range(len(data)):
-            item = data[index]
-            learned = item["loss_mask"].nonzero()[:, 0]
-            start = int(learned[0]) if len(learned) else len(item["input_ids"])
-            if len(learned) and start <= 1:
-                start = max(min(self.args.eval_prompt_length, len(item["input_ids"]) - 1), 1)
-            prompts.append(item["input_ids"][:start].tolist())
-            if len(prompts) == (EVAL_PROMPTS if self.eval_prompts is None else self.eval_prompts):
-                break
-        return prompts
+        count = EVAL_PROMPTS if self.eval_prompts is None else self.eval_prompts
+        return held_out_prompts(data, count, self.args.eval_prompt_length)
 
     def _choose_eval_prompts(self, parts: dict[str, SequenceDataset]) -> None:
         """As many whole batches as decode within a tenth of the time that the training took so far, at least one.
@@ -531,12 +514,6 @@ class PPOWTrainer(Trainer):
             )
 
         return self._with_whole_drafter(decoded)
-
-    def _calibration_prompts(self, count: int) -> list[list[int]]:
-        """The first `count` held-out prompts, of several datasets in turn."""
-        parts = [self._eval_prompts(data) for data in by_name(self.eval_dataset).values()]
-        in_turn = [prompt for row in itertools.zip_longest(*parts) for prompt in row if prompt is not None]
-        return in_turn[:count]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Acceptance by real decoding of held-out prompts, with the code that `generate` runs; windows of max_window.
@@ -620,44 +597,24 @@ class PPOWTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        return self._push(
-            self.args.output_dir,
-            blocking,
-            commit_message=commit_message or "End of training",
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            private=self.args.hub_private_repo if private is None else private,
-            **options,
-        )
+        options |= {"token": token, "revision": revision, "private": private}
+        return self._push(self.args.output_dir, commit_message or "End of training", blocking, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the drafter of a checkpoint; a push that fails is logged and does not end the training."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        self._push(
-            checkpoint_folder,
-            blocking=True,  # the folder is moved to its place next
-            failing=False,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            private=self.args.hub_private_repo,
-        )
-
-    def _push(self, folder: str, blocking: bool, failing: bool = True, **options):
-        from huggingface_hub import HfApi
-
-        from ..publish.hub import PushError, push_folder
-
-        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:
-            if blocking:
-                return push_folder(folder, name, **options)
-            return HfApi().run_as_future(push_folder, folder, name, **options)
+            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
         except PushError as error:
-            if failing:
-                raise
             logger.warning(str(error))
+
+    def _push(self, folder: str, commit_message: str, blocking: bool = True, **options):
+        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        args, given = self.args, {option: value for option, value in options.items() if value is not None}
+        ours = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
+        push = push_folder if blocking else partial(HfApi().run_as_future, push_folder)
+        return push(folder, name, commit_message=commit_message, **ours | given)
 
     # -- checkpoints
 
@@ -692,42 +649,3 @@ class PPOWTrainer(Trainer):
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
-
-
-class CurvesCallback(TrainerCallback):
-    """Draws `training.png` beside the checkpoints at every save and at the end."""
-
-    def on_save(self, args, state, control, **kwargs):
-        self._draw(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._draw(args, state)
-
-    @staticmethod
-    def _draw(args, state) -> None:
-        if state.is_world_process_zero:
-            path = Path(args.output_dir) / "training.png"
-            draw_curves(state.log_history, path, title=f"objective: {args.objective}")
-
-
-def draw_curves(log_history: list[dict], path: Path, title: str = "") -> Path | None:
-    """Loss, reward, KL and acceptance length of a run's log, as far as it has them."""
-
-    def points(name):
-        return [(row["step"], row[name]) for row in log_history if name in row]
-
-    panels = [
-        {"loss": points("loss")},
-        {name: points(name) for name in ("reward/mean", "reward/speedup", "reward/proximity") if points(name)},
-        {name: points(name) for name in ("kl", "text_kl", "entropy") if points(name)},
-        {
-            label: points(name)
-            for label, name in (
-                ("rollouts: k + 1", "accepted_length"),
-                ("held-out greedy decoding: k + 1", "eval_acceptance_length"),
-            )
-            if points(name)
-        },
-    ]
-    panels = [panel for panel in panels if any(panel.values())]
-    return plot_curves(*panels, path, title=title) if panels else None
