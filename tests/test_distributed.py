@@ -181,7 +181,7 @@ end_processes()
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("objective", ["supervised", "tv", "ppow"])
+@pytest.mark.parametrize("objective", [pytest.param("supervised", marks=pytest.mark.slow), "ppow"])
 def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective, processes):
     run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle", "eval_new_tokens": 6}
     for count in (1, processes):
@@ -221,6 +221,7 @@ def test_a_tensor_parallel_target_trains_evaluates_and_records_as_a_whole_one(ma
         assert greedy[0] == greedy[1] > 0
 
 
+@pytest.mark.slow
 def test_a_tensor_parallel_target_is_recorded_as_a_whole_one(make_target, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(tmp_path / "target")

@@ -606,9 +606,7 @@ def test_calls_at_once_keep_their_own_traces(target):
 # -- the window settings
 
 
-@pytest.mark.lowest
-@both_architectures
-@pytest.mark.parametrize("std", [0.02, 0.5])
+@pytest.mark.parametrize(("architecture", "std"), [("eagle", 0.02), ("standalone", 0.5)])
 def test_adaptive_window_hardly_drafts_with_a_drafter_that_knows_nothing(target, architecture, std):
     view = random_drafter(target, architecture, std).with_settings(window="kl", **COSTS)
     steps = forwards = 0

@@ -306,7 +306,7 @@ def test_text_ends_where_it_should_inside_tokens_from_the_text(stop):
 
 PROMPT = torch.tensor([[1, 4, 2, 5, 1, 4, 2, 5, 1, 4]])
 LENGTH, NEW_TOKENS, EOS = 4, 5, 3
-RUNS, ALPHA = 3000, 1e-4
+RUNS, ALPHA = {True: 3000, False: 1000}, 1e-4  # in our own loop, and with `assistant_model`
 SAMPLED = {"lookup": True, "max_window": 3, "cost_ratio": 0.05, "verification_cost": 0.01}
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW_TOKENS}
 
@@ -331,7 +331,8 @@ def until_eos(tokens: list[int]) -> tuple[int, ...]:
     return tuple(tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens)
 
 
-def p_value(target, drafter, own_loop: bool, runs: int = RUNS, traces: list | None = None) -> float:
+def p_value(target, drafter, own_loop: bool, traces: list | None = None) -> float:
+    runs = RUNS[own_loop]
     counts: Counter = Counter()
     torch.manual_seed(0)
     options = SAMPLING | {"eos_token_id": EOS, "pad_token_id": 0}
@@ -353,7 +354,7 @@ def test_sampled_continuations_are_distributed_as_the_targets(small_vocab_target
     drafter = noisy_copy(small_vocab_target, 0.4)
     assert p_value(small_vocab_target, drafter, own_loop, traces=traces) > ALPHA
     accepted, rejected = looked_up(traces)
-    assert accepted > RUNS / 10 and rejected > RUNS / 10
+    assert min(accepted, rejected) > RUNS[own_loop] / 10
     rounds = [r for trace in traces for r in trace.rounds]
     assert any(0 < r.looked_up < r.window for r in rounds)  # after the drafter's own
     assert any(0 < r.looked_up == r.window for r in rounds)  # in its place
@@ -363,7 +364,7 @@ def test_keeping_tokens_from_the_text_as_if_drawn_evenly_fails_the_check(small_v
     even = lambda tokens, width, device: torch.zeros(len(tokens), width)  # noqa: E731
     monkeypatch.setattr(draft_window, "one_hot_scores", even)
     assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop=True) < ALPHA
-    assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop=False, runs=1000) < ALPHA
+    assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop=False) < ALPHA
 
 
 def test_drawing_from_the_target_without_removing_a_rejected_token_fails_the_check(small_vocab_target, monkeypatch):

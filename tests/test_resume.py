@@ -105,7 +105,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 # `last` is in the middle of the second epoch, where the order of the data is hardest to find again.
-@pytest.mark.parametrize(("objective", "last"), [("supervised", 4), ("ppow", 6)])
+@pytest.mark.parametrize(("objective", "last"), [pytest.param("supervised", 4, marks=pytest.mark.slow), ("ppow", 6)])
 def test_a_run_killed_between_and_during_saves_resumes_to_the_same_losses(tmp_path, uninterrupted, objective, last):
     whole, killed = uninterrupted / objective, tmp_path
     settings = RUNS[objective] | {"output_dir": str(killed)}
