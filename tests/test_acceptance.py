@@ -237,6 +237,13 @@ def test_sample_from_uniform_never_returns_an_impossible_token(dtype: torch.dtyp
     assert sample_from_uniform(probs, torch.zeros(3)).tolist() == [50] * 3
 
 
+def test_sample_from_uniform_draws_several_tokens_of_a_row():
+    probs, uniforms = random_probs(2, 3, 50, seed=23), torch.rand(2, 3, 7, generator=generator(24))
+    probs[..., ::3] = 0
+    found = sample_from_uniform(probs, uniforms)
+    assert all(torch.equal(found[..., c], sample_from_uniform(probs, uniforms[..., c])) for c in range(7))
+
+
 def test_sample_from_uniform_of_certain_distributions():
     for uniform in (0.0, 0.5, LARGEST_FLOAT32_BELOW_ONE):
         assert sample_from_uniform(torch.eye(5), torch.full((5,), uniform)).tolist() == list(range(5))

@@ -27,7 +27,7 @@ from ppow_hf.training.rewards import (
     speedup_reward,
     throughput_reward,
 )
-from ppow_hf.training.window_sampling import choose_prefixes, eligible_prefixes, window_priorities
+from ppow_hf.training.window_sampling import choose_prefixes, eligible_prefixes, window_priorities, within_windows
 
 INFINITE = float("inf")
 
@@ -353,6 +353,13 @@ def test_window_priorities_equal_a_loop_and_ignore_padding(window):
             part = values[prefix : prefix + window]
             assert found[row, prefix].item() == pytest.approx(sum(part) / len(part), rel=1e-5)
     torch.testing.assert_close(window_priorities(divergence[:1], window), found[:1])
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_positions_within_windows_equal_a_loop(window):
+    eligible = torch.rand(4, 10, generator=torch.Generator().manual_seed(0)) < 0.2
+    for row, found in zip(eligible.tolist(), within_windows(eligible, window).tolist(), strict=True):
+        assert found == [any(row[max(place - window + 1, 0) : place + 1]) for place in range(10)]
 
 
 def test_window_priorities_stay_exact_behind_large_divergences():

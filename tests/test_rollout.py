@@ -22,7 +22,12 @@ from slow_training import (
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from ppow_hf.data.sequences import SequenceDataset
-from ppow_hf.training.rollout import keyed_uniforms
+from ppow_hf.training.rollout import (
+    collect_rollout,
+    divergence_of_prefixes,
+    features_along_blocks,
+    keyed_uniforms,
+)
 from ppow_hf.training.target import FrozenTarget
 
 # The frozen target
@@ -219,6 +224,61 @@ def test_rollouts_with_windows_of_one_token(make_trainer):
         trainer = make_trainer(architecture, max_window=1)
         inputs = batch_of(trainer.train_dataset)
         check_rollout_slowly(trainer, inputs, rollout_of(trainer, inputs))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dspark"])
+def test_divergences_of_prefixes_equal_slow_ones(make_trainer, architecture):
+    """After a block drafter's prefix that of the block around it: blocks follow each other along the text."""
+    trainer = make_trainer(architecture)
+    drafter, inputs = trainer.model.eval(), batch_of(trainer.train_dataset)
+    encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    features, cache = drafter.prefix_features(inputs["input_ids"], encoding.states)
+    first, size = drafter.draft_model.first_prefix, getattr(drafter.draft_model, "block_size", 1)
+    if architecture == "dspark":
+        features = features_along_blocks(drafter, features, cache, inputs["input_ids"])
+    wanted = inputs["attention_mask"].bool() & (torch.arange(max(LENGTHS)) % 4 > 0)
+    wanted[:, :first] = False
+    found = divergence_of_prefixes(drafter, trainer.target, features, encoding, wanted, chunk_size=7)
+    assert not found[~wanted].any()
+    for row, place in wanted.nonzero().tolist():
+        ids, start = inputs["input_ids"][row].tolist(), place - (place - first) % size
+        window = [*ids[start + 1 : place + 1], 0]
+        target_logits = target_logits_along(trainer.target_model, ids, place, [0])[0]
+        draft = draft_logits_along(drafter, trainer.target_model, ids, start, window)[-1].log_softmax(-1)
+        p, log_p = target_logits.softmax(-1), target_logits.log_softmax(-1)
+        certainty = 1 + (p * log_p).sum() / math.log(len(p))
+        assert found[row, place].item() == pytest.approx((certainty * (p * (log_p - draft)).sum()).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dspark"])
+def test_windows_that_the_text_verifies_are_drawn_along_it_once(make_trainer, make_target, architecture):
+    """A window of a group is drawn from its own numbers: what is kept, and the token after that, as if drawn alone."""
+    model = make_target("llama", initializer_range=0.3)
+    prompts = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(5))
+    texts = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=14, do_sample=False)
+    written = [[False] * 4 + [True] * 14] * 2
+    data = SequenceDataset(texts.tolist(), written, written)
+    trainer = make_trainer(
+        architecture, dataset=data, num_rollouts=64, rollout_temperature=8.0, per_device_train_batch_size=2
+    )
+    drafter, args, inputs = trainer.model.eval(), trainer.args, batch_of(trainer.train_dataset)
+    encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
+    rollout = collect_rollout(drafter, trainer.target, encoding, inputs, args, step=0, cost_ratio=0.1, adaptive=False,
+                              by_text=True)  # fmt: skip
+    assert rollout.paths.shape == (2, 2, WINDOW) and rollout.draft_ids.shape == (2, 128, WINDOW)
+    draws = keyed_uniforms(args.seed, 0, inputs["index"], (128, WINDOW), "draft")
+    for row, ids in enumerate(texts.tolist()):
+        for m, prefix in enumerate(rollout.prefixes[row].tolist()):
+            if m % 64 == 0:
+                window = ids[prefix + 1 : prefix + 1 + WINDOW]
+                logits = draft_logits_along(drafter, model, ids, prefix, window)
+                probs = (logits / args.rollout_temperature).softmax(-1)
+            drawn = [int((probs[j].double().cumsum(0) > draws[row, m, j]).nonzero()[0]) for j in range(WINDOW)]
+            kept = next((j for j in range(WINDOW) if drawn[j] != window[j]), WINDOW)
+            assert rollout.accepted[row, m] == kept
+            assert rollout.draft_ids[row, m].tolist()[: kept + 1] == drawn[: kept + 1]
+            assert not rollout.draft_ids[row, m, kept + 1 :].any()
+    assert rollout.accepted.unique().numel() > 1
 
 
 def test_greedy_windows_are_read_off_the_text_where_the_target_wrote_it(make_trainer, make_target):

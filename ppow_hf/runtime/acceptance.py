@@ -146,32 +146,33 @@ def first_rejection_mask(accepted_counts: Tensor, window: int) -> Tensor:
 
 
 def sample_from_uniform(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One token id per row by the inverse distribution function: the first x with P(0) + ... + P(x) > u.
+    """Token ids by the inverse distribution function: the first x with P(0) + ... + P(x) > u.
 
     Args:
         probs (`[..., V]`): non-negative, of positive sum; need not be normalised.
-        uniforms (`[...]`): random numbers in [0, 1). float32 numbers have steps of 6e-8, coarser than rare tokens of a
-            large vocabulary: draw them in float64 where that matters.
+        uniforms (`[...]`, or `[..., C]` for C tokens of each row): random numbers in [0, 1). float32 numbers have
+            steps of 6e-8, coarser than rare tokens of a large vocabulary: draw them in float64 where that matters.
 
-    Returns ids `[...]`, int64; never a token of probability zero, whatever the rounding. Raises `ValueError` when a
-    row has no mass or holds NaN (one wait for the device, far cheaper than a text of token 0).
+    Returns ids of the shape of `uniforms`, int64; never a token of probability zero, whatever the rounding. Raises
+    `ValueError` when a row has no mass or holds NaN (one wait for the device, far cheaper than a text of token 0).
     """
-    _require_shape("uniforms", uniforms, probs.shape[:-1], "one number per row of probs")
+    many = uniforms if uniforms.ndim == probs.ndim else uniforms[..., None]
+    _require_shape("uniforms", many[..., 0], probs.shape[:-1], "one number per row of probs")
     dtype = exact_dtype(probs.device)
-    probs, uniforms = probs.detach().to(dtype), uniforms.to(dtype)
+    probs, many = probs.detach().to(dtype), many.to(dtype)
     # A parallel cumulative sum need not be monotonic in its last bit, so tokens of probability zero are taken out
     # explicitly, and the threshold is kept below the total: then some token of positive probability exceeds it.
-    cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
-    total = cumulative.amax(-1)
-    threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total))).clamp(min=0)
-    exceeds = cumulative > threshold.unsqueeze(-1)
-    if not bool(exceeds.any(-1).all()):
-        rows = int((~exceeds.any(-1)).sum())
+    cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0).cummax(-1).values
+    total = cumulative[..., -1:]
+    threshold = torch.minimum(many * total, torch.nextafter(total, torch.zeros_like(total))).clamp(min=0)
+    ids = torch.searchsorted(cumulative, threshold, right=True)
+    if not bool((ids < probs.shape[-1]).all()):  # no mass, or NaN, which no number exceeds
+        rows = int((ids >= probs.shape[-1]).any(-1).sum())
         raise ValueError(
             f"probs: {rows} row(s) have no positive mass, or NaN in probs or uniforms. Pass probabilities with a "
             "positive, finite sum; NaN usually comes from a float16 overflow or a row of logits that are all -inf."
         )
-    return exceeds.to(torch.uint8).argmax(-1)
+    return ids.view(uniforms.shape)
 
 
 def draw_tokens(probs: Tensor) -> Tensor:

@@ -419,14 +419,14 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
 
     `model` is the drafter, perhaps wrapped for several processes.
     """
-    args, input_ids, count = batch.args, batch.inputs["input_ids"], rollout.prefixes.shape[1]
+    args, input_ids, count = batch.args, batch.inputs["input_ids"], rollout.paths.shape[1]
     chosen = rollout.prefixes[:, :: args.num_rollouts]
-    prefixes, draft_ids, text_weights = rollout.prefixes, rollout.draft_ids, args.anchors(weights)
+    prefixes, paths, text_weights = rollout.path_prefixes, rollout.paths, args.anchors(weights)
+    followed = rollout.along_paths(rollout.learned).any(-1)  # nothing is learned after a first rejected token
     if text_weights:  # the same forward follows the text after the chosen prefixes too
-        prefixes = torch.cat([prefixes, chosen], dim=1)
-        draft_ids = torch.cat([draft_ids, text_windows(input_ids, chosen, args.max_window)], dim=1)
-    followed = torch.ones_like(draft_ids, dtype=torch.bool)
-    followed[:, :count] = rollout.learned  # nothing is learned after a window's first rejected token
+        texts = text_windows(input_ids, chosen, args.max_window)
+        prefixes, paths = torch.cat([prefixes, chosen], dim=1), torch.cat([paths, texts], dim=1)
+        followed = torch.cat([followed, torch.ones_like(texts, dtype=torch.bool)], dim=1)
     metrics: dict[str, float] = {}
 
     def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
@@ -448,7 +448,7 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
         target_states=batch.encoding.states,
         attention_mask=batch.inputs["attention_mask"],
         prefixes=prefixes,
-        draft_ids=draft_ids,
+        draft_ids=paths,
         loss_function=loss_function,
         goes_on=goes_on_within(followed),
     )
@@ -456,54 +456,55 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
 
 
 def window_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tensor, rollout: Rollout) -> Loss:
-    """The terms on drafted windows, from `features` `[B, M, K, h]` along them; sum over sequences.
+    """The terms on drafted windows, from `features` `[B, P, K, h]` along their paths; sum over sequences.
 
     Learned are tokens up to and including the first rejected one. Divided by N * G * K, so that every sequence weighs
     the same and long windows are not favoured. `ppow` brings KL(P||Q) by `kl_coef`.
     """
-    drafter, args, learned = batch.drafter, batch.args, rollout.learned
+    drafter, args, learned = batch.drafter, batch.args, rollout.along_paths(rollout.learned)
+    places = learned.any(-1)
     policies = [name for name in ("ppow", "token_rl") if name in weights]
     names = [*policies, *(["opd"] if "opd" in weights else [])]
     coefficients = torch.tensor([weights[name] for name in names], device=learned.device)
-    advantages = [token_advantages(name, rollout, args.num_rollouts)[learned] for name in policies]
-    old_log_probs = None if rollout.old_log_probs is None else rollout.old_log_probs[learned]
+    advantages = [rollout.along_paths(token_advantages(name, rollout, args.num_rollouts))[places] for name in policies]
     new_log_probs: list[torch.Tensor] = []
 
-    def chunk(features, sources, tokens, old_log_probs, advantages):
+    def chunk(features, sources, tokens, learned, old_log_probs, advantages):
         draft, target_logits = paired_logits(drafter, batch.target, drafter.draft_logits(features).float(), sources)
         log_probs = (draft / args.rollout_temperature).log_softmax(-1)
-        tokens = draft_labels(drafter, tokens, draft.shape[-1])
-        token_log_probs = log_probs.gather(-1, tokens[:, None])[:, 0]
+        tokens = draft_labels(drafter, tokens, draft.shape[-1]).clamp_min(0)  # the drafter has all that are learned
+        token_log_probs = log_probs.gather(-1, tokens)
         if old_log_probs is None:
             old_log_probs = token_log_probs.detach()
             new_log_probs.append(old_log_probs)
-        kl = forward_kl(target_logits, draft)
-        sums, clipped = [], torch.zeros_like(tokens, dtype=torch.bool)
+        windows = learned.sum(-1)  # that learn from this place
+        kl = (windows * forward_kl(target_logits, draft)).sum()
+        sums, clipped = [], torch.zeros_like(learned)
         for number, name in enumerate(policies):
             policy, policy_clipped = clipped_policy_loss(
-                token_log_probs, old_log_probs, advantages[:, number], args.clip_range
+                token_log_probs, old_log_probs, advantages[..., number], args.clip_range
             )
-            clipped = clipped | policy_clipped
-            sums.append((policy + (args.kl_coef * kl if name == "ppow" else 0.0)).sum())
+            clipped = clipped | (policy_clipped & learned)
+            sums.append(policy[learned].sum() + (args.kl_coef * kl if name == "ppow" else 0.0))
         if "opd" in weights:
-            sums.append(kl.sum())
+            sums.append(kl)
         with torch.no_grad():
-            logged = torch.stack([kl, clipped.float(), entropy(log_probs)])
-        return torch.cat([(coefficients * torch.stack(sums)).sum()[None], logged.sum(-1)])
+            logged = torch.stack([kl, clipped.float().sum(), (windows * entropy(log_probs)).sum()])
+        return torch.cat([(coefficients * torch.stack(sums)).sum()[None], logged])
 
     totals = sum_over_chunks(
         chunk,
         args.chunk_size,
         drafter.parameters(),
-        features[learned],
-        rollout.target_sources[learned],
-        rollout.draft_ids[learned],
-        old_log_probs,
+        features[places],
+        rollout.target_sources[places],
+        rollout.along_paths(rollout.draft_ids)[places],
+        learned[places],
+        rollout.old_log_probs,
         torch.stack(advantages, -1) if advantages else None,
     )
     if rollout.old_log_probs is None and args.num_iterations > 1:
-        rollout.old_log_probs = torch.zeros(learned.shape, device=learned.device)
-        rollout.old_log_probs[learned] = torch.cat(new_log_probs)[: int(learned.sum())]
+        rollout.old_log_probs = torch.cat(new_log_probs)
     count = max(int(learned.sum()), 1)
     metrics = dict(zip(("kl", "clip_fraction", "entropy"), (totals[1:] / count).tolist(), strict=True))
     return totals[0] / learned[0].numel(), metrics

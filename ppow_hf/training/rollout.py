@@ -15,11 +15,13 @@ from ..runtime.acceptance import (
     rejection_accepted_counts,
     sample_from_uniform,
 )
+from ..runtime.block_model import BlockDrafter
+from ..runtime.draft_models import rows_at
 from ..runtime.modeling_ppow import PPOWDrafter
 from .objectives import without_gradients
 from .rewards import group_advantages, groups_without_spread, proximity_reward, speedup_reward, throughput_reward
 from .target import TargetEncoding, TrainingTarget
-from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities
+from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities, within_windows
 
 
 def keyed_uniforms(seed: int, step: int, indices: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
@@ -36,16 +38,21 @@ def keyed_uniforms(seed: int, step: int, indices: torch.Tensor, shape: tuple[int
 class Rollout:
     """Windows of a batch; N prefixes, G windows from each, K tokens in each, side by side as M = N * G.
 
+    The drafter is asked along paths. Where the text verifies, it says the same to the G windows of a prefix as far as
+    they are kept: P = N paths along the text, C = G windows each. Else each window is a path: P = M, C = 1.
+
     Args:
         prefixes (`torch.LongTensor` of shape `(B, M)`), draft_ids (`(B, M, K)`): the windows.
         accepted (`torch.LongTensor` of shape `(B, M)`): draft tokens that the target kept, k.
         advantages (`torch.Tensor` of shape `(B, M)`): group-relative.
         learned (`torch.BoolTensor` of shape `(B, M, K)`): tokens up to and including the first rejected one.
-        target_sources (`torch.Tensor` of shape `(B, M, K, H)`): what the target's logits are computed from.
+        target_sources (`torch.Tensor` of shape `(B, P, K, H)`): what its logits along paths are computed from.
         rewards (`dict[str, torch.Tensor]`): each part and `total`, `(B, N, G)`.
         has_prefix (`torch.BoolTensor` of shape `(B,)`): false for sequences without anything to learn.
         verdicts (`torch.Tensor` of shape `(B, M, K)`): 1 where a token is kept given all before it, else 0.
-        old_log_probs (`torch.Tensor` of shape `(B, M, K)`, *optional*): of the policy that drafted.
+        paths (`torch.LongTensor` of shape `(B, P, K)`): the tokens of each path.
+        old_log_probs (`torch.Tensor` of shape `(R, C)`, *optional*): of the policy that drafted, at the places
+            `[B, P, K]` that a window learns from.
     """
 
     prefixes: torch.Tensor
@@ -57,7 +64,17 @@ class Rollout:
     rewards: dict[str, torch.Tensor]
     has_prefix: torch.Tensor
     verdicts: torch.Tensor
+    paths: torch.Tensor
     old_log_probs: torch.Tensor | None = None
+
+    @property
+    def path_prefixes(self) -> torch.Tensor:
+        """The prefix `[B, P]` that each path starts from."""
+        return self.prefixes[:, :: self.prefixes.shape[1] // self.paths.shape[1]]
+
+    def along_paths(self, windows: torch.Tensor) -> torch.Tensor:
+        """What windows `[B, M, K]` have at each place of the paths, `[B, P, K, C]`."""
+        return windows.unflatten(1, (self.paths.shape[1], -1)).transpose(2, 3)
 
     def metrics(self) -> dict[str, float]:
         """Mean rewards and accepted length of the sequences that gave windows."""
@@ -81,19 +98,40 @@ def paired_logits(drafter: PPOWDrafter, target: TrainingTarget, draft: torch.Ten
 
 @without_gradients()
 def divergence_of_prefixes(
-    drafter: PPOWDrafter, target: TrainingTarget, features: torch.Tensor, encoding: TargetEncoding, chunk_size: int
+    drafter: PPOWDrafter,
+    target: TrainingTarget,
+    features: torch.Tensor,
+    encoding: TargetEncoding,
+    wanted: torch.Tensor,
+    chunk_size: int,
 ) -> torch.Tensor:
-    """v = C(P) KL(P||Q) after every prefix, `[B, S]` [paper], P being the target on what the drafter can propose.
+    """v = C(P) KL(P||Q) after the `wanted` prefixes, bool `[B, S]`, and 0 after others, `[B, S]` [paper].
 
-    Infinite divergences count as 20 nats.
+    P is the target on what the drafter can propose. Infinite divergences count as 20 nats.
     """
-    flat, sources = features.flatten(0, 1), encoding.sources.flatten(0, 1)
-    parts = []
+    flat, sources = features[wanted], encoding.sources[wanted]
+    parts = [features.new_zeros(0, dtype=torch.float32)]
     for start in range(0, len(flat), chunk_size):
         chunk = slice(start, start + chunk_size)
         draft, goal = paired_logits(drafter, target, drafter.draft_logits(flat[chunk]).float(), sources[chunk])
         parts.append(divergence_priority(goal.log_softmax(-1), draft.log_softmax(-1)))
-    return torch.cat(parts).nan_to_num(20.0, 20.0, 0.0).clamp(0.0, 20.0).view(features.shape[:2])
+    found = torch.cat(parts).nan_to_num(20.0, 20.0, 0.0).clamp(0.0, 20.0)
+    return found.new_zeros(wanted.shape).masked_scatter(wanted, found)
+
+
+def features_along_blocks(
+    drafter: PPOWDrafter, features: torch.Tensor, cache, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Features `[B, S, h]` of a block drafter, whose blocks follow each other along the text [ours].
+
+    The distribution after a prefix is that of the block around it, so many tokens on as it stands in the block: a
+    block for each prefix would cost K times as much. K neighbours, a window, have each place of a block once.
+    """
+    first, length, size = drafter.draft_model.first_prefix, features.shape[1], drafter.draft_model.block_size
+    starts = torch.arange(first, length, size, device=features.device).expand(len(features), -1)
+    texts = text_windows(input_ids, starts, size)
+    along = drafter.unroll(features, cache, starts, lambda j, *_: texts[:, :, j], size).flatten(1, 2)
+    return torch.cat([along.new_zeros(len(along), first, along.shape[-1]), along], dim=1)[:, :length]
 
 
 def text_judges(args, weights, inputs, first_prefix: int, context_length: int | None) -> bool:
@@ -142,22 +180,25 @@ def collect_rollout(
         drafter, target, features, cache, encoding, inputs, args, step, adaptive, by_text
     )
     prefixes = chosen.repeat_interleave(args.num_rollouts, dim=1)
-    texts = text_windows(inputs["input_ids"], prefixes, args.max_window) if by_text else None
+    starts = chosen if by_text else prefixes
+    paths = text_windows(inputs["input_ids"], chosen, args.max_window) if by_text else None
     draws = keyed_uniforms(args.seed, step, inputs["index"], (prefixes.shape[1], args.max_window), "draft")
     try:
         draft_ids, draft_probs = draft_windows(
-            drafter, target.vocab_size, features, cache, prefixes, draws, args.rollout_temperature, texts
+            drafter, target.vocab_size, features, cache, starts, draws, args.rollout_temperature, paths
         )
     except FloatingPointError as error:
         raise ValueError(
             f"model: the drafter's logits are not finite at step {step}. Lower learning_rate, or check its weights "
             "and dtype; the last checkpoint is untouched."
         ) from error
-    if texts is not None:
-        sources = text_sources(encoding, prefixes, args.max_window)
+    if paths is not None:
+        sources = text_sources(encoding, chosen, args.max_window)
+        texts = paths.repeat_interleave(args.num_rollouts, dim=1)
         verdicts, log_probs = (draft_ids == texts).float(), torch.zeros(texts.shape, device=texts.device)
         accepted = greedy_accepted_counts(draft_ids, texts)
     else:
+        paths = draft_ids
         sources = target.verify(encoding, prefixes, draft_ids, args.verify_tokens)
         choices, log_probs, verify_probs = judge(target, sources, draft_ids, args.target_temperature, args.chunk_size)
         if args.target_temperature > 0:
@@ -174,7 +215,7 @@ def collect_rollout(
     advantages = group_advantages(rewards["total"]).flatten(1)
     learned = first_rejection_mask(accepted, args.max_window) & has_prefix[:, None, None]
     drafter.train(was_training)
-    return Rollout(prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix, verdicts)
+    return Rollout(prefixes, draft_ids, accepted, advantages, learned, sources, rewards, has_prefix, verdicts, paths)
 
 
 def choose_starts(drafter, target, features, cache, encoding, inputs, args, step, adaptive, by_text):
@@ -183,10 +224,11 @@ def choose_starts(drafter, target, features, cache, encoding, inputs, args, step
     eligible = written_prefixes(inputs, *limits) if by_text else eligible_prefixes(inputs["loss_mask"], *limits)
     priorities = None
     if adaptive:
-        if drafter.config.one_step:  # the distribution after a prefix is its block's first
-            every = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
-            features = drafter.unroll(features, cache, every, lambda *_: every, window=1)[:, :, 0]
-        divergence = divergence_of_prefixes(drafter, target, features, encoding, args.chunk_size)
+        if isinstance(drafter.draft_model, BlockDrafter):
+            features = features_along_blocks(drafter, features, cache, inputs["input_ids"])
+        divergence = divergence_of_prefixes(
+            drafter, target, features, encoding, within_windows(eligible, args.max_window), args.chunk_size
+        )
         priorities = window_priorities(divergence, args.max_window, inputs["attention_mask"])
     # Drawn for the longest possible row, so that the numbers do not depend on how a batch was padded.
     uniforms = keyed_uniforms(args.seed, step, inputs["index"], (args.max_length,), "prefixes")
@@ -203,30 +245,36 @@ def draft_windows(
     temperature: float,
     texts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens drafted after `prefixes` `[B, M]` and their probabilities, `[B, M, K]` each.
+    """Tokens of M windows after P `prefixes` `[B, P]`, M / P from each, and their probabilities, `[B, M, K]` each.
 
-    `draws` `[B, M, K]` in [0, 1) decide the tokens. With `texts` `[B, M, K]` nothing is drafted after a token that
-    differs from the text. Raises `FloatingPointError` where the drafter's logits are not finite.
+    `draws` `[B, M, K]` in [0, 1) decide the tokens. With `texts` `[B, P, K]` a window ends with its first token that
+    is not the text's, and zeros follow; without, M = P. Raises `FloatingPointError` where the drafter's logits are
+    not finite.
     """
-    draft_ids = torch.zeros(draws.shape, dtype=torch.long, device=prefixes.device)
-    draft_probs = torch.ones(draws.shape, device=prefixes.device)
+    draws = draws.unflatten(1, (prefixes.shape[1], -1)).transpose(2, 3)  # [B, P, K, C]
+    draft_ids, draft_probs = torch.zeros_like(draws, dtype=torch.long), torch.ones_like(draws)
+    drafting = torch.ones_like(draft_ids[:, :, 0], dtype=torch.bool)  # [B, P, C]: not yet ended
 
-    def choose(j: int, current: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    def choose(j: int, current: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
         probs = (drafter.proposable_logits(current, vocab_size) / temperature).softmax(-1)
         if not bool(torch.isfinite(probs).all()):
             raise FloatingPointError("the drafter's logits are not finite")
-        drawn = sample_from_uniform(probs, draws[:, :, j].gather(1, windows))
+        drawn = sample_from_uniform(probs, rows_at(draws[:, :, j], paths))
         tokens = drawn if drafter.kept_tokens is None else drafter.kept_tokens[drawn]
-        draft_ids[:, :, j].scatter_(1, windows, tokens)
-        draft_probs[:, :, j].scatter_(1, windows, probs.gather(-1, drawn[..., None])[..., 0])
-        return tokens
+        ended = ~rows_at(drafting, paths)
+        place = paths[..., None].expand_as(tokens)
+        draft_ids[:, :, j].scatter_(1, place, tokens.masked_fill(ended, 0))
+        draft_probs[:, :, j].scatter_(1, place, probs.gather(-1, drawn).masked_fill(ended, 1.0))
+        if texts is None:
+            return tokens[..., 0]
+        drafting.logical_and_(draft_ids[:, :, j] == texts[:, :, j, None])
+        return texts[:, :, j].gather(1, paths)
 
-    def on_the_text(j: int, _, windows: torch.Tensor) -> torch.Tensor:
-        assert texts is not None
-        return (draft_ids[:, :, j] == texts[:, :, j]).gather(1, windows)
+    def any_drafts(j: int, _, paths: torch.Tensor) -> torch.Tensor:
+        return drafting.any(-1).gather(1, paths)
 
-    drafter.unroll(features, cache, prefixes, choose, draws.shape[2], None if texts is None else on_the_text)
-    return draft_ids, draft_probs
+    drafter.unroll(features, cache, prefixes, choose, draws.shape[2], None if texts is None else any_drafts)
+    return tuple(found.transpose(2, 3).flatten(1, 2) for found in (draft_ids, draft_probs))
 
 
 def text_sources(encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:

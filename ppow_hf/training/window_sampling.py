@@ -43,6 +43,12 @@ def window_priorities(divergence: torch.Tensor, window: int, attention_mask: tor
     return (sums(divergence * real) / sums(real).clamp_min(1)).to(divergence.dtype)
 
 
+def within_windows(eligible: torch.Tensor, window: int) -> torch.Tensor:
+    """Which positions lie in p .. p + W - 1 of an `eligible` prefix p, `[B, S]` bool."""
+    behind = torch.nn.functional.pad(eligible.float(), (window - 1, 0))
+    return torch.nn.functional.max_pool1d(behind[:, None], window, 1)[:, 0].bool()
+
+
 def choose_prefixes(eligible: torch.Tensor, uniforms: torch.Tensor, count: int, priorities: torch.Tensor | None):
     """Draw `count` prefixes of each sequence `[B, count]`, without replacement as long as there are enough.
 
