@@ -423,10 +423,14 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
     chosen = rollout.prefixes[:, :: args.num_rollouts]
     prefixes, paths, text_weights = rollout.path_prefixes, rollout.paths, args.anchors(weights)
     followed = rollout.along_paths(rollout.learned).any(-1)  # nothing is learned after a first rejected token
-    if text_weights:  # the same forward follows the text after the chosen prefixes too
+    if text_weights:  # the same forward follows the text after the chosen prefixes too, where paths do not
         texts = text_windows(input_ids, chosen, args.max_window)
-        prefixes, paths = torch.cat([prefixes, chosen], dim=1), torch.cat([paths, texts], dim=1)
-        followed = torch.cat([followed, torch.ones_like(texts, dtype=torch.bool)], dim=1)
+        whole = torch.ones_like(texts, dtype=torch.bool)
+        if torch.equal(paths, texts):
+            followed = whole
+        else:
+            prefixes, paths = torch.cat([prefixes, chosen], dim=1), torch.cat([paths, texts], dim=1)
+            followed = torch.cat([followed, whole], dim=1)
     metrics: dict[str, float] = {}
 
     def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
@@ -437,7 +441,7 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
         if text_weights:
             learned = rollout.has_prefix[:, None, None].expand(*chosen.shape, args.max_window)
             along_text, text_metrics = text_loss(
-                batch, text_weights, features[:, count:], TextWindows(chosen, learned)
+                batch, text_weights, features[:, -chosen.shape[1] :], TextWindows(chosen, learned)
             )
             metrics.update({f"text_{name}": text_metrics[name] for name in text_weights})
             loss = loss + along_text / learned[0].numel()
@@ -477,15 +481,16 @@ def window_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tens
         if old_log_probs is None:
             old_log_probs = token_log_probs.detach()
             new_log_probs.append(old_log_probs)
+        token_log_probs, old_log_probs = token_log_probs[learned], old_log_probs[learned]
         windows = learned.sum(-1)  # that learn from this place
         kl = (windows * forward_kl(target_logits, draft)).sum()
-        sums, clipped = [], torch.zeros_like(learned)
+        sums, clipped = [], torch.zeros_like(old_log_probs, dtype=torch.bool)
         for number, name in enumerate(policies):
             policy, policy_clipped = clipped_policy_loss(
-                token_log_probs, old_log_probs, advantages[..., number], args.clip_range
+                token_log_probs, old_log_probs, advantages[learned][:, number], args.clip_range
             )
-            clipped = clipped | (policy_clipped & learned)
-            sums.append(policy[learned].sum() + (args.kl_coef * kl if name == "ppow" else 0.0))
+            clipped = clipped | policy_clipped
+            sums.append(policy.sum() + (args.kl_coef * kl if name == "ppow" else 0.0))
         if "opd" in weights:
             sums.append(kl)
         with torch.no_grad():
