@@ -507,6 +507,7 @@ def test_a_block_drafter_starts_with_the_most_frequent_tokens_of_the_training_te
     assert seconds[-1] >= 0.5 and {line["recipe"] for line in read(folder)} == {"start", "ppow"}
 
 
+@pytest.mark.slow
 def test_recorded_states_give_the_results_of_training_with_the_target(cell, compared, tmp_path):
     given = json.loads((cell / "compare.yaml").read_text()) | {
         "drafter": str(compared / "start"), "drafter_config": {}, "budgets": {"tokens": 700}, "seeds": [0],

@@ -130,6 +130,7 @@ class Spoiler(TrainerCallback):
     assert "the loss is nan at step 1, so the drafter's logits are no longer finite" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(trained, tmp_path):
     settings = COMMON | EVALUATION | RUNS["tv"] | {"output_dir": str(tmp_path / "tv"), "save_steps": 2}
     two = json.dumps([settings | {"per_device_train_batch_size": 2}])

@@ -129,7 +129,7 @@ def test_trees_of_a_fixed_budget_grow_by_estimated_acceptance(pair, files, monke
     """EAGLE-2's product of probabilities, which a drafter of the target's distribution at T = 1 has too small."""
     target, tokenizer = pair
     drafter = PPOWDrafter.from_pretrained(drafter_path("tiny-eagle"), dtype=torch.float32).eval()
-    rows = excerpts([file for file in files if file.held_out], tokenizer, 12, 64, seed=1)
+    rows = excerpts([file for file in files if file.held_out], tokenizer, 24, 64, seed=1)
     prompts = [tokenizer(row["text"])["input_ids"] for row in rows]
 
     def rounds(**settings) -> int:
