@@ -182,7 +182,9 @@ end_processes()
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("objective", [pytest.param("supervised", marks=pytest.mark.slow), "ppow"])
+@pytest.mark.parametrize(
+    "objective", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("supervised", "tv")), "ppow"]
+)
 def test_a_drafter_sharded_by_fsdp2_has_the_losses_of_a_whole_one(tmp_path, objective, processes):
     run = COMMON | RUNS[objective] | {"num_iterations": 1, "architecture": "eagle", "eval_new_tokens": 6}
     for count in (1, processes):

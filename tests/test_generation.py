@@ -606,7 +606,15 @@ def test_calls_at_once_keep_their_own_traces(target):
 # -- the window settings
 
 
-@pytest.mark.parametrize(("architecture", "std"), [("eagle", 0.02), ("standalone", 0.5)])
+@pytest.mark.parametrize(
+    ("architecture", "std"),
+    [
+        ("eagle", 0.02),
+        ("standalone", 0.5),
+        pytest.param("eagle", 0.5, marks=pytest.mark.slow),
+        pytest.param("standalone", 0.02, marks=pytest.mark.slow),
+    ],
+)
 def test_adaptive_window_hardly_drafts_with_a_drafter_that_knows_nothing(target, architecture, std):
     view = random_drafter(target, architecture, std).with_settings(window="kl", **COSTS)
     steps = forwards = 0

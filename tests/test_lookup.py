@@ -331,8 +331,8 @@ def until_eos(tokens: list[int]) -> tuple[int, ...]:
     return tuple(tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens)
 
 
-def p_value(target, drafter, own_loop: bool, traces: list | None = None) -> float:
-    runs = RUNS[own_loop]
+def p_value(target, drafter, own_loop: bool, traces: list | None = None, runs: int | None = None) -> float:
+    runs = RUNS[own_loop] if runs is None else runs
     counts: Counter = Counter()
     torch.manual_seed(0)
     options = SAMPLING | {"eos_token_id": EOS, "pad_token_id": 0}
@@ -358,6 +358,12 @@ def test_sampled_continuations_are_distributed_as_the_targets(small_vocab_target
     rounds = [r for trace in traces for r in trace.rounds]
     assert any(0 < r.looked_up < r.window for r in rounds)  # after the drafter's own
     assert any(0 < r.looked_up == r.window for r in rounds)  # in its place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_loop", [True, False], ids=["own loop", "assistant_model"])
+def test_many_sampled_continuations_are_distributed_as_the_targets(small_vocab_target, own_loop):
+    assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop, runs=10_000) > ALPHA
 
 
 def test_keeping_tokens_from_the_text_as_if_drawn_evenly_fails_the_check(small_vocab_target, monkeypatch):

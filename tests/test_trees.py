@@ -43,7 +43,14 @@ NOISY = functools.partial(noisy_copy, noise=1.0)
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("family", "window"), [*((family, "kl") for family in FAMILIES), ("llama", "fixed"), ("gpt2", "heuristic")]
+    ("family", "window"),
+    [
+        *((family, "kl") for family in FAMILIES),
+        ("llama", "fixed"),
+        ("gpt2", "heuristic"),
+        *(pytest.param(family, "fixed", marks=pytest.mark.slow) for family in FAMILIES if family != "llama"),
+        *(pytest.param(family, "heuristic", marks=pytest.mark.slow) for family in FAMILIES if family != "gpt2"),
+    ],
 )
 def test_each_row_is_what_its_prompt_gives_alone(make_target, family, architecture, window):
     target = make_target(family)

@@ -162,17 +162,17 @@ def sample_from_uniform(probs: Tensor, uniforms: Tensor) -> Tensor:
     probs, many = probs.detach().to(dtype), many.to(dtype)
     # A parallel cumulative sum need not be monotonic in its last bit, so tokens of probability zero are taken out
     # explicitly, and the threshold is kept below the total: then some token of positive probability exceeds it.
-    cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0).cummax(-1).values
-    total = cumulative[..., -1:]
+    cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
+    total = cumulative.amax(-1, keepdim=True)
     threshold = torch.minimum(many * total, torch.nextafter(total, torch.zeros_like(total))).clamp(min=0)
-    ids = torch.searchsorted(cumulative, threshold, right=True)
-    if not bool((ids < probs.shape[-1]).all()):  # no mass, or NaN, which no number exceeds
-        rows = int((ids >= probs.shape[-1]).any(-1).sum())
+    exceeds = cumulative[..., None, :] > threshold[..., None]
+    if not bool(exceeds.any(-1).all()):
+        rows = int((~exceeds.any(-1)).any(-1).sum())
         raise ValueError(
             f"probs: {rows} row(s) have no positive mass, or NaN in probs or uniforms. Pass probabilities with a "
             "positive, finite sum; NaN usually comes from a float16 overflow or a row of logits that are all -inf."
         )
-    return ids.view(uniforms.shape)
+    return exceeds.to(torch.uint8).argmax(-1).view(uniforms.shape)
 
 
 def draw_tokens(probs: Tensor) -> Tensor:

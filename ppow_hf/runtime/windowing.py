@@ -15,7 +15,9 @@ from .lookup import TextMemory
 
 
 class WindowRule:
-    """How long the next window is. One object per generation call; the loop drives it in this order each round:
+    """How long the next window is: `max_window`, or as much as there is room for; subclasses choose otherwise.
+
+    One object per generation call; the loop drives it in this order each round:
 
     `read(...)` of the tokens that are new in the text; `start(limit)` (in a batch by [`start_windows`]) -> longest
     window to consider (0: do not draft);
@@ -25,10 +27,11 @@ class WindowRule:
     after those; after the target's answer, `update(...)` and, where there were any, `update_looked_up(...)`.
     """
 
-    max_window: int
-    costs: OnlineCosts
-    memory: TextMemory
     reads_distributions = True  # whether `include` and `outlook` look at features; else only `start` decides
+
+    def __init__(self, max_window: int, costs: OnlineCosts):
+        self.max_window, self.costs, self.memory = max_window, costs, TextMemory()
+        self._kl = 1.0
 
     def read(self, tokens: Sequence[int]) -> None:
         """Take in the text's new tokens: first the prompt, then what each round committed."""
@@ -63,7 +66,8 @@ class WindowRule:
         )
 
     def start(self, limit: int) -> int:
-        raise NotImplementedError
+        """Longest window to consider, at most `limit` tokens."""
+        return min(self.max_window, limit)
 
     def include(self, position: int, features: Sequence[float]) -> bool:
         """Whether to draw a token at `position`; `features` describe the distribution it would be drawn from."""
@@ -88,6 +92,7 @@ class WindowRule:
     def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
         """Learn from a round: tokens drafted by the drafter, draft steps taken, how many of the tokens were accepted,
         [`RoundTrace.kl_with_outside`] at each position of theirs that was verified."""
+        self._kl = decayed_kl(self._kl, kl)
 
     def update_looked_up(self, looked_up: int, accepted: int) -> None:
         """Learn from a round's tokens from the text, `accepted` of which were kept, after its [`update`]."""
@@ -95,7 +100,7 @@ class WindowRule:
     @property
     def lagged_kl(self) -> float:
         """Mean [`RoundTrace.kl_with_outside`] of recent verified positions, in nats."""
-        return 1.0
+        return self._kl
 
     @property
     def pays(self) -> bool:
@@ -107,20 +112,6 @@ class FixedWindow(WindowRule):
     """Always `max_window` tokens, or as many as there is room for."""
 
     reads_distributions = False
-
-    def __init__(self, max_window: int, costs: OnlineCosts):
-        self.max_window, self.costs, self.memory = max_window, costs, TextMemory()
-        self._kl = 1.0
-
-    def start(self, limit: int) -> int:
-        return min(self.max_window, limit)
-
-    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
-        self._kl = decayed_kl(self._kl, kl)
-
-    @property
-    def lagged_kl(self) -> float:
-        return self._kl
 
 
 class HeuristicWindow(FixedWindow):
@@ -143,7 +134,7 @@ class HeuristicWindow(FixedWindow):
             self._current = min(max(self._current + change, 1), self.max_window)
 
 
-class KLAdaptiveWindow(FixedWindow):
+class KLAdaptiveWindow(WindowRule):
     """Draft position j while the probability that it is reached and kept is worth its cost [ours].
 
     The stopping rule of renewal-reward: with S_j the product of the estimated acceptances up to j and lambda the
@@ -165,8 +156,6 @@ class KLAdaptiveWindow(FixedWindow):
     a Gaussian prior, filtered over the reached positions (one extended-Kalman step a round), so that a drafter that
     is sure and wrong is found out within a few rounds.
     """
-
-    reads_distributions = True
 
     def __init__(
         self,
