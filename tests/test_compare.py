@@ -10,14 +10,14 @@ import pytest
 import torch
 from acceptance_references import greedy_accepted_group
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.provenance import shortened
 from ppow_hf.measure.window_study import draft_table
-from ppow_hf.studies.compare import Comparison, make_trainer, plateau_gain
+from ppow_hf.studies.compare import Comparison, curve_of, make_trainer, plateau_gain
 from ppow_hf.studies.configuration import load_config, read_results, target_recipe
 from ppow_hf.studies.evaluation import (
     EvaluationTexts,
@@ -317,14 +317,12 @@ def test_a_recipe_may_have_text_of_its_own_temperatures(compared):
 
 def test_what_comes_later_in_a_recipe_comes_when_its_share_is_spent(target, tmp_path):
     seen = []
-    budget = Budget("tokens", 4 * 2 * 16, points=4, at_points=lambda: seen.append(trainers[-1].unroll_steps))
-    trainers = []
 
-    class Spy(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            trainers.append(args)
+    def note():
+        seen.append(trainer.args.unroll_steps)
+        return {}
 
-    budget.on_train_begin = Spy().on_train_begin
+    budget = Budget("tokens", 4 * 2 * 16, points=4, at_points=note)
     settings = {"objective": "supervised", "unroll_steps": 1, "per_device_train_batch_size": 2,
                 "later": {"from": 0.5, "unroll_steps": 2}}  # fmt: skip
     drafter = PPOWDrafter.from_target(target, "eagle")
@@ -399,6 +397,71 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(compared, cell, caps
         assert json.loads(old)["per_prompt"] == json.loads(new)["per_prompt"]  # the same drafter on the same numbers
     assert cli.main(["compare", "--report-only", "--output-dir", str(compared)]) == 0
     assert "## Recipes compared" in capsys.readouterr().out
+
+
+def test_a_run_that_was_interrupted_goes_on_from_its_last_point(target, tmp_path):
+    data = SequenceDataset([list(range(1 + n, 17 + n)) for n in range(8)], [[True] * 16] * 8)
+    settings = {"objective": "supervised", "unroll_steps": 2, "per_device_train_batch_size": 2}
+
+    def train(folder, points_until_it_stops):
+        def at_point():
+            seen.append(budget.tokens)
+            if len(seen) == points_until_it_stops:
+                raise KeyboardInterrupt
+            return {"acceptance_length": 1.0}
+
+        seen = []
+        budget = Budget("tokens", 12 * 2 * 16, points=4, at_points=at_point)
+        torch.manual_seed(0)
+        drafter = PPOWDrafter.from_target(target, "eagle")
+        trainer = make_trainer(drafter, target, data, settings, budget, 1e-2, 0, folder, 16)
+        try:
+            trainer.train(resume_from_checkpoint=True)
+        except KeyboardInterrupt:
+            return drafter, seen, None
+        return drafter, seen, curve_of(trainer.state)
+
+    whole, seen, curve = train(tmp_path / "whole", None)
+    assert seen == [96, 192, 288, 384] and [tokens for tokens, _, _ in curve] == seen
+    _, before, _ = train(tmp_path / "cut", 3)
+    resumed, after, found = train(tmp_path / "cut", None)
+    assert (before, after) == ([96, 192, 288], [288, 384])  # the third point's own checkpoint was not written yet
+    assert [tokens for tokens, _, _ in found] == seen and found[0][1] < found[1][1] < found[2][1]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+class Interrupted(Comparison):
+    """A comparison that is interrupted at the third of the start's points."""
+
+    calls = 0
+
+    def _point(self, drafter):
+        self.calls += 1
+        if self.calls == 4:
+            raise KeyboardInterrupt
+        return super()._point(drafter)
+
+
+def test_a_comparison_that_was_interrupted_in_its_start_goes_on_there(cell, tmp_path, target):
+    config = load_config(cell / "compare.yaml")
+    config.budgets, config.seeds, config.recipes = {"tokens": 500}, [0], {"cst": config.recipes["cst"]}
+    config.learning_rates, config.groups, config.tree_nodes = [1e-3], [], []
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(cell / "target")
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(config, tmp_path, target, tokenizer).run()
+    checkpoints = list((tmp_path / "start" / "training").glob("checkpoint-*"))
+    assert len(checkpoints) == 1
+    kept = json.loads((checkpoints[0] / "trainer_state.json").read_text())["log_history"]
+    Comparison(config, tmp_path, target, tokenizer).run()
+    curve = json.loads((tmp_path / "start.json").read_text())["curve"]
+    assert len(curve) == 5 and curve[1:3] == [
+        [row["spent_tokens"], round(row["spent_seconds"], 2), row["acceptance_length"]]
+        for row in kept
+        if "spent_tokens" in row
+    ]
+    assert curve[-1][1] == pytest.approx(0.8, abs=0.4)
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_another_configuration_is_refused_in_the_same_folder_and_more_recipes_are_not(compared, cell, target):

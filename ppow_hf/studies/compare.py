@@ -2,9 +2,9 @@
 
 Every recipe gets the same budget (target-forward tokens, or time), the same learning rates to choose from on the
 validation split, the same seeds; the test split is read once, when everything is chosen. One run is one line of
-`results.jsonl`, written when it is done: a comparison that was interrupted goes on where it stopped. Knows what to run
-and in which order; the texts are prepared in texts.py, what a drafter is worth is measured in
-evaluation.py, what came out is said in report.py.
+`results.jsonl`, written when it is done: a comparison that was interrupted goes on with the last checkpoint of the run
+that it was in. Knows what to run and in which order; the texts are prepared in texts.py, what a drafter is worth is
+measured in evaluation.py, what came out is said in report.py.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from ..data.files import write_whole
 from ..data.sequences import SequenceDataset
@@ -41,6 +41,8 @@ from .configuration import (
 from .evaluation import EvaluationTexts, chain_names, evaluate_drafter, longest_window, mean_gain, target_entropy
 from .report import write_report
 from .texts import SPLITS, evaluation_texts, training_text
+
+TRAINING = "training"  # in the folder of the start or of a run, until it is done
 
 # -- one run
 
@@ -233,14 +235,13 @@ class Comparison:
             drafter = new_drafter(self.config, self.target, sequences.count_tokens(target_width(self.target)))
             given = self.config.start
             kind = next(kind for kind in START_UNITS if kind in given)
+            untrained = [0, 0.0, self._point(drafter)["acceptance_length"]]
             # Twice as many points: whether it reached its plateau is read off them.
-            points = 2 * self.config.curve_points
-            budget = Budget(kind, given[kind], points, lambda: self._point(drafter, budget, curve))
-            self._point(drafter, budget, curve)
-            make_trainer(
-                drafter, self.target, self.data, self.config.start_settings, budget, float(given["learning_rate"]),
-                seed=0, folder=folder / "training", max_length=self.max_length, keep_bytes=self._keep_bytes,
-            ).train()  # fmt: skip
+            budget = Budget(kind, given[kind], 2 * self.config.curve_points, lambda: self._point(drafter))
+            trainer = self._train(
+                drafter, self.data, self.config.start_settings, budget, float(given["learning_rate"]), 0, folder
+            )
+            curve = [untrained, *curve_of(trainer.state)]
         summary = {
             "curve": curve,
             "plateau_gain": plateau_gain(curve),
@@ -253,17 +254,25 @@ class Comparison:
         (self.folder / "start.part").rename(folder)
         return drafter
 
-    @property
-    def _keep_bytes(self) -> int:
-        return int(self.config.keep_gib * 2**30)
-
-    def _point(self, drafter: PPOWDrafter, budget: Budget, curve: list[list[float]]) -> None:
-        """One point of a run's curve: target-forward tokens, seconds, acceptance length of the greedy chain."""
+    def _point(self, drafter: PPOWDrafter) -> dict[str, float]:
+        """One point of a run's curve: the acceptance length of the longest greedy chain."""
         found = evaluate_drafter(
             self.target, drafter, self.texts[SPLITS[0]].first(self.config.curve_prompts), groups=(), cost_ratios=()
         )
         longest = max((name for name in found["metrics"] if name.startswith("chain_t0")), key=lambda n: int(n[10:]))
-        curve.append([budget.tokens, round(budget.seconds, 2), round(found["metrics"][longest], 4)])
+        return {"acceptance_length": round(found["metrics"][longest], 4)}
+
+    def _train(
+        self, drafter: PPOWDrafter, data: SequenceDataset | StateRecord, settings: Mapping[str, Any], budget: Budget,
+        rate: float, seed: int, folder: Path,
+    ) -> BudgetTrainer:  # fmt: skip
+        """Train `drafter`, from the last checkpoint in `folder / TRAINING` where an interruption left one."""
+        trainer = make_trainer(
+            drafter, self.target, data, settings, budget, rate, seed, folder / TRAINING, self.max_length,
+            int(self.config.keep_gib * 2**30),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=True)
+        return trainer
 
     # -- runs
 
@@ -282,23 +291,18 @@ class Comparison:
         if "regenerate_temperature" in settings:
             temperature = settings["regenerate_temperature"]
             data = training_text(self.config, self.folder, self.target, self.tokenizer, temperature=temperature)
-        curve: list[list[float]] = []
-        counter = Budget(
-            budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter, counter, curve)
-        )
-        trainer = make_trainer(
-            drafter, self.target, data, self.config.recipe_settings(recipe), counter, rate, seed, folder,
-            self.max_length, self._keep_bytes,
-        )  # fmt: skip
-        trainer.train()
+        counter = Budget(budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter))
+        trainer = self._train(drafter, data, self.config.recipe_settings(recipe), counter, rate, seed, folder)
         names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")
         log = [{n: row[n] for n in names if n in row} for row in trainer.state.log_history if "loss" in row]
         training = {
             "target_forward_tokens": counter.tokens, "seconds": round(counter.seconds, 2),
-            "steps": trainer.state.global_step, "curve": curve, "log": log, "settings": settings,
+            "steps": trainer.state.global_step, "curve": curve_of(trainer.state), "log": log, "settings": settings,
         }  # fmt: skip
         drafter.save_pretrained(folder)
-        return self._evaluate_once(drafter, facts, SPLITS[0], training=training)
+        line = self._evaluate_once(drafter, facts, SPLITS[0], training=training)
+        shutil.rmtree(folder / TRAINING)
+        return line
 
     def _test(self, line: dict[str, Any]) -> None:
         facts = {name: line[name] for name in ("recipe", "seed", "budget", "learning_rate")}
@@ -364,6 +368,15 @@ def _label(facts: Mapping[str, Any]) -> str:
         return str(facts["recipe"])
     budget = facts["budget"]
     return f"{facts['recipe']}-{budget['kind']}{budget['amount']:g}-lr{facts['learning_rate']:g}-seed{facts['seed']}"
+
+
+def curve_of(state: TrainerState) -> list[list[float]]:
+    """Target-forward tokens, seconds and acceptance length at each point of a run's budget."""
+    return [
+        [row["spent_tokens"], round(row["spent_seconds"], 2), row["acceptance_length"]]
+        for row in state.log_history
+        if "spent_tokens" in row
+    ]
 
 
 def plateau_gain(curve: list[list[float]]) -> float | None:

@@ -4,10 +4,11 @@ Knows what a run has spent; knows nothing of recipes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from .trainer import PPOWTrainer
 
@@ -15,15 +16,21 @@ from .trainer import PPOWTrainer
 class Budget(TrainerCallback):
     """Ends training when the budget is spent; evaluations on the way cost nothing.
 
+    What is spent stands in the Trainer's log at each point, so that a training that is resumed goes on counting there.
+    A checkpoint is written at each point but the last, unless `save_strategy` is `"no"`.
+
     Args:
         kind (`str`): `"tokens"`, `"seconds"`, or `"core_seconds"`, the processor time of this process, which other
             work on the machine does not change.
         amount (`float`): how many.
         points (`int`): equal shares of the budget, with a point at the end of each.
-        at_points (`Callable`, *optional*): called at each point, in place of an evaluation by the trainer.
+        at_points (`Callable`, *optional*): called at each point, in place of an evaluation by the trainer; the metrics
+            that it returns are logged.
     """
 
-    def __init__(self, kind: str, amount: float, points: int = 0, at_points: Callable[[], None] | None = None):
+    def __init__(
+        self, kind: str, amount: float, points: int = 0, at_points: Callable[[], Mapping[str, float]] | None = None
+    ):
         self.kind, self.amount = kind, amount
         self.points, self.at_points = points, at_points
         self.target: Any = None  # the trainer's FrozenTarget
@@ -49,6 +56,13 @@ class Budget(TrainerCallback):
         spent = self.tokens if self.kind == "tokens" else self.seconds + running
         return min(spent / self.amount, 1.0)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        spent = next((row for row in reversed(state.log_history) if "spent_seconds" in row), None)
+        if spent is not None:
+            self.seconds = spent["spent_seconds"]
+            self._tokens_before -= spent["spent_tokens"]
+            self._reached = self._points_reached()
+
     def on_step_begin(self, args, state, control, **kwargs):
         self._since = self._clock()
 
@@ -56,15 +70,21 @@ class Budget(TrainerCallback):
         if self._since is not None:
             self.seconds += self._clock() - self._since
         self._since = None
-        reached = int(self.fraction * self.points + 1e-9)
-        if reached > self._reached and self.at_points is None:
-            control.should_evaluate = True
+        reached = self._points_reached()
         for _ in range(self._reached, reached):
-            if self.at_points is not None:
-                self.at_points()
-        self._reached = max(self._reached, reached)
+            if self.at_points is None:
+                control.should_evaluate = True
+            spent = {"spent_tokens": self.tokens, "spent_seconds": self.seconds}
+            found = {} if self.at_points is None else self.at_points()
+            state.log_history.append({"step": state.global_step, **spent, **found})
+        if reached > self._reached and self.fraction < 1:
+            control.should_save = args.save_strategy != SaveStrategy.NO
+        self._reached = reached
         if self.fraction >= 1:
             control.should_training_stop = True
+
+    def _points_reached(self) -> int:
+        return int(self.fraction * self.points + 1e-9)
 
 
 class BudgetTrainer(PPOWTrainer):
