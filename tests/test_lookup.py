@@ -366,6 +366,7 @@ def test_many_sampled_continuations_are_distributed_as_the_targets(small_vocab_t
     assert p_value(small_vocab_target, noisy_copy(small_vocab_target, 0.4), own_loop, runs=10_000) > ALPHA
 
 
+@pytest.mark.slow
 def test_keeping_tokens_from_the_text_as_if_drawn_evenly_fails_the_check(small_vocab_target, monkeypatch):
     even = lambda tokens, width, device: torch.zeros(len(tokens), width)  # noqa: E731
     monkeypatch.setattr(draft_window, "one_hot_scores", even)

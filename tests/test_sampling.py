@@ -248,12 +248,14 @@ class RawProbabilities(KLAdaptiveCandidateGenerator):
         return candidates, None if logits is None else torch.stack(raw[: logits.shape[1]], dim=1)
 
 
+@pytest.mark.slow
 def test_raw_draft_probabilities_fail_the_check(small_vocab_target, monkeypatch):
     monkeypatch.setattr(candidate_generator, "KLAdaptiveCandidateGenerator", RawProbabilities)
     view = drafter_for(small_vocab_target, "standalone").with_settings(window="fixed", max_window=2)
     assert p_value(small_vocab_target, view, RUNS) < ALPHA
 
 
+@pytest.mark.slow
 def test_dropping_a_drawn_end_token_fails_the_check(small_vocab_target, monkeypatch):
     monkeypatch.setattr(PendingTokenVerifier, "__call__", lambda self, input_ids, scores: scores)
     view = drafter_for(small_vocab_target, "standalone").with_settings(window="fixed", max_window=2)

@@ -125,6 +125,7 @@ def test_embedded_drafters_say_that_they_are_stored_in_bfloat16(name):
     assert PPOWDrafter.from_pretrained(drafter_path(name), dtype="float32").dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_trees_of_a_fixed_budget_grow_by_estimated_acceptance(pair, files, monkeypatch):
     """EAGLE-2's product of probabilities, which a drafter of the target's distribution at T = 1 has too small."""
     target, tokenizer = pair
