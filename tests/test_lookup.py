@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what is foretold, when it is drafted, and that no token and no probability changes."""
+"""Drafts from the text itself: what is looked up, when it is drafted, and that no token and no probability changes."""
 
 import functools
 import itertools
@@ -23,8 +23,8 @@ from ppow_hf.runtime.lookup import (
     LOOKBACK,
     NEW,
     REPEATED,
-    Foretold,
-    ForetoldAcceptance,
+    LookupAcceptance,
+    LookupToken,
     TextMemory,
 )
 from ppow_hf.runtime.windowing import KLAdaptiveWindow, LookupWindow, make_window_rule
@@ -45,10 +45,10 @@ def looked_up(traces) -> tuple[int, int]:
     return accepted, rejected
 
 
-# -- what a text foretells
+# -- what a text suggests
 
 
-def slow_foretell(text, drafted):
+def slow_look_up(text, drafted):
     """By scanning the text: the last places of the longest run, then how far back both sides are the same."""
     whole = text + drafted
     for length in range(min(LOOKBACK, len(whole)), 0, -1):
@@ -59,11 +59,11 @@ def slow_foretell(text, drafted):
             match = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], before)))
             followed = [text[place] for place in places[-2:]]
             history = NEW if len(places) == 1 else REPEATED if followed[0] == followed[1] else DIFFERENT
-            return Foretold(followed[-1], min(match, LONGEST_MATCH), history)
+            return LookupToken(followed[-1], min(match, LONGEST_MATCH), history)
     return None
 
 
-def test_foretold_token_is_what_a_scan_of_the_text_finds():
+def test_token_from_the_text_is_what_a_scan_of_the_text_finds():
     rng = random.Random(0)
     seen = set()
     for _ in range(150):
@@ -74,15 +74,15 @@ def test_foretold_token_is_what_a_scan_of_the_text_finds():
             memory.read(text[read : read + step])
             read += step
         for drafted in ([], [1], [2, 0], [rng.randrange(3) for _ in range(7)]):
-            expected = slow_foretell(text, drafted)
-            assert memory.foretell(drafted) == expected, (text, drafted)
+            expected = slow_look_up(text, drafted)
+            assert memory.look_up(drafted) == expected, (text, drafted)
             seen.add(expected and (expected.history, expected.match > LOOKBACK))
     assert len(seen) == 7  # every history with short and long matches, and nothing at all
 
 
 def test_estimates_converge_to_what_is_seen_and_leave_others_alone():
-    rng, estimate = random.Random(0), ForetoldAcceptance()
-    often, other = Foretold(5, 4, NEW), Foretold(5, 4, REPEATED)
+    rng, estimate = random.Random(0), LookupAcceptance()
+    often, other = LookupToken(5, 4, NEW), LookupToken(5, 4, REPEATED)
     untouched, values = estimate.probability(other), []
     for chance in (0.2, 0.9):
         for _ in range(1500):
@@ -90,7 +90,7 @@ def test_estimates_converge_to_what_is_seen_and_leave_others_alone():
             values.append(estimate.probability(often))
         assert sum(values[-1000:]) / 1000 == pytest.approx(chance, abs=0.04)
     assert estimate.probability(other) == untouched
-    assert estimate.probability(Foretold(0, 5, NEW)) == estimate.probability(often)  # 4 and 5 are counted together
+    assert estimate.probability(LookupToken(0, 5, NEW)) == estimate.probability(often)  # 4 and 5 are counted together
 
 
 # -- the rule

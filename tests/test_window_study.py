@@ -30,11 +30,11 @@ from ppow_hf.measure.window_study import (
     ConfidenceStop,
     DraftTable,
     EntropyStop,
-    clairvoyant,
     draft_table,
     draft_tables,
     least_cost_threshold,
     mixed_stream,
+    oracle,
     replay,
 )
 from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
@@ -184,7 +184,7 @@ def test_fixed_windows_are_replayed_as_counted_by_hand():
         assert all(len(r.features) == r.window for r in seen.rounds)
 
 
-def test_the_clairvoyant_is_the_cheapest_of_all_sequences_of_windows():
+def test_the_oracle_is_the_cheapest_of_all_sequences_of_windows():
     for seed, costs in itertools.product(range(5), (CostModel(0.12, 0.0), CostModel(0.4, 0.05), CostModel(0.01, 0.3))):
         table = made_up_table(seed, length=9)
 
@@ -197,15 +197,15 @@ def test_the_clairvoyant_is_the_cheapest_of_all_sequences_of_windows():
                 options.append(costs.round_cost(window) + cheapest(committed + kept + 1))
             return min(options)
 
-        trace = clairvoyant(table, costs)
+        trace = oracle(table, costs)
         assert sum(costs.round_cost(r.window) for r in trace.rounds[1:]) == pytest.approx(cheapest(1))
         assert sum(r.accepted + 1 for r in trace.rounds[1:]) == table.tokens
 
 
-def test_nothing_beats_the_clairvoyant():
+def test_nothing_beats_the_oracle():
     costs = CostModel(0.12, 0.02)
     tables = [made_up_table(seed) for seed in range(6)]
-    limit = speed([clairvoyant(table, costs) for table in tables], costs)
+    limit = speed([oracle(table, costs) for table in tables], costs)
     for make in (
         lambda: FixedWindow(4, GIVEN),
         lambda: HeuristicWindow(16, GIVEN),
@@ -316,7 +316,7 @@ def test_mixed_stream_takes_turns_until_one_runs_out():
     assert names == ["a", "a", "b", "a", "a", "b", "a", "a"]
 
 
-def test_study_compares_every_rule_with_the_fixed_windows_and_the_clairvoyant():
+def test_study_compares_every_rule_with_the_fixed_windows_and_the_oracle():
     tables = {
         name: [made_up_table(seed, steady=name == "easy") for seed in range(start, start + 4)]
         for name, start in (("easy", 0), ("hard", 50))
@@ -329,17 +329,17 @@ def test_study_compares_every_rule_with_the_fixed_windows_and_the_clairvoyant():
     for result in found["results"]:
         speeds = [one["tokens_per_cost"] for one in result["fixed"]]
         assert len(speeds) == 17 and speeds[0] == pytest.approx(1.0)
-        best, limit = max(speeds), result["clairvoyant"]["tokens_per_cost"]
+        best, limit = max(speeds), result["oracle"]["tokens_per_cost"]
         assert speeds[result["best_fixed_window"]] == best <= limit
         for name, rule in result["rules"].items():
             assert (
                 rule["tokens_per_cost"] <= limit + 1e-9 or name == WITH_LOOKUP
             )  # its tokens are not all the drafter's
             assert rule["over_best_fixed"] == pytest.approx(rule["tokens_per_cost"] / best - 1)
-            assert rule["way_to_clairvoyant"] == pytest.approx((rule["tokens_per_cost"] - best) / (limit - best))
+            assert rule["way_to_oracle"] == pytest.approx((rule["tokens_per_cost"] - best) / (limit - best))
     ours = [result["rules"][OURS]["over_best_fixed"] for result in found["results"]]
     assert found["summary"][OURS]["worst_over_best_fixed"] == min(ours)
-    assert calibration["confidence_alone"]["weights"]["foretold"] == pytest.approx(0.0, abs=1e-9)
+    assert calibration["confidence_alone"]["weights"]["lookup"] == pytest.approx(0.0, abs=1e-9)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert len(format_study(found).splitlines()) == 1 + 6 + 2 + len(found["summary"]) + 2  # two notes
     for result in found["results"]:

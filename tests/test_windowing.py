@@ -9,7 +9,7 @@ import pytest
 from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
 from ppow_hf.runtime.draft_window import Window, draft_windows
 from ppow_hf.runtime.estimator import MAX_KL, AcceptanceEstimator, decayed_kl
-from ppow_hf.runtime.lookup import NEW, ForetoldAcceptance, TextMemory
+from ppow_hf.runtime.lookup import NEW, LookupAcceptance, TextMemory
 from ppow_hf.runtime.trace import RoundTrace
 from ppow_hf.runtime.windowing import (
     FixedWindow,
@@ -200,7 +200,7 @@ def test_higher_confidence_and_lower_divergence_raise_the_estimate():
 
 
 def test_memory_of_nothing_says_nothing():
-    assert TextMemory().foretell([1, 2]) is None
+    assert TextMemory().look_up([1, 2]) is None
 
 
 def test_a_repeated_text_raises_the_estimate_and_another_token_lowers_it():
@@ -208,22 +208,22 @@ def test_a_repeated_text_raises_the_estimate_and_another_token_lowers_it():
     rule.read([1, 2, 3, 4, 5, 1, 2, 3])
     unsure = (0.5, 0.3, 1.0)
     repeated, other, new = rule.describe(*unsure, 4, []), rule.describe(*unsure, 9, []), rule.describe(*unsure, 4, [9])
-    foretold = ForetoldAcceptance.PRIORS[NEW][2]  # three tokens are the same, seen once
-    log_odds = pytest.approx(math.log(foretold / (1 - foretold)))
+    prior = LookupAcceptance.PRIORS[NEW][2]  # three tokens are the same, seen once
+    log_odds = pytest.approx(math.log(prior / (1 - prior)))
     assert repeated[5:7] == [log_odds, 0.0] and [-other[5], other[6]] == [log_odds, 1.0] and new[5:7] == [0.0, 0.0]
     assert rule.describe(*unsure, 5, [4])[5] > repeated[5]  # four
     estimates = [rule.acceptance_probability(features) for features in (repeated, new, other)]
     assert estimates == sorted(estimates, reverse=True) and estimates[0] - estimates[2] > 0.2
 
 
-def test_a_text_that_goes_on_otherwise_than_foretold_makes_what_it_foretells_less_likely():
+def test_a_text_that_goes_on_otherwise_makes_what_it_suggests_less_likely():
     rng = random.Random(0)
     rules = [KLAdaptiveWindow(10, GIVEN, AcceptanceEstimator()) for _ in range(2)]
     for rule, committed in zip(rules, ([1, 2, 3] * 40, [rng.randrange(3) for _ in range(120)]), strict=True):
         rule.read([1, 2, 3, 1, 2, 3])
         for token in committed:
             rule.read([token])
-    repeating, random_ones = (rule.memory.foretell() for rule in rules)
+    repeating, random_ones = (rule.memory.look_up() for rule in rules)
     assert repeating is not None and random_ones is not None
     assert rules[0].memory.acceptance.probability(repeating) > 0.95
     assert rules[1].memory.acceptance.probability(random_ones) < 0.6
@@ -232,20 +232,20 @@ def test_a_text_that_goes_on_otherwise_than_foretold_makes_what_it_foretells_les
 def test_what_follows_a_run_in_the_prompt_alone_is_no_evidence_of_what_is_kept():
     memory = TextMemory()
     memory.read([1, 2, 3] * 40)
-    foretold = memory.foretell()
-    assert foretold is not None
-    assert memory.acceptance.probability(foretold) == ForetoldAcceptance().probability(foretold)
-    memory.read([foretold.token])
-    assert memory.acceptance.probability(foretold) > ForetoldAcceptance().probability(foretold)
+    found = memory.look_up()
+    assert found is not None
+    assert memory.acceptance.probability(found) == LookupAcceptance().probability(found)
+    memory.read([found.token])
+    assert memory.acceptance.probability(found) > LookupAcceptance().probability(found)
 
 
 def test_weights_of_a_drafter_that_was_fitted_to_other_features_are_left_aside():
     stored = {"greedy": {"weights": {"bias": 3.0, "agreement": 0.5}, "acceptance": 0.4}}
     rule = make_window_rule("kl", 10, GIVEN, stored)
     assert isinstance(rule, KLAdaptiveWindow) and rule.estimator == AcceptanceEstimator()
-    kept = {"greedy": {"weights": {"bias": 3.0, "foretold": 0.5}, "acceptance": 0.4}}
+    kept = {"greedy": {"weights": {"bias": 3.0, "lookup": 0.5}, "acceptance": 0.4}}
     rule = make_window_rule("kl", 10, GIVEN, kept)
-    assert isinstance(rule, KLAdaptiveWindow) and rule.estimator == AcceptanceEstimator(bias=3.0, foretold=0.5)
+    assert isinstance(rule, KLAdaptiveWindow) and rule.estimator == AcceptanceEstimator(bias=3.0, lookup=0.5)
 
 
 # -- the rules

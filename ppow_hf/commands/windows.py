@@ -37,7 +37,7 @@ def register(subparsers: Any) -> None:
         help="compare window rules on drafts from every prefix of the target's text",
         description="Let the target write greedily, draft 16 tokens from every prefix of its text, and replay every "
         "window rule on that table at several costs: fixed windows of 0 to 16, transformers' rules, an entropy stop, "
-        "the adaptive rule, and the clairvoyant that knows each verdict before. The adaptive rule's estimate is "
+        "the adaptive rule, and the oracle that knows each verdict before. The adaptive rule's estimate is "
         "fitted on the first prompts of each workload; the numbers are from the others. Some prompts are decoded in "
         "earnest to check the replay.",
     )

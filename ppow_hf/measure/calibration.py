@@ -82,7 +82,7 @@ def without_look_up(tables: Sequence[DraftTable]) -> dict[str, Any]:
         for one_round in trace.rounds:
             one_round.features = [[*features[:4], 0.0, 0.0, 0.0, features[7]] for features in one_round.features]
     estimate = fit_estimator(traces)
-    estimate["weights"] |= {"margin": 0.0, "foretold": 0.0, "conflict": 0.0}
+    estimate["weights"] |= {"margin": 0.0, "lookup": 0.0, "conflict": 0.0}
     return estimate
 
 

@@ -1,4 +1,4 @@
-"""The window study: every rule at every cost on every workload, with the fixed windows and the clairvoyant around it.
+"""The window study: every rule at every cost on every workload, with the fixed windows and the oracle around it.
 
 Knows tables and rules ([`window_study`]) and what the numbers are for; reads no files and loads no models.
 """
@@ -14,7 +14,7 @@ from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import FixedWindow, HeuristicWindow, KLAdaptiveWindow, WindowRule, make_window_rule
 from .calibration import fit_on_tables, without_look_up
 from .evaluation import decode, repeated_ngrams
-from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, clairvoyant, mixed_stream, replay
+from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, mixed_stream, oracle, replay
 
 MIXED = "mixed stream"
 OURS, CONFIDENCE_ONLY, WITH_LOOKUP = "ppow kl", "ppow kl, confidence alone", "ppow kl with look-up"
@@ -112,7 +112,7 @@ def study(
             fixed = [speeds[f"fixed {window}"] for window in range(DEPTH + 1)]
             least_speed = fixed[COMPARED_FIXED]["tokens_per_cost"]
             thrifty = most_thrifty(adaptive_rule(OURS, calibrations), rules[OURS], texts, cost, as_one, least_speed)
-            limit = speed([clairvoyant(table, cost) for table in texts], cost)
+            limit = speed([oracle(table, cost) for table in texts], cost)
             results.append(
                 describe_result(workload, cost_name, cost, fixed, rules, limit)
                 | {"thrifty": thrifty, "entropy_stop_threshold": threshold}
@@ -123,7 +123,7 @@ def study(
 
 
 def adaptive_rule(name: str, calibrations: Mapping[str, dict[str, Any]]) -> MakeRule:
-    """The adaptive rule called `name`; look-up is beyond the clairvoyant, which has the drafter's tokens alone."""
+    """The adaptive rule called `name`; look-up is beyond the oracle, which has the drafter's tokens alone."""
     lookup = name == WITH_LOOKUP
     calibration = {"greedy": calibrations[OURS if lookup else name]}
     return partial(make_window_rule, "kl", DEPTH, calibration=calibration, lookup=lookup)
@@ -168,14 +168,14 @@ def describe_result(
     rules: dict[str, dict[str, float]],
     limit: dict[str, float],
 ) -> dict[str, Any]:
-    """One workload at one cost: every rule beside the best fixed window and the clairvoyant."""
+    """One workload at one cost: every rule beside the best fixed window and the oracle."""
     speeds = [one["tokens_per_cost"] for one in fixed]
     best = max(speeds)
     described = {}
     for name, rule_speed in rules.items():
         gain = rule_speed["tokens_per_cost"] - best
         way = gain / (limit["tokens_per_cost"] - best) if limit["tokens_per_cost"] > best else 0.0
-        described[name] = rule_speed | {"over_best_fixed": gain / best, "way_to_clairvoyant": way}
+        described[name] = rule_speed | {"over_best_fixed": gain / best, "way_to_oracle": way}
     return {
         "workload": workload,
         "cost": cost_name,
@@ -184,7 +184,7 @@ def describe_result(
         "best_fixed_window": speeds.index(best),
         "best_fixed_tokens_per_cost": best,
         "rules": described,
-        "clairvoyant": limit,
+        "oracle": limit,
     }
 
 
@@ -200,8 +200,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "worst_at": f"{results[worst]['workload']}, {results[worst]['cost']}",
             "mean_over_best_fixed": sum(one["over_best_fixed"] for one in ours) / len(ours),
             "mixed_over_best_single_fixed": mixed,
-            "mean_way_to_clairvoyant": sum(one["way_to_clairvoyant"] for one in ours) / len(ours),
-            "least_way_to_clairvoyant": min(one["way_to_clairvoyant"] for one in ours),
+            "mean_way_to_oracle": sum(one["way_to_oracle"] for one in ours) / len(ours),
+            "least_way_to_oracle": min(one["way_to_oracle"] for one in ours),
         }
     return summary
 
@@ -334,7 +334,7 @@ def _rounds(trace: GenerationTrace) -> list[tuple[int, int, int, list[int]]]:
 def format_study(findings: dict[str, Any]) -> str:
     """A line for each workload and cost, and what they come to."""
     lines = [
-        f"{'workload':<14} {'costs':<12} {'best fixed':>11} {'fixed 8':>8} {'ours':>6} {'gain':>7} {'clairv.':>8} "
+        f"{'workload':<14} {'costs':<12} {'best fixed':>11} {'fixed 8':>8} {'ours':>6} {'gain':>7} {'oracle':>8} "
         f"{'of the way':>10} {'waste':>6} {'fixed 8':>8}"
     ]
     for result in findings["results"]:
@@ -343,7 +343,7 @@ def format_study(findings: dict[str, Any]) -> str:
         lines.append(
             f"{result['workload'][:14]:<14} {result['cost'][:12]:<12} {best:>11} {eight['tokens_per_cost']:>8.2f} "
             f"{ours['tokens_per_cost']:>6.2f} {ours['over_best_fixed']:>+7.1%} "
-            f"{result['clairvoyant']['tokens_per_cost']:>8.2f} {ours['way_to_clairvoyant']:>10.0%} "
+            f"{result['oracle']['tokens_per_cost']:>8.2f} {ours['way_to_oracle']:>10.0%} "
             f"{ours['wasted']:>6.0%} {eight['wasted']:>8.0%}"
         )
     lines.append("")
@@ -352,11 +352,11 @@ def format_study(findings: dict[str, Any]) -> str:
         mixed = " ".join(f"{gain:+.1%}" for gain in total["mixed_over_best_single_fixed"])
         lines.append(
             f"{name:<34} {total['worst_over_best_fixed']:>+8.1%} {total['mean_over_best_fixed']:>+7.1%} {mixed:>28} "
-            f"{total['mean_way_to_clairvoyant']:>11.0%}"
+            f"{total['mean_way_to_oracle']:>11.0%}"
         )
     if WITH_LOOKUP in findings["summary"]:
         lines.append(
-            "With look-up the text's own tokens are drafted too, which fixed windows and the clairvoyant do without: "
+            "With look-up the text's own tokens are drafted too, which fixed windows and the oracle do without: "
             "they cost no draft step, and nothing at all where verification is free."
         )
     waste = findings["waste_at_speed_of_fixed_8"]
@@ -377,7 +377,7 @@ def speed_panels(findings: dict[str, Any], cost_name: str) -> dict[str, dict[str
         panel = {"fixed": [(float(w), one["tokens_per_cost"]) for w, one in enumerate(result["fixed"])]}
         for name in ("transformers dynamic confidence", OURS):
             panel[name] = [(x, result["rules"][name]["tokens_per_cost"]) for x in ends]
-        panel["clairvoyant"] = [(x, result["clairvoyant"]["tokens_per_cost"]) for x in ends]
+        panel["oracle"] = [(x, result["oracle"]["tokens_per_cost"]) for x in ends]
         panels[result["workload"]] = panel
     return panels
 

@@ -284,7 +284,7 @@ def _replay_round(rule: WindowRule, table: DraftTable, committed: int, looks: bo
     return one_round
 
 
-def clairvoyant(table: DraftTable, costs: CostModel) -> GenerationTrace:
+def oracle(table: DraftTable, costs: CostModel) -> GenerationTrace:
     """The rounds that commit the text at the least cost, had every verdict been known before [ours].
 
     Exact, by dynamic programming over the committed tokens: V(c) = min over W of cost(W) + V(c + W + 1), W up to what

@@ -25,9 +25,9 @@ class AcceptanceEstimator:
         divergence (`float`): of the logarithm of the lagged KL(P||Q).
         position (`float`): of the number of draft tokens before it in the window.
         margin (`float`): of the logarithm of the highest probability over the second.
-        foretold (`float`):
-            Of the log-odds that the text's own repetitions give to what they foretell
-            ([`TextMemory`]), where that is the likeliest token; taken negative where it is another.
+        lookup (`float`):
+            Of the log-odds that the text's own repetitions give to the token that they suggest ([`TextMemory`]), where
+            that is the likeliest token; taken negative where it is another.
         conflict (`float`): of whether it is another.
         predicted (`float`): of the log-odds that the drafter's confidence head gives.
     """
@@ -38,7 +38,7 @@ class AcceptanceEstimator:
     divergence: float = -0.15
     position: float = 0.0
     margin: float = 0.4
-    foretold: float = 0.7
+    lookup: float = 0.7
     conflict: float = -0.5
     predicted: float = 0.0
 
@@ -57,15 +57,15 @@ class AcceptanceEstimator:
         lagged_kl: float,
         position: int,
         second_probability: float | None = None,
-        foretold: float | None = None,
-        is_foretold: bool = True,
+        lookup_probability: float | None = None,
+        lookup_agrees: bool = True,
         predicted: float | None = None,
     ) -> list[float]:
         """The eight features, each finite whatever the inputs (NaN counts as the most doubtful value).
 
-        `second_probability` left out leaves the margin at 0. `foretold` is the probability of what the text foretells,
-        `None` where it foretells nothing; `is_foretold` whether that is the likeliest token. `predicted` is what the
-        confidence head gives, log-odds, `None` without one.
+        `second_probability` left out leaves the margin at 0. `lookup_probability` is that of the token which the text
+        suggests, `None` where it suggests none; `lookup_agrees` whether that is the likeliest token. `predicted` is
+        what the confidence head gives, log-odds, `None` without one.
         """
         probability = min(max(_finite(max_probability, 0.0), 1e-4), 1 - 1e-4)
         second = probability if second_probability is None else _finite(second_probability, 1.0)
@@ -75,8 +75,8 @@ class AcceptanceEstimator:
             math.log(0.01 + min(max(_finite(lagged_kl, MAX_KL), 0.0), MAX_KL)),
             float(position),
             math.log(probability / min(max(second, 1e-4), probability)),
-            0.0 if foretold is None else _log_odds(foretold) * (1.0 if is_foretold else -1.0),
-            float(foretold is not None and not is_foretold),
+            0.0 if lookup_probability is None else _log_odds(lookup_probability) * (1.0 if lookup_agrees else -1.0),
+            float(lookup_probability is not None and not lookup_agrees),
             0.0 if predicted is None else min(max(_finite(predicted, -15.0), -15.0), 15.0),
         ]
 
@@ -89,7 +89,7 @@ class AcceptanceEstimator:
             self.divergence,
             self.position,
             self.margin,
-            self.foretold,
+            self.lookup,
             self.conflict,
             self.predicted,
         )

@@ -14,8 +14,8 @@ MEMORY_TOKENS = 8192  # of a longer prompt, those at its end are looked up
 NEW, DIFFERENT, REPEATED = 0, 1, 2  # a run had come once; twice, with other tokens after; with the same one
 
 
-class Foretold(NamedTuple):
-    """The token that a text puts next.
+class LookupToken(NamedTuple):
+    """The token that a text suggests next.
 
     Args:
         token (`int`): the one that followed the last few tokens where they came before, the last time if several.
@@ -30,11 +30,11 @@ class Foretold(NamedTuple):
 
 
 class TextMemory:
-    """What followed which short runs of tokens in a text, so that the next token can be foretold, and how often what
-    was foretold came [ours]."""
+    """What followed which short runs of tokens in a text, so that the next token can be looked up, and how often the
+    token that was looked up came [ours]."""
 
     def __init__(self) -> None:
-        self.acceptance = ForetoldAcceptance()
+        self.acceptance = LookupAcceptance()
         self._text: list[int] = []
         # Runs of 1 to LOOKBACK tokens that something came after: the place of what came last, and its history.
         self._followed: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -46,9 +46,9 @@ class TextMemory:
         text += list(tokens)[-MEMORY_TOKENS:]
         for place in range(start, len(text)):
             if start:
-                foretold = self.foretell(up_to=place)
-                if foretold is not None:
-                    self.acceptance.observe(foretold, text[place])
+                found = self.look_up(up_to=place)
+                if found is not None:
+                    self.acceptance.observe(found, text[place])
             for length in range(1, min(LOOKBACK, place) + 1):
                 run = tuple(text[place - length : place])
                 before, history = self._followed.get(run), NEW
@@ -56,7 +56,7 @@ class TextMemory:
                     history = REPEATED if text[before[0]] == text[place] else DIFFERENT
                 self._followed[run] = place, history
 
-    def foretell(self, drafted: Sequence[int] = (), up_to: int | None = None) -> Foretold | None:
+    def look_up(self, drafted: Sequence[int] = (), up_to: int | None = None) -> LookupToken | None:
         """What followed the last occurrence of the longest run, of up to LOOKBACK tokens, that ends the text (its
         first `up_to` tokens) and `drafted`; `None` where even their last token is new."""
         text, end = self._text, len(self._text) if up_to is None else up_to
@@ -71,15 +71,15 @@ class TextMemory:
         most = min(LONGEST_MATCH, len(recent), place)
         while match < most and recent[-match - 1] == text[place - match - 1]:
             match += 1
-        return Foretold(text[place], match, history)
+        return LookupToken(text[place], match, history)
 
 
-class ForetoldAcceptance:
-    """Probability that a foretold token is kept, learned from the text as it is written [ours].
+class LookupAcceptance:
+    """Probability that a token from the text is kept, learned from the text as it is written [ours].
 
     Beta counts for each length of the match and each history. Every token that was committed is evidence, whether
-    drafted or not: would it have been foretold? At T > 0 as well, since it is drawn from P and a foretold token is
-    kept with its probability under P. Old evidence fades, so that the counts follow the text.
+    drafted or not: would the text have suggested it? At T > 0 as well, since it is drawn from P and a token from the
+    text is kept with its probability under P. Old evidence fades, so that the counts follow the text.
     """
 
     SHORTEST = (1, 2, 3, 4, 6, 9, 16)  # matches from here to the next one are counted together
@@ -95,18 +95,18 @@ class ForetoldAcceptance:
         weight = self.PRIOR_WEIGHT
         self._counts = {history: [[weight * p, weight] for p in row] for history, row in self.PRIORS.items()}
 
-    def _count(self, foretold: Foretold) -> list[float]:
-        return self._counts[foretold.history][bisect_right(self.SHORTEST, foretold.match) - 1]
+    def _count(self, found: LookupToken) -> list[float]:
+        return self._counts[found.history][bisect_right(self.SHORTEST, found.match) - 1]
 
-    def probability(self, foretold: Foretold) -> float:
-        """alpha of a foretold token, in (0, 1)."""
-        kept, seen = self._count(foretold)
+    def probability(self, found: LookupToken) -> float:
+        """alpha of a token from the text, in (0, 1)."""
+        kept, seen = self._count(found)
         return kept / seen
 
-    def observe(self, foretold: Foretold, token: int) -> None:
-        """`token` was committed where the text had foretold one."""
-        count = self._count(foretold)
-        count[0] += foretold.token == token
+    def observe(self, found: LookupToken, token: int) -> None:
+        """`token` was committed where the text had suggested `found`."""
+        count = self._count(found)
+        count[0] += found.token == token
         count[1] += 1
         if count[1] > self.MOST_WEIGHT:
             fade = self.MOST_WEIGHT / count[1]

@@ -51,17 +51,15 @@ class WindowRule:
 
         Looks at nothing that is drawn there, so that sampling stays unbiased.
         """
-        foretold = self.memory.foretell(drafted)
-        probability = None if foretold is None else self.memory.acceptance.probability(foretold)
-        is_foretold = foretold is not None and foretold.token == likeliest
+        found = self.memory.look_up(drafted)
         return AcceptanceEstimator.features(
             max_probability,
             entropy,
             self.lagged_kl,
             len(drafted),
             second_probability,
-            probability,
-            is_foretold,
+            None if found is None else self.memory.acceptance.probability(found),
+            found is not None and found.token == likeliest,
             predicted,
         )
 
@@ -269,7 +267,7 @@ class LookupWindow(KLAdaptiveWindow):
     """[`KLAdaptiveWindow`] that drafts from the text as well, in the drafter's place or after its tokens [ours].
 
     A token from the text costs no draft step, only its share of the verification: a chain of them goes on while S_j >=
-    lambda * slope, S_j the product of the acceptances that [`ForetoldAcceptance`] estimates. What a
+    lambda * slope, S_j the product of the acceptances that [`LookupAcceptance`] estimates. What a
     chain gains over a round without is the sum of S_j - lambda * (cost of position j). Before each draft step the
     text's chain, as far as it is worth its cost, is weighed against the best window of further draft steps, whose
     acceptances are the running ones; the better one goes on.
@@ -323,13 +321,13 @@ class LookupWindow(KLAdaptiveWindow):
         reaches: list[float] = []
         price, reached = self.column_price, self._reached
         while len(drafted) + len(chain) < limit:
-            foretold = self.memory.foretell([*drafted, *chain])
-            if foretold is None:
+            found = self.memory.look_up([*drafted, *chain])
+            if found is None:
                 break
-            reached *= self.memory.acceptance.probability(foretold)
+            reached *= self.memory.acceptance.probability(found)
             if reached < price:
                 break
-            chain.append(foretold.token)
+            chain.append(found.token)
             reaches.append(reached)
         return chain, reaches
 
