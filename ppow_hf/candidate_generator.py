@@ -77,7 +77,9 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             settings["lookup"],
             config.confidence_head,
         )
-        drafter.last_trace = self.trace = GenerationTrace(window_rule=settings["window"])
+        self.trace = GenerationTrace(window_rule=settings["window"])
+        for holder in (drafter, self.model):
+            holder.last_trace, holder.last_traces = self.trace, [self.trace]
         # The length of the text before a drawn token that ends it, the token, its distribution.
         self.pending: tuple[int, int, torch.Tensor] | None = None
         self._unread: UnreadTokens | None = None

@@ -208,7 +208,7 @@ def test_a_tensor_parallel_target_trains_evaluates_and_records_as_a_whole_one(ma
         folder.mkdir()
         settings = EVALUATION | {"calibrate_at_end": True, "per_device_train_batch_size": 4 // processes}
         runs = [
-            COMMON | settings | run | {"output_dir": str(folder / name)}
+            COMMON | settings | run | {"output_dir": str(folder / name), "proximity_weight": 0.5}
             for name, run in RUNS.items() if name != "block"
         ]  # fmt: skip
         variables = {"TARGET": str(tmp_path / "target"), "PLACED": json.dumps(placed)}
@@ -289,12 +289,21 @@ if shared:
 target, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 calls, generate = [], target.generate
 target.generate = lambda *args, **kwargs: (calls.append(1), generate(*args, **kwargs))[1]
-dataset = regenerate(
-    [{"prompt": line[:length]} for line in LINES for length in (3, 9, 14, 20)], target, tokenizer,
-    max_length=96, max_new_tokens=8, batch_size=2,
-    temperature=[0.0, 1.0], cache_dir=os.path.join(folder, "shared" if shared else "alone"), across_processes=shared,
-)
+
+
+def write(cache_dir):
+    prompts = [{"prompt": line[:length]} for line in LINES for length in (3, 9, 14, 20)]
+    return regenerate(
+        prompts, target, tokenizer, max_length=96, max_new_tokens=8, batch_size=2, temperature=[0.0, 1.0],
+        cache_dir=cache_dir, across_processes=shared,
+    )
+
+
+dataset = write(os.path.join(folder, "shared" if shared else "alone"))
 found = {"calls": len(calls), "fingerprint": dataset.fingerprint}
+if shared:  # of two processes without a folder in common one has the texts already
+    rank = torch.distributed.get_rank()
+    found["half"] = write(os.path.join(folder, "alone" if rank == 0 else "empty")).fingerprint
 name = f"{torch.distributed.get_rank()}.json" if shared else "alone.json"
 with open(os.path.join(folder, name), "w") as file:
     json.dump(found, file)
@@ -316,6 +325,6 @@ def test_two_processes_share_what_the_target_writes(make_target, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-4000:]
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
-    assert first["fingerprint"] == second["fingerprint"] == alone["fingerprint"]
+    assert first["fingerprint"] == second["fingerprint"] == alone["fingerprint"] == first["half"] == second["half"]
     assert first["calls"] == second["calls"] == alone["calls"] / 2
     assert sorted(path.suffix for path in (tmp_path / "shared").iterdir()) == [".json", ".json"] + 2 * [".safetensors"]

@@ -566,6 +566,10 @@ def test_a_reduced_vocabulary_maps_to_the_targets_ids(target):
 def test_a_reduced_vocabulary_needs_token_counts_and_an_eagle_drafter(target):
     with pytest.raises(ValueError, match="token_counts: "):
         PPOWDrafter.from_target(target, "eagle", draft_vocab_size=32)
+    with pytest.raises(ValueError, match="token_counts: "):
+        PPOWDrafter.from_target(target, "eagle", draft_vocab_size=32, token_counts=torch.arange(31))
+    with pytest.raises(ValueError, match="draft_vocab_size: 1 is not a whole number of at least 2"):
+        PPOWDrafter.from_target(target, "eagle", draft_vocab_size=1, token_counts=torch.arange(64))
     with pytest.raises(ValueError, match="draft_vocab_size: "):
         PPOWDrafter.from_target(target, "standalone", draft_vocab_size=32, token_counts=torch.arange(64))
 

@@ -689,13 +689,38 @@ def test_data_that_cannot_be_trained_on_is_refused(make_trainer, tokenizer, trai
         make_trainer(train=train, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "objective"),
+    [("eagle", "supervised"), ("confident", "supervised"), ("eagle", "kl"), ("eagle", "tv"), ("standalone", "tv"),
+     ("eagle", "ppow"), ("standalone", "ppow")],
+)  # fmt: skip
+def test_texts_too_short_for_a_window_end_no_training(make_trainer, architecture, objective):
+    masks = [[True] * length for length in (2, 12, 3, 12)]
+    masks[2] = [False, True, False]
+    trainer = make_trainer(
+        architecture, objective, train=random_dataset([2, 12, 3, 12], loss_masks=masks), max_steps=4,
+        per_device_train_batch_size=1, unroll_steps=1 if objective == "kl" else 3,
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_a_drafter_keeps_the_window_that_it_was_trained_with(make_trainer):
+    trainer = make_trainer("eagle", "supervised", max_window=3, max_steps=1, cost_ratio=None)
+    trainer.train()
+    assert trainer.model.config.max_window == 3
+    assert trainer.cost_ratio is None  # no reward asks for it, so that nothing is measured
+
+
 def test_more_refusals_of_data(make_trainer):
     with pytest.raises(ValueError, match="train_dataset: 2 sequences .* batch of 4"):
         make_trainer(train=random_dataset([9, 9]), num_iterations=2, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="max_length: 300 given .* 300 tokens .* 256"):
         make_trainer(train=random_dataset([300, 9]), max_length=300)
-    with pytest.raises(ValueError, match="train_dataset: no sequence of the batch at step 0"):
-        make_trainer(train=random_dataset([3, 3], loss_masks=[[True, True, False]] * 2)).train()
+    with pytest.raises(ValueError, match="train_dataset: no sequence has a token to learn after its first 2"):
+        make_trainer(train=random_dataset([3, 3], loss_masks=[[True, True, False]] * 2))
     trainer = make_trainer()
     trainer.train_dataset = None
     with pytest.raises(ValueError, match="train_dataset: None"):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.cli import main
 from ppow_hf.data.models import parse_workload
+from ppow_hf.measure import window_study
 from ppow_hf.measure.benchmark import ForwardRecorder
 from ppow_hf.measure.calibration import fit_on_tables
 from ppow_hf.measure.evaluation import decode
@@ -152,6 +153,16 @@ def test_prompts_of_a_batch_are_continued_as_alone(target, drafter):
         plain = target.generate(prompt, max_new_tokens=10, do_sample=False)
         assert table.prompt.tolist() == prompt[0].tolist()
         assert table.text.tolist() == plain[0, prompt.shape[1] :].tolist()
+
+
+def test_a_text_ends_where_rounding_would_have_the_target_choose_otherwise(target, drafter, monkeypatch):
+    prompt = torch.tensor([[5, 9, 2, 33]])
+    text = target.generate(prompt, max_new_tokens=10, do_sample=False)[0, 4:].tolist()
+    for place in (6, 0):
+        other = text[:place] + [(text[place] + 1) % 64] + text[place + 1 :]
+        monkeypatch.setattr(window_study, "complete_batch", lambda *args, other=other: [other])
+        tables = draft_tables(target, drafter, [prompt], 10, depth=2)
+        assert [table.text.tolist() for table in tables] == ([text[:place]] if place else [])
 
 
 def test_a_text_that_is_not_the_targets_is_refused(target, drafter):

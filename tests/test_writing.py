@@ -183,6 +183,19 @@ def test_answers_are_dropped_for_a_reason():
     assert reason_to_drop(None, seen) == "refused"
 
 
+def test_a_file_that_is_gone_on_with_knows_what_the_target_wrote_and_not_what_it_was_asked(tmp_path):
+    asked = {
+        "id": "0",
+        "messages": [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "Yes."}],
+    }
+    own = {"id": "self-0-1", "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]}
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (asked, own)))
+    (tmp_path / "texts.json").write_text('{"settings": {}}')
+    seen = TextFile(tmp_path / "texts.jsonl", {}).seen
+    answers = ["Say yes.", "Yes.", "Who?", "I."]
+    assert [reason_to_drop(Answer(text, [7, 8], True), seen) for text in answers] == [None, *["repeated"] * 3]
+
+
 # Transformers
 
 

@@ -18,6 +18,7 @@ from ..data.models import (
     resolve,
 )
 from ..data.sources import DATA_HELP, check_source
+from ..runtime.compatibility import num_layers
 from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
 
 
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.target, "--target")
     layers: list[int] = []
     if arguments.architecture in ("eagle", "block"):
-        count = target.config.get_text_config().num_hidden_layers
+        count = num_layers(target.config.get_text_config())
         layers = target_layers_for(arguments.architecture, arguments.layers, count) or []
     sequences = training_sequences(arguments.data, target, tokenizer, settings, "--data")
     reader: Any = None

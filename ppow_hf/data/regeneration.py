@@ -9,7 +9,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,7 +112,8 @@ def regenerate(
             settings |= {"seed": seed, "batch_size": batch_size}
         tensors_path = cache_folder / f"{_cache_key(own_prompts, target, settings)}.safetensors"
         dataset = _load_cached(tensors_path, own_prompts, each)
-        if dataset is None or not all(processes.gather(dataset is not None)):
+        cached_everywhere = all(processes.gather(dataset is not None))
+        if dataset is None or not cached_everywhere:
             parts_on_disk = _PartsOnDisk(tensors_path)
             completions = _generate_completions(
                 own_prompts, target, length_limit, max_new_tokens, each, batch_size, seed, eos_token_ids, pad_token_id,
@@ -265,8 +266,7 @@ def complete_batch(
         use_cache=True,
         **(sampling or {"do_sample": False}),
     )
-    # All devices, because manual_seed seeds all of them.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with random_state_kept():
         torch.manual_seed(seed)
         written = target.generate(
             input_ids.to(input_device(target)),
@@ -274,6 +274,11 @@ def complete_batch(
             generation_config=generation_config,
         )
     return [through_first_stop(ids, stop_token_ids) for ids in written[:, width:].tolist()]
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Until its end random numbers may be drawn and seeded; then the process's are as they were, on all devices."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def through_first_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

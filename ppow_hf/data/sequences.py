@@ -159,7 +159,8 @@ def prepare_sequences(
         )
     if columns == ("text",):
         token_ids, loss_masks = _text_sequences(rows, tokenizer, max_length, packing, min_length, argument)
-        return _keep_learnable(token_ids, loss_masks, None, argument, f"at least {min_length} tokens")
+        requirement = f"at least {min_length} tokens" if packing else "a token to learn"
+        return _keep_learnable(token_ids, loss_masks, None, argument, requirement)
 
     target_written: list | None = None
     if columns == ("input_ids",):

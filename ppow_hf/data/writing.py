@@ -352,8 +352,7 @@ class TextFile:
         for row in _whole_lines(path):
             self.rows += 1
             self.done.add(row["id"])
-            said = [message["content"] for message in row["messages"]] if "messages" in row else [row["completion"]]
-            self.seen.update(_text_hash(str(content)) for content in said)
+            self.seen.update(map(_text_hash, _written_in(row)))
         self.done.update(row["id"] for row in _whole_lines(self.dropped_path))
 
     def add(self, conversations: Iterable[Conversation]) -> None:
@@ -368,6 +367,14 @@ class TextFile:
             if rows:
                 with path.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _written_in(row: dict) -> list[str]:
+    """What the target wrote of a row: its answers, and its own questions."""
+    if "messages" not in row:
+        return [row["completion"]]
+    roles = {"user", "assistant"} if row["id"].startswith("self-") else {"assistant"}
+    return [str(message.get("content")) for message in row["messages"] if message.get("role") in roles]
 
 
 def _settings_in(record: Path) -> dict[str, Any]:

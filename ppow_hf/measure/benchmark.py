@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data.regeneration import plain_distribution
+from ..data.regeneration import plain_distribution, random_state_kept
 from ..runtime.compatibility import check_call, target_width
 from ..runtime.draft_session import now
 from ..runtime.generation import DrafterView, SpeculativeDecoding
@@ -213,7 +213,7 @@ def _run_in_turns(
     """Every row runs each call before the next is taken, in an order that rotates; the first call warms all up."""
     names = list(ways)
     runs = {name: _Runs() for name in names}
-    with ForwardRecorder(target) as recorder, torch.random.fork_rng():
+    with ForwardRecorder(target) as recorder, random_state_kept():
         for name in names:
             _generate(target, ways[name](), calls[0], decoding, recorder, seed=0)
         turn = 0
@@ -249,7 +249,7 @@ def _generate(
     new_ids = [until_end(row, eos) for row in output[:, ids.shape[1] :].tolist()]
     decoder = options.get("assistant_model", options.get("custom_generate"))
     if isinstance(decoder, DrafterView | SpeculativeDecoding):
-        traces = decoder.last_traces if decoding.batch_size > 1 or not decoder.last_trace else [decoder.last_trace]
+        traces = decoder.last_traces
     elif decoding.batch_size > 1:
         traces = [GenerationTrace([RoundTrace(0, 0, []) for _ in tokens]) for tokens in new_ids]
     else:

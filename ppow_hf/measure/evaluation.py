@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..data.regeneration import plain_distribution
+from ..data.regeneration import plain_distribution, random_state_kept
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from .costs import with_progress
@@ -79,7 +79,7 @@ def decode(
     drafter.eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     ends = eos_of(target)
-    with torch.random.fork_rng(), torch.no_grad(), plain_distribution(target):
+    with random_state_kept(), torch.no_grad(), plain_distribution(target):
         places = range(0, len(prompts), batch_size)
         for place in places if progress is None else with_progress(places, progress):
             torch.manual_seed((seed * 1_000_003 + place) % 2**63)
@@ -96,7 +96,7 @@ def decode(
                 **(sampling or {"do_sample": False}),
             )
             outputs += [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
-            traces += view.last_traces if len(ids) > 1 or not view.last_trace else [view.last_trace]
+            traces += view.last_traces
     drafter.train(was_training)
     return outputs, traces
 

@@ -199,6 +199,7 @@ def draft_tables(
     return [
         draft_table(target, drafter, prompt, text, max_new_tokens, depth)
         for prompt, text in zip(prompts, texts, strict=True)
+        if text
     ]
 
 
@@ -209,7 +210,8 @@ def greedy_texts(
     """The target's greedy continuation of each prompt, up to and with the token that ends it.
 
     Prompts are continued in batches, padded on the left; a text in which padding tipped a near-tie is written again,
-    alone.
+    alone. It ends before a token that the target's forward over the whole would still not choose, as rounding can
+    have it.
     """
     texts: list[list[int]] = []
     ends = sorted(eos_of(target))
@@ -218,11 +220,17 @@ def greedy_texts(
             batch = [list(prompt) for prompt in prompts[start : start + batch_size]]
             written = complete_batch(target, batch, max_new_tokens, 0.0, 0, ends, 0)
             for prompt, text in zip(batch, written, strict=True):
-                ids = torch.tensor([prompt + text], device=input_device(target))
-                tipped = _first_other(target(ids).logits[0].float(), ids, len(prompt), target.dtype) is not None
-                alone = complete_batch(target, [prompt], max_new_tokens, 0.0, 0, ends, 0) if tipped else [text]
-                texts += alone
+                if _place_of_other(target, prompt, text) is not None:
+                    (text,) = complete_batch(target, [prompt], max_new_tokens, 0.0, 0, ends, 0)
+                    text = text[: _place_of_other(target, prompt, text)]
+                texts.append(text)
     return texts
+
+
+def _place_of_other(target: Any, prompt: list[int], text: list[int]) -> int | None:
+    """Place of the first token of `text` that the target would not choose after `prompt` and those before it."""
+    ids = torch.tensor([prompt + text], device=input_device(target))
+    return _first_other(target(ids).logits[0].float(), ids, len(prompt), target.dtype)
 
 
 # -- rules on the table

@@ -277,8 +277,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
             value = getattr(self, name)
             if name != "vocab_size" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
+            least = 2 if name == "draft_vocab_size" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}.")
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size: {self.draft_vocab_size} given, and the target has {self.vocab_size} tokens only. "

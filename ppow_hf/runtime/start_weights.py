@@ -74,7 +74,7 @@ def _start_states_and_head(
     draft: EagleDrafter | BlockDrafter = drafter.draft_model
     kept, kept_counts = torch.arange(drafter.config.vocab_size), None
     if drafter.d2t is not None:
-        if token_counts is None or len(token_counts) > drafter.config.vocab_size:
+        if token_counts is None or not len(drafter.d2t) <= len(token_counts) <= drafter.config.vocab_size:
             raise ValueError(
                 "token_counts: a reduced draft vocabulary keeps the most frequent tokens, so pass how often each "
                 f"of the target's {drafter.config.vocab_size} tokens occurs in the training data; given was "

@@ -422,7 +422,7 @@ def own_row(name: str, comparison: Comparison, view: Any) -> tuple[EngineRow, li
         row.tokens += sum(map(len, new))
         outputs += new
         if view is not None:
-            _count(row, view.last_traces if len(batch) > 1 else [view.last_trace])
+            _count(row, view.last_traces)
     return row, outputs
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..runtime.compatibility import num_layers
 from .vllm_process import VLLMProcess
 
 
@@ -30,7 +31,7 @@ class VLLMStates(VLLMProcess):
         self, target: PreTrainedModel, model: str, layer_ids: list[int], max_length: int, python: str | None = None
     ):
         self._norm = final_norm(target)
-        self._num_layers = target.config.get_text_config().num_hidden_layers
+        self._num_layers = num_layers(target.config.get_text_config())
         self.layer_ids = layer_ids
         self._folder = tempfile.TemporaryDirectory(prefix="ppow-states-")
         engine = {

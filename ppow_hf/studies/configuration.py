@@ -30,6 +30,7 @@ BUDGET_UNITS = {"tokens": "target-forward tokens", "seconds": "seconds", "core_s
 START_UNITS = ("seconds", "core_seconds")
 
 OF_RUN = ("learning_rate", "max_steps", "num_train_epochs", "seed")  # training arguments that no recipe has
+OF_TEXTS = ("regenerate", "packing", "max_new_tokens")  # those that only read what the comparison has read already
 
 START = "start.json"  # what is known of the start, for the report
 
@@ -321,6 +322,12 @@ def _check_amounts(config: CompareConfig) -> None:
     for name in counts:
         if config.data.get(name, 0) < 1:
             raise ValueError(f"data: {name} is {config.data.get(name)!r}; a whole number of at least 1 is needed.")
+    least = {"groups": 1, "tree_nodes": 1, "slow_prompts": 1, "curve_prompts": 1, "curve_points": 0, "seeds": 0,
+             "cost_ratios": 0, "verification_cost": 0, "keep_gib": 0}  # fmt: skip
+    for name, lowest in least.items():
+        given = getattr(config, name)
+        if not all(lowest <= number < math.inf for number in (given if isinstance(given, list) else [given])):
+            raise ValueError(f"{name}: {given} given; {lowest} or more is needed.")
 
 
 def _check_metrics(config: CompareConfig) -> None:
@@ -403,6 +410,11 @@ def _check_arguments(place: str, settings: Mapping[str, Any]) -> None:
             f"{place}: {ours} are given, which the comparison sets: drop them, and see seeds, "
             "learning_rates and budgets."
         )
+    unused = sorted((set(settings) | set(later)) & set(OF_TEXTS))
+    if unused:
+        raise ValueError(f"{place}: {unused} are given, and the comparison's texts are made by data. Drop them.")
+    if "regenerate_temperature" in later or ("regenerate_temperature" in settings and not place.startswith("recipes")):
+        raise ValueError(f"{place}: regenerate_temperature is given; it belongs to a recipe, from its beginning on.")
     unknown = sorted((set(settings) - set(kinds) - {"learning_rates", "later"}) | (set(later) - set(kinds) - {"from"}))
     if unknown:
         raise ValueError(f"{place}: {unknown} are no training arguments; `ppow train --help` lists them.")

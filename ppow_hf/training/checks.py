@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.regeneration import is_split
 from ..data.sequences import SequenceDataset
 from ..measure.evaluation import EVALUATION_METRICS
-from ..runtime.compatibility import check_layers, check_target, check_width, rotary_change
+from ..runtime.compatibility import check_layers, check_target, check_width, num_layers, rotary_change
 from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import target_width
@@ -59,7 +59,7 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
             f"states of {config.target_hidden_size}. Use the target it was made for, or make a drafter with "
             "from_target."
         )
-    check_layers(config.target_layer_ids, text.num_hidden_layers, "model")
+    check_layers(config.target_layer_ids, num_layers(text), "model")
     if problems := drafter.weight_problems():
         raise ValueError(f"model: it cannot be trained: {'; '.join(problems)}. Load or make it again.")
     kind, border = rotary_change(target)
@@ -149,6 +149,15 @@ def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, conte
         raise ValueError(
             f"max_length: {args.max_length} given and a sequence of {longest} tokens found, but drafter and target "
             f"take {context_length} (max_position_embeddings). Lower max_length."
+        )
+
+
+def check_prefixes(sequences: SequenceDataset, first_prefix: int) -> None:
+    """Raise `ValueError` when no sequence has a token to learn after a prefix that can be drafted from."""
+    if not any(bool(sequences[row]["loss_mask"][first_prefix + 1 :].any()) for row in range(len(sequences))):
+        raise ValueError(
+            f"train_dataset: no sequence has a token to learn after its first {first_prefix + 1}, where windows of "
+            "this drafter begin. Give longer sequences, or others to learn."
         )
 
 

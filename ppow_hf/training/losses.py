@@ -55,10 +55,11 @@ class Batch:
 
     @property
     def prefixes(self) -> torch.Tensor:
-        """All prefixes that something can be drafted after, `[B, S - 1 - first]`."""
+        """All prefixes that something can be drafted after, `[B, S - 1 - first]`; in texts too short for one, the
+        first of all, after which nothing is learned."""
         ids = self.inputs["input_ids"]
         first = self.drafter.draft_model.first_prefix
-        return torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
+        return torch.arange(first, max(ids.shape[1] - 1, first + 1), device=ids.device).expand(len(ids), -1)
 
     @property
     def temperatures(self) -> tuple[float, float]:
@@ -97,7 +98,8 @@ def text_objective(model: Any, batch: Batch, weights: Mapping[str, float], steps
     metrics: dict[str, float] = {}
 
     def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
-        features = output.window_features if followed else output.features[:, first:-1, None]  # type: ignore[index]
+        along = slice(first, first + windows.prefixes.shape[1])
+        features = output.window_features if followed else output.features[:, along, None]  # type: ignore[index]
         loss, text_metrics = text_loss(batch, weights, features, windows)
         metrics.update(text_metrics)
         return loss
@@ -189,7 +191,7 @@ def visited_windows(batch: Batch, steps: int) -> tuple[torch.Tensor, torch.Tenso
     batch.drafter.unroll(features, cache, prefixes, follow, steps, keeps)
     visited = (visit_probabilities(kept) > 0) & learned
     begins = visited.any(-1)
-    chosen = (~begins).long().argsort(dim=1, stable=True)[:, : int(begins.sum(1).max())]
+    chosen = (~begins).long().argsort(dim=1, stable=True)[:, : max(int(begins.sum(1).max()), 1)]
     return prefixes.gather(1, chosen), visited.gather(1, chosen[..., None].expand(-1, -1, steps))
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
+from ..runtime.compatibility import num_layers
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.new_drafter import draft_config_for, target_layers_for
@@ -284,7 +285,7 @@ def meta_drafter(target: Any, shape: Shape) -> PPOWDrafter:
         vocab_size=width,
         draft_vocab_size=shape.draft_vocab_size,
         target_hidden_size=text.hidden_size,
-        target_layer_ids=target_layers_for(shape.architecture, None, text.num_hidden_layers),
+        target_layer_ids=target_layers_for(shape.architecture, None, num_layers(text)),
         shares_target_embeddings=shape.architecture == "eagle",
     )
     return PPOWDrafter(config).to(torch.bfloat16 if shape.mixed else torch.float32).train()

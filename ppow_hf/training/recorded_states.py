@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..data.sequences import SequenceDataset
 from ..data.weights import brief
+from ..runtime.compatibility import num_layers
 from ..runtime.start_weights import state_scale
 from .target import TargetEncoding, TrainingTarget
 
@@ -202,6 +203,8 @@ class StateRecord:
     """
 
     def __init__(self, *folders: str | os.PathLike):
+        if not folders:
+            raise ValueError("target_states: no folder given. Name one or several of `ppow record`.")
         self._parts = [RecordFolder(folder) for folder in folders]
         for part in self._parts[1:]:
             check_joinable(self._parts[0], part)
@@ -223,8 +226,8 @@ class StateRecord:
 
     def state_scales(self) -> list[float]:
         """The `state_scales` of an eagle drafter that reads `layer_ids`, by the first sequences."""
-        num_layers = self.target.config.get_text_config().num_hidden_layers
-        names = [layer_name(layer, num_layers) for layer in self.layer_ids]
+        count = num_layers(self.target.config.get_text_config())
+        names = [layer_name(layer, count) for layer in self.layer_ids]
         rows = [self.read(index, names) for index in range(min(len(self.sequences), MEASURED_SEQUENCES))]
         return [state_scale(torch.cat(parts)) for parts in zip(*rows, strict=True)]
 
@@ -270,15 +273,15 @@ class RecordedTarget(TrainingTarget):
         record.target.get_input_embeddings().to(device)
         self.record, self.layer_ids, self.device = record, layer_ids, device
         self.vocab_size = head.out_features
-        num_layers = record.target.config.get_text_config().num_hidden_layers
-        missing = sorted(set(layer_ids or ()) - {*record.layer_ids, num_layers})
+        count = num_layers(record.target.config.get_text_config())
+        missing = sorted(set(layer_ids or ()) - {*record.layer_ids, count})
         if missing:
             raise ValueError(
                 f"target_states: the states after the layers {missing}, which the drafter reads, are not recorded; "
-                f"those after {[*record.layer_ids, num_layers]} are. Record them, or make a drafter with "
+                f"those after {[*record.layer_ids, count]} are. Record them, or make a drafter with "
                 "target_layer_ids of the record."
             )
-        self._names = [layer_name(layer, num_layers) for layer in layer_ids or ()]
+        self._names = [layer_name(layer, count) for layer in layer_ids or ()]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from ..data.files import write_whole
 from ..data.regeneration import is_split, target_identity
 from ..data.sequences import SequenceDataset
 from ..data.weights import brief
+from ..runtime.compatibility import num_layers
 from ..runtime.configuration_ppow import vocabulary_fingerprint
 from ..runtime.target_weights import embedding_matrix, head_matrix
 from .recorded_states import (
@@ -89,7 +90,7 @@ class Recording:
             )
         self.is_split = is_split(target)
         self._read = read
-        self.layer_names = [layer_name(layer, text.num_hidden_layers) for layer in layer_ids]
+        self.layer_names = [layer_name(layer, num_layers(text)) for layer in layer_ids]
         self.hidden_size: int = text.hidden_size
         self.bytes_per_token = (len(layer_ids) + 1) * self.hidden_size * dtype.itemsize + OWN_BYTES
         self.weights = target_tensors(target)

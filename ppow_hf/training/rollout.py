@@ -83,7 +83,7 @@ class Rollout:
         return {
             **{f"reward/{name}": rewards[name].mean().item() for name in ("speedup", "throughput", "proximity")},
             "reward/mean": total.mean().item(),
-            "reward/std": total.std().item(),
+            "reward/std": total.std(unbiased=False).item(),
             "accepted_length": self.accepted[self.has_prefix].float().mean().item() + 1,
             "groups_without_spread": groups_without_spread(total).item(),
         }
@@ -185,7 +185,15 @@ def collect_rollout(
     draws = keyed_uniforms(args.seed, step, inputs["index"], (prefixes.shape[1], args.max_window), "draft")
     try:
         draft_ids, draft_probs = draft_windows(
-            drafter, target.vocab_size, features, cache, starts, draws, args.rollout_temperature, paths
+            drafter,
+            target.vocab_size,
+            features,
+            cache,
+            starts,
+            draws,
+            args.rollout_temperature,
+            args.chunk_size,
+            paths,
         )
     except FloatingPointError as error:
         raise ValueError(
@@ -243,6 +251,7 @@ def draft_windows(
     prefixes: torch.Tensor,
     draws: torch.Tensor,
     temperature: float,
+    chunk_size: int,
     texts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of M windows after P `prefixes` `[B, P]`, M / P from each, and their probabilities, `[B, M, K]` each.
@@ -256,15 +265,20 @@ def draft_windows(
     drafting = torch.ones_like(draft_ids[:, :, 0], dtype=torch.bool)  # [B, P, C]: not yet ended
 
     def choose(j: int, current: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
-        probs = (drafter.proposable_logits(current, vocab_size) / temperature).softmax(-1)
-        if not bool(torch.isfinite(probs).all()):
-            raise FloatingPointError("the drafter's logits are not finite")
-        drawn = sample_from_uniform(probs, rows_at(draws[:, :, j], paths))
-        tokens = drawn if drafter.kept_tokens is None else drafter.kept_tokens[drawn]
+        numbers = rows_at(draws[:, :, j], paths)  # [B, A, C]
+        tokens, probs = [], []
+        for rows, own in zip(*(part.flatten(0, 1).split(chunk_size) for part in (current, numbers)), strict=True):
+            distribution = (drafter.proposable_logits(rows, vocab_size) / temperature).softmax(-1)
+            if not bool(torch.isfinite(distribution).all()):
+                raise FloatingPointError("the drafter's logits are not finite")
+            drawn = sample_from_uniform(distribution, own)
+            tokens.append(drawn if drafter.kept_tokens is None else drafter.kept_tokens[drawn])
+            probs.append(distribution.gather(-1, drawn))
+        tokens, probs = torch.cat(tokens).view(numbers.shape), torch.cat(probs).view(numbers.shape)
         ended = ~rows_at(drafting, paths)
         place = paths[..., None].expand_as(tokens)
         draft_ids[:, :, j].scatter_(1, place, tokens.masked_fill(ended, 0))
-        draft_probs[:, :, j].scatter_(1, place, probs.gather(-1, drawn).masked_fill(ended, 1.0))
+        draft_probs[:, :, j].scatter_(1, place, probs.masked_fill(ended, 1.0))
         if texts is None:
             return tokens[..., 0]
         drafting.logical_and_(draft_ids[:, :, j] == texts[:, :, j, None])
@@ -313,7 +327,7 @@ def window_rewards(
         "throughput": args.throughput_weight * throughput_reward(accepted, args.max_window, cost_ratio, one_step),
     }
     rewards["proximity"] = torch.zeros_like(rewards["speedup"])
-    if proximity and args.proximity_weight > 0 and bool((accepted == 0).any()):
+    if proximity and args.proximity_weight > 0 and target.needed_anywhere(bool((accepted == 0).any())):
         greedy = greedy_log_probs(target, encoding, inputs, chosen, args.max_window, args.chunk_size)
         rewards["proximity"] = proximity_reward(
             accepted, greedy, log_probs.sum(-1), args.proximity_weight, args.proximity_threshold
@@ -333,7 +347,7 @@ def greedy_log_probs(target: TrainingTarget, encoding, inputs, chosen, window: i
     inside = (places < length).all(-1)
     clamped = places.clamp_max(length - 1).flatten(1)
     from_text = inside & written.gather(1, clamped).view(places.shape).all(-1)
-    if not bool(from_text.all()):
+    if target.needed_anywhere(not bool(from_text.all())):
         return target.greedy_window_log_probs(encoding, chosen, window)
     before = (clamped - 1)[..., None].expand(-1, -1, encoding.sources.shape[-1])
     rows = encoding.sources.gather(1, before).flatten(0, 1)

@@ -90,6 +90,12 @@ class TrainingTarget(ABC):
     def greedy_window_log_probs(self, encoding: TargetEncoding, prefixes: torch.Tensor, window: int) -> torch.Tensor:
         """log P of its own greedy window after each prefix, `[B, N]` in nats."""
 
+    def needed_anywhere(self, here: bool) -> bool:
+        """Whether a forward is to be computed: `here`, or on a process whose forwards are computed together."""
+        if not self.is_tensor_parallel:
+            return here
+        return bool(rows_of_all(torch.tensor([here], dtype=torch.int, device=self.head.weight.device)).any())
+
     def logits(self, sources: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Sources `[..., H]` -> logits `[..., V]` in float32, on the sources' device; those of tokens `kept` alone."""
         if kept is not None:

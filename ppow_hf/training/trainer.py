@@ -59,6 +59,7 @@ from .checks import (
     check_libraries,
     check_masks,
     check_pair,
+    check_prefixes,
     check_reach,
     check_recorded,
     check_token_ids,
@@ -219,6 +220,7 @@ class PPOWTrainer(Trainer):
             return None
         check_token_ids(sequences, self.target.vocab_size)
         check_lengths(sequences, args, model.config.context_length)
+        check_prefixes(sequences, model.draft_model.first_prefix)
         check_batch(sequences, args)
         return sequences
 
@@ -278,6 +280,7 @@ class PPOWTrainer(Trainer):
         result = self._end_of_run(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.already_finished:
             return result
+        self.accelerator.unwrap_model(self.model).config.max_window = self.args.max_window
         if result is None:
             if resume_from_checkpoint:
                 check_resumable(resume_from_checkpoint)
@@ -310,7 +313,6 @@ class PPOWTrainer(Trainer):
         return function(self.accelerator.unwrap_model(self.model).to(self.args.device))
 
     def _calibrate(self, drafter: PPOWDrafter) -> None:
-        drafter.config.max_window = self.args.max_window
         parts = [self._eval_prompts(data) for data in by_name(self.eval_dataset).values()]
         in_turn = [prompt for row in itertools.zip_longest(*parts) for prompt in row if prompt is not None]
         drafter.config.calibration = calibrate(
@@ -342,11 +344,11 @@ class PPOWTrainer(Trainer):
         return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     def _measure_cost_ratio(self) -> None:
-        """gamma, measured on the main process unless given or resumed, and the same on all.
+        """gamma, measured on the main process unless given or resumed, and the same on all; rewards alone ask for it.
 
         Without a target it stays unknown, and `check_recorded` has seen to it that no reward asks for it.
         """
-        if self.cost_ratio is None and self.target_model is not None:
+        if self.args.uses_rollouts and self.cost_ratio is None and self.target_model is not None:
             measured = [None]
             if self.accelerator.is_main_process or self._in_step:
                 ids = self.train_dataset[0]["input_ids"][None, :64].to(self.args.device)
@@ -454,12 +456,6 @@ class PPOWTrainer(Trainer):
                 drafter, self.target, encoding, inputs, self.args,
                 step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
             ))  # fmt: skip
-        if not by_text and not bool(rollout.has_prefix.any()):
-            first = self.accelerator.unwrap_model(model).draft_model.first_prefix
-            raise ValueError(
-                f"train_dataset: no sequence of the batch at step {self.state.global_step} has a token to learn that "
-                f"a window could begin with. Sequences need more than {first + 1} tokens."
-            )
         self._rollouts[key] = rollout
         self._note(
             {
