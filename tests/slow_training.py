@@ -5,6 +5,7 @@ import torch
 from ppow_hf import PPOWDrafter
 from ppow_hf.data.sequences import SequenceDataset, collate_sequences
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+from ppow_hf.training.batch import Batch
 from ppow_hf.training.rollout import collect_rollout
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gpt2"]
@@ -146,10 +147,8 @@ def kept(drafter, target_logits: torch.Tensor) -> torch.Tensor:
 
 def rollout_of(trainer, inputs, step=0, adaptive=False):
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
-    return collect_rollout(
-        trainer.model, trainer.target, encoding, inputs, trainer.args,
-        step=step, cost_ratio=trainer.cost_ratio, adaptive=adaptive,
-    )  # fmt: skip
+    batch = Batch(trainer.model, trainer.target, trainer.args, inputs, encoding, step)
+    return collect_rollout(batch, trainer.cost_ratio, adaptive)
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from ppow_hf.runtime import draft_window
 from ppow_hf.runtime.acceptance import draw_tokens, exact_dtype
 from ppow_hf.studies.configuration import append_result, read_results
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments
+from ppow_hf.training.batch import paired_logits
 from ppow_hf.training.checks import check_masks
-from ppow_hf.training.rollout import paired_logits
 from ppow_hf.training.target import FrozenTarget
 
 # -- training

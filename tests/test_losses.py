@@ -22,8 +22,9 @@ from slow_training import (
 )
 
 from ppow_hf.data.sequences import SequenceDataset
-from ppow_hf.training.losses import Batch, visited_windows
-from ppow_hf.training.rollout import keyed_uniforms, written_prefixes
+from ppow_hf.training.batch import Batch, keyed_uniforms
+from ppow_hf.training.losses import visited_windows
+from ppow_hf.training.rollout import written_prefixes
 
 
 def naive_policy_loss(trainer, inputs):

@@ -22,11 +22,11 @@ from slow_training import (
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from ppow_hf.data.sequences import SequenceDataset
+from ppow_hf.training.batch import Batch, keyed_uniforms
 from ppow_hf.training.rollout import (
     collect_rollout,
     divergence_of_prefixes,
     features_along_blocks,
-    keyed_uniforms,
 )
 from ppow_hf.training.target import FrozenTarget
 
@@ -238,7 +238,9 @@ def test_divergences_of_prefixes_equal_slow_ones(make_trainer, architecture):
         features = features_along_blocks(drafter, features, cache, inputs["input_ids"])
     wanted = inputs["attention_mask"].bool() & (torch.arange(max(LENGTHS)) % 4 > 0)
     wanted[:, :first] = False
-    found = divergence_of_prefixes(drafter, trainer.target, features, encoding, wanted, chunk_size=7)
+    trainer.args.chunk_size = 7
+    batch = Batch(drafter, trainer.target, trainer.args, inputs, encoding)
+    found = divergence_of_prefixes(batch, features, wanted)
     assert not found[~wanted].any()
     for row, place in wanted.nonzero().tolist():
         ids, start = inputs["input_ids"][row].tolist(), place - (place - first) % size
@@ -263,8 +265,8 @@ def test_windows_that_the_text_verifies_are_drawn_along_it_once(make_trainer, ma
     )
     drafter, args, inputs = trainer.model.eval(), trainer.args, batch_of(trainer.train_dataset)
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=True)
-    rollout = collect_rollout(drafter, trainer.target, encoding, inputs, args, step=0, cost_ratio=0.1, adaptive=False,
-                              by_text=True)  # fmt: skip
+    batch = Batch(drafter, trainer.target, args, inputs, encoding)
+    rollout = collect_rollout(batch, cost_ratio=0.1, adaptive=False, by_text=True)
     assert rollout.paths.shape == (2, 2, WINDOW) and rollout.draft_ids.shape == (2, 128, WINDOW)
     draws = keyed_uniforms(args.seed, 0, inputs["index"], (128, WINDOW), "draft")
     for row, ids in enumerate(texts.tolist()):

@@ -28,22 +28,19 @@ def calibrate(target, drafter, prompts, max_new_tokens=64, temperatures=(0.0, 1.
     decoded windows of the longest. Prompts should be ones the drafter was not trained on.
     """
     calibration: dict[str, Any] = {}
-    was_training = drafter.training
-    drafter.eval()
-    for temperature in temperatures:
-        if temperature > 0:
-            _, traces = decode(
-                target, drafter, prompts, max_new_tokens, temperature, seed, window="fixed",
-                max_window=drafter.config.max_window,
-            )  # fmt: skip
-            calibration["sampling"] = fit_estimator(traces)
-        else:
-            ids = [torch.tensor([list(prompt)]) for prompt in prompts]
-            tables = draft_tables(target, drafter, ids, max_new_tokens, drafter.config.max_window)
-            calibration["greedy"] = fit_on_tables(tables)
-    drafter.train(was_training)
-    first_prompt = torch.tensor([list(prompts[0])], device=input_device(target))
-    costs = measure_costs(target, drafter, first_prompt, max_window=drafter.config.max_window)
+    window = drafter.config.max_window
+    ids = [torch.tensor([list(prompt)]) for prompt in prompts]
+    with drafter.evaluating():
+        for temperature in temperatures:
+            if temperature > 0:
+                _, traces = decode(
+                    target, drafter, prompts, max_new_tokens, temperature, seed, window="fixed", max_window=window
+                )
+                calibration["sampling"] = fit_estimator(traces)
+            else:
+                tables = draft_tables(target, drafter, ids, max_new_tokens, window)
+                calibration["greedy"] = fit_on_tables(tables)
+        costs = measure_costs(target, drafter, ids[0].to(input_device(target)), max_window=window)
     calibration["costs"] = {
         "cost_ratio": round(costs.cost_ratio, 4),
         "verification_cost": round(costs.verification_cost, 4),

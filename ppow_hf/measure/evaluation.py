@@ -75,11 +75,9 @@ def decode(
     """
     outputs: list[list[int]] = []
     traces: list[GenerationTrace] = []
-    was_training = drafter.training
-    drafter.eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     ends = eos_of(target)
-    with random_state_kept(), torch.no_grad(), plain_distribution(target):
+    with drafter.evaluating(), random_state_kept(), torch.no_grad(), plain_distribution(target):
         places = range(0, len(prompts), batch_size)
         for place in places if progress is None else with_progress(places, progress):
             torch.manual_seed((seed * 1_000_003 + place) % 2**63)
@@ -97,7 +95,6 @@ def decode(
             )
             outputs += [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
             traces += view.last_traces
-    drafter.train(was_training)
     return outputs, traces
 
 

@@ -9,7 +9,8 @@ target's state of token p - 1 together with the embedding of token p. A block dr
 its feature of a prefix is the last token itself, the anchor of a window after it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,16 @@ class PPOWDrafter(PreTrainedModel):
             self.draft_model.model.set_input_embeddings(value)
         else:
             raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Until its end the drafter is in eval mode; then in the mode that it was in."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def attach_target(self, target: PreTrainedModel) -> None:
         """Read `target`'s token embeddings and head from now on, where the drafter shares them; others need nothing.

@@ -103,7 +103,6 @@ def evaluate_drafter(
     slow_texts: int | None = None,
     verification_cost: float = 0.0,
     calibration: dict[str, Any] | None = None,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Every metric of a drafter on `texts`.
 
@@ -117,38 +116,32 @@ def evaluate_drafter(
     Returns `per_prompt` (name -> pairs), `metrics` (name -> number), `fit`, and `position_acceptance` (T = 0: of the
     windows of ten tokens, the share whose first j + 1 were kept).
     """
-    was_training = drafter.training
-    drafter.eval()
-    window = longest_window(drafter)
-    tables = [
-        draft_table(target, drafter, torch.tensor([prompt]), text, texts.max_new_tokens, depth=window)
-        for prompt, text in zip(texts.prompts, texts.greedy, strict=True)
-    ]
-    per_prompt: dict[str, Pairs] = {}
-    costs = OnlineCosts(0.12, verification_cost)
-    for length in chain_lengths(window):
-        traces = [replay(FixedWindow(length, costs), table, record=True) for table in tables]
-        per_prompt[f"chain_t0_k{length}"] = [_kept(trace, length) for trace in traces]
-    fit = calibration or fit_estimator(traces)
-    for name, pairs in sampled_chains(target, drafter, texts.sampled, window).items():
-        per_prompt[name] = pairs
-    for count in groups:
-        per_prompt[f"group_t0_c{count}"] = group_chains(target, drafter, tables[:slow_texts], count, window, seed)
-    for ratio in cost_ratios:
-        per_prompt[f"speed_t0_{ratio:g}"] = [
-            _speed(table, window, CostModel(ratio, verification_cost, drafter.config.one_step), {"greedy": fit})
-            for table in tables
+    window, one_step = longest_window(drafter), drafter.config.one_step
+    with drafter.evaluating():
+        tables = [
+            draft_table(target, drafter, torch.tensor([prompt]), text, texts.max_new_tokens, depth=window)
+            for prompt, text in zip(texts.prompts, texts.greedy, strict=True)
         ]
-    for count in tree_nodes:
-        for temperature in (0.0, 1.0):
-            _, grown = decode(
-                target, drafter, texts.prompts[:slow_texts], texts.max_new_tokens, temperature, seed, batch_size=8,
-                window="fixed", max_window=window, tree_nodes=count,
-            )  # fmt: skip
-            per_prompt[f"tree_t{temperature:g}_n{count}"] = [
-                (float(sum(r.accepted + 1 for r in trace.rounds[1:])), float(len(trace.rounds) - 1)) for trace in grown
-            ]
-    drafter.train(was_training)
+        costs = OnlineCosts(0.12, verification_cost)
+        chains = {
+            length: [replay(FixedWindow(length, costs), table, record=True) for table in tables]
+            for length in chain_lengths(window)
+        }
+        traces = chains[window]
+        fit = calibration or fit_estimator(traces)
+        per_prompt: dict[str, Pairs] = {
+            f"chain_t0_k{length}": [_kept(trace, length) for trace in own] for length, own in chains.items()
+        }
+        per_prompt |= sampled_chains(target, drafter, texts.sampled, window)
+        for count in groups:
+            per_prompt[f"group_t0_c{count}"] = group_chains(
+                target, drafter, tables[:slow_texts], count, window, seed=0
+            )
+        for ratio in cost_ratios:
+            model = CostModel(ratio, verification_cost, one_step)
+            per_prompt[f"speed_t0_{ratio:g}"] = [_speed(table, window, model, {"greedy": fit}) for table in tables]
+        for count in tree_nodes:
+            per_prompt |= tree_rounds(target, drafter, texts, slow_texts, count, window)
     reached = [(table, row, int(table.accepted[row])) for table in tables for row in range(len(table.accepted))]
     loops = [repeated_ngrams([text], 8) for text in texts.greedy]
     return {
@@ -164,6 +157,22 @@ def evaluate_drafter(
         "fit": fit,
         "position_acceptance": _by_position(traces, window),
     }
+
+
+def tree_rounds(
+    target: Any, drafter: PPOWDrafter, texts: EvaluationTexts, count: int | None, nodes: int, window: int
+) -> dict[str, Pairs]:
+    """Tokens and rounds of each of the first `count` texts, decoded with trees of `nodes` at T = 0 and at T = 1."""
+    found = {}
+    for temperature in (0.0, 1.0):
+        _, traces = decode(
+            target, drafter, texts.prompts[:count], texts.max_new_tokens, temperature, batch_size=8, window="fixed",
+            max_window=window, tree_nodes=nodes,
+        )  # fmt: skip
+        found[f"tree_t{temperature:g}_n{nodes}"] = [
+            (float(sum(r.accepted + 1 for r in trace.rounds[1:])), float(len(trace.rounds) - 1)) for trace in traces
+        ]
+    return found
 
 
 def quotient(pairs: Sequence[Sequence[float]]) -> float:

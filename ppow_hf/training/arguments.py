@@ -511,6 +511,16 @@ class PPOWTrainingArguments(TrainingArguments):
             anchors["kl"] = anchors.get("kl", 0.0) + ppow_anchor
         return {name: weight for name, weight in anchors.items() if weight > 0}
 
+    def obstacle_to_text_verification(self, weights: Mapping[str, float]) -> str | None:
+        """The argument for which the target has to read windows drafted for the terms `weights`; `None`: none has."""
+        if self.verify_with == "target":
+            return "verify_with='target'"
+        if self.target_temperature > 0:
+            return f"target_temperature={self.target_temperature}"
+        if "ppow" in weights and self.proximity_weight > 0:
+            return f"proximity_weight={self.proximity_weight}"
+        return None
+
     @property
     def uses_rollouts(self) -> bool:
         """Whether any phase of the objective drafts windows and has them verified."""

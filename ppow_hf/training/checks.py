@@ -185,15 +185,9 @@ def check_recorded(
         )
     if not args.uses_rollouts:
         return
-    names = " + ".join({name: None for phase in args.phases for name in phase.weights if name in WINDOW_TERMS})
-    reason = None
-    if args.verify_with == "target":
-        reason = "verify_with='target'"
-    elif args.target_temperature > 0:
-        reason = f"target_temperature={args.target_temperature}"
-    elif "ppow" in names and args.proximity_weight > 0:
-        reason = f"proximity_weight={args.proximity_weight}"
-    else:
+    weights = {name: weight for phase in args.phases for name, weight in phase.weights.items() if name in WINDOW_TERMS}
+    names, reason = " + ".join(weights), args.obstacle_to_text_verification(weights)
+    if reason is None:
         limits = drafter.draft_model.first_prefix, args.max_window, drafter.config.context_length
         items = (record.sequences[row] for row in range(len(record.sequences)))
         if not any(bool(written_prefixes(item, *limits).any()) for item in map(as_batch, items)):

@@ -6,14 +6,13 @@ is logged. Knows nothing about optimizers, steps or processes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from ..runtime.acceptance import entropy
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
-from .arguments import PPOWTrainingArguments
+from .batch import Batch, paired_logits
 from .objectives import (
     acceptance,
     clipped_policy_loss,
@@ -28,42 +27,10 @@ from .objectives import (
     without_gradients,
 )
 from .rewards import position_advantages
-from .rollout import Rollout, keyed_uniforms, paired_logits
-from .target import TargetEncoding, TrainingTarget
+from .rollout import Rollout
 from .window_sampling import text_windows
 
 Loss = tuple[torch.Tensor, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of texts, and what reads it in a training step.
-
-    Args:
-        drafter ([`PPOWDrafter`]), target ([`TrainingTarget`]), args ([`PPOWTrainingArguments`]): of the training.
-        inputs (`Mapping[str, torch.Tensor]`): the texts, as of [`collate_sequences`]; B of them, S tokens long.
-        encoding ([`TargetEncoding`]): what the target says along them.
-        step (`int`): the training step, by which random numbers are keyed.
-    """
-
-    drafter: PPOWDrafter
-    target: TrainingTarget
-    args: PPOWTrainingArguments
-    inputs: Mapping[str, torch.Tensor]
-    encoding: TargetEncoding
-    step: int = 0
-
-    @property
-    def prefixes(self) -> torch.Tensor:
-        """All prefixes that something can be drafted after, `[B, S - 1 - first]`; in texts too short for one, the
-        first of all, after which nothing is learned."""
-        ids = self.inputs["input_ids"]
-        first = self.drafter.draft_model.first_prefix
-        return torch.arange(first, max(ids.shape[1] - 1, first + 1), device=ids.device).expand(len(ids), -1)
-
-    @property
-    def temperatures(self) -> tuple[float, float]:
-        return self.args.rollout_temperature, self.args.target_temperature
 
 
 # -- along the text
@@ -129,7 +96,7 @@ def choose_text_windows(model: Any, batch: Batch, steps: int, weighting: str) ->
     begun = (learned_windows(inputs, prefixes, steps) if visited is None else visited).any(-1)
     if not bool((begun.sum(1) > counts).any()):
         return TextWindows(prefixes, visited)
-    uniforms = keyed_uniforms(args.seed, batch.step, inputs["index"], (args.max_length,), "anchors")
+    uniforms = batch.uniforms((args.max_length,), "anchors")
     chosen, kept, scales = chosen_windows(begun, uniforms[:, : begun.shape[1]], counts)
     nothing = inputs["input_ids"].shape[1] - 2  # a prefix after which a shorter row has nothing to learn
     if visited is not None:
@@ -168,8 +135,7 @@ def visited_windows(batch: Batch, steps: int) -> tuple[torch.Tensor, torch.Tenso
     kept = torch.zeros(learned.shape, device=prefixes.device)
     uniforms = None
     if args.target_temperature > 0:
-        shape = (args.max_length, steps)
-        uniforms = keyed_uniforms(args.seed, batch.step, inputs["index"], shape, "visited")[:, : prefixes.shape[1]]
+        uniforms = batch.uniforms((args.max_length, steps), "visited")[:, : prefixes.shape[1]]
 
     def follow(j: int, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         verdicts = torch.zeros_like(windows, dtype=torch.bool)
@@ -218,15 +184,15 @@ def text_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tensor
     `expected_length` is of whole windows: the accepted share of each, or the accepted tokens of every window with a
     visited token, so that all terms of visited windows are sums over the text.
     """
-    drafter, target, names = batch.drafter, batch.target, list(weights)
+    drafter, names = batch.drafter, list(weights)
     all_sources = batch.encoding.sources.flatten(0, 1)
     of_windows = torch.tensor([name == "expected_length" for name in names], device=features.device)
     coefficients = torch.tensor(list(weights.values()), device=features.device)
 
     def chunk(features, places, labels, step_weights, is_first, by_length, scales):
         source_places, target_rows = torch.unique_consecutive(places, return_inverse=True)
-        draft, sources = drafter.draft_logits(features).float(), all_sources[source_places]
-        draft, target_logits = paired_logits(drafter, target, draft, sources)
+        sources = all_sources[source_places]
+        draft, target_logits = batch.logits(features, sources)
         labels = draft_labels(drafter, labels, draft.shape[-1])
         confidence = None
         if "confidence" in names:
@@ -378,8 +344,7 @@ def keep_rows(batch: Batch, features: torch.Tensor, labels: torch.Tensor, places
         part = slice(start, start + size)
         # Rows of one place share its target logits.
         source_places, target_rows = torch.unique_consecutive(places[part], return_inverse=True)
-        draft = batch.drafter.draft_logits(features[part]).float()
-        draft, target_logits = paired_logits(batch.drafter, batch.target, draft, sources[source_places])
+        draft, target_logits = batch.logits(features[part], sources[source_places])
         part_labels = draft_labels(batch.drafter, labels[part], draft.shape[-1])
         kept = keep_probabilities(target_logits[target_rows], draft, part_labels, *batch.temperatures)
         rows.append(torch.stack(kept, -1))
@@ -476,7 +441,7 @@ def window_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tens
     new_log_probs: list[torch.Tensor] = []
 
     def chunk(features, sources, tokens, learned, old_log_probs, advantages):
-        draft, target_logits = paired_logits(drafter, batch.target, drafter.draft_logits(features).float(), sources)
+        draft, target_logits = batch.logits(features, sources)
         log_probs = (draft / args.rollout_temperature).log_softmax(-1)
         tokens = draft_labels(drafter, tokens, draft.shape[-1]).clamp_min(0)  # the drafter has all that are learned
         token_log_probs = log_probs.gather(-1, tokens)

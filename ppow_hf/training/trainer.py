@@ -41,6 +41,7 @@ from ..publish.hub import PushError, push_folder
 from ..runtime.configuration_ppow import PPOWDrafterConfig, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .arguments import EVAL_PROMPTS, EVAL_SHARE, PPOWTrainingArguments
+from .batch import Batch
 from .batch_order import GroupedByLength, RepeatedBlocks
 from .checkpoints import (
     STATE,
@@ -67,13 +68,13 @@ from .checks import (
     use_one_device,
 )
 from .curves import CurvesCallback
-from .losses import Batch, text_objective, window_objective
+from .losses import text_objective, window_objective
 from .objectives import WINDOW_TERMS
 from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, held_out_prompts, training_sequences
 from .recorded_states import RecordedTarget, StateRecord, open_record
 from .records import check_hub_strategy, write_records
-from .rollout import Rollout, collect_rollout, text_judges
+from .rollout import Rollout, collect_rollout, text_can_verify
 from .run_folder import (
     best_checkpoint,
     check_same_drafter,
@@ -394,7 +395,7 @@ class PPOWTrainer(Trainer):
         encoding = self.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache, inputs["index"])
         batch = Batch(drafter, self.target, args, inputs, encoding, self.state.global_step)
         if drafts_windows:
-            rollout = self._next_rollout(model, inputs, encoding, by_text)
+            rollout = self._next_rollout(model, batch, by_text)
             loss, metrics = window_objective(model, batch, weights, rollout)
             count = len(inputs["index"]) * args.world_size
             loss = loss / count
@@ -420,7 +421,7 @@ class PPOWTrainer(Trainer):
         if not self.target.verifies:
             return True
         limits = drafter.draft_model.first_prefix, drafter.config.context_length
-        by_text = text_judges(self.args, weights, inputs, *limits)
+        by_text = text_can_verify(self.args, weights, inputs, *limits)
         if self.args.world_size > 1:  # a sharded target's forwards must not be one process's alone
             agreed = self.accelerator.gather(torch.tensor([by_text], device=self.args.device))
             by_text = bool(agreed.all())
@@ -441,10 +442,10 @@ class PPOWTrainer(Trainer):
         """Share of the training that is done, which decides when ADAW begins."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def _next_rollout(self, model, inputs, encoding, by_text: bool) -> Rollout:
+    def _next_rollout(self, model, batch: Batch, by_text: bool) -> Rollout:
         """This micro-batch's rollouts: new ones, or those kept for a further gradient step on the same sequences."""
         block, iteration = divmod(self.state.global_step, self.args.num_iterations)
-        key = (block, *inputs["index"].tolist())
+        key = (block, *batch.inputs["index"].tolist())
         if iteration and key in self._rollouts:
             return self._rollouts[key]
         self._rollouts = {kept: rollout for kept, rollout in self._rollouts.items() if kept[0] == block}
@@ -452,10 +453,7 @@ class PPOWTrainer(Trainer):
         adaptive = self.progress >= self.args.adaw_start
         assert self.cost_ratio is not None
         with torch.no_grad():  # what DDP looks at, to expect no backward pass
-            rollout = model(inside=lambda drafter: collect_rollout(
-                drafter, self.target, encoding, inputs, self.args,
-                step=self.state.global_step, cost_ratio=self.cost_ratio, adaptive=adaptive, by_text=by_text,
-            ))  # fmt: skip
+            rollout = model(inside=lambda _: collect_rollout(batch, self.cost_ratio, adaptive, by_text))
         self._rollouts[key] = rollout
         self._note(
             {
