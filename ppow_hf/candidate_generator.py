@@ -26,7 +26,7 @@ from .runtime.draft_window import (
 )
 from .runtime.generation import DrafterView, divergences
 from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
-from .runtime.rows import MEMORYLESS, StopConditions, behind
+from .runtime.rows import MEMORYLESS, StopConditions, append_drafts
 from .runtime.target_session import unread_prompt
 from .runtime.trace import GenerationTrace, RoundTrace
 from .runtime.windowing import make_window_rule
@@ -107,7 +107,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
             self._draft(input_ids)
         self._drafted_at = time.perf_counter()
         self._round.draft_seconds = self._drafted_at - started
-        return behind(input_ids, self._round.draft_ids), self._draft_scores
+        return append_drafts(input_ids, self._round.draft_ids), self._draft_scores
 
     def _take_in(self, input_ids: torch.LongTensor, model_outputs: Any) -> None:
         """Let the rule read the tokens that were committed since the last call, and keep them for the drafter."""
@@ -127,7 +127,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         def process(logits, drafts):
             scores = logits.to(input_ids.device)
             scores = scores.clone() if self.logits_processor else scores  # a processor may write into what it is given
-            return self.logits_processor(behind(input_ids, drafts[0]), scores)
+            return self.logits_processor(append_drafts(input_ids, drafts[0]), scores)
 
         length = input_ids.shape[1]
         room = self.conditions.room(self.rule.max_window, length, length)

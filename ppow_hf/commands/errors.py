@@ -1,4 +1,4 @@
-"""What went wrong, as one sentence for the person who typed the command: the argument, what it was, and the mend.
+"""What went wrong, as one sentence for the person who typed the command: the argument, what it was, and the fix.
 
 Knows errors, files and words of a command line. A bug of ours has no sentence, so that its traceback is seen.
 """
@@ -74,7 +74,7 @@ def damages(argv: Sequence[str]) -> Iterator[str]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it, whose messages end with the mend and are not cut."""
+    """Whether this package raised it, whose messages end with the fix and are not cut."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

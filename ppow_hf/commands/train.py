@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.recorded_states import StateRecord
 
     script, training = arguments.script, arguments.training
-    check_heeded(script, training)
+    check_used(script, training)
     ensure_writable(training.output_dir, "--output_dir")
     if script.train_data is not None:
         check_source(script.train_data, "--train_data")
@@ -213,7 +213,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_heeded(script: ScriptArguments, training: Any) -> None:
+def check_used(script: ScriptArguments, training: Any) -> None:
     """Raise `ValueError` for arguments of a new drafter beside one to train on, and of texts beside recorded ones."""
     of_new = ("architecture", "draft_vocab_size", "num_hidden_layers", "markov_rank", "confidence_head", "init_layers")
     fields = {field.name: field.default for field in dataclasses.fields(script)}

@@ -111,7 +111,7 @@ def _apply_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: st
     except Exception as error:  # whatever a template's own code raises for the values of a row
         raise ValueError(
             f"{argument}: the tokenizer's chat template refuses row {chat.number} ({error}). Its messages have the "
-            f"roles {[message['role'] for message in messages]}; mend the row or pass another chat template."
+            f"roles {[message['role'] for message in messages]}; fix the row or pass another chat template."
         ) from error
 
 

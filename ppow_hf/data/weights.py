@@ -24,13 +24,13 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def folder_damage(folder: Path) -> str | None:
-    """What is wrong with the first damaged file of a model's folder, and the mend; `None` where all can be read."""
+    """What is wrong with the first damaged file of a model's folder, and the fix; `None` where all can be read."""
     files = [path for pattern in ("config.json", "*.json", "*.safetensors") for path in sorted(folder.glob(pattern))]
     return next((found for path in files if (found := file_damage(path)) is not None), None)
 
 
 def file_damage(path: Path) -> str | None:
-    """What is wrong with a .json, .jsonl or .safetensors file, and the mend; `None` where nothing is, or is known."""
+    """What is wrong with a .json, .jsonl or .safetensors file, and the fix; `None` where nothing is, or is known."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip()
     again = "save or download it again"

@@ -1,6 +1,6 @@
 """What drafting and verifying cost on this machine, and the clock and checks that measurements share.
 
-Knows generation's parts and clocks; knows nothing about whole calls or how results are shown.
+Knows generation's parts and clocks; knows nothing about whole calls.
 """
 
 import statistics

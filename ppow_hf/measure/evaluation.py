@@ -1,6 +1,6 @@
 """Acceptance measured by real decoding, with the very code that `generate(assistant_model=)` runs.
 
-Knows how to decode prompts and add up their traces, and to calibrate the window rule from them; trains nothing.
+Knows how to decode prompts and add up their traces; trains nothing.
 """
 
 from collections.abc import Sequence

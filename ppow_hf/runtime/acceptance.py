@@ -175,14 +175,6 @@ def sample_from_uniform(probs: Tensor, uniforms: Tensor) -> Tensor:
     return exceeds.to(torch.uint8).argmax(-1).view(uniforms.shape)
 
 
-def draw_tokens(probs: Tensor) -> Tensor:
-    """One token id a row, drawn from `probs` `[B, V]` without a wait for the device: `[B, 1]`.
-
-    What `torch.multinomial` draws, which waits to check its input. Probabilities are finite and not negative.
-    """
-    return (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
-
-
 def exact_dtype(device: torch.device) -> torch.dtype:
     """Of random numbers that tell rare tokens of a large vocabulary apart: float64, or on MPS float32."""
     return torch.float32 if device.type == "mps" else torch.float64

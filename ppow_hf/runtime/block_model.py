@@ -3,7 +3,7 @@
 DFlash (2602.06036): a block of an anchor, the newest token, and mask tokens, which see each other and the target's
 states of all tokens before the anchor. DSpark (2607.05147) adds a Markov head, which brings back that a token depends
 on the one before it, and a confidence head. Parameter names are those of the published checkpoints. Knows nothing
-about windows, verification or training.
+about window rules, verification or training.
 
 Words: a block's *states* `[B, M, K, h]` are its outputs, one for each drafted token, of M blocks that share a text. A
 token's *feature* `[..., h + r]` is its state and the Markov embedding of the token before it; logits and confidence

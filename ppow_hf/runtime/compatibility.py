@@ -156,22 +156,22 @@ def check_preparation(target: Any, own_masks: bool, many: bool, tensors: Sequenc
         tensors (`Sequence[str]`): names of the tensors that go along with the tokens (images and the like).
     """
     name = type(target).__name__
-    mend = "Pass one prompt, without tree_nodes, with assistant_model=drafter; or generate without a drafter."
+    advice = "Pass one prompt, without tree_nodes, with assistant_model=drafter; or generate without a drafter."
     if not prepares_new_tokens(target):
         raise ValueError(
-            f"custom_generate: {name} prepares its inputs in a way of its own, which this loop does not know. {mend}"
+            f"custom_generate: {name} prepares its inputs in a way of its own, which this loop does not know. {advice}"
         )
     makes_masks = getattr(target, "create_masks_for_generate", None) is not None
     if tensors and own_masks and makes_masks:
         raise ValueError(
             f"{tensors[0]}: {name} makes attention masks from it, and trees and batches with sliding windows take "
-            f"masks of our own. {mend}"
+            f"masks of our own. {advice}"
         )
     once = (*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     along = [key for key in tensors if key not in (*once, "token_type_ids", "mm_token_type_ids")]
     if along and many:
         raise ValueError(
-            f"{along[0]}: it goes along with every token, which this loop does for one prompt only. {mend}"
+            f"{along[0]}: it goes along with every token, which this loop does for one prompt only. {advice}"
         )
 
 

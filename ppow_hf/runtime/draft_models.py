@@ -1,8 +1,8 @@
 """The computations that a PPOWDrafter can have inside: eagle, standalone and medusa behind one interface.
 
 Each turns known tokens (and the target's states) into features (`encode`), features and one more token into the next
-features (`advance`), and features into logits on its own vocabulary (`logits`). Knows nothing about windows,
-verification or training. `first_prefix` is the shortest prefix that has a feature.
+features (`advance`), and features into logits on its own vocabulary (`logits`). Knows nothing about window
+rules, verification or training. `first_prefix` is the shortest prefix that has a feature.
 """
 
 import inspect

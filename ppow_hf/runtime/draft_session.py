@@ -1,6 +1,6 @@
 """The drafter's side of a generation call, for one sequence or a batch of them, and the masks and caches it needs.
 
-Knows features, caches and attention masks; knows nothing about windows, verification or training.
+Knows features, caches and attention masks; knows nothing about window rules, verification or training.
 """
 
 import functools

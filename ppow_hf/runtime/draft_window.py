@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .acceptance import draw_tokens as draw_without_wait
 from .acceptance import likeliest_tokens
 from .cost_model import OnlineCosts
 from .draft_session import DraftSession, UnreadTokens, now, to_device
@@ -132,8 +131,12 @@ def draft_windows(windows: Sequence[Window], distributions: Distributions) -> No
 
 
 def draw_tokens(log_probs: torch.Tensor) -> torch.Tensor:
-    """A token of each row, `[B, V]` -> `[B, 1]`; any token of a row that is NaN."""
-    return draw_without_wait(log_probs.exp().nan_to_num(1.0))
+    """A token of each row, drawn from `log_probs` `[B, V]`: `[B, 1]`; any token of a row that is NaN.
+
+    What `torch.multinomial` draws, which waits for the device to check its input.
+    """
+    probs = log_probs.exp().nan_to_num(1.0)
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
 
 
 def known_length(windows: Sequence[Window]) -> int:

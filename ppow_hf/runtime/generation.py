@@ -436,7 +436,7 @@ class SpeculativeCall:
                 self.session,
                 windows,
                 self.costs,
-                lambda logits, drafts: self.process.behind(logits, self.rows, drafts),
+                lambda logits, drafts: self.process.process_after(logits, self.rows, drafts),
                 draw_tokens if self.do_sample else None,
                 self.looks,
                 draws_first=True,

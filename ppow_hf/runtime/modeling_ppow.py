@@ -245,7 +245,8 @@ class PPOWDrafter(PreTrainedModel):
 
         Rows are padded on the right, where no token sees the padding; its features mean nothing.
 
-        `target_states` `[B, S, 3*h_target]` is needed by eagle; entry i is the target's state of token i.
+        `target_states` `[B, S, 3*h_target]` are needed but by a standalone drafter; entry i is the target's state of
+        token i.
         """
         features, cache = self._encoded(input_ids, target_states)
         return nn.functional.pad(features, (0, 0, self.draft_model.first_prefix, 0)), cache
@@ -422,7 +423,8 @@ class PPOWDrafter(PreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`): right-padded sequences.
-            target_states (`torch.Tensor` of shape `(B, S, 3*h_target)`, *optional*): the target's states (eagle).
+            target_states (`torch.Tensor` of shape `(B, S, 3*h_target)`, *optional*):
+                the target's states, which every architecture but standalone needs.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding.
             prefixes (`torch.LongTensor` of shape `(B, M)`, *optional*), draft_ids (`(B, M, K)`, *optional*):
                 windows to follow; both or neither (block: `prefixes` alone give `block_states`).

@@ -74,7 +74,8 @@ def target_layers_for(architecture: str, given: list[int] | None, num_layers: in
         if max(layers) >= num_layers:
             raise ValueError(
                 f"target_layer_ids: {layers} must be ids from 0 to {num_layers - 1}, the states after so many of the "
-                "target's layers; the last layer's engines hand out otherwise than transformers."
+                "target's layers. The last layer cannot be read: engines return its state before the final norm, "
+                "transformers after it."
             )
         return list(layers)
     layers = given or default_target_layers(num_layers)

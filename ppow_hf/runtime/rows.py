@@ -113,7 +113,7 @@ class ScoreProcessing:
                 scores[i, t] = position_scores[0]
         return scores
 
-    def behind(self, logits: torch.Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -> torch.Tensor:
+    def process_after(self, logits: torch.Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -> torch.Tensor:
         """Processed scores of logits `[B, V]` that stand after each row's ids and its draft tokens."""
         return self(logits.to(self.input_ids.device)[:, None], rows, lambda i, t: drafts[i])[:, 0]
 
@@ -189,7 +189,7 @@ class StopConditions:
             return True
         if not self.others:
             return False
-        ids = behind(ids, draft_ids)
+        ids = append_drafts(ids, draft_ids)
         return any(bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in self.others)
 
 
@@ -278,7 +278,7 @@ def _by_token(rows: Sequence[list[torch.Tensor]], longest: int) -> tuple[torch.T
     return tuple(torch.stack([row[t] if t < len(row) else nothing for row in rows]) for t in range(longest))
 
 
-def behind(input_ids: torch.Tensor, draft_ids: list[int]) -> torch.Tensor:
+def append_drafts(input_ids: torch.Tensor, draft_ids: list[int]) -> torch.Tensor:
     """`input_ids` `[1, n]` with draft tokens after them, `[1, n + W]`."""
     return torch.cat([input_ids, input_ids.new_tensor([draft_ids])], dim=-1)
 

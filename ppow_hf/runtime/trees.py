@@ -1,6 +1,6 @@
 """Trees of drafted tokens: how one grows to a node budget, how it is laid out for the target, which path of it stays.
 
-Knows the drafter's session, distributions and costs; knows nothing about the target and its cache.
+Knows the drafter's session, distributions and costs; knows nothing about the target's forward and its cache.
 
 What a node is worth is the estimated probability that it is reached and kept (`reach`). At T = 0 a tree grows as in
 EAGLE-2 (Li et al. 2406.16858): level by level the nodes of most reach are expanded, and those of most reach of all are

@@ -1,6 +1,7 @@
 """Window rules: how many tokens to draft before the target is asked.
 
-Pure numbers and small state: knows no models, tokens or caches. A rule may change how fast text comes, never which.
+Knows numbers, token ids and small state; knows no models or caches. A rule may change how fast text comes, never
+which.
 Words: gamma = draft step / one-token target forward; v(W) = (W+1)-token / one-token target forward; alpha =
 probability that the next draft token is kept.
 """

@@ -26,7 +26,6 @@ from ..measure.provenance import describe, public_name, shortened
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import target_width
 from ..training.budget import Budget, BudgetTrainer
-from ..training.optimizers import make_optimizer
 from ..training.recorded_states import StateRecord
 from .configuration import (
     RESULTS,
@@ -59,7 +58,7 @@ def make_trainer(
     max_length: int,
     keep_bytes: int = 0,
 ) -> BudgetTrainer:
-    """The trainer of a run; the learning rate falls to a twentieth over the budget, after ten steps of warm-up.
+    """The trainer of a run.
 
     `data` are sequences for the target to read, or recorded states; `settings` as of [`run_arguments`].
     """
@@ -69,15 +68,9 @@ def make_trainer(
     )  # fmt: skip
     set_seed(seed)
     record = data if isinstance(data, StateRecord) else None
-    drafter.attach_target(target)
-    drafter.train_embeddings(args.train_embeddings)
-    optimizer = make_optimizer(drafter, args, args.muon)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction, 0.05)
-    )
     trainer = BudgetTrainer(
         budget, model=drafter, target_model=target, args=args, train_dataset=None if record else data,
-        target_states=record, callbacks=[budget, _Switch(budget, share, later)], optimizers=(optimizer, schedule),
+        target_states=record, callbacks=[_Switch(budget, share, later)],
     )  # fmt: skip
     trainer.target.keep_encodings(keep_bytes)
     return trainer
@@ -130,7 +123,10 @@ def rehearse(
     with tempfile.TemporaryDirectory() as folder:
         for place, settings in runs.items():
             with named(place):
-                make_trainer(drafter, target, data, settings, Budget("tokens", 1), 1e-3, 0, Path(folder), max_length)
+                budget = Budget("tokens", 1)
+                make_trainer(
+                    drafter, target, data, settings, budget, 1e-3, 0, Path(folder), max_length
+                ).create_optimizer()
 
 
 # -- the comparison

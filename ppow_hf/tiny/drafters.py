@@ -22,7 +22,6 @@ from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.objectives import parse_objective
-from ..training.optimizers import make_optimizer
 from .corpus import SourceFile, excerpts, standard_library
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
@@ -111,22 +110,15 @@ def train_stage(
         **settings,
         **stage.settings,
     )
-    drafter.attach_target(target)
-    drafter.train_embeddings(arguments.train_embeddings)
-    optimizer = make_optimizer(drafter, arguments, arguments.muon)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 10) * max(1 - budget.fraction / stage.decay, 0.05)
-    )
     trainer = BudgetTrainer(
         budget,
+        stage.decay,
         model=drafter,
         target_model=target,
         args=arguments,
         train_dataset=all_positions(train_data) if stage.kind == "supervised" else train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
-        callbacks=[budget],
-        optimizers=(optimizer, schedule),
     )
     trainer.target.keep_encodings(KEPT_ENCODINGS)
     before = {**trainer.evaluate(), "step": 0}  # train() begins a log of its own

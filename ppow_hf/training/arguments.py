@@ -50,8 +50,8 @@ NOT_NEGATIVE = (
     "kl_coef", "text_kl_coef", "adaw_start", "seed",
 )  # fmt: skip
 
-# Arguments of transformers' TrainingArguments that this trainer would take and not heed: their value there, and why.
-UNHEEDED: dict[str, tuple[Any, str]] = {
+# Arguments of transformers' TrainingArguments that this trainer would take and ignore: their value there, and why.
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the losses compare whole distributions, not labels"),
     "torch_compile": (False, "windows change shape at every step, so that compiling takes longer than it saves"),
     "torch_compile_backend": (None, "nothing is compiled: windows change shape at every step"),
@@ -335,7 +335,7 @@ class PPOWTrainingArguments(TrainingArguments):
         self.dataloader_drop_last = True
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False
-        self._check_heeded()
+        self._check_supported()
         self._choose_best_metric()
         self._check_precision()
         if self.bf16 and not torch.accelerator.is_available():
@@ -398,15 +398,15 @@ class PPOWTrainingArguments(TrainingArguments):
         if self.greater_is_better is None:
             self.greater_is_better = EVALUATION_METRICS[names[0]]
 
-    def _check_heeded(self) -> None:
+    def _check_supported(self) -> None:
         """Raise for arguments without effect, and warn where accelerate started fewer processes than it was told."""
-        for name, (unset, reason) in UNHEEDED.items():
+        for name, (unset, reason) in UNSUPPORTED.items():
             if getattr(self, name, unset) not in (unset, None):
                 raise ValueError(f"{name}: {getattr(self, name)!r} given, but {reason}. Leave it out.")
         launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
         if launched.lower() != "no":
             raise ValueError(
-                f"--dynamo_backend: {launched!r} given, but {UNHEEDED['torch_compile'][1]}. Leave it out."
+                f"--dynamo_backend: {launched!r} given, but {UNSUPPORTED['torch_compile'][1]}. Leave it out."
             )
         one_of_several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
         ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -493,6 +493,16 @@ class PPOWTrainingArguments(TrainingArguments):
     def weights_at(self, progress: float) -> dict[str, float]:
         """The terms minimised at a share of the training, with their weights."""
         return dict([phase for phase in self.phases if phase.start <= progress][-1].weights)
+
+    def text_windows_at(self, progress: float, architecture: str) -> tuple[int, str]:
+        """Tokens of the windows along the text that are learned at a share of the training, and `text_weighting`.
+
+        Medusa and block draft a whole window from one state and learn it whole. A standalone drafter's features along
+        the text are those of its prefixes, so that windows of one token are all there is to learn.
+        """
+        unrolled, weighting = self.unrolling_at(progress)
+        steps = {"eagle": unrolled, "medusa": self.max_window, "block": self.max_window}
+        return steps.get(architecture, 1), weighting
 
     def unrolling_at(self, progress: float) -> tuple[int, str]:
         """Steps that an eagle drafter is unrolled along the text at a share of the training, and `text_weighting`."""

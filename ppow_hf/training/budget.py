@@ -4,12 +4,14 @@ Knows what a run has spent; knows nothing of recipes.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from .optimizers import make_optimizer
 from .trainer import PPOWTrainer
 
 
@@ -88,11 +90,26 @@ class Budget(TrainerCallback):
 
 
 class BudgetTrainer(PPOWTrainer):
-    """[`PPOWTrainer`] whose progress is the share of a [`Budget`] that is spent; set `max_steps` out of reach."""
+    """[`PPOWTrainer`] whose progress is the share of a [`Budget`] that is spent; set `max_steps` out of reach.
 
-    def __init__(self, budget: Budget, *args: Any, **kwargs: Any):
-        self.budget = budget
-        super().__init__(*args, **kwargs)
+    After ten steps of warm-up the learning rate falls linearly, to 0 after `decay` budgets; never below a twentieth.
+    """
+
+    def __init__(self, budget: Budget, decay: float = 1.0, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+        self.budget, self.decay = budget, decay
+        super().__init__(callbacks=[budget, *callbacks], **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any):
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self.args, self.args.muon)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: min(1.0, (step + 1) / 10) * max(1 - self.budget.fraction / self.decay, 0.05),
+        )
+        return self.lr_scheduler
 
     @property
     def progress(self) -> float:

@@ -26,7 +26,7 @@ from .target import FrozenTarget
 logger = logging.get_logger(__name__)
 
 # Options of transformers' Trainer that have no meaning here.
-UNHEEDED = {
+UNSUPPORTED = {
     "compute_metrics": "evaluation decodes prompts with the drafter and has no predictions to hand to a function.",
     "preprocess_logits_for_metrics": "evaluation decodes prompts with the drafter and keeps no logits.",
     "compute_loss_func": "the loss is the objective's; choose its terms with `objective`.",
@@ -36,7 +36,7 @@ UNHEEDED = {
 
 
 def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or the arguments to another."""
+    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or `args` is of another class."""
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
             f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
@@ -90,9 +90,9 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
         )
 
 
-def check_heeded(options: dict[str, Any]) -> None:
+def check_supported(options: dict[str, Any]) -> None:
     """Raise `ValueError` for an option of Trainer that this trainer would take and not heed."""
-    for name, reason in UNHEEDED.items():
+    for name, reason in UNSUPPORTED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}: {reason} Leave it out.")
 

@@ -11,7 +11,7 @@ PANELS = (
     {"loss": "loss"},
     {"reward/mean": "reward/mean", "reward/speedup": "reward/speedup", "reward/proximity": "reward/proximity"},
     {"kl": "kl", "text_kl": "text_kl", "entropy": "entropy"},
-    {"accepted_length": "rollouts: k + 1", "eval_acceptance_length": "held-out greedy decoding: k + 1"},
+    {"accepted_length": "rollouts: k + 1", "eval_acceptance_length": "held-out decoding: k + 1"},
 )
 
 

@@ -135,7 +135,7 @@ def without_vector_decay(group: dict, weight_decay: float) -> list[dict]:
     return [{**group, "params": parts[0]}, {**group, "params": parts[1], "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, args: TrainingArguments, muon: float | None = None) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: TrainingArguments, muon: float | None) -> torch.optim.Optimizer:
     """The optimizer of all that is trained in `model`, with the arguments' rates: AdamW, or with `muon` above 0
     [`Muon`], whose matrices' learning rate is that many times the others'."""
     settings = {

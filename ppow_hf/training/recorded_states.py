@@ -44,7 +44,7 @@ MANIFEST_KINDS = {
     "shard_starts": list,
 }
 LAST = "last"  # the state after the final norm, which the head reads
-NO_FORWARD = "target_states: recorded states know no window but those of their texts; verify others by the target."
+NO_FORWARD = "target_states: recorded states cannot verify drafted windows; train with the target itself."
 MEASURED_SEQUENCES = 4
 SEQUENCE_TENSORS = ("input_ids", "loss_mask", "target_written")
 # What reading a file raises that is damaged, or not of this record.

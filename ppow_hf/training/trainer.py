@@ -55,7 +55,6 @@ from .checks import (
     check_batch,
     check_confidence,
     check_evaluation,
-    check_heeded,
     check_lengths,
     check_libraries,
     check_masks,
@@ -63,6 +62,7 @@ from .checks import (
     check_prefixes,
     check_reach,
     check_recorded,
+    check_supported,
     check_token_ids,
     is_placed,
     use_one_device,
@@ -154,7 +154,7 @@ class PPOWTrainer(Trainer):
             if record is None or target is not None:
                 check_pair(model, target, processing_class, args)
         assert args is not None
-        check_heeded(kwargs)
+        check_supported(kwargs)
         check_evaluation(args, eval_dataset)
         check_libraries(args, model)
         check_writable(args.output_dir)
@@ -259,35 +259,22 @@ class PPOWTrainer(Trainer):
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
         """[`train`], with no other training in the folder."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_complete(resume_from_checkpoint)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+        elif checkpoint is not None:
+            check_complete(checkpoint)
         self.already_finished = False
         self.eval_prompts = self.args.eval_prompts
         self._run_record = run_record(self.args, self.train_dataset.fingerprint, self.target_model)
-        if resume_from_checkpoint:
-            check_same_run(resume_from_checkpoint, self._run_record)
-            # The checkpoint's weights go with its scales; those of a drafter made anew were measured again.
-            trained = PPOWDrafterConfig.from_pretrained(resume_from_checkpoint)
-            config = self.accelerator.unwrap_model(self.model).config
-            check_same_drafter(resume_from_checkpoint, trained, config)
-            config.state_scales = trained.state_scales
-            stored = json.loads((Path(resume_from_checkpoint) / STATE).read_text())
-            if self.args.cost_ratio is None:
-                self.cost_ratio = stored["cost_ratio"]
-            if self.args.eval_prompts is None:
-                self.eval_prompts = stored.get("eval_prompts")
-        result = self._end_of_run(resume_from_checkpoint) if resume_from_checkpoint else None
+        result = None if checkpoint is None else self._take_over(Path(checkpoint))
         if self.already_finished:
             return result
         self.accelerator.unwrap_model(self.model).config.max_window = self.args.max_window
         if result is None:
-            if resume_from_checkpoint:
-                check_resumable(resume_from_checkpoint)
             self._measure_cost_ratio()
             self._train_began = time.perf_counter()
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         calibrates = self.args.calibrate_at_end and self.target_model is not None
         if calibrates and self.eval_dataset is not None:
             if self.accelerator.is_main_process or self._in_step:
@@ -320,13 +307,33 @@ class PPOWTrainer(Trainer):
             self.target_model, drafter, in_turn[:CALIBRATION_PROMPTS], self.args.eval_new_tokens, seed=self.args.seed
         )
 
-    def _end_of_run(self, checkpoint: str | bool) -> TrainOutput | None:
-        """Load the drafter of a run whose last step was taken, from `output_dir` if it was saved; `None` before it."""
-        state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
+    def _take_over(self, checkpoint: Path) -> TrainOutput | None:
+        """What a resume takes from a checkpoint beside what Trainer loads; the outcome, where its run is over.
+
+        Raises `ValueError` where the checkpoint is of another run, or cannot be gone on with.
+        """
+        check_same_run(checkpoint, self._run_record)
+        trained = PPOWDrafterConfig.from_pretrained(checkpoint)
+        config = self.accelerator.unwrap_model(self.model).config
+        check_same_drafter(checkpoint, trained, config)
+        # The checkpoint's weights go with its scales; those of a drafter made anew were measured again.
+        config.state_scales = trained.state_scales
+        stored = json.loads((checkpoint / STATE).read_text())
+        if self.args.cost_ratio is None:
+            self.cost_ratio = stored["cost_ratio"]
+        if self.args.eval_prompts is None:
+            self.eval_prompts = stored.get("eval_prompts")
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         by_epochs = self.args.max_steps <= 0
         left = state.epoch < self.args.num_train_epochs if by_epochs else state.global_step < self.args.max_steps
         if left and not stopped_early(state, self.callback_handler.callbacks):
+            check_resumable(checkpoint)
             return None
+        return self._load_finished(checkpoint, state, left)
+
+    def _load_finished(self, checkpoint: Path, state: TrainerState, left: bool) -> TrainOutput:
+        """Load the drafter of a run whose last step was taken, from `output_dir` if it was saved; `left`: of a run
+        that was stopped early."""
         self.state = state
         self.already_finished = is_saved(self.args.output_dir, state.global_step)
         found = PPOWDrafter.from_pretrained(
@@ -397,19 +404,14 @@ class PPOWTrainer(Trainer):
         if drafts_windows:
             rollout = self._next_rollout(model, batch, by_text)
             loss, metrics = window_objective(model, batch, weights, rollout)
-            count = len(inputs["index"]) * args.world_size
-            loss = loss / count
-            if self.model.training:
-                loss = loss / self.current_gradient_accumulation_steps
+            accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss / (len(inputs["index"]) * args.world_size * accumulated)
         else:
             self._rollouts.clear()
-            steps, weighting = args.unrolling_at(self.progress)
-            # A standalone drafter's own features along the text are those of its prefixes: nothing to unroll.
-            whole = args.max_window  # what these draft from one state is learned whole
-            steps = {"eagle": steps, "medusa": whole, "block": whole}.get(drafter.config.architecture, 1)
-            loss, metrics = text_objective(model, batch, weights, steps, weighting)
-            items = num_items_in_batch
-            loss = loss / ((inputs["labels"] != -100).sum() if items is None else items)
+            windows = args.text_windows_at(self.progress, drafter.config.architecture)
+            loss, metrics = text_objective(model, batch, weights, *windows)
+            learned = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss / learned
         self._note(metrics)
         return loss * args.world_size
 

@@ -44,5 +44,5 @@ def test_one_process_of_several_that_were_asked_for_is_said(tmp_path, monkeypatc
             monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    arguments._check_heeded()
+    arguments._check_supported()
     assert ("one was started" in caplog.text) == (started is None)
