@@ -117,7 +117,7 @@ def rehearse(
         if name.startswith(("chain", "greedy")) and name not in chains:
             raise ValueError(f"select_by: {name!r} is not measured of this drafter; of its chains there are {chains}.")
     count, max_length = config.data.get("train_sequences", 0), config.longest_sequence
-    data: SequenceDataset | StateRecord = SequenceDataset([[0, 0]] * count, [[False, True]] * count)
+    data: SequenceDataset | StateRecord = SequenceDataset([[0] * 4] * count, [[True] * 4] * count)
     if record is not None:
         data, max_length = record, max(max_length, record.max_length)
     with tempfile.TemporaryDirectory() as folder:
