@@ -45,7 +45,7 @@ TRAINING = {
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 3,
     "data_seed": 3, "save_strategy": "no", "eval_strategy": "no",
     "use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False, "fp16": False,
-    "max_length": 64, "packing": True, "regenerate": False, "ce_weight": 0.1, "kl_weight": 1.0, "unroll_steps": 4,
+    "max_length": 64, "packing": True, "regenerate": False, "unroll_steps": 4,
     "unroll_decay": 0.9, "text_weighting": "visited", "max_window": 6, "num_rollouts": 4, "num_prefixes": 3,
     "num_anchors": 512,
     "rollout_temperature": 0.8, "target_temperature": 0.0, "verify_with": "target", "speedup_weight": 1.0,

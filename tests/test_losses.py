@@ -211,9 +211,9 @@ def sessions_supervised_loss(trainer, inputs, prefixes=None) -> float:
                     break
                 if mask[place]:
                     own = kept(drafter, logits[0])
-                    total += weight * args.kl_weight * kl(kept(drafter, target_logits[place - 1]), own).item()
+                    total += weight * kl(kept(drafter, target_logits[place - 1]), own).item()
                     log_prob = logits[0].log_softmax(-1)[ids[place]].item()
-                    total -= weight * args.ce_weight * log_prob if math.isfinite(log_prob) else 0.0
+                    total -= weight * args.weights_at(0)["ce"] * log_prob if math.isfinite(log_prob) else 0.0
                 if j < steps - 1:
                     logits = session.next_logits(torch.tensor([[ids[place]]]), j)
     return total / items
@@ -227,8 +227,8 @@ def sessions_supervised_loss(trainer, inputs, prefixes=None) -> float:
 def test_supervised_loss_equals_drafting_behind_every_prefix(make_trainer, architecture, draft_vocab_size, chunk_size):
     masks = [[True] * 19, [False] * 4 + [True] * 4 + [False] * 2 + [True], [False] * 6 + [True] * 9]
     trainer = make_trainer(
-        architecture, "supervised", dataset=random_dataset(loss_masks=masks), draft_vocab_size=draft_vocab_size,
-        text_weighting="decay", unroll_steps=3, unroll_decay=0.7, ce_weight=0.3, chunk_size=chunk_size,
+        architecture, "0.3*ce + kl", dataset=random_dataset(loss_masks=masks), draft_vocab_size=draft_vocab_size,
+        text_weighting="decay", unroll_steps=3, unroll_decay=0.7, chunk_size=chunk_size,
     )  # fmt: skip
     inputs = batch_of(trainer.train_dataset)
     trainer.model.train()
@@ -470,8 +470,8 @@ def sessions_visited_loss(trainer, inputs, steps: int) -> float:
             logits, accepted = session.first_logits(), 0
             while accepted < steps and prefix + accepted + 1 < len(ids) and mask[prefix + accepted + 1]:
                 place = prefix + accepted + 1
-                total += args.kl_weight * kl(output.logits[0, place - 1], logits[0]).item()
-                total -= args.ce_weight * logits[0].log_softmax(-1)[ids[place]].item()
+                total += kl(output.logits[0, place - 1], logits[0]).item()
+                total -= args.weights_at(0)["ce"] * logits[0].log_softmax(-1)[ids[place]].item()
                 if int(logits[0].argmax()) != ids[place]:
                     break
                 accepted += 1
@@ -487,15 +487,15 @@ def test_visited_windows_are_those_of_decoding_the_text(make_trainer, make_targe
     target = make_target("llama", initializer_range=0.3)
     texts = [item["input_ids"] for item in map(written_dataset(target).__getitem__, range(3))]
     masks = [[True] * 4 + tail for tail in ([True] * 15, [True] * 8 + [False] * 2 + [True] * 5, [True] * 15)]
-    settings = {"unroll_steps": 3, "ce_weight": 0.3, "chunk_size": chunk_size}
+    settings = {"unroll_steps": 3, "chunk_size": chunk_size}
     dataset = SequenceDataset(texts, masks)
-    learner = make_trainer(architecture, "supervised", dataset=dataset, text_weighting="decay", **settings)
+    learner = make_trainer(architecture, "0.3*ce + kl", dataset=dataset, text_weighting="decay", **settings)
     inputs = batch_of(dataset)
     optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-2)
     for _ in range(25):  # until rounds keep tokens now and then
         backward(learner, lambda: learner.compute_loss(learner.model, inputs))
         optimizer.step()
-    trainer = make_trainer(architecture, "supervised", dataset=dataset, text_weighting="visited", **settings)
+    trainer = make_trainer(architecture, "0.3*ce + kl", dataset=dataset, text_weighting="visited", **settings)
     trainer.model.load_state_dict(learner.model.state_dict())
     trainer.model.eval()
     encoding = trainer.target.encode(inputs["input_ids"], inputs["attention_mask"], with_cache=False)

@@ -164,8 +164,8 @@ def make_trainer(target, tmp_path, objective, drafter=None, **settings):
 
 def test_the_supervised_loss_of_every_window_is_that_of_every_head(make_target, tmp_path):
     target = make_target("llama", initializer_range=0.3)
-    settings = {"text_weighting": "decay", "unroll_decay": 0.7, "ce_weight": 0.3}
-    trainer = make_trainer(target, tmp_path, "supervised", **settings)
+    settings = {"text_weighting": "decay", "unroll_decay": 0.7}
+    trainer = make_trainer(target, tmp_path, "0.3*ce + kl", **settings)
     inputs = batch_of(trainer.train_dataset, [0, 1])
     found = trainer.compute_loss(trainer.model, inputs).item()
     weights = [0.7**j / sum(0.7**i for i in range(HEADS)) for j in range(HEADS)]

@@ -211,7 +211,7 @@ def test_gradients_of_the_expected_length_equal_finite_differences():
 
 def test_objectives_are_names_sums_and_schedules():
     def phases(objective):
-        return [(phase.start, dict(phase.weights)) for phase in parse_objective(objective, 0.1, 1.0)]
+        return [(phase.start, dict(phase.weights)) for phase in parse_objective(objective)]
 
     assert phases("ppow") == [(0.0, {"ppow": 1.0})]
     assert phases("supervised") == [(0.0, {"ce": 0.1, "kl": 1.0})]
@@ -239,7 +239,7 @@ def test_objectives_are_names_sums_and_schedules():
 )
 def test_what_is_no_objective_is_refused(objective, message):
     with pytest.raises(ValueError, match=message):
-        parse_objective(objective, 0.1, 1.0)
+        parse_objective(objective)
 
 
 def test_clipped_loss_equals_a_scalar_loop():

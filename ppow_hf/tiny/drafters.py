@@ -134,7 +134,7 @@ def default_stages(seconds: float, architecture: str, decay: float = 1.0, starte
     phase along the text.
     """
     if architecture == "eagle":
-        last_phase = 1 - parse_objective(PPOWTrainingArguments.objective, 0.1, 1.0)[-1].start
+        last_phase = 1 - parse_objective(PPOWTrainingArguments.objective)[-1].start
         return [Stage(PPOWTrainingArguments.objective, seconds, 2e-3, {}, 1 - last_phase * (1 - decay))]
     alone = Stage("supervised", seconds, 2e-3, {}, decay)
     if started:

@@ -46,7 +46,7 @@ AT_LEAST = {
 }
 POSITIVE = ("rollout_temperature", "unroll_decay", "proximity_threshold", "clip_range")
 NOT_NEGATIVE = (
-    "target_temperature", "ce_weight", "kl_weight", "speedup_weight", "throughput_weight", "proximity_weight",
+    "target_temperature", "speedup_weight", "throughput_weight", "proximity_weight",
     "kl_coef", "text_kl_coef", "adaw_start", "seed",
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ class PPOWTrainingArguments(TrainingArguments):
 
             - `"ce"`: -log Q(token).
             - `"kl"`: KL(P||Q).
-            - `"supervised"`: `ce_weight` * ce + `kl_weight` * kl.
+            - `"supervised"`: 0.1 * ce + kl [ours].
             - `"tv"`: total variation TV(P, Q) [2211.17192].
             - `"lk"`: -log of the acceptance rate [2602.23881].
             - `"expected_length"`: minus the expected share of a window that is accepted, in closed form along the
@@ -137,10 +137,6 @@ class PPOWTrainingArguments(TrainingArguments):
 
         > Parameters that control the terms along the text
 
-        ce_weight (`float`, *optional*, defaults to `0.1`):
-            Weight of `ce` in `supervised` [ours].
-        kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of `kl` in `supervised` [ours].
         unroll_steps (`int`, *optional*):
             Number of draft steps an eagle drafter is unrolled on its own features (training-time test [EAGLE-3]).
             Defaults to 3 in a phase that another one follows, and to `max_window` in the last one and for
@@ -267,8 +263,6 @@ class PPOWTrainingArguments(TrainingArguments):
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest completion that the target writes."})
     regenerate_batch_size: int = field(default=16, metadata={"help": "Prompts completed at once."})
-    ce_weight: float = field(default=0.1, metadata={"help": "Weight of -log Q(text) (supervised)."})
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(P||Q) (supervised)."})
     unroll_steps: int | None = field(
         default=None,
         metadata={"help": "Unrolled draft steps of an eagle drafter; by default 3, and max_window in the last phase."},
@@ -488,7 +482,7 @@ class PPOWTrainingArguments(TrainingArguments):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The objective's phases, in their order."""
-        return parse_objective(self.objective, self.ce_weight, self.kl_weight)
+        return parse_objective(self.objective)
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """The terms minimised at a share of the training, with their weights."""

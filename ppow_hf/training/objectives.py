@@ -16,6 +16,7 @@ TEXT_TERMS = ("ce", "kl", "tv", "lk", "expected_length", "confidence")
 WINDOW_TERMS = ("ppow", "token_rl", "opd")
 GROUP_TERMS = ("ppow", "token_rl")  # those that compare the windows of a group
 NAMES = ("supervised", *TEXT_TERMS, *WINDOW_TERMS)
+SUPERVISED = {"ce": 0.1, "kl": 1.0}  # [ours]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Phase:
     weights: Mapping[str, float]
 
 
-def parse_objective(objective: str | Mapping[str, float], ce_weight: float, kl_weight: float) -> tuple[Phase, ...]:
+def parse_objective(objective: str | Mapping[str, float]) -> tuple[Phase, ...]:
     """The phases of an `objective`, the first one starting at 0.
 
     A name, a weighted sum (`"0.3*kl + tv"` or `{"kl": 0.3, "tv": 1.0}`), or a schedule of them
     (`"kl; 0.5: 0.3*kl + tv"`: the second one from half of the training on). `"supervised"` stands for
-    `ce_weight*ce + kl_weight*kl`. Raises `ValueError` for anything else, naming it.
+    `"0.1*ce + kl"`. Raises `ValueError` for anything else, naming it.
     """
     if isinstance(objective, Mapping):
         objective = objective_text(objective)
@@ -54,7 +55,7 @@ def parse_objective(objective: str | Mapping[str, float], ce_weight: float, kl_w
                 raise ValueError(f"objective: {name!r} is not one of {list(NAMES)}, nor a sum or schedule of them.")
             if not weight > 0:
                 raise ValueError(f"objective: {name} has the weight {weight}; weights must be above 0.")
-            expanded = {"ce": ce_weight, "kl": kl_weight} if name == "supervised" else {name: 1.0}
+            expanded = SUPERVISED if name == "supervised" else {name: 1.0}
             for expanded_name, factor_of_name in expanded.items():
                 weights[expanded_name] = weights.get(expanded_name, 0.0) + weight * factor_of_name
         phases.append(Phase(start, weights))
