@@ -627,7 +627,7 @@ def test_a_budget_of_core_seconds_counts_computing_and_not_waiting():
         ({"tree_nodes": [4, 0]}, r"tree_nodes: \[4, 0\] given; 1 or more"),
         ({"groups": [0]}, r"groups: \[0\] given; 1 or more"),
         ({"seeds": [0, -1]}, r"seeds: \[0, -1\] given; 0 or more"),
-        ({"cost_ratios": [float("inf")]}, r"cost_ratios: \[inf\] given; 0 or more"),
+        ({"cost_ratios": [-0.1]}, r"cost_ratios: \[-0.1\] given; 0 or more"),
         ({"slow_prompts": 0}, "slow_prompts: 0 given; 1 or more"),
         ({"recipes": {"x": {"later": {"from": 0.5, "speed": 1}}}}, r"recipes.x: \['speed'\] are no"),
         ({"recipes": {"x": {"later": {"num_prefixes": 1}}}}, r"recipes.x: later is {'num_prefixes': 1}"),
