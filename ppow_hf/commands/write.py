@@ -163,7 +163,7 @@ def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int, bar: Any) 
     """A context manager of what writes; vLLM's answers show on `bar` before their chunk is done."""
     import torch
 
-    from ..data.regeneration import end_token_ids
+    from ..data.targets import end_token_ids
     from ..measure.costs import faster_dtype
     from ..serving import text_writers
 

@@ -1,6 +1,6 @@
 """The target writes completions anew, so that a drafter learns the target's own text; what it wrote is kept on disk.
 
-Knows of the target only its `generate`, its configuration and its weights' identity; knows nothing about drafters.
+Knows prompts, files and processes; how a target writes is in targets.py.
 """
 
 import hashlib
@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,17 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from ..runtime.target_weights import input_device
 from .files import write_whole
 from .sequences import SequenceDataset, extract_prompts
+from .targets import complete_batch, end_token_ids, is_split, padding_token_id, plain_distribution, target_identity
 
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT_VERSION = 1
-ELEMENTS_PER_PARAMETER = 32  # sampled to recognise a target by its weights
 
 T = TypeVar("T")
 
@@ -138,19 +136,6 @@ def _in_turn(parts: list[SequenceDataset]) -> SequenceDataset:
     return SequenceDataset(*([item[name] for item in items] for name in ("input_ids", "loss_mask", "target_written")))
 
 
-def end_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end-of-sequence tokens of the target's `generation_config` (may be `None`) and of its tokenizer."""
-    configured = generation_config.eos_token_id if generation_config is not None else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
-
-
-def padding_token_id(tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int]) -> int:
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return eos_token_ids[0] if eos_token_ids else 0  # any token: the attention mask hides it
-
-
 def _generate_completions(
     prompts: list[list[int]],
     target: PreTrainedModel,
@@ -202,90 +187,6 @@ def _generate_completions(
     return [completions[number] for number in range(len(prompts))]
 
 
-@contextmanager
-def without_router_logits(target: PreTrainedModel) -> Iterator[None]:
-    """A mixture of experts without `output_router_logits` until the end: its loss is not for windows after a cache."""
-    configs = [target.config, target.config.get_text_config()]
-    asked = [config for config in configs if getattr(config, "output_router_logits", False)]
-    try:
-        for config in asked:
-            config.output_router_logits = False
-        yield
-    finally:
-        for config in asked:
-            config.output_router_logits = True
-
-
-@contextmanager
-def plain_distribution(target: PreTrainedModel) -> Iterator[None]:
-    """The target in eval mode and without its own generation settings (top-k, penalties, `use_cache`), until the end.
-
-    Of its `generation_config` only the eos, pad and bos tokens remain. `generate` fills in from there whatever a call
-    leaves open, so that a configuration passed to it would not do.
-    """
-    modes = [(module, module.training) for module in target.modules()]
-    inside_peft = [target.get_base_model()] if hasattr(target, "get_base_model") else []  # which hands its own down
-    own = [(model, model.generation_config) for model in (target, *inside_peft)]
-    tokens = {f"{name}_token_id": getattr(own[0][1], f"{name}_token_id", None) for name in ("eos", "pad", "bos")}
-    try:
-        target.eval()
-        target.generation_config = GenerationConfig(**tokens)
-        with without_router_logits(target):
-            yield
-    finally:
-        for model, generation_config in own:
-            model.generation_config = generation_config
-        for module, training in modes:
-            module.training = training
-
-
-def complete_batch(
-    target: PreTrainedModel,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    stop_token_ids: list[int],
-    pad_token_id: int,
-) -> list[list[int]]:
-    """New token ids of each prompt, through the first of `stop_token_ids`; the global random state is left as it was.
-
-    To be called within [`plain_distribution`].
-    """
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad_token_id)  # [B, S], padded on the left
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
-    generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_token_ids or None,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-        **(sampling or {"do_sample": False}),
-    )
-    with random_state_kept():
-        torch.manual_seed(seed)
-        written = target.generate(
-            input_ids.to(input_device(target)),
-            attention_mask=attention_mask.to(input_device(target)),
-            generation_config=generation_config,
-        )
-    return [through_first_stop(ids, stop_token_ids) for ids in written[:, width:].tolist()]
-
-
-def random_state_kept() -> AbstractContextManager[None]:
-    """Until its end random numbers may be drawn and seeded; then the process's are as they were, on all devices."""
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-
-
-def through_first_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
-    ends = [position for position, token in enumerate(ids, start=1) if token in stop_token_ids]
-    return ids[: ends[0]] if ends else ids
-
-
 class _Processes:
     """This process's place among those that share the work, itself alone where it is not `shared`."""
 
@@ -303,18 +204,6 @@ class _Processes:
         values: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
-
-
-def is_split(target: PreTrainedModel) -> bool:
-    """Whether a forward of the target needs every process: tensor parallel, FSDP or ZeRO-3."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(module, FullyShardedDataParallel) for module in target.modules()) or any(
-        isinstance(parameter.data, DTensor) or hasattr(parameter, "ds_id") for parameter in target.parameters()
-    )
 
 
 def _batch_seed(seed: int, batch_number: int) -> int:
@@ -356,28 +245,6 @@ def _length_limit(
 def _default_cache_folder() -> Path:
     home = os.environ.get("HF_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".cache") / "ppow_hf" / "regenerated"
-
-
-def target_identity(target: PreTrainedModel) -> str:
-    """Hash of the target's configuration and of a few elements of every parameter, whatever device it is on."""
-    config = json.loads(target.config.to_json_string())
-    # Another release, folder or number of processes is not another target.
-    for name in ("transformers_version", "_name_or_path", "distributed_config"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, parameter in target.named_parameters():
-        digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
-        if not parameter.is_meta and parameter.numel():
-            flat = whole_tensor(parameter.detach()).reshape(-1)
-            sample = flat[:: max(1, len(flat) // ELEMENTS_PER_PARAMETER)].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is split over processes, gathered by all of them; any other as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _cache_key(prompts: list[list[int]], target: PreTrainedModel, settings: dict[str, Any]) -> str:

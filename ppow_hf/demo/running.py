@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..data.targets import sampling_options
 from ..runtime.acceptance import exact_dtype, greedy_accepted_counts, rejection_sample_chain, sample_from_uniform
 from ..runtime.compatibility import common_context_length, target_width
 from ..runtime.cost_model import OnlineCosts
@@ -42,13 +43,6 @@ class RunSettings:
     temperature: float = 0.0
     max_new_tokens: int = 96
     seconds: float = 60.0
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """`generate`'s arguments for this temperature, with nothing else that cuts the distribution."""
-        if self.temperature <= 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True)
@@ -362,7 +356,7 @@ class Run:
         try:
             self._asked.acquire()
             inputs = torch.tensor([self.prompt_ids], device=self.target.device)
-            options = {**self.settings.sampling, "max_new_tokens": self.settings.max_new_tokens}
+            options = {**sampling_options(self.settings.temperature), "max_new_tokens": self.settings.max_new_tokens}
             options["attention_mask"] = torch.ones_like(inputs)
             try:
                 self.started = time.perf_counter()

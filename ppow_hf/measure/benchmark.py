@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data.regeneration import plain_distribution, random_state_kept
+from ..data.targets import eos_of, left_padded, plain_distribution, random_state_kept, sampling_options, until_end
 from ..runtime.compatibility import check_call, target_width
 from ..runtime.draft_session import now
 from ..runtime.generation import DrafterView, SpeculativeDecoding
@@ -26,10 +26,8 @@ from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace, RoundTrace
 from ..version import __version__
 from .costs import check_count, check_prompts, measure_costs, with_progress
-from .evaluation import left_padded, until_end
 from .intervals import ratio_interval
 from .provenance import describe_machine, public_command
-from .window_study import eos_of
 
 PROMPT_LOOKUP_TOKENS = 10
 FIXED_WINDOW = 8
@@ -192,14 +190,11 @@ class Decoding:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `generate`."""
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         return {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": 1,
             "pad_token_id": self.pad_token_id,
-            **sampling,
+            **sampling_options(self.temperature),
         }
 
 
@@ -237,7 +232,7 @@ def _generate(
     seed: int,
 ) -> "Outcome":
     """Generate from the prompts `[1, n]` of one call with a row's `options`; times `generate` alone."""
-    ids, mask = left_padded(call, decoding.pad_token_id)
+    ids, mask = left_padded([prompt[0].tolist() for prompt in call], decoding.pad_token_id)
     torch.manual_seed(seed)
     recorder.start()
     place = input_device(target)

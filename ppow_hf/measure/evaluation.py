@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from ..data.regeneration import plain_distribution, random_state_kept
+from ..data.targets import eos_of, left_padded, plain_distribution, random_state_kept, sampling_options, until_end
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from .costs import with_progress
-from .window_study import eos_of
 
 # What training evaluates, and whether more of it is better.
 EVALUATION_METRICS = {
@@ -75,15 +74,12 @@ def decode(
     """
     outputs: list[list[int]] = []
     traces: list[GenerationTrace] = []
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     ends = eos_of(target)
     with drafter.evaluating(), random_state_kept(), torch.no_grad(), plain_distribution(target):
         places = range(0, len(prompts), batch_size)
         for place in places if progress is None else with_progress(places, progress):
             torch.manual_seed((seed * 1_000_003 + place) % 2**63)
-            ids, mask = left_padded(
-                [torch.tensor([list(prompt)]) for prompt in prompts[place : place + batch_size]], 0
-            )
+            ids, mask = left_padded(prompts[place : place + batch_size], 0)
             view = drafter.with_settings(**settings)
             generated = target.generate(
                 input_ids=ids.to(input_device(target)),
@@ -91,7 +87,7 @@ def decode(
                 max_new_tokens=max_new_tokens,
                 assistant_model=view,
                 pad_token_id=0,
-                **(sampling or {"do_sample": False}),
+                **sampling_options(temperature),
             )
             outputs += [until_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
             traces += view.last_traces
@@ -130,18 +126,3 @@ def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int) -> float:
             repeated += gram in seen
             seen.add(gram)
     return repeated / total if total else 0.0
-
-
-def left_padded(prompts: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts `[1, n]` as one batch `[B, longest]`, and its attention mask."""
-    longest = max(prompt.shape[1] for prompt in prompts)
-    pad = torch.nn.functional.pad
-    ids = [pad(prompt.cpu(), (longest - prompt.shape[1], 0), value=pad_token_id) for prompt in prompts]
-    mask = [pad(torch.ones_like(prompt.cpu()), (longest - prompt.shape[1], 0)) for prompt in prompts]
-    return torch.cat(ids), torch.cat(mask)
-
-
-def until_end(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    """`tokens` up to and with the first that ends a text: what is after it in a batch is padding."""
-    ends = [place for place, token in enumerate(tokens) if token in eos]
-    return tokens[: ends[0] + 1] if ends else tokens

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..data.regeneration import plain_distribution
+from ..data.targets import plain_distribution
 from ..runtime.draft_session import cache_argument, now
 from ..runtime.target_weights import input_device
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from ..data.regeneration import complete_batch, plain_distribution
+from ..data.targets import complete_batch, eos_of, plain_distribution
 from ..runtime.acceptance import divergence_on_support, likeliest_tokens
 from ..runtime.cost_model import CostModel, OnlineCosts
 from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
@@ -183,12 +183,6 @@ def _draft_everywhere(
         for name, values in zip(names, zip(*steps, strict=True), strict=True):
             chunks[name].append(torch.stack(values, dim=1).cpu())
     return {name: torch.cat(values).numpy() if values else numpy.zeros((0, depth)) for name, values in chunks.items()}
-
-
-def eos_of(target: Any) -> frozenset[int]:
-    """The tokens that end a text of this target's `generate`."""
-    eos = target.generation_config.eos_token_id
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def draft_tables(

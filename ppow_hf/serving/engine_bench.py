@@ -394,16 +394,14 @@ def _engine_row(name: str, run: EngineRun, plain: EngineRun) -> EngineRow:
 
 def own_row(name: str, comparison: Comparison, view: Any) -> tuple[EngineRow, list[list[int]]]:
     """Generate in transformers, with a view of the drafter or plainly; the row, and new tokens of each prompt."""
-    from ..data.regeneration import plain_distribution
-    from ..measure.evaluation import left_padded, until_end
-    from ..measure.window_study import eos_of
+    from ..data.targets import eos_of, left_padded, plain_distribution, until_end
 
     row, outputs = EngineRow(name, 0, 0.0), []
     target, size = comparison.target, comparison.batch_size
     options = {} if view is None else {"assistant_model": view}
     batches = [comparison.prompts[start : start + size] for start in range(0, len(comparison.prompts), size)]
     for place, batch in enumerate([batches[0][:1], *batches]):  # the first prompt twice: to warm up
-        ids, mask = left_padded(batch, 0)
+        ids, mask = left_padded([prompt[0].tolist() for prompt in batch], 0)
         with plain_distribution(target):
             started = time.perf_counter()
             generated = target.generate(

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.regeneration import complete_batch, end_token_ids, padding_token_id, plain_distribution
+from ..data.targets import complete_batch, end_token_ids, padding_token_id, plain_distribution
 from ..data.writing import Answer, Request
 from .vllm_process import VLLMProcess
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ..data.regeneration import complete_batch, plain_distribution
+from ..data.targets import complete_batch, eos_of, plain_distribution
 from ..measure.calibration import fit_estimator
 from ..measure.evaluation import decode, repeated_ngrams
-from ..measure.window_study import DraftTable, draft_table, eos_of, greedy_texts, replay
+from ..measure.window_study import DraftTable, draft_table, greedy_texts, replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.cost_model import CostModel, OnlineCosts
 from ..runtime.estimator import AcceptanceEstimator

@@ -10,8 +10,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..data.regeneration import is_split
 from ..data.sequences import SequenceDataset
+from ..data.targets import is_split
 from ..measure.evaluation import EVALUATION_METRICS
 from ..runtime.compatibility import check_layers, check_target, check_width, num_layers, rotary_change
 from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint

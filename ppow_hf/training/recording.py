@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.files import write_whole
-from ..data.regeneration import is_split, target_identity
 from ..data.sequences import SequenceDataset
+from ..data.targets import is_split, target_identity
 from ..data.weights import brief
 from ..runtime.compatibility import num_layers
 from ..runtime.configuration_ppow import vocabulary_fingerprint

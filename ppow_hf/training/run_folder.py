@@ -16,7 +16,7 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..data.regeneration import is_split
+from ..data.targets import is_split
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from .checkpoints import STATE
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..data.regeneration import whole_tensor, without_router_logits
+from ..data.targets import whole_tensor, without_router_logits
 from ..runtime.draft_session import additive_mask, cache_argument
 from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.target_session import sliding_window

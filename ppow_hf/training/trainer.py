@@ -32,8 +32,8 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
-from ..data.regeneration import is_split
 from ..data.sequences import SequenceDataset, collate_sequences, padded_to
+from ..data.targets import is_split
 from ..measure.calibration import calibrate
 from ..measure.costs import measure_costs
 from ..measure.evaluation import decode, evaluation_metrics, report

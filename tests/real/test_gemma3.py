@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow_hf import PPOWDrafter, PPOWTrainer, PPOWTrainingArguments
-from ppow_hf.measure.evaluation import left_padded
+from ppow_hf.data.targets import left_padded
 
 pytestmark = pytest.mark.real
 DRAFT_VOCABULARY = 16_384
@@ -37,7 +37,7 @@ def pair(real_targets, tmp_path_factory):
 
 
 def generate(target, prompts: list[list[int]], **way) -> list[list[int]]:
-    ids, mask = left_padded([torch.tensor([prompt]) for prompt in prompts], target.config.pad_token_id or 0)
+    ids, mask = left_padded(prompts, target.config.pad_token_id or 0)
     output = target.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, **way)
     return output[:, ids.shape[1] :].tolist()
 

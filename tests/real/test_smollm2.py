@@ -14,7 +14,7 @@ import ppow_hf
 from ppow_hf import PPOWDrafter
 from ppow_hf.cli import main
 from ppow_hf.data.models import shipped_drafter
-from ppow_hf.measure.evaluation import left_padded, until_end
+from ppow_hf.data.targets import left_padded, until_end
 
 pytestmark = pytest.mark.real
 NEW_TOKENS = 48
@@ -49,7 +49,7 @@ def encode(tokenizer, messages: list[dict]) -> torch.Tensor:
 
 
 def greedy(target, prompts: list[torch.Tensor], **way) -> list[list[int]]:
-    ids, mask = left_padded(prompts, target.config.pad_token_id or 0)
+    ids, mask = left_padded([prompt[0].tolist() for prompt in prompts], target.config.pad_token_id or 0)
     output = target.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, **way)
     return [until_end(row, [target.config.eos_token_id]) for row in output[:, ids.shape[1] :].tolist()]
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.data.regeneration import plain_distribution
+from ppow_hf.data.targets import plain_distribution
 from ppow_hf.measure.calibration import calibrate
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.window_study import draft_tables
