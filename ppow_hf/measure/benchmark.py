@@ -6,7 +6,6 @@ transformers' own methods are told from the tokens that each target forward was 
 
 import contextlib
 import copy
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..data.targets import eos_of, left_padded, plain_distribution, random_state_kept, sampling_options, until_end
@@ -24,10 +22,9 @@ from ..runtime.generation import DrafterView, SpeculativeDecoding
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace, RoundTrace
-from ..version import __version__
 from .costs import check_count, check_prompts, measure_costs, with_progress
 from .intervals import ratio_interval
-from .provenance import describe_machine, public_command
+from .provenance import describe_machine, public_command, versions
 
 PROMPT_LOOKUP_TOKENS = 10
 FIXED_WINDOW = 8
@@ -109,7 +106,7 @@ def run_benchmark(
     ratios = [row["ratio_to_plain"] for row in described if row["name"].startswith("ppow_")]
     result = {
         "machine": describe_machine(target.device),
-        "versions": _versions(),
+        "versions": versions(),
         "command": public_command(command or ""),
         "cost_ratio": costs.cost_ratio,
         "draft_step_seconds": costs.draft_step_seconds,
@@ -127,15 +124,6 @@ def run_benchmark(
     if left_out:
         result["left_out"] = left_out
     return result
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ppow_hf": __version__,
-    }
 
 
 def _ready(target: PreTrainedModel, drafter: PPOWDrafter, standalone: PPOWDrafter | None) -> PPOWDrafter | None:

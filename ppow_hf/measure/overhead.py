@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from ..data.targets import plain_distribution
-from ..runtime.draft_session import cache_argument, now
+from ..runtime.draft_session import cache_argument, collect_target_states, now
 from ..runtime.target_weights import input_device
 
 
@@ -115,8 +115,8 @@ class BareForwards:
         with torch.inference_mode():
             self.target_cache = DynamicCache()
             states = self._forward(ids, output_hidden_states=True).hidden_states
-            layers = drafter.config.target_layer_ids
-            states = None if layers is None else torch.cat([states[layer] for layer in layers], dim=-1)
+            states = collect_target_states(states, drafter.config.target_layer_ids)
+            states = None if states is None else states.to(drafter.device)
             self.session = drafter.start_session()
             self.session.observe(ids.to(drafter.device), states, self.draft.first_prefix)
             self.session.first_logits()

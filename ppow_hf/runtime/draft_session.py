@@ -28,6 +28,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def collect_target_states(
+    hidden_states: Sequence[torch.Tensor], layer_ids: Sequence[int] | None
+) -> torch.Tensor | None:
+    """The states that a drafter reads, side by side: `[B, S, n*h]` from transformers' `hidden_states` tuple; `None`
+    for one that reads none."""
+    return torch.cat([hidden_states[layer] for layer in layer_ids], dim=-1) if layer_ids else None
+
+
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`allowed` bool `[..., queries, keys]` as the float mask that transformers' attention implementations add."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(

@@ -24,7 +24,7 @@ from .block_model import BlockDrafter, BlockSession
 from .compatibility import check_target, check_width, num_layers
 from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys, rows_at
-from .draft_session import DraftSession, packed_allowed, still_drafted
+from .draft_session import DraftSession, collect_target_states, packed_allowed, still_drafted
 from .generation import DrafterView
 from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
 from .start_weights import check_init_layers, measured_state_scales, start_from_target
@@ -649,14 +649,15 @@ def match_width(logits: torch.Tensor, width: int) -> torch.Tensor:
     return nn.functional.pad(logits, (0, -surplus), value=-torch.inf) if surplus else logits
 
 
-def collect_target_states(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int] | None) -> torch.Tensor | None:
-    """The states an eagle drafter reads, side by side: `[B, S, 3*h]` from transformers' `hidden_states` tuple."""
-    if layer_ids is None:
-        return None
-    return torch.cat([hidden_states[layer] for layer in layer_ids], dim=-1)
-
-
 AutoConfig.register("ppow_drafter", PPOWDrafterConfig, exist_ok=True)
 AutoModel.register(PPOWDrafterConfig, PPOWDrafter, exist_ok=True)
 
-__all__ = ["ARCHITECTURES", "DraftSession", "DrafterView", "PPOWDrafter", "PPOWDrafterConfig", "PPOWDrafterOutput"]
+__all__ = [
+    "ARCHITECTURES",
+    "DraftSession",
+    "DrafterView",
+    "PPOWDrafter",
+    "PPOWDrafterConfig",
+    "PPOWDrafterOutput",
+    "collect_target_states",
+]

@@ -14,7 +14,14 @@ import torch
 from transformers import DynamicCache
 
 from .compatibility import check_preparation
-from .draft_session import additive_mask, cache_argument, compacting_columns, gather_columns, rearrange_cache
+from .draft_session import (
+    additive_mask,
+    cache_argument,
+    collect_target_states,
+    compacting_columns,
+    gather_columns,
+    rearrange_cache,
+)
 
 COMPACT_AT = 0.25  # share of a cache's columns that no row can see
 ALIBI = {"bloom", "mpt"}  # families with linear biases whose configuration does not say so
@@ -196,9 +203,7 @@ class TargetSession:
             self.cache = outputs[self.cache_name]
             self.cache.activate_past_recording()
         logits = outputs.logits[:, -1:] if only_last else outputs.logits
-        states = None
-        if self.state_layers:
-            states = torch.cat([outputs.hidden_states[layer] for layer in self.state_layers], dim=-1)
+        states = collect_target_states(outputs.hidden_states, self.state_layers)
         return logits.to(device=self.device, dtype=torch.float32), states
 
     def _inputs_along(self, tokens: torch.Tensor, prompt: bool) -> dict[str, Any]:
