@@ -132,9 +132,6 @@ def test_confidence_is_one_for_certain_and_zero_for_uniform():
     assert confidence(uniform).item() == pytest.approx(0, abs=1e-6) and confidence(certain) == 1
     half = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]).log()
     assert confidence(half).item() == pytest.approx(1 - 1 / 3)
-    assert confidence(half, vocab_size=4).item() == pytest.approx(1 - 1 / 2)  # four real tokens, four of padding
-    with pytest.raises(ValueError, match="vocab_size: 1 given"):
-        confidence(half, vocab_size=1)
 
 
 def test_divergence_priority_is_confidence_times_kl():

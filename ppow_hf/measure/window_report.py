@@ -274,15 +274,11 @@ def live_check(
     tables: Sequence[DraftTable],
     calibration: dict[str, Any],
     costs: CostModel,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Decode the tables' prompts in earnest, with given costs, and compare text and rounds with the replay's.
-
-    `settings` names the rules to check: `window`, `max_window` and `lookup`; by default ours without and with look-up,
-    a fixed one and the heuristic.
-    """
+    """Decode the tables' prompts, with given costs, and compare text and rounds with the replay's: by our rule without
+    and with look-up, a fixed window and transformers' heuristic."""
     depth = tables[0].draft_ids.shape[1]
-    settings = settings or {
+    settings: dict[str, dict[str, Any]] = {
         OURS: {"window": "kl", "max_window": depth},
         WITH_LOOKUP: {"window": "kl", "max_window": depth, "lookup": True},
         "fixed 5": {"window": "fixed", "max_window": min(5, depth)},

@@ -84,25 +84,21 @@ def likeliest_tokens(log_probs: Tensor) -> Tensor:
     return torch.cat([top.values, entropy(log_probs)[..., None], top.indices[..., :1].to(probs)], dim=-1)
 
 
-def confidence(log_probs: Tensor, vocab_size: int | None = None) -> Tensor:
-    """C(P) = 1 - H(P) / log |V|, in [0, 1]: 1 for a certain distribution, 0 for a uniform one.
+def confidence(log_probs: Tensor) -> Tensor:
+    """C(P) = 1 - H(P) / log |V|, in [0, 1]: 1 for a certain distribution, 0 for a uniform one; of at least two tokens.
 
-    `[..., V]` -> `[...]`. `vocab_size` (`int`, *optional*, defaults to V) is |V|: give the number of real tokens where
-    the logits are padded. Source: ADAW [paper, arXiv 2605.14978].
+    `[..., V]` -> `[...]`. Source: ADAW [paper, arXiv 2605.14978].
     """
-    size = log_probs.shape[-1] if vocab_size is None else vocab_size
-    if size < 2:
-        raise ValueError(f"vocab_size: {size} given, but log |V| must be positive. Pass at least 2 tokens.")
-    return (1 - entropy(log_probs) / math.log(size)).clamp(0, 1)
+    return (1 - entropy(log_probs) / math.log(log_probs.shape[-1])).clamp(0, 1)
 
 
-def divergence_priority(target_log_probs: Tensor, draft_log_probs: Tensor, vocab_size: int | None = None) -> Tensor:
+def divergence_priority(target_log_probs: Tensor, draft_log_probs: Tensor) -> Tensor:
     """v = C(P) * KL(P || Q), large where a confident target is missed: `[..., V]`, `[..., V]` -> `[...]`.
 
-    0 where P is uniform, +inf where Q = 0 < P otherwise. `vocab_size` as in `confidence`. A window's priority is the
-    mean over its positions. Source: ADAW [paper, arXiv 2605.14978].
+    0 where P is uniform, +inf where Q = 0 < P otherwise. A window's priority is the mean over its positions. Source:
+    ADAW [paper, arXiv 2605.14978].
     """
-    certainty = confidence(target_log_probs, vocab_size)
+    certainty = confidence(target_log_probs)
     divergence = kl_divergence(target_log_probs, draft_log_probs)
     return certainty * divergence.masked_fill(certainty == 0, 0.0)  # 0 * inf would be NaN
 

@@ -417,7 +417,6 @@ class PPOWDrafter(PreTrainedModel):
         loss_function: Callable[["PPOWDrafter", PPOWDrafterOutput], torch.Tensor] | None = None,
         goes_on: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         inside: Callable[["PPOWDrafter"], Any] | None = None,
-        **kwargs,
     ) -> PPOWDrafterOutput:
         """Features of all prefixes, or along given windows.
 

@@ -31,6 +31,7 @@ from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import FixedWindow, make_window_rule
 
 Pairs = list[tuple[float, float]]
+TEXTS_AT_ONCE = 16
 LONGEST_WINDOW = 10
 
 
@@ -61,19 +62,17 @@ class EvaluationTexts:
         )  # fmt: skip
 
 
-def write_texts(
-    target: Any, prompts: list[list[int]], max_new_tokens: int, seed: int, batch_size: int = 16
-) -> EvaluationTexts:
+def write_texts(target: Any, prompts: list[list[int]], max_new_tokens: int, seed: int) -> EvaluationTexts:
     """Let the target write after each prompt, greedily and once at T = 1, without a drafter."""
     ends, sampled = sorted(eos_of(target)), []
     with plain_distribution(target):
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
+        for start in range(0, len(prompts), TEXTS_AT_ONCE):
+            batch = prompts[start : start + TEXTS_AT_ONCE]
             drawn = _seed(seed, start, "text")
             sampled += complete_batch(target, batch, max_new_tokens, 1.0, drawn, ends, 0)
     return EvaluationTexts(
         prompts,
-        greedy_texts(target, prompts, max_new_tokens, batch_size),
+        greedy_texts(target, prompts, max_new_tokens),
         [
             SampledText(prompt + text, len(prompt), _verdicts(seed, place, len(prompt + text)))
             for place, (prompt, text) in enumerate(zip(prompts, sampled, strict=True))
@@ -296,17 +295,16 @@ def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledTex
 
 @torch.no_grad()
 def group_chains(
-    target: Any, drafter: PPOWDrafter, tables: Sequence[DraftTable], count: int, window: int, seed: int = 0,
-    texts_at_once: int = 16,
-) -> Pairs:  # fmt: skip
+    target: Any, drafter: PPOWDrafter, tables: Sequence[DraftTable], count: int, window: int, seed: int = 0
+) -> Pairs:
     """Rounds at T = 0 of `count` candidates, the longest kept: the greedy window and `count` - 1 drawn at T = 1.
 
     What is drawn at a place of a text hangs on (seed, text, place, candidate) alone: groups are nested, and drafters
     are compared on the same numbers.
     """
     pairs: Pairs = []
-    for start in range(0, len(tables), texts_at_once):
-        part = tables[start : start + texts_at_once]
+    for start in range(0, len(tables), TEXTS_AT_ONCE):
+        part = tables[start : start + TEXTS_AT_ONCE]
         pairs += _group_chains(target, drafter, part, start, count, window, seed)
     return pairs
 

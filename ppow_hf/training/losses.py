@@ -352,16 +352,13 @@ def keep_rows(batch: Batch, features: torch.Tensor, labels: torch.Tensor, places
 
 
 @torch.no_grad()
-def length_weights(
-    kept: torch.Tensor, learned: torch.Tensor, max_window: int, order: torch.Tensor | None = None
-) -> torch.Tensor:
+def length_weights(kept: torch.Tensor, learned: torch.Tensor, max_window: int, order: torch.Tensor) -> torch.Tensor:
     """Weights `[R, 2]` of each row's two keep probabilities: by them the rows' sum has the gradient of the mean share
     of a window that is kept, [`expected_length`] over its length.
 
-    `kept` `[R, 2]` as of [`keep_rows`]. `learned` `[B, M, J]` is where the rows lie, in its order or in `order` of
-    that; of features along the text (J = 1) every `max_window` in a row are a window.
+    `kept` `[R, 2]` as of [`keep_rows`]. `learned` `[B, M, J]` is where the rows lie, in the `order` `[R]` of its
+    places; of features along the text (J = 1) every `max_window` in a row are a window.
     """
-    order = torch.arange(len(kept), device=kept.device) if order is None else order
     windows = torch.zeros(*learned.shape, 2, device=kept.device)
     windows[learned] = kept[order.argsort()]
     window, count = learned.shape[2], learned.shape[1]
