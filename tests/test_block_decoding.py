@@ -14,7 +14,8 @@ from test_sampling import p_value
 from ppow_hf import PPOWDrafter
 from ppow_hf.measure.calibration import calibrate
 from ppow_hf.measure.costs import measure_costs
-from ppow_hf.measure.window_study import draft_tables, replay
+from ppow_hf.measure.draft_table import draft_tables
+from ppow_hf.measure.replay import replay
 from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
 from ppow_hf.runtime.draft_window import DrafterDistributions, Window, draft_windows, draw_tokens
 from ppow_hf.runtime.estimator import AcceptanceEstimator

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.data.sequences import SequenceDataset
+from ppow_hf.measure.draft_table import draft_table
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.provenance import shortened
-from ppow_hf.measure.window_study import draft_table
 from ppow_hf.studies.compare import Comparison, curve_of, make_trainer, plateau_gain
 from ppow_hf.studies.configuration import load_config, read_results, target_recipe
 from ppow_hf.studies.evaluation import (

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppow_hf import PPOWDrafter, tiny
+from ppow_hf.measure.draft_table import draft_tables
 from ppow_hf.measure.evaluation import decode, report
-from ppow_hf.measure.window_study import draft_tables, replay
+from ppow_hf.measure.replay import replay
 from ppow_hf.runtime.acceptance import divergence_on_support, kl_divergence
 from ppow_hf.runtime.cost_model import OnlineCosts
 from ppow_hf.runtime.generation import divergences

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig, tiny
 from ppow_hf.export import export_drafter
 from ppow_hf.measure.costs import measure_costs
-from ppow_hf.measure.window_study import draft_tables
+from ppow_hf.measure.draft_table import draft_tables
 from ppow_hf.runtime.modeling_ppow import collect_target_states
 
 EMBEDDINGS = "draft_model.embed_tokens.weight"

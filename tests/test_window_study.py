@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppow_hf import PPOWDrafter, tiny
 from ppow_hf.cli import main
 from ppow_hf.data.models import parse_workload
-from ppow_hf.measure import window_study
+from ppow_hf.measure import draft_table as tables_module
 from ppow_hf.measure.benchmark import ForwardRecorder
 from ppow_hf.measure.calibration import fit_on_tables
+from ppow_hf.measure.draft_table import DraftTable, draft_table, draft_tables
 from ppow_hf.measure.evaluation import decode
+from ppow_hf.measure.replay import mixed_stream, oracle, replay
+from ppow_hf.measure.rival_rules import ConfidenceStop, EntropyStop, least_cost_threshold
 from ppow_hf.measure.window_report import (
     MIXED,
     OURS,
@@ -26,17 +29,6 @@ from ppow_hf.measure.window_report import (
     live_check,
     speed,
     study,
-)
-from ppow_hf.measure.window_study import (
-    ConfidenceStop,
-    DraftTable,
-    EntropyStop,
-    draft_table,
-    draft_tables,
-    least_cost_threshold,
-    mixed_stream,
-    oracle,
-    replay,
 )
 from ppow_hf.runtime.cost_model import CostModel, OnlineCosts
 from ppow_hf.runtime.estimator import AcceptanceEstimator
@@ -160,7 +152,7 @@ def test_a_text_ends_where_rounding_would_have_the_target_choose_otherwise(targe
     text = target.generate(prompt, max_new_tokens=10, do_sample=False)[0, 4:].tolist()
     for place in (6, 0):
         other = text[:place] + [(text[place] + 1) % 64] + text[place + 1 :]
-        monkeypatch.setattr(window_study, "complete_batch", lambda *args, other=other: [other])
+        monkeypatch.setattr(tables_module, "complete_batch", lambda *args, other=other: [other])
         tables = draft_tables(target, drafter, [prompt], 10, depth=2)
         assert [table.text.tolist() for table in tables] == ([text[:place]] if place else [])
 

@@ -23,7 +23,7 @@ from ..data.models import (
 from .windows import read_prompts_to_fit, workload_prompts
 
 if TYPE_CHECKING:
-    from ..measure.window_study import DraftTable
+    from ..measure.draft_table import DraftTable
     from ..runtime.cost_model import CostModel
 
 
@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     target, tokenizer, drafter = load_pair(arguments)
     prompts = workload_prompts(name, arguments, given, tokenizer, target)
     from ..measure.calibration import calibrate
+    from ..measure.draft_table import draft_tables
     from ..measure.window_report import calibration_curve, check_rounds
-    from ..measure.window_study import draft_tables
     from ..runtime.cost_model import CostModel
 
     fit_prompts, test_prompts = prompts[: arguments.fit_prompts], prompts[arguments.fit_prompts :]

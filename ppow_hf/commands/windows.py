@@ -112,8 +112,8 @@ def study_windows(
     """The content of windows.json: the study on the prompts after those to fit on, by workload."""
     from ..measure import provenance
     from ..measure.costs import measure_costs
+    from ..measure.draft_table import DEPTH, draft_tables
     from ..measure.window_report import calibration_curve, describe_workload, live_check, study
-    from ..measure.window_study import DEPTH, draft_tables
     from ..runtime.cost_model import CostModel
 
     any_prompt = next(iter(prompts.values()))[0]

@@ -15,8 +15,9 @@ from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import FixedWindow
 from .costs import measure_costs
+from .draft_table import DraftTable, draft_tables
 from .evaluation import decode
-from .window_study import DraftTable, draft_tables, replay
+from .replay import replay
 
 FITTING_WINDOWS = (16, 8, 4, 2)
 

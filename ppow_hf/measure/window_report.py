@@ -13,8 +13,10 @@ from ..runtime.estimator import AcceptanceEstimator
 from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import FixedWindow, HeuristicWindow, KLAdaptiveWindow, WindowRule, make_window_rule
 from .calibration import fit_on_tables, without_look_up
+from .draft_table import DEPTH, DraftTable
 from .evaluation import decode, repeated_ngrams
-from .window_study import DEPTH, ConfidenceStop, DraftTable, EntropyStop, mixed_stream, oracle, replay
+from .replay import mixed_stream, oracle, replay
+from .rival_rules import ConfidenceStop, EntropyStop
 
 MIXED = "mixed stream"
 OURS, CONFIDENCE_ONLY, WITH_LOOKUP = "ppow kl", "ppow kl, confidence alone", "ppow kl with look-up"

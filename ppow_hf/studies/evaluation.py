@@ -20,8 +20,9 @@ import torch
 
 from ..data.targets import complete_batch, eos_of, plain_distribution
 from ..measure.calibration import fit_estimator
+from ..measure.draft_table import DraftTable, draft_table, greedy_texts
 from ..measure.evaluation import decode, repeated_ngrams
-from ..measure.window_study import DraftTable, draft_table, greedy_texts, replay
+from ..measure.replay import replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.cost_model import CostModel, OnlineCosts
 from ..runtime.estimator import AcceptanceEstimator

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 from ppow_hf import PPOWDrafter
 from ppow_hf.data.targets import plain_distribution
 from ppow_hf.measure.calibration import calibrate
+from ppow_hf.measure.draft_table import draft_tables
 from ppow_hf.measure.evaluation import decode
-from ppow_hf.measure.window_study import draft_tables
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 OWN = {"use_cache": False, "repetition_penalty": 1.7, "do_sample": True, "temperature": 0.3, "top_k": 2}

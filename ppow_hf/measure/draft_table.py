@@ -1,12 +1,11 @@
-"""A table of drafts from every prefix of the target's text, and any window rule replayed on it.
+"""A table of drafts from every prefix of the target's text, on which any window rule can be replayed.
 
-Knows tables, rules and costs; times nothing. At T = 0 a round that starts after a given prefix has the same drafts
-and the same verdict whatever came before, so that one table answers for every rule.
+Runs target and drafter, and times nothing. At T = 0 a round that starts after a given prefix has the same drafts and
+the same verdict whatever came before, so that one table answers for every rule.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,9 @@ import torch
 
 from ..data.targets import complete_batch, eos_of, plain_distribution
 from ..runtime.acceptance import divergence_on_support, likeliest_tokens
-from ..runtime.cost_model import CostModel, OnlineCosts
-from ..runtime.draft_window import Window, draft_windows, learn_from_verdict
+from ..runtime.draft_session import collect_target_states
 from ..runtime.estimator import MAX_KL
-from ..runtime.modeling_ppow import collect_target_states
 from ..runtime.target_weights import input_device
-from ..runtime.trace import GenerationTrace, RoundTrace
-from ..runtime.windowing import FixedWindow, KLAdaptiveWindow, WindowRule
 
 DEPTH = 16
 PREFIXES_AT_ONCE = 256
@@ -225,177 +220,3 @@ def _place_of_other(target: Any, prompt: list[int], text: list[int]) -> int | No
     """Place of the first token of `text` that the target would not choose after `prompt` and those before it."""
     ids = torch.tensor([prompt + text], device=input_device(target))
     return _first_other(target(ids).logits[0].float(), ids, len(prompt), target.dtype)
-
-
-# -- rules on the table
-
-
-class RecordedDistributions:
-    """What a table knows of the distributions after one of its prefixes, for [`draft_windows`]."""
-
-    def __init__(self, table: DraftTable, committed: int, looks: bool):
-        self.table, self.row, self.looks, self.position = table, committed - 1, looks, 0
-
-    def look(self, drafts: Sequence[list[int]]) -> Sequence[Sequence[float]] | None:
-        if not self.looks:
-            return None
-        return [self.table.looked_at(self.row, self.position)]
-
-    def draw(self) -> Sequence[int]:
-        return [self.table.draft_ids[self.row, self.position].item()]
-
-    def advance(self) -> None:
-        self.position += 1
-
-
-def replay(rule: WindowRule, table: DraftTable, record: bool = False) -> GenerationTrace:
-    """The rounds that decoding with `rule` would take, driven through the rule's own interface; none has a time.
-
-    With `record` a fixed window, which needs no look at the distributions, leaves features and divergences too.
-    """
-    looks = record or rule.reads_distributions
-    reads = record or isinstance(rule, KLAdaptiveWindow)
-    trace = GenerationTrace(rounds=[RoundTrace(0, 0, [])])  # the target's forward over the prompt
-    committed, read = 1, 0
-    tokens = [*table.prompt.tolist(), *table.text.tolist()]
-    while committed < len(table.text):
-        if reads:
-            rule.read(tokens[read : len(table.prompt) + committed])
-            read = len(table.prompt) + committed
-        one_round = _replay_round(rule, table, committed, looks)
-        trace.rounds.append(one_round)
-        committed += one_round.accepted + 1
-    return trace
-
-
-def _replay_round(rule: WindowRule, table: DraftTable, committed: int, looks: bool) -> RoundTrace:
-    one_round, room = RoundTrace(0, 0, []), table.room(committed)
-    limit = min(rule.start(room), table.draft_ids.shape[1])
-    window = Window(rule, one_round, limit, lambda draft_ids: draft_ids[-1] in table.eos_token_ids, keeps_end=False)
-    if limit > 0:
-        draft_windows([window], RecordedDistributions(table, committed, looks))
-    drawn = one_round.window
-    window.look_up(room)
-    accepted = min(int(table.accepted[committed - 1]), drawn)
-    if accepted == drawn:
-        following = zip(one_round.draft_ids[drawn:], table.text[committed + drawn :].tolist(), strict=False)
-        accepted += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], following))
-    row = committed - 1
-    kl, outside = (table.kl[row].tolist(), table.outside[row].tolist()) if looks else ([], [])
-    learn_from_verdict(rule, one_round, accepted, kl, outside)
-    return one_round
-
-
-def oracle(table: DraftTable, costs: CostModel) -> GenerationTrace:
-    """The rounds that commit the text at the least cost, had every verdict been known before [ours].
-
-    Exact, by dynamic programming over the committed tokens: V(c) = min over W of cost(W) + V(c + W + 1), W up to what
-    the target keeps there. A window beyond that costs more and commits nothing more.
-    """
-    end = len(table.text)
-    value, best = [0.0] * (end + 1), [0] * (end + 1)
-    for committed in range(end - 1, 0, -1):
-        choices = [
-            (costs.round_cost(window) + value[min(committed + window + 1, end)], window)
-            for window in range(table.useful(committed) + 1)
-        ]
-        value[committed], best[committed] = min(choices)
-    trace, committed = GenerationTrace(rounds=[RoundTrace(0, 0, [])]), 1
-    while committed < end:
-        window = best[committed]
-        steps = int(costs.draft_steps(window))
-        trace.rounds.append(RoundTrace(window, steps, table.draft_ids[committed - 1, :window].tolist(), window))
-        committed += window + 1
-    return trace
-
-
-class ConfidenceStop(FixedWindow):
-    """transformers' `assistant_confidence_threshold`: a draft ends with the first token drawn below the threshold.
-
-    With `dynamic` the threshold follows the text as transformers' does: after each round the one of least
-    (false positive rate + 3 x false negative rate) over all reached tokens so far, from their sixth on.
-    """
-
-    reads_distributions = True
-
-    def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4, dynamic: bool = False):
-        super().__init__(max_window, costs)
-        self.threshold, self.dynamic = threshold, dynamic
-        self._seen: list[float] = []  # probabilities of this round's draft tokens
-        self._probabilities: list[float] = []
-        self._matches: list[int] = []
-
-    def start(self, limit: int) -> int:
-        self._seen = []
-        return super().start(limit)
-
-    def include(self, position: int, features: Sequence[float]) -> bool:
-        self._seen.append(1 / (1 + math.exp(-features[0])))
-        return True
-
-    def outlook(self, position: int) -> tuple[float, float]:
-        return self._seen[-1], self.threshold
-
-    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
-        super().update(window, draft_steps, accepted, kl)
-        reached = min(accepted + 1, window)
-        self._probabilities += self._seen[:reached]
-        self._matches += [1] * accepted + [0] * (reached - accepted)
-        if self.dynamic and len(self._probabilities) > 5 and {0, 1} <= set(self._matches):
-            self.threshold = least_cost_threshold(self._matches, self._probabilities)
-
-
-def least_cost_threshold(matches: Sequence[int], probabilities: Sequence[float]) -> float:
-    """The seen probability that, as a threshold, has the least false positive rate + 3 x false negative rate."""
-    order = numpy.argsort(-numpy.asarray(probabilities), kind="stable")
-    scores, kept = numpy.asarray(probabilities)[order], numpy.asarray(matches)[order]
-    last = numpy.append(scores[1:] != scores[:-1], True)  # of each run of equal probabilities
-    true_positive = numpy.cumsum(kept)[last] / kept.sum()
-    false_positive = numpy.cumsum(1 - kept)[last] / (len(kept) - kept.sum())
-    return float(scores[last][numpy.argmin(false_positive + 3 * (1 - true_positive))])
-
-
-class EntropyStop(FixedWindow):
-    """AdaEDL (arXiv 2410.18351): a draft ends with the first token drawn where 1 - sqrt(0.2 H) is below a threshold.
-
-    The threshold follows the running acceptance: up by 0.001 a round while that is under 0.9, down otherwise.
-    """
-
-    reads_distributions = True
-
-    def __init__(self, max_window: int, costs: OnlineCosts, threshold: float = 0.4):
-        super().__init__(max_window, costs)
-        self.threshold = threshold
-        self._acceptance = 0.9
-        self._bound = 1.0
-
-    def include(self, position: int, features: Sequence[float]) -> bool:
-        self._bound = 1 - math.sqrt(0.2 * features[1])
-        return True
-
-    def outlook(self, position: int) -> tuple[float, float]:
-        return self._bound, self.threshold
-
-    def update(self, window: int, draft_steps: int, accepted: int, kl: Sequence[float]) -> None:
-        super().update(window, draft_steps, accepted, kl)
-        if window > 0:
-            self._acceptance = 0.5 * self._acceptance + 0.5 * accepted / window
-            moved = self.threshold + (0.01 if self._acceptance < 0.9 else -0.01)
-            self.threshold = 0.9 * self.threshold + 0.1 * moved
-
-
-def mixed_stream(workloads: Mapping[str, Sequence[DraftTable]], segment_tokens: int) -> list[DraftTable]:
-    """Texts of all workloads in turns, each turn going on until `segment_tokens` tokens were committed.
-
-    Ends when a workload has no text left, so that all have a like share.
-    """
-    remaining = {name: list(tables) for name, tables in workloads.items()}
-    stream: list[DraftTable] = []
-    while True:
-        for tables in remaining.values():
-            tokens = 0
-            while tokens < segment_tokens:
-                if not tables:
-                    return stream
-                stream.append(tables.pop(0))
-                tokens += stream[-1].tokens
