@@ -133,7 +133,7 @@ def test_every_row_is_what_drafting_token_by_token_gives(target, drafter):
 def test_long_texts_are_tabulated_in_parts(target, drafter, monkeypatch):
     prompt = torch.tensor([[5, 9, 2, 33]])
     (whole,) = draft_tables(target, drafter, [prompt], max_new_tokens=12, depth=4)
-    monkeypatch.setattr("ppow_hf.measure.window_study.PREFIXES_AT_ONCE", 3)
+    monkeypatch.setattr("ppow_hf.measure.draft_table.PREFIXES_AT_ONCE", 3)
     (parts,) = draft_tables(target, drafter, [prompt], max_new_tokens=12, depth=4)
     assert numpy.array_equal(whole.draft_ids, parts.draft_ids) and numpy.array_equal(whole.accepted, parts.accepted)
     assert numpy.allclose(whole.entropy, parts.entropy, atol=1e-4)

@@ -1,6 +1,6 @@
 """`ppow windows`: what each window rule is worth, on a table of drafts from every prefix of the target's text.
 
-Knows arguments, files and messages; tables are in measure/window_study.py, the study in measure/window_report.py.
+Knows arguments, files and messages; tables are in measure/draft_table.py, the study in measure/window_report.py.
 """
 
 import argparse

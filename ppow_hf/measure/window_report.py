@@ -1,6 +1,6 @@
 """The window study: every rule at every cost on every workload, with the fixed windows and the oracle around it.
 
-Knows tables and rules ([`window_study`]) and what the numbers are for; reads no files and loads no models.
+Knows tables and rules (draft_table.py, replay.py) and what the numbers are for; reads no files and loads no models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
