@@ -26,7 +26,7 @@ from test_losses import written_dataset
 from ppow_hf import PPOWDrafter, cli
 from ppow_hf.training.batch import keyed_uniforms
 from ppow_hf.training.losses import chosen_windows
-from ppow_hf.training.objectives import acceptance
+from ppow_hf.training.terms import acceptance
 
 MASKS = [[True] * 19, [False] * 4 + [True] * 4 + [False] * 2 + [True], [False] * 6 + [True] * 9]
 

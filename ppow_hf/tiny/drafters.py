@@ -21,7 +21,7 @@ from ..publish.model_card import write_drafter_card
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
-from ..training.objectives import parse_objective
+from ..training.objective import parse_objective
 from .corpus import SourceFile, excerpts, standard_library
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96

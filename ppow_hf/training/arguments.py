@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..measure.evaluation import EVALUATION_METRICS
 from ..runtime.configuration_ppow import check_settings
-from .objectives import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
+from .objective import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,7 @@ from ..runtime.configuration_ppow import has_vocabulary, vocabulary_fingerprint
 from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import target_width
 from .arguments import PPOWTrainingArguments
-from .objectives import WINDOW_TERMS
+from .objective import WINDOW_TERMS
 from .recorded_states import StateRecord
 from .rollout import written_prefixes
 from .target import FrozenTarget

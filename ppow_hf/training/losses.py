@@ -1,7 +1,7 @@
 """An objective's weighted terms on a batch: along the text, and along the windows that the drafter drafted.
 
 A training step reads from top to bottom: the drafter's forward over a batch, the loss on its features, and what that
-is made of. Puts the pure functions of objectives.py and rewards.py on features and rollouts; returns a loss and what
+is made of. Puts the pure functions of terms.py and rewards.py on features and rollouts; returns a loss and what
 is logged. Knows nothing about optimizers, steps or processes.
 """
 
@@ -13,7 +13,10 @@ import torch
 from ..runtime.acceptance import entropy
 from ..runtime.modeling_ppow import PPOWDrafter, PPOWDrafterOutput
 from .batch import Batch, paired_logits
-from .objectives import (
+from .chunks import sum_over_chunks, without_gradients
+from .rewards import position_advantages
+from .rollout import Rollout
+from .terms import (
     acceptance,
     clipped_policy_loss,
     cross_entropy,
@@ -21,13 +24,9 @@ from .objectives import (
     forward_kl,
     keep_probabilities,
     negative_log_acceptance,
-    sum_over_chunks,
     total_variation,
     visit_probabilities,
-    without_gradients,
 )
-from .rewards import position_advantages
-from .rollout import Rollout
 from .window_sampling import text_windows
 
 Loss = tuple[torch.Tensor, dict[str, float]]

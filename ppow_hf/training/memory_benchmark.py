@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from .objectives import forward_kl, sum_over_chunks
+from .chunks import sum_over_chunks
+from .terms import forward_kl
 
 
 def measure(way: str, vocab_size: int, length: int, hidden_size: int, chunk_size: int) -> dict[str, float]:

@@ -26,8 +26,8 @@ from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.new_drafter import draft_config_for, target_layers_for
 from .arguments import default_anchors
+from .chunks import sum_over_chunks
 from .losses import text_terms
-from .objectives import sum_over_chunks
 from .optimizers import make_optimizer
 
 WAYS = ("whole", "split", "recorded")  # the target on each GPU, over all of them, or its recorded states

@@ -17,7 +17,7 @@ from ..runtime.draft_models import rows_at
 from ..runtime.estimator import MAX_KL
 from ..runtime.modeling_ppow import PPOWDrafter
 from .batch import Batch
-from .objectives import without_gradients
+from .chunks import without_gradients
 from .rewards import group_advantages, groups_without_spread, proximity_reward, speedup_reward, throughput_reward
 from .window_sampling import choose_prefixes, eligible_prefixes, text_windows, window_priorities, within_windows
 

@@ -1,7 +1,7 @@
 """PPOWTrainer: transformers' Trainer for drafters, supervised or by window-level reinforcement learning (PPOW).
 
 Reads top to bottom: what is set up, what a step does, what is evaluated, how a checkpoint is written so that it is
-whole or not there. The mathematics is in objectives.py, losses.py, rewards.py, rollout.py and window_sampling.py.
+whole or not there. The mathematics is in losses.py, terms.py, rewards.py, rollout.py and window_sampling.py.
 """
 
 import itertools
@@ -69,7 +69,7 @@ from .checks import (
 )
 from .curves import CurvesCallback
 from .losses import text_objective, window_objective
-from .objectives import WINDOW_TERMS
+from .objective import WINDOW_TERMS
 from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, held_out_prompts, training_sequences
 from .recorded_states import RecordedTarget, StateRecord, open_record

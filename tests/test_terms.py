@@ -6,19 +6,8 @@ import math
 import pytest
 import torch
 
-from ppow_hf.training.objectives import (
-    clipped_policy_loss,
-    cross_entropy,
-    expected_length,
-    expected_length_gradients,
-    forward_kl,
-    keep_probabilities,
-    negative_log_acceptance,
-    parse_objective,
-    sum_over_chunks,
-    total_variation,
-    visit_probabilities,
-)
+from ppow_hf.training.chunks import sum_over_chunks
+from ppow_hf.training.objective import parse_objective
 from ppow_hf.training.rewards import (
     group_advantages,
     groups_without_spread,
@@ -26,6 +15,17 @@ from ppow_hf.training.rewards import (
     proximity_reward,
     speedup_reward,
     throughput_reward,
+)
+from ppow_hf.training.terms import (
+    clipped_policy_loss,
+    cross_entropy,
+    expected_length,
+    expected_length_gradients,
+    forward_kl,
+    keep_probabilities,
+    negative_log_acceptance,
+    total_variation,
+    visit_probabilities,
 )
 from ppow_hf.training.window_sampling import choose_prefixes, eligible_prefixes, window_priorities, within_windows
 
