@@ -1,19 +1,18 @@
-"""Arguments of PPOWTrainer, each with its source. Knows numbers and their ranges only."""
+"""Arguments of PPOWTrainer, each with its source. Knows numbers, their ranges and what follows from them."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
-from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..measure.evaluation import EVALUATION_METRICS
 from ..runtime.configuration_ppow import check_settings
+from .launch import check_launch, take_zero_3_as_2
 from .objective import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
 
 logger = logging.get_logger(__name__)
@@ -331,11 +330,11 @@ class PPOWTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
         self._check_supported()
         self._choose_best_metric()
-        self._check_precision()
+        check_launch(self.fp16)
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
         super().__post_init__()
-        self._take_zero_3_as_2()
+        take_zero_3_as_2(self.deepspeed_plugin)
         if isinstance(self.objective, dict):
             self.objective = objective_text(self.objective)
         if isinstance(self.regenerate_temperature, int | float):
@@ -348,32 +347,6 @@ class PPOWTrainingArguments(TrainingArguments):
         """How many windows are learned at a step, at least 1, of sequences with `counts` of them."""
         wanted = default_anchors(counts) if self.num_anchors is None else counts.clamp_max(self.num_anchors)
         return wanted.clamp_min(1)
-
-    def _take_zero_3_as_2(self) -> None:
-        """A drafter is whole during a step in either: its processes call its layers in different numbers."""
-        plugin = self.deepspeed_plugin
-        if plugin is None or plugin.zero_stage != 3:
-            return
-        unset_hf_deepspeed_config()  # else models made from now on would be in parts
-        plugin.zero_stage, plugin.zero3_init_flag = 2, False
-        config = plugin.hf_ds_config.config
-        kept = {k: v for k, v in config["zero_optimization"].items() if not k.startswith(("stage3_", "offload_param"))}
-        config["zero_optimization"] = kept | {"stage": 2}
-        plugin.hf_ds_config.set_stage_and_offload()
-        logger.warning(
-            "deepspeed: ZeRO stage 3 given, stage 2 taken: a step needs the whole drafter's weights in either, and "
-            "stage 2 splits its optimizer and gradients too. To split the weights between steps, take FSDP2."
-        )
-
-    def _check_precision(self) -> None:
-        """The loss takes its gradients in its forward, before a scaler of fp16 could keep them from underflowing."""
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
-        if self.fp16 or launched:
-            raise ValueError(
-                f"{'--mixed_precision' if launched and not self.fp16 else 'fp16'}: fp16 given; a drafter's loss takes "
-                "gradients before they can be scaled, and small ones would be lost. Pass bf16=True, or train in "
-                "float32."
-            )
 
     def _choose_best_metric(self) -> None:
         """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""
@@ -393,22 +366,10 @@ class PPOWTrainingArguments(TrainingArguments):
             self.greater_is_better = EVALUATION_METRICS[names[0]]
 
     def _check_supported(self) -> None:
-        """Raise for arguments without effect, and warn where accelerate started fewer processes than it was told."""
+        """Raise `ValueError` for arguments without effect."""
         for name, (unset, reason) in UNSUPPORTED.items():
             if getattr(self, name, unset) not in (unset, None):
                 raise ValueError(f"{name}: {getattr(self, name)!r} given, but {reason}. Leave it out.")
-        launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        if launched.lower() != "no":
-            raise ValueError(
-                f"--dynamo_backend: {launched!r} given, but {UNSUPPORTED['torch_compile'][1]}. Leave it out."
-            )
-        one_of_several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
-        ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-        if one_of_several and not any(name in os.environ for name in ranks):
-            logger.warning(
-                "accelerate launch: several processes were asked for and one was started, as accelerate does without "
-                "several GPUs. Add --multi_gpu, also on a CPU, or use torchrun --nproc_per_node."
-            )
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():

@@ -1,10 +1,11 @@
-"""Options of transformers' Trainer that drafters' training would take and not heed: refused by name."""
+"""Options of transformers' Trainer that drafters' training would take and ignore: refused by name."""
 
 import logging
 
 import pytest
 
 from ppow_hf.training import PPOWTrainingArguments
+from ppow_hf.training.launch import check_launch
 
 
 @pytest.mark.parametrize(
@@ -36,13 +37,12 @@ def test_a_function_that_would_never_be_called_is_refused(make_trainer, name):
 
 
 @pytest.mark.parametrize("started", [None, "2"])
-def test_one_process_of_several_that_were_asked_for_is_said(tmp_path, monkeypatch, caplog, started):
+def test_one_process_of_several_that_were_asked_for_is_said(monkeypatch, caplog, started):
     """accelerate: on a machine without several GPUs `--num_processes 2` starts one process."""
-    arguments = PPOWTrainingArguments(str(tmp_path), use_cpu=True)
     for name, value in (("ACCELERATE_USE_CPU", "False"), ("MASTER_PORT", "29500"), ("OMPI_COMM_WORLD_SIZE", started)):
         if value is not None:
             monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    arguments._check_supported()
+    check_launch(fp16=False)
     assert ("one was started" in caplog.text) == (started is None)
