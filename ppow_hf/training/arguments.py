@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..measure.evaluation import EVALUATION_METRICS
 from ..runtime.configuration_ppow import check_settings
-from .launch import check_launch, take_zero_3_as_2
+from .launch import check_launch, is_sharded_by_launcher, take_zero_3_as_2
 from .objective import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
 
 logger = logging.get_logger(__name__)
@@ -423,9 +423,8 @@ class PPOWTrainingArguments(TrainingArguments):
 
     def _choose_muon(self) -> None:
         """Muon by default where it can be used; raises where it is asked for and cannot."""
-        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
         obstacle = None
-        if self.fsdp or self.deepspeed or "true" in map(str.lower, launched):
+        if self.fsdp or self.deepspeed or is_sharded_by_launcher():
             obstacle = "FSDP or DeepSpeed, which split the matrices that it orthogonalizes"
         elif self.optim != type(self).optim:
             obstacle = f"optim={getattr(self.optim, 'value', self.optim)!r}"

@@ -25,8 +25,8 @@ def check_launch(fp16: bool) -> None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
     if fp16 or launched:
         raise ValueError(
-            f"{'--mixed_precision' if launched and not fp16 else 'fp16'}: fp16 given; a drafter's loss takes gradients "
-            "before they can be scaled, and small ones would be lost. Pass bf16=True, or train in float32."
+            f"{'--mixed_precision' if launched and not fp16 else 'fp16'}: fp16 given; a drafter's loss takes "
+            "gradients before they can be scaled, and small ones would be lost. Pass bf16=True, or train in float32."
         )
     one_of_several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
     ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -35,6 +35,12 @@ def check_launch(fp16: bool) -> None:
             "accelerate launch: several processes were asked for and one was started, as accelerate does without "
             "several GPUs. Add --multi_gpu, also on a CPU, or use torchrun --nproc_per_node."
         )
+
+
+def is_sharded_by_launcher() -> bool:
+    """Whether accelerate was told to use FSDP or DeepSpeed."""
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
+    return "true" in map(str.lower, launched)
 
 
 def take_zero_3_as_2(plugin: Any) -> None:
@@ -49,6 +55,6 @@ def take_zero_3_as_2(plugin: Any) -> None:
     config["zero_optimization"] = kept | {"stage": 2}
     plugin.hf_ds_config.set_stage_and_offload()
     logger.warning(
-        "deepspeed: ZeRO stage 3 given, stage 2 taken: a step needs the whole drafter's weights in either, and stage 2 "
-        "splits its optimizer and gradients too. To split the weights between steps, take FSDP2."
+        "deepspeed: ZeRO stage 3 given, stage 2 taken: a step needs the whole drafter's weights in either, and stage "
+        "2 splits its optimizer and gradients too. To split the weights between steps, take FSDP2."
     )
