@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..runtime.draft_session import cache_argument, now
+from ..runtime.draft_session import DraftSession, cache_argument, now
 from ..runtime.generation import DrafterView
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from ..runtime.target_weights import input_device, target_width
@@ -100,43 +100,13 @@ def measure_costs(
         input_ids = input_ids[:, -max(context_length - max_window - 1, 1) :]
     if input_ids.shape[1] < 2:
         input_ids = input_ids.repeat(1, 2)  # an eagle drafter has nothing to say after a single token
-    input_ids = input_ids.to(input_device(target))
-    length = input_ids.shape[1]
-
-    cache = DynamicCache(config=target.config.get_text_config())
-    outputs = target(input_ids, use_cache=True, output_hidden_states=True, **{cache_argument(target): cache})
-    cache.activate_past_recording()  # without it a sliding-window cache cannot be cropped
-    states = collect_target_states(outputs.hidden_states, model.config.target_layer_ids)
-
-    def forward_seconds(tokens: torch.Tensor) -> float:
-        started = now(target.device)
-        target(tokens, use_cache=True, **{cache_argument(target): cache})
-        seconds = now(target.device) - started
-        cache.crop(-tokens.shape[1])
-        return seconds
-
-    def step_seconds() -> list[float]:
-        first = model.draft_model.first_prefix
-        session = model.start_session(target_width(target))
-        read = None if states is None else states[:, : length - first].to(model.device)
-        session.observe(input_ids[:, first:].to(model.device), read, first)
-        block_started = now(model.device)
-        token = session.first_logits().argmax(-1, keepdim=True)
-        seconds = []
-        longest = min(max_window, model.config.longest_window or max_window)
-        for drafted in range(max(longest - 1, 0 if session.one_step else 1)):
-            started = now(model.device)
-            token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
-            seconds.append(now(model.device) - started)
-        return [now(model.device) - block_started] if session.one_step else seconds
-
+    context = CachedContext(target, model, input_ids.to(input_device(target)))
     windows = sorted({0, max_window} | {window for window in (2, 5) if window < max_window})
-    tokens = input_ids.repeat(1, max_window // length + 1)
     timings: dict[int, list[float]] = {window: [] for window in windows}
     steps: list[float] = []
     for repeat in range(repeats + 2):  # the first two are warm-up
-        new_timings = {window: forward_seconds(tokens[:, : window + 1]) for window in windows}
-        new_steps = step_seconds()
+        new_timings = {window: context.forward_seconds(window + 1) for window in windows}
+        new_steps = context.step_seconds(max_window)
         if repeat >= 2:
             steps.extend(new_steps)
             for window, seconds in new_timings.items():
@@ -146,6 +116,50 @@ def measure_costs(
     slope = sum(window * growth[window] for window in windows) / sum(window * window for window in windows)
     draft_step = statistics.median(steps)
     return Costs(draft_step, one_token, draft_step / one_token, max(slope, 0.0))
+
+
+class CachedContext:
+    """A target and a drafter after the same text `[1, n]`, each step of which can be timed again and again."""
+
+    def __init__(self, target: PreTrainedModel, drafter: PPOWDrafter, input_ids: torch.Tensor):
+        self.target, self.drafter, self.input_ids = target, drafter, input_ids
+        self.cache = DynamicCache(config=target.config.get_text_config())
+        outputs = self._forward(input_ids, output_hidden_states=True)
+        self.cache.activate_past_recording()  # without it a sliding-window cache cannot be cropped
+        self.states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
+
+    def _forward(self, tokens: torch.Tensor, **options: Any) -> Any:
+        return self.target(tokens, use_cache=True, **{cache_argument(self.target): self.cache}, **options)
+
+    def forward_seconds(self, count: int) -> float:
+        """Time of the target's forward over `count` tokens more."""
+        tokens = self.input_ids.repeat(1, count // self.input_ids.shape[1] + 1)[:, :count]
+        started = now(self.target.device)
+        self._forward(tokens)
+        seconds = now(self.target.device) - started
+        self.cache.crop(-count)
+        return seconds
+
+    def start_session(self) -> DraftSession:
+        """The drafter's session, which was given the text and has not read it yet."""
+        first, device = self.drafter.draft_model.first_prefix, self.drafter.device
+        session = self.drafter.start_session(target_width(self.target))
+        read = None if self.states is None else self.states[:, : self.input_ids.shape[1] - first].to(device)
+        session.observe(self.input_ids[:, first:].to(device), read, first)
+        return session
+
+    def step_seconds(self, max_window: int) -> list[float]:
+        """Times of the draft steps of a window, the choice of their tokens included; the first step reads the text."""
+        session, device = self.start_session(), self.drafter.device
+        block_started = now(device)
+        token = session.first_logits().argmax(-1, keepdim=True)
+        seconds = []
+        longest = min(max_window, self.drafter.config.longest_window or max_window)
+        for drafted in range(max(longest - 1, 0 if session.one_step else 1)):
+            started = now(device)
+            token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
+            seconds.append(now(device) - started)
+        return [now(device) - block_started] if session.one_step else seconds
 
 
 # -- checks and clocks

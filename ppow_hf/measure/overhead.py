@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from ..data.targets import plain_distribution
-from ..runtime.draft_session import cache_argument, collect_target_states, now
+from ..runtime.draft_session import now
 from ..runtime.target_weights import input_device
+from .costs import CachedContext
 
 
 @dataclass
@@ -104,27 +104,16 @@ def measure_overhead(
     )
 
 
-class BareForwards:
+class BareForwards(CachedContext):
     """The two models after caches of a given text, with nothing around them."""
 
+    @torch.inference_mode()
     def __init__(self, target: Any, drafter: Any, ids: torch.Tensor, window: int):
-        self.target, self.drafter = target, drafter
-        self.tokens = ids[:, : window + 1].repeat(1, window + 1)[:, : window + 1]
-        self.draft = drafter.draft_model
         drafter.attach_target(target)
-        with torch.inference_mode():
-            self.target_cache = DynamicCache()
-            states = self._forward(ids, output_hidden_states=True).hidden_states
-            states = collect_target_states(states, drafter.config.target_layer_ids)
-            states = None if states is None else states.to(drafter.device)
-            self.session = drafter.start_session()
-            self.session.observe(ids.to(drafter.device), states, self.draft.first_prefix)
-            self.session.first_logits()
-
-    def _forward(self, tokens: torch.Tensor, **options: Any) -> Any:
-        return self.target(
-            input_ids=tokens, use_cache=True, **{cache_argument(self.target): self.target_cache}, **options
-        )
+        super().__init__(target, drafter, ids)
+        self.window, self.draft = window, drafter.draft_model
+        self.session = self.start_session()
+        self.session.first_logits()
 
     @torch.inference_mode()
     def draft_step(self) -> float:
@@ -133,12 +122,12 @@ class BareForwards:
         if session.one_step:
             started = now(self.drafter.device)
             token = session.first_logits().argmax(-1, keepdim=True)
-            for drafted in range(self.tokens.shape[1] - 2):  # W - 1
+            for drafted in range(self.window - 1):
                 token = session.next_logits(token, drafted).argmax(-1, keepdim=True)
             return now(self.drafter.device) - started
         position = torch.tensor([[session._position - self.draft.first_prefix]], device=self.drafter.device)
         cache = self.draft.cropped(session._cache, session._committed)
-        token = self.tokens[:, :1].to(self.drafter.device)
+        token = self.input_ids[:, :1].to(self.drafter.device)
         started = now(self.drafter.device)
         features, cache = self.draft.advance(
             token, session._feature, cache, self.draft.embed_positions(position), None
@@ -151,8 +140,4 @@ class BareForwards:
     @torch.inference_mode()
     def target_forward(self) -> float:
         """Seconds of one target forward of W + 1 tokens."""
-        started = now(self.target.device)
-        self._forward(self.tokens)
-        seconds = now(self.target.device) - started
-        self.target_cache.crop(-self.tokens.shape[1])
-        return seconds
+        return self.forward_seconds(self.window + 1)
