@@ -249,16 +249,11 @@ class PPOWDrafterConfig(PreTrainedConfig):
                 "shares_target_embeddings: only an eagle or block drafter can share them, not a "
                 f"{self.architecture} one. Leave it out."
             )
-        names = ("window", "max_window", "cost_ratio", "verification_cost", "lookup")
-        check_settings(**{name: getattr(self, name) for name in names})
+        check_settings(**{name: getattr(self, name) for name in CALL_SETTINGS if hasattr(self, name)})
         call_settings(self, {"lookup": self.lookup})
-        for name in ("medusa_heads", "medusa_layers", "block_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: {value!r} is not a whole number of at least 1.")
+        self.check_sizes()
         self.check_window(self.max_window)
         self.check_layers()
-        self.check_sizes()
         self.check_switches()
         self.check_scales()
         self.check_block()
@@ -273,13 +268,18 @@ class PPOWDrafterConfig(PreTrainedConfig):
 
     def check_sizes(self) -> None:
         """Raise `ValueError` for sizes that are no positive whole numbers, and for fields of another kind."""
-        for name in ("vocab_size", "draft_vocab_size", "target_hidden_size", "context_length"):
-            value = getattr(self, name)
-            if name != "vocab_size" and value is None:
-                continue
-            least = 2 if name == "draft_vocab_size" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}.")
+        _check_whole("vocab_size", self.vocab_size)
+        sizes = (
+            "draft_vocab_size",
+            "target_hidden_size",
+            "context_length",
+            "medusa_heads",
+            "medusa_layers",
+            "block_size",
+        )
+        for name in sizes:
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), least=2 if name == "draft_vocab_size" else 1)
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size: {self.draft_vocab_size} given, and the target has {self.vocab_size} tokens only. "
@@ -294,7 +294,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         ids = self.target_layer_ids
         if ids is None:
             return
-        whole = isinstance(ids, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        whole = isinstance(ids, list | tuple) and all(map(_is_whole, ids))
         if self.architecture == "block":
             if not whole or not ids or min(ids) < 0 or list(ids) != sorted(set(ids)):
                 raise ValueError(
@@ -314,8 +314,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         of_block = ("shares_target_head", "sample_from_anchor", "confidence_head")
         for name in (*of_block, *EAGLE_NORMS):
             value, owner = getattr(self, name), "a block" if name in of_block else "an eagle"
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: {value!r} is not True or False.")
+            _check_flag(name, value)
             if value and self.architecture != owner.split()[1]:
                 raise ValueError(f"{name}: only {owner} drafter has it, not a {self.architecture} one. Leave it out.")
 
@@ -327,9 +326,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         if self.architecture != "eagle" or self.norm_before_fc:
             other = "norm_before_fc" if self.norm_before_fc else f"a {self.architecture} drafter"
             raise ValueError(f"state_scales: only an eagle drafter without norm_before_fc has them, not {other}.")
-        numbers = isinstance(scales, list | tuple) and all(
-            isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales
-        )
+        numbers = isinstance(scales, list | tuple) and all(isinstance(s, float) or _is_whole(s) for s in scales)
         if not numbers or len(scales) != 3 or not all(0 < scale < float("inf") for scale in scales):
             raise ValueError(f"state_scales: {scales!r} given; pass a positive number for each of the three states.")
 
@@ -337,11 +334,10 @@ class PPOWDrafterConfig(PreTrainedConfig):
         """Raise `ValueError` for fields of a block drafter that are out of range, or given to another one."""
         block = self.architecture == "block"
         rank, mask = self.markov_rank, self.mask_token_id
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-            raise ValueError(f"markov_rank: {rank!r} is not a whole number of at least 0 (0: no Markov head).")
+        _check_whole("markov_rank", rank, least=0, meaning=" (0: no Markov head)")
         if rank and not block:
             raise ValueError(f"markov_rank: only a block drafter has it, not a {self.architecture} one. Leave it out.")
-        if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < self.vocab_size:
+        if not _is_whole(mask) or not 0 <= mask < self.vocab_size:
             raise ValueError(
                 f"mask_token_id: {mask!r} given; it is one of the target's {self.vocab_size} tokens, counted from 0."
             )
@@ -382,7 +378,9 @@ class PPOWDrafterConfig(PreTrainedConfig):
         )
 
 
-LONGEST = {"max_window": 1024, "tree_nodes": 4096, "tree_branches": 256}  # beyond, a round never pays
+# What a call may set, and what the longest of it are: beyond, a round never pays.
+CALL_SETTINGS = ("window", "max_window", "cost_ratio", "verification_cost", "lookup", "tree_nodes", "tree_branches")
+LONGEST = {"max_window": 1024, "tree_nodes": 4096, "tree_branches": 256}
 
 
 def check_settings(**settings: Any) -> None:
@@ -390,33 +388,39 @@ def check_settings(**settings: Any) -> None:
     for name, value in settings.items():
         if name in LONGEST and isinstance(value, int) and value > LONGEST[name]:
             raise ValueError(f"{name}: {value} given; at most {LONGEST[name]} are drafted in a round.")
-        if name == "architecture":
-            if value not in ARCHITECTURES:
-                raise ValueError(f"architecture: {value!r} is not one of {list(ARCHITECTURES)}.")
-        elif name == "window":
-            if value not in WINDOWS:
-                raise ValueError(f"window: {value!r} is not one of {list(WINDOWS)}.")
+        if name in ("architecture", "window"):
+            accepted = {"architecture": ARCHITECTURES, "window": WINDOWS}[name]
+            if value not in accepted:
+                raise ValueError(f"{name}: {value!r} is not one of {list(accepted)}.")
         elif name == "max_window":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"max_window: {value!r} is not a whole number of at least 1 draft token.")
+            _check_whole(name, value, meaning=" draft token")
         elif name in ("cost_ratio", "verification_cost"):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, float) or _is_whole(value)
             if value is not None and not (number and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
         elif name == "lookup":
-            if not isinstance(value, bool):
-                raise ValueError(f"lookup: {value!r} is not True or False.")
+            _check_flag(name, value)
         elif name == "tree_nodes":
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"tree_nodes: {value!r} is not a whole number of at least 1 node (or None: chains).")
+            if value is not None:
+                _check_whole(name, value, meaning=" node (or None: chains)")
         elif name == "tree_branches":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"tree_branches: {value!r} is not a whole number of at least 1 branch.")
+            _check_whole(name, value, meaning=" branch")
         else:
-            raise ValueError(
-                f"{name}: not a setting of a call; accepted are window, max_window, cost_ratio, verification_cost, "
-                "lookup, tree_nodes, tree_branches."
-            )
+            raise ValueError(f"{name}: not a setting of a call; accepted are {', '.join(CALL_SETTINGS)}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any, least: int = 1, meaning: str = "") -> None:
+    if not _is_whole(value) or value < least:
+        raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}{meaning}.")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is not True or False.")
 
 
 def call_settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
