@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..measure.costs import faster_dtype
-    from ..runtime.modeling_ppow import target_layers_for
+    from ..runtime.new_drafter import target_layers_for
     from ..serving.vllm_states import VLLMStates
     from ..training import PPOWTrainingArguments
     from ..training.preparation import training_sequences

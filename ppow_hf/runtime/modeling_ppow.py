@@ -26,9 +26,9 @@ from .configuration_ppow import ARCHITECTURES, PPOWDrafterConfig, check_settings
 from .draft_models import EagleDrafter, MedusaDrafter, StandaloneDrafter, WindowKeys, rows_at
 from .draft_session import DraftSession, collect_target_states, packed_allowed, still_drafted
 from .generation import DrafterView
-from .new_drafter import draft_config_for, set_block_defaults, target_layers_for
+from .new_drafter import config_for
 from .start_weights import check_init_layers, measured_state_scales, start_from_target
-from .target_weights import embedding_matrix, target_width
+from .target_weights import target_width
 
 
 @dataclass
@@ -550,44 +550,13 @@ class PPOWDrafter(PreTrainedModel):
         check_target(target)
         if architecture not in ("eagle", "block") and draft_vocab_size is not None:
             raise ValueError("draft_vocab_size: only an eagle or block drafter has a reduced vocabulary.")
-        text = target.config.get_text_config()
-        depth, vocab_size = num_layers(text), target_width(target)
-        config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
-        settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
         if init_layers is not None:
-            check_init_layers(architecture, init_layers, depth)
+            check_init_layers(architecture, init_layers, num_layers(target.config.get_text_config()))
             if architecture == "standalone":
                 overrides.setdefault("num_hidden_layers", len(init_layers))
-        draft_config = draft_config_for(architecture, text, vocab_size, overrides)
-        if architecture in ("eagle", "block"):
-            source = embedding_matrix(target)
-            same = source is not None and tuple(source.shape) == (vocab_size, draft_config.hidden_size)
-            settings.setdefault("shares_target_embeddings", same)
-        if architecture == "block":
-            set_block_defaults(settings, target, draft_vocab_size, draft_config.hidden_size)
-        longest = {"medusa": "medusa_heads", "block": "block_size"}.get(architecture)
-        if longest is not None:
-            settings.setdefault(longest, settings.get("max_window", PPOWDrafterConfig().max_window))
-            settings.setdefault("max_window", settings[longest])
-        layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), depth)
-        lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
-        config = PPOWDrafterConfig(
-            architecture=architecture,
-            draft_config=draft_config,
-            vocab_size=vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            target_hidden_size=text.hidden_size,
-            target_layer_ids=layers,
-            **{
-                "target_name_or_path": target.config._name_or_path or None,
-                "target_revision": getattr(target.config, "_commit_hash", None),
-                "target_model_type": text.model_type,
-                "context_length": min((length for length in lengths if length is not None), default=None),
-                **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-                **settings,
-            },
-        )
-        if architecture == "eagle" and not config.norm_before_fc and "state_scales" not in settings:
+        measures_scales = architecture == "eagle" and "state_scales" not in overrides
+        config = config_for(target, architecture, draft_vocab_size, overrides)
+        if measures_scales and not config.norm_before_fc:
             config.state_scales = measured_state_scales(target, config.target_layer_ids or [])
         drafter = cls(config)
         start_from_target(drafter, target, token_counts, init_layers)

@@ -1,4 +1,4 @@
-"""What a new drafter begins with: the configuration of its own transformer, and which of the target's states it reads.
+"""What a new drafter begins with: its configuration, its own transformer's, and which of the target's states it reads.
 
 Knows configurations; makes no model.
 """
@@ -8,9 +8,47 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from .compatibility import check_width, depth_field
-from .configuration_ppow import default_block_layers, default_target_layers
+from .compatibility import check_width, depth_field, num_layers
+from .configuration_ppow import PPOWDrafterConfig, default_block_layers, default_target_layers
 from .target_weights import embedding_matrix, target_width
+
+
+def config_for(
+    target: PreTrainedModel, architecture: str, draft_vocab_size: int | None, overrides: dict[str, Any]
+) -> PPOWDrafterConfig:
+    """The configuration of a new drafter for `target`; `overrides` are fields of it, or of its own transformer's."""
+    text, vocab_size = target.config.get_text_config(), target_width(target)
+    config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
+    settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
+    draft_config = draft_config_for(architecture, text, vocab_size, overrides)
+    if architecture in ("eagle", "block"):
+        source = embedding_matrix(target)
+        same = source is not None and tuple(source.shape) == (vocab_size, draft_config.hidden_size)
+        settings.setdefault("shares_target_embeddings", same)
+    if architecture == "block":
+        set_block_defaults(settings, target, draft_vocab_size, draft_config.hidden_size)
+    longest = {"medusa": "medusa_heads", "block": "block_size"}.get(architecture)
+    if longest is not None:
+        settings.setdefault(longest, settings.get("max_window", PPOWDrafterConfig().max_window))
+        settings.setdefault("max_window", settings[longest])
+    layers = target_layers_for(architecture, settings.pop("target_layer_ids", None), num_layers(text))
+    lengths = [getattr(c, "max_position_embeddings", None) for c in (text, draft_config)]
+    of_target = {
+        "target_name_or_path": target.config._name_or_path or None,
+        "target_revision": getattr(target.config, "_commit_hash", None),
+        "target_model_type": text.model_type,
+        "context_length": min((length for length in lengths if length is not None), default=None),
+        **{name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    return PPOWDrafterConfig(
+        architecture=architecture,
+        draft_config=draft_config,
+        vocab_size=vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        target_hidden_size=text.hidden_size,
+        target_layer_ids=layers,
+        **of_target | settings,
+    )
 
 
 def draft_config_for(architecture: str, text_config, vocab_size: int, overrides: dict[str, Any]):
@@ -58,30 +96,30 @@ def set_block_defaults(settings: dict[str, Any], target: PreTrainedModel, draft_
         settings["mask_token_id"] = last
 
 
-def target_layers_for(architecture: str, given: list[int] | None, num_layers: int) -> list[int] | None:
-    """The target's states that a new drafter reads, of a target with `num_layers` layers."""
+def target_layers_for(architecture: str, given: list[int] | None, depth: int) -> list[int] | None:
+    """The target's states that a new drafter reads, of a target with `depth` layers."""
     if architecture == "standalone":
         return None
     if architecture == "medusa":
-        if given not in (None, [num_layers]):
+        if given not in (None, [depth]):
             raise ValueError(
-                f"target_layer_ids: {given} given, but medusa heads read the target's last state, [{num_layers}]. "
+                f"target_layer_ids: {given} given, but medusa heads read the target's last state, [{depth}]. "
                 "Leave it out."
             )
-        return [num_layers]
+        return [depth]
     if architecture == "block":
-        layers = given or default_block_layers(num_layers)
-        if max(layers) >= num_layers:
+        layers = given or default_block_layers(depth)
+        if max(layers) >= depth:
             raise ValueError(
-                f"target_layer_ids: {layers} must be ids from 0 to {num_layers - 1}, the states after so many of the "
+                f"target_layer_ids: {layers} must be ids from 0 to {depth - 1}, the states after so many of the "
                 "target's layers. The last layer cannot be read: engines return its state before the final norm, "
                 "transformers after it."
             )
         return list(layers)
-    layers = given or default_target_layers(num_layers)
-    if len(layers) != 3 or not 0 <= min(layers) <= max(layers) < num_layers:
+    layers = given or default_target_layers(depth)
+    if len(layers) != 3 or not 0 <= min(layers) <= max(layers) < depth:
         raise ValueError(
-            f"target_layer_ids: {layers} must be three ids from 0 to {num_layers - 1}, the states after so many of "
+            f"target_layer_ids: {layers} must be three ids from 0 to {depth - 1}, the states after so many of "
             "the target's layers."
         )
     return list(layers)
@@ -109,7 +147,7 @@ def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
             )
 
 
-def layer_config(family: str, num_layers: int, text_config, vocab_size: int):
+def layer_config(family: str, depth: int, text_config, vocab_size: int):
     """The configuration of an eagle (`"llama"`) or block (`"qwen3"`) drafter's layers: the target's shape where it has
     one."""
     hidden = text_config.hidden_size
@@ -120,7 +158,7 @@ def layer_config(family: str, num_layers: int, text_config, vocab_size: int):
         family,
         hidden_size=hidden,
         intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * hidden,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=depth,
         num_attention_heads=heads,
         num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
         head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
