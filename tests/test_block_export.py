@@ -1,6 +1,7 @@
 """Block drafters in the formats of DFlash, DSpark and speculators, there and back, and what engines would not load."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -207,3 +208,30 @@ def test_command_line_there_and_back(tmp_path, capsys):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert main(["import", exported, "--target-layer-ids", "1,2,3", "--output-dir", imported]) == 2
     assert "--target-layer-ids: a DFlash or DSpark checkpoint names its own" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_where_its_tokens_stand_is_warned_of(tmp_path, target, monkeypatch, caplog):
+    """vLLM, SGLang: speculators' earlier versions leave `sample_from_anchor` out, and mean false."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    drafter = make_drafter(target, "dspark", sample_from_anchor=False)
+    export_drafter(drafter, tmp_path, "speculators", target=target, target_name="someone/target")
+    assert import_drafter(tmp_path, target).config.sample_from_anchor is False
+    assert "does not say sample_from_anchor" not in caplog.text
+    assert import_drafter(rewritten(tmp_path, sample_from_anchor=None), target).config.sample_from_anchor is True
+    assert "does not say sample_from_anchor" in caplog.text
+
+
+def test_settings_of_dspark_are_read_where_specforge_writes_them(tmp_path, target):
+    """SpecForge: all of them within `dflash_config`, with `projector_type`."""
+    drafter = make_drafter(target, "dspark")
+    export_drafter(drafter, tmp_path, target=target, target_name="someone/target")
+    names = ("markov_rank", "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor",
+             "mask_token_id", "target_layer_ids", "block_size")  # fmt: skip
+    config, _ = saved(tmp_path)
+    moved = {name: config[name] for name in names} | {"projector_type": "dspark"}
+    rewritten(tmp_path, architectures=["DSparkDraftModel"], dflash_config=moved, **dict.fromkeys(names))
+    found = import_drafter(tmp_path, target)
+    assert found.config.to_dict() | {"target_name_or_path": None} == import_drafter(
+        rewritten(tmp_path, dflash_config=None, **{name: config[name] for name in names}), target
+    ).config.to_dict() | {"target_name_or_path": None}
+    assert found.config.markov_rank == 3 and found.config.confidence_head

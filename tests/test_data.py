@@ -163,6 +163,26 @@ def test_loss_is_on_the_completion_and_one_eos(tokenizer):
     ]
 
 
+@pytest.mark.parametrize("prepends", ["first", "always"])
+def test_a_completion_has_the_tokens_that_it_has_after_its_prompt(prepends):
+    """TRL: tokenizers of SentencePiece's kind put a space before a text of its own."""
+    model = models.BPE(unk_token="<unk>", byte_fallback=True)
+    own = Tokenizer(model)
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepends)
+    own.decoder = decoders.Metaspace(prepend_scheme=prepends)
+    special = ["<unk>", "<s>", "</s>"]
+    own.train_from_iterator(
+        ["2+2=4 is the test", "1+1=2 is it"], trainers.BpeTrainer(vocab_size=60, special_tokens=special)
+    )
+    own = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    rows = [{"prompt": "2+2=", "completion": "4 is the test"}, {"prompt": "1", "completion": ""}]
+    (item,) = prepare_sequences(rows, own, 64)
+    joint = own("2+2=4 is the test", add_special_tokens=False)["input_ids"]
+    assert item["input_ids"].tolist()[-len(joint) - 1 : -1] == joint and item["input_ids"][-1] == own.eos_token_id
+    learned = item["input_ids"][item["loss_mask"]].tolist()
+    assert joint[-len(learned) + 1 :] == learned[:-1] and len(learned) >= len(joint) - 4
+
+
 def test_rows_without_a_learned_token_are_dropped_with_one_warning(tokenizer, caplog):
     rows = [{"prompt": "x" * 50, "completion": " Yes."}] * 3 + [{"prompt": "a", "completion": " Yes." * 50}]
     with caplog.at_level(logging.WARNING, logger="ppow_hf.data.sequences"):

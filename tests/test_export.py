@@ -390,6 +390,18 @@ def test_older_rotary_fields_are_read(tmp_path, drafter):
 # -- the command line
 
 
+def test_rotary_positions_of_vision_models_are_read_as_those_of_text(tmp_path, drafter):
+    """SpecForge: Qwen2.5-VL's drafters name "mrope", whose three axes are one along text."""
+    export_drafter(drafter, tmp_path)
+    scaling = {"type": "mrope", "mrope_section": [2, 1, 1]}
+    rewritten(tmp_path, rope_parameters=None, rope_theta=1e6, rope_scaling=scaling)
+    found = import_drafter(tmp_path).config.draft_config.rope_parameters
+    assert found["rope_type"] == "default" and found["rope_theta"] == 1e6
+    rewritten(tmp_path, rope_scaling={"rope_type": "su", "factor": 2.0})
+    with pytest.raises(ValueError, match="checkpoint: rope_scaling of config.json is of the type 'su'"):
+        import_drafter(tmp_path)
+
+
 def test_export_and_import_commands(tmp_path, capsys):
     exported, imported = tmp_path / "exported", tmp_path / "imported"
     assert cli.main(["export", "tiny-eagle", "--output-dir", str(exported), "--target", "tiny"]) == 0

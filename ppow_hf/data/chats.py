@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from .rows import has_lone_surrogate
 from .tokens import tokenize
 
+PROBE, PARTS = '"ppow"', '[{"type": "text", "text": "ppow"}]'  # contents that a template is tried with
+
 
 @dataclass
 class Chat:
@@ -80,7 +82,7 @@ def _parsed(value: Any, kind: type, name: str, number: int, argument: str) -> An
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError as error:
-            raise ValueError(f"{argument}: `{name}` of row {number} is not JSON ({error}). Mend the row.") from error
+            raise ValueError(f"{argument}: `{name}` of row {number} is not JSON ({error}). Fix the row.") from error
     if value is not None and not isinstance(value, kind):
         raise ValueError(
             f"{argument}: `{name}` of row {number} is a {type(value).__name__}. Give a {kind.__name__}, also as JSON."
@@ -104,8 +106,11 @@ def _texts_in(value: Any) -> Iterator[str]:
 def _apply_template(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: str, **options: Any) -> Any:
     messages = chat.messages
     has_parts = any(isinstance(message.get("content"), list | tuple) for message in messages)
-    if has_parts and not _takes_parts(tokenizer, tokenizer.get_chat_template()):
+    template = tokenizer.get_chat_template()
+    if has_parts and not _writes(tokenizer, template, PARTS):
         messages = [_with_joined_parts(message) for message in messages]
+    elif not _writes(tokenizer, template, PROBE) and _writes(tokenizer, template, PARTS):
+        messages = [_with_parts(message) for message in messages]
     try:
         return tokenizer.apply_chat_template(messages, **chat.inputs, **options)
     except Exception as error:  # whatever a template's own code raises for the values of a row
@@ -123,10 +128,17 @@ def _with_joined_parts(message: dict) -> dict:
     return {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in content)}
 
 
-@lru_cache(maxsize=16)
-def _takes_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether a chat template writes the text of a content's parts, rather than fail or print the list."""
-    probe = [{"role": "user", "content": [{"type": "text", "text": "ppow"}]}]
+def _with_parts(message: dict) -> dict:
+    """The message with a content that is a string as a text part, for templates that write parts alone."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+@lru_cache(maxsize=32)
+def _writes(tokenizer: PreTrainedTokenizerBase, template: str, content: str) -> bool:
+    """Whether a chat template writes the text of a `content` given as JSON, rather than leave it out, fail or print
+    the list."""
+    probe = [{"role": "user", "content": json.loads(content)}]
     try:
         written = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
     except Exception:  # as above
@@ -211,8 +223,10 @@ def _mask_by_prefixes(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: 
                 "per row (the last), or pass `input_ids` with a `loss_mask`."
             )
         inside = [i for i, (start, _) in enumerate(encoded["offset_mapping"]) if len(before) <= start < len(through)]
-        # What the template puts after the end token (a line feed, mostly) is not the assistant's: it has stopped.
-        ends = [position for position, i in enumerate(inside, start=1) if ids[i] == tokenizer.eos_token_id]
+        # What the template puts after the end token (a line feed, mostly) is not the assistant's: it has stopped. Of
+        # some (Gemma) a turn ends with another special token than a text.
+        special = {tokenizer.eos_token_id} & {ids[i] for i in inside} or set(tokenizer.all_special_ids)
+        ends = [position for position, i in enumerate(inside, start=1) if ids[i] in special]
         for i in inside[: ends[-1]] if ends else inside:
             mask[i] = True
     return ids, mask

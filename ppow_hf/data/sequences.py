@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chats import chat_prompts, chat_sequences, chats_of
 from .rows import find_columns, integers, read_rows, strings, token_ids_of
-from .tokens import open_prompts, open_texts, tokenize
+from .tokens import open_prompts, open_texts, opened, tokenize_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -308,16 +308,16 @@ def _text_sequences(
 
 def _completion_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
     eos = tokenizer.eos_token_id
-    prompts = open_prompts(strings(rows, "prompt", argument), tokenizer)
-    completions = tokenize(strings(rows, "completion", argument), tokenizer)
+    prompts, completions = (strings(rows, name, argument) for name in ("prompt", "completion"))
+    befores, afters = zip(*tokenize_pairs(prompts, completions, tokenizer), strict=True)
     token_ids, loss_masks = [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for before, completion in zip(opened(befores, tokenizer), afters, strict=True):
         if not completion:
             continue
         if eos is not None and completion[-1] != eos:
             completion = [*completion, eos]
-        token_ids.append(prompt + completion)
-        loss_masks.append([False] * len(prompt) + [True] * len(completion))
+        token_ids.append(before + completion)
+        loss_masks.append([False] * len(before) + [True] * len(completion))
     return token_ids, loss_masks
 
 

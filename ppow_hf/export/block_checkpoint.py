@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .block_formats import DFLASH, DSPARK, SPECULATORS_DSPARK, block_shapes
 from .checkpoint import read_config, read_tensors, tensor_problems, vocabulary_problems
+
+logger = logging.get_logger(__name__)
 
 OPTIONAL_TENSORS = ("embed_tokens.weight", "lm_head.weight", "t2d")  # absent: the target's; t2d follows from d2t
 # What computes something else than DFlash and DSpark do, by the config field, and the values that do not.
@@ -29,7 +32,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "markov_head_type": (None, "vanilla"),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
-    "projector_type": (None,),
+    "projector_type": (None, "dspark"),
 }
 BLOCK_ARCHITECTURES = (DFLASH, DSPARK, SPECULATORS_DSPARK)
 
@@ -91,7 +94,7 @@ class BlockCheckpoint:
         kinds = set(self.fields.get("layer_types") or ["full_attention"])
         if kinds != {"full_attention"}:
             found.append(f"layer_types: {sorted(kinds)}, where every layer sees all of the text")
-        if self.confidence_head and not self.config.get("confidence_head_with_markov"):
+        if self.confidence_head and not _looked_up(self.config, self.fields, "confidence_head_with_markov"):
             found.append("confidence_head_with_markov: not true, where the head reads the Markov embedding as well")
         if self.drafted < 1:
             found.append(f"block_size: {self.block_size}, of which no token is drafted")
@@ -148,6 +151,13 @@ def read_block(folder: str | Path, argument: str = "checkpoint") -> BlockCheckpo
         ids = _looked_up(config, fields, "target_layer_ids")
         ids = None if ids is None else [layer + 1 for layer in ids]
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    from_anchor = _looked_up(config, fields, "sample_from_anchor")
+    if from_anchor is None and is_dspark:
+        logger.warning(
+            f"{argument}: config.json of {str(folder)!r} does not say sample_from_anchor, whether the anchor's own "
+            "place in a block drafts a token (some of speculators' earlier versions: false). True is taken; if next "
+            "to nothing is accepted, write false there."
+        )
     return BlockCheckpoint(
         config=config,
         fields=fields,
@@ -156,8 +166,8 @@ def read_block(folder: str | Path, argument: str = "checkpoint") -> BlockCheckpo
         layer_ids=None if ids is None else [int(layer) for layer in ids],
         mask_token_id=_looked_up(config, fields, "mask_token_id"),
         block_size=_looked_up(config, fields, "block_size"),
-        markov_rank=int(config.get("markov_rank") or 0) if is_dspark else 0,
-        confidence_head=bool(config.get("enable_confidence_head")) and is_dspark,
-        sample_from_anchor=bool(config.get("sample_from_anchor", is_dspark)),
+        markov_rank=int(_looked_up(config, fields, "markov_rank") or 0) if is_dspark else 0,
+        confidence_head=bool(_looked_up(config, fields, "enable_confidence_head")) and is_dspark,
+        sample_from_anchor=is_dspark if from_anchor is None else bool(from_anchor),
         target_name=verifier.get("name_or_path"),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..data.weights import brief
 from ..runtime.configuration_ppow import PPOWDrafterConfig
@@ -159,7 +160,13 @@ def _target_embeddings(target: Any, found: Eagle3Checkpoint) -> torch.Tensor:
 
         name = str(target)
         path = embedded_path(name) if is_embedded(name) else name
-        target = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        try:
+            target = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        except ValueError as error:
+            raise ValueError(
+                f"target: {name!r} is not loaded as a causal language model ({brief(error)}). Load it with a class of "
+                "its own, and pass the model."
+            ) from error
     weight = target.get_input_embeddings().weight.detach().cpu()
     wanted = (found.vocab_size, found.fields["hidden_size"])
     if tuple(weight.shape) != wanted:
@@ -189,6 +196,7 @@ def _drafter_config(found, target, target_config, settings) -> PPOWDrafterConfig
         draft = LlamaConfig(**{**fields, "num_hidden_layers": 1, "tie_word_embeddings": False})
     except Exception as error:  # transformers checks fields by classes of its own
         raise ValueError(f"checkpoint: config.json is not a Llama layer's: {brief(error)}") from error
+    take_plain_rope(draft)
     return PPOWDrafterConfig(
         architecture="eagle",
         draft_config=draft,
@@ -206,6 +214,7 @@ def _block_config(found: BlockCheckpoint, target: Any, target_config: Any, setti
         draft = Qwen3Config(**{**fields, "tie_word_embeddings": False})
     except Exception as error:  # transformers checks fields by classes of its own
         raise ValueError(f"checkpoint: config.json is not of Qwen3 layers: {brief(error)}") from error
+    take_plain_rope(draft)
     whole = found.draft_vocab_size == found.vocab_size
     return PPOWDrafterConfig(
         architecture="block",
@@ -222,6 +231,22 @@ def _block_config(found: BlockCheckpoint, target: Any, target_config: Any, setti
         confidence_head=found.confidence_head,
         **{"max_window": found.drafted, **_described(found, draft, target, target_config), **settings},
     )
+
+
+def take_plain_rope(draft: Any) -> None:
+    """Read "mrope" of a vision model's drafter, whose positions along three axes are one for text, as plain rope.
+
+    Raises `ValueError` for a type that transformers does not know.
+    """
+    given = dict(draft.rope_parameters)
+    kind = given.get("rope_type", "default")
+    if kind == "mrope":
+        draft.rope_parameters = {"rope_type": "default", "rope_theta": given.get("rope_theta", 10000.0)}
+    elif kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(
+            f"checkpoint: rope_scaling of config.json is of the type {kind!r}, which transformers does not know; it "
+            f"knows {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
+        )
 
 
 def _described(

@@ -403,6 +403,21 @@ class StandaloneDrafter(nn.Module):
         )
         return outputs.last_hidden_state, cache
 
+    def check_runs(self) -> None:
+        """Raise `ValueError` for a family that does not draft token by token here; tried on three tokens."""
+        device = next(self.parameters()).device
+        tokens, places = torch.zeros(1, 3, dtype=torch.long, device=device), torch.arange(3, device=device)[None]
+        try:
+            with torch.no_grad():
+                features, cache = self.encode(tokens[:, :2], None, None, places[:, :2], None)
+                self.advance(tokens[:, 2:], features[:, -1:], cache, places[:, 2:], None)
+                self.cropped(cache, 2)
+        except Exception as error:  # whatever a family's own code raises
+            raise ValueError(
+                f"draft_config: a {type(self.model).__name__} cannot be a standalone drafter ({error}). Pass a "
+                'draft_config of another family, such as llama, or use architecture="eagle".'
+            ) from error
+
     def _chain_mask(self, allowed: torch.Tensor) -> torch.Tensor:
         """The tokens seen `[B, keys]` (B may be 1), where `allowed` `[B, 1, L, keys]` is the causal mask of them."""
         length, keys = allowed.shape[-2:]

@@ -559,6 +559,8 @@ class PPOWDrafter(PreTrainedModel):
         if measures_scales and not config.norm_before_fc:
             config.state_scales = measured_state_scales(target, config.target_layer_ids or [])
         drafter = cls(config)
+        if isinstance(drafter.draft_model, StandaloneDrafter):
+            drafter.draft_model.check_runs()
         start_from_target(drafter, target, token_counts, init_layers)
         if target.dtype.is_floating_point:
             for parameter in drafter.parameters():  # not the rotary frequencies, which stay in float32 as on loading

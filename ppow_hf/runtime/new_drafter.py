@@ -18,6 +18,11 @@ def config_for(
 ) -> PPOWDrafterConfig:
     """The configuration of a new drafter for `target`; `overrides` are fields of it, or of its own transformer's."""
     text, vocab_size = target.config.get_text_config(), target_width(target)
+    if architecture != "standalone" and getattr(text, "altup_num_inputs", 1) > 1:
+        raise ValueError(
+            f"target: each layer of {type(target).__name__} has several states side by side (AltUp), which no "
+            f'{architecture} drafter reads. Use architecture="standalone".'
+        )
     config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
     settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
     draft_config = draft_config_for(architecture, text, vocab_size, overrides)
@@ -62,6 +67,8 @@ def draft_config_for(architecture: str, text_config, vocab_size: int, overrides:
         draft_config._name_or_path = ""  # a new model: not what lies at the target's name or folder
         if given is None:
             overrides.setdefault(depth_field(text_config), overrides.pop("num_hidden_layers", 1))
+            if getattr(draft_config, "num_kv_shared_layers", 0):  # of layers that are not there
+                draft_config.num_kv_shared_layers = 0
             draft_config.vocab_size = vocab_size
         check_width(draft_config.vocab_size, vocab_size)
     else:
@@ -147,24 +154,32 @@ def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
             )
 
 
+def one_number(text_config: Any, name: str, default: float) -> Any:
+    """A number of the target's configuration; `default` where it has none, or one for each layer."""
+    try:
+        value = getattr(text_config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, as of Gemma 4's head_dim
+        return default
+    return value if isinstance(value, int | float) and value else default
+
+
 def layer_config(family: str, depth: int, text_config, vocab_size: int):
     """The configuration of an eagle (`"llama"`) or block (`"qwen3"`) drafter's layers: the target's shape where it has
     one."""
-    hidden = text_config.hidden_size
-    heads = text_config.num_attention_heads
+    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
     parameters = getattr(text_config, "rope_parameters", None) or {}
     theta = parameters.get("rope_theta", 10000.0) if isinstance(parameters, dict) else 10000.0
     return AutoConfig.for_model(
         family,
         hidden_size=hidden,
-        intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * hidden,
+        intermediate_size=one_number(text_config, "intermediate_size", 4 * hidden),
         num_hidden_layers=depth,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+        num_key_value_heads=one_number(text_config, "num_key_value_heads", heads),
+        head_dim=one_number(text_config, "head_dim", hidden // heads),
         vocab_size=vocab_size,
-        max_position_embeddings=getattr(text_config, "max_position_embeddings", 2048),
-        rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-6),
+        max_position_embeddings=one_number(text_config, "max_position_embeddings", 2048),
+        rms_norm_eps=one_number(text_config, "rms_norm_eps", 1e-6),
         rope_parameters={"rope_type": "default", "rope_theta": theta or 10000.0},
         tie_word_embeddings=False,
         bos_token_id=getattr(text_config, "bos_token_id", None),

@@ -122,3 +122,38 @@ def test_an_error_inside_a_template_names_the_row(tokenizer):
     other.chat_template = "{% for m in messages %}{{ m.role + 1 }}{% endfor %}"
     with pytest.raises(ValueError, match="^train_dataset: the tokenizer's chat template refuses row 0"):
         prepare_sequences([{"messages": ANSWERED}], other, 1000)
+
+
+PARTS_ALONE = (
+    "{% for m in messages %}{{ m.role + ':' }}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_strings_are_written_by_a_template_that_writes_parts_alone():
+    """TRL, SmolVLM, LLaVA: a string has no parts, and its words would vanish."""
+    tokenizer = copy.deepcopy(AutoTokenizer.from_pretrained(target_path()))
+    tokenizer.chat_template = PARTS_ALONE
+    (prompt,) = extract_prompts([{"messages": ASKED}], tokenizer, 64)
+    assert tokenizer.decode(prompt) == "user:one and two?<end>assistant:"
+    (sequence,) = prepare_sequences([{"messages": ANSWERED}], tokenizer, 64)
+    assert tokenizer.decode(sequence["input_ids"][sequence["loss_mask"]]).startswith("three")
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in ANSWERED]
+    (same,) = prepare_sequences([{"messages": parts}], tokenizer, 64)
+    assert same["input_ids"].tolist() == sequence["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "<end_of_turn>"])
+def test_nothing_is_learned_after_the_token_that_ends_a_turn(eos):
+    """NeMo AutoModel, Gemma: a turn ends with another special token than a text, and a line feed follows."""
+    tokenizer = copy.deepcopy(AutoTokenizer.from_pretrained(target_path()))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"
+    )
+    (sequence,) = prepare_sequences([{"messages": ANSWERED * 2}], tokenizer, 200)
+    learned = tokenizer.decode(sequence["input_ids"][sequence["loss_mask"]])
+    assert learned == "three<end_of_turn>three<end_of_turn>"
