@@ -55,17 +55,17 @@ def text_objective(model: Any, batch: Batch, weights: Mapping[str, float], steps
     `model` is the drafter, perhaps wrapped for several processes.
     """
     input_ids, first = batch.inputs["input_ids"], batch.drafter.draft_model.first_prefix
-    windows, followed = TextWindows(batch.prefixes), {}
+    windows, window_inputs = TextWindows(batch.prefixes), {}
     if steps > 1 or batch.drafter.config.one_step:
         windows = choose_text_windows(model, batch, steps, weighting)
-        followed = {"prefixes": windows.prefixes, "draft_ids": text_windows(input_ids, windows.prefixes, steps)}
+        window_inputs = {"prefixes": windows.prefixes, "draft_ids": text_windows(input_ids, windows.prefixes, steps)}
         if windows.visited is not None and "expected_length" not in weights:  # which is of whole windows
-            followed["goes_on"] = goes_on_within(windows.visited)
+            window_inputs["goes_on"] = goes_on_within(windows.visited)
     metrics: dict[str, float] = {}
 
     def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
         along = slice(first, first + windows.prefixes.shape[1])
-        features = output.window_features if followed else output.features[:, along, None]  # type: ignore[index]
+        features = output.window_features if window_inputs else output.features[:, along, None]  # type: ignore[index]
         loss, text_metrics = text_loss(batch, weights, features, windows)
         metrics.update(text_metrics)
         return loss
@@ -75,14 +75,14 @@ def text_objective(model: Any, batch: Batch, weights: Mapping[str, float], steps
         target_states=batch.encoding.states,
         attention_mask=batch.inputs["attention_mask"],
         loss_function=loss_function,
-        **followed,
+        **window_inputs,
     )
     return output.loss, metrics
 
 
-def goes_on_within(followed: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """`goes_on` of [`PPOWDrafter.unroll`] for windows that are drafted as far as `followed` `[B, M, K]` bool."""
-    return lambda j, _, windows: followed[:, :, j + 1].gather(1, windows)
+def goes_on_within(reached: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`goes_on` of [`PPOWDrafter.unroll`] for windows that are drafted as far as `reached` `[B, M, K]` bool."""
+    return lambda j, _, windows: reached[:, :, j + 1].gather(1, windows)
 
 
 def choose_text_windows(model: Any, batch: Batch, steps: int, weighting: str) -> TextWindows:
@@ -385,15 +385,15 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
     args, input_ids, count = batch.args, batch.inputs["input_ids"], rollout.paths.shape[1]
     chosen = rollout.prefixes[:, :: args.num_rollouts]
     prefixes, paths, text_weights = rollout.path_prefixes, rollout.paths, args.anchors(weights)
-    followed = rollout.along_paths(rollout.learned).any(-1)  # nothing is learned after a first rejected token
+    reached = rollout.along_paths(rollout.learned).any(-1)  # nothing is learned after a first rejected token
     if text_weights:  # the same forward follows the text after the chosen prefixes too, where paths do not
         texts = text_windows(input_ids, chosen, args.max_window)
         whole = torch.ones_like(texts, dtype=torch.bool)
         if torch.equal(paths, texts):
-            followed = whole
+            reached = whole
         else:
             prefixes, paths = torch.cat([prefixes, chosen], dim=1), torch.cat([paths, texts], dim=1)
-            followed = torch.cat([followed, whole], dim=1)
+            reached = torch.cat([reached, whole], dim=1)
     metrics: dict[str, float] = {}
 
     def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
@@ -417,7 +417,7 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
         prefixes=prefixes,
         draft_ids=paths,
         loss_function=loss_function,
-        goes_on=goes_on_within(followed),
+        goes_on=goes_on_within(reached),
     )
     return output.loss, metrics
 

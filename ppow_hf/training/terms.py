@@ -93,9 +93,9 @@ def keep_probabilities(
     if target_temperature == 0:
         choices = target_logits.argmax(-1, keepdim=True)
         return draft.gather(-1, choices)[:, 0] * known, label_probs * (known & (choices == labels)[:, 0])
-    goal = (target_logits.float() / target_temperature).softmax(-1)
-    followed = (label_probs / goal.gather(-1, labels)[:, 0].clamp_min(1e-9)).clamp_max(1.0)
-    return torch.minimum(goal, draft).sum(-1), followed * known
+    target = (target_logits.float() / target_temperature).softmax(-1)
+    followed = (label_probs / target.gather(-1, labels)[:, 0].clamp_min(1e-9)).clamp_max(1.0)
+    return torch.minimum(target, draft).sum(-1), followed * known
 
 
 def expected_length(kept: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:
