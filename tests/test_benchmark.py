@@ -105,7 +105,7 @@ def test_result_has_the_shape_of_benchmark_json(run):
         "ppow_standalone_kl_lookup",
     ]
     assert all(row.keys() >= ROW_KEYS for row in result["rows"])
-    assert result["versions"].keys() == {"python", "torch", "transformers", "ppow_hf"}
+    assert result["versions"].keys() >= {"python", "torch", "transformers", "ppow_hf"}
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 

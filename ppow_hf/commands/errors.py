@@ -60,7 +60,7 @@ def damages(argv: Sequence[str]) -> Iterator[str]:
     """Each damaged file or folder among the words of a command, after the argument that named it."""
     for option, value in named_words(argv):
         if value.startswith(("{", "[")) and (problem := _json_problem(value)):
-            yield f"{option or 'argument'}: {value!r} is no JSON ({problem}). Mend it, or leave it out."
+            yield f"{option or 'argument'}: {value!r} is no JSON ({problem}). Fix it, or leave it out."
         if not value:
             continue
         path = Path(resolve(value))

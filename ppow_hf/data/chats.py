@@ -167,7 +167,7 @@ def chat_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argumen
     Raises `ValueError`, naming `argument`, where the template or the tokenizer does not tell which tokens those are.
     """
     marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", chat_template_of(tokenizer, argument)) is not None
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{argument}: the rows have `messages`, and finding the assistant's tokens takes a fast tokenizer; "
             f"{type(tokenizer).__name__} is a slow one. Pass a fast one, or `input_ids` with a `loss_mask`."
@@ -223,13 +223,28 @@ def _mask_by_prefixes(chat: Chat, tokenizer: PreTrainedTokenizerBase, argument: 
                 "per row (the last), or pass `input_ids` with a `loss_mask`."
             )
         inside = [i for i, (start, _) in enumerate(encoded["offset_mapping"]) if len(before) <= start < len(through)]
-        # What the template puts after the end token (a line feed, mostly) is not the assistant's: it has stopped. Of
-        # some (Gemma) a turn ends with another special token than a text.
-        special = {tokenizer.eos_token_id} & {ids[i] for i in inside} or set(tokenizer.all_special_ids)
-        ends = [position for position, i in enumerate(inside, start=1) if ids[i] in special]
-        for i in inside[: ends[-1]] if ends else inside:
+        # What the template puts after the end token (a line feed, mostly) is not the assistant's: it has stopped.
+        for i in inside[: _end_of_turn(inside, encoded["offset_mapping"], ids, through, tokenizer)]:
             mask[i] = True
     return ids, mask
+
+
+def _end_of_turn(
+    inside: list[int], offsets: list, ids: list[int], through: str, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """How many of a turn's tokens `inside` a chat there are through the one that ends it; `None`: all.
+
+    The end is the last end-of-sequence token, or (Gemma) a special token that nothing but white space follows.
+    """
+    for count in range(len(inside), 0, -1):
+        if ids[inside[count - 1]] == tokenizer.eos_token_id:
+            return count
+    for count in range(len(inside), 0, -1):
+        if through[offsets[inside[count - 1]][1] :].strip():
+            return None
+        if ids[inside[count - 1]] in tokenizer.all_special_ids:
+            return count
+    return None
 
 
 def chat_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> list[list[int]]:

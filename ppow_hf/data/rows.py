@@ -108,7 +108,7 @@ def _parse_line(line: bytes, place: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, and nested too deep
-        raise ValueError(f"{place} is not JSON ({error}). Mend or remove the line.") from error
+        raise ValueError(f"{place} is not JSON ({error}). Fix or remove the line.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place} is a {type(row).__name__}. Every line is one JSON object, such as a `text` row.")
     return row

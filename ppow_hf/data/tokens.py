@@ -18,16 +18,16 @@ def tokenize_pairs(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Tokens of each prompt and of the text that goes on with it, as they are tokenized together.
 
-    A text of its own would begin with a space in some tokenizers. A token that is of both is the prompt's. Of a slow
-    tokenizer, which does not say where tokens begin, each is tokenized alone.
+    A text of its own would begin with a space in some tokenizers. A token that is of both is the text's. Of a slow
+    tokenizer, which does not say where tokens end, each is tokenized alone.
     """
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         yield from zip(tokenize(prompts, tokenizer), tokenize(texts, tokenizer), strict=True)
         return
     for prompt, text in zip(prompts, texts, strict=True):
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
         encoded = tokenizer(prompt + text, **options)
-        count = sum(start < len(prompt) for start, _ in encoded["offset_mapping"])
+        count = sum(end <= len(prompt) for _, end in encoded["offset_mapping"])
         yield encoded["input_ids"][:count], encoded["input_ids"][count:]
 
 

@@ -107,6 +107,9 @@ def draft_table(
     windows = numpy.lib.stride_tricks.sliding_window_view(padded[1:], depth)[: len(text) - 1]
     accepted = numpy.cumprod(columns["ids"] == windows, axis=1).sum(axis=1)
     verified = numpy.arange(depth) <= accepted[:, None]
+    ends = eos_of(target)
+    if text[-1] not in ends:  # what would come after it is not known
+        max_new_tokens = min(max_new_tokens, len(text))
     return DraftTable(
         prompt[0].cpu().numpy(),
         continuation,
@@ -118,7 +121,7 @@ def draft_table(
         numpy.where(verified, columns["outside"], math.nan),
         accepted,
         max_new_tokens,
-        eos_of(target),
+        ends,
         columns.get("predicted"),
     )
 

@@ -241,7 +241,7 @@ def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable],
 
     The estimates are those that the rule would have had in decoding, its shift included, in windows of full depth.
     """
-    estimator = AcceptanceEstimator(**calibration["weights"])
+    estimator = AcceptanceEstimator.from_weights(calibration["weights"])
     pairs = []
     for table in tables:
         rule = _WatchedWindow(DEPTH, OnlineCosts(0.0, 0.0), estimator, calibration["acceptance"])

@@ -403,7 +403,7 @@ def _remedy(error: BaseException, name: str) -> str:
         return "The disk is full: free some space and push again."
     if status is None:
         return "The connection broke: push again; what was uploaded already is not sent twice."
-    return "Mend that and push again."
+    return "Fix that and push again."
 
 
 # -- what is checked before anything is sent

@@ -50,6 +50,11 @@ class AcceptanceEstimator:
             return cls()
         return cls(confidence=0.0, divergence=0.0, margin=0.0, predicted=1.0)
 
+    @classmethod
+    def from_weights(cls, weights: dict[str, float]) -> "AcceptanceEstimator":
+        """The estimator of these weights by name; `foretold` is what earlier versions called `lookup`."""
+        return cls(**{"lookup" if name == "foretold" else name: weight for name, weight in weights.items()})
+
     @staticmethod
     def features(
         max_probability: float,

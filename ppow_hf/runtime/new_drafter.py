@@ -133,7 +133,7 @@ def target_layers_for(architecture: str, given: list[int] | None, depth: int) ->
 
 
 def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
-    """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not heed."""
+    """Raise `ValueError` for options of a transformer that an eagle or medusa drafter's own does not have."""
     if architecture == "medusa":
         for name in options:
             raise ValueError(f"{name}: a medusa drafter has heads and no transformer of its own. Leave it out.")

@@ -421,8 +421,10 @@ def make_adaptive_rule(
     """`window="kl"`, its estimator as calibrated."""
     stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
     weights = stored.get("weights", {})
-    if not set(weights) <= {one.name for one in fields(AcceptanceEstimator)}:  # fitted to other features, once
-        weights = {}
-    estimator = AcceptanceEstimator(**weights) if weights else AcceptanceEstimator.default(confidence_head)
+    known = {"foretold", *(one.name for one in fields(AcceptanceEstimator))}
+    if weights and set(weights) <= known:
+        estimator = AcceptanceEstimator.from_weights(weights)
+    else:  # none, or fitted to other features, once
+        estimator = AcceptanceEstimator.default(confidence_head)
     rule = LookupWindow if lookup else KLAdaptiveWindow
     return rule(max_window, costs, estimator, prior_acceptance=stored.get("acceptance", 0.7))

@@ -231,12 +231,13 @@ class Comparison:
             drafter = new_drafter(self.config, self.target, sequences.count_tokens(target_width(self.target)))
             given = self.config.start
             kind = next(kind for kind in START_UNITS if kind in given)
-            untrained = [0, 0.0, self._point(drafter)["acceptance_length"]]
+            untrained, window = [0, 0.0, self._point(drafter)["acceptance_length"]], drafter.config.max_window
             # Twice as many points: whether it reached its plateau is read off them.
             budget = Budget(kind, given[kind], 2 * self.config.curve_points, lambda: self._point(drafter))
             trainer = self._train(
                 drafter, self.data, self.config.start_settings, budget, float(given["learning_rate"]), 0, folder
             )
+            drafter.config.max_window = window  # that of the start's training is not every recipe's
             curve = [untrained, *curve_of(trainer.state)]
         summary = {
             "curve": curve,
@@ -262,12 +263,22 @@ class Comparison:
         self, drafter: PPOWDrafter, data: SequenceDataset | StateRecord, settings: Mapping[str, Any], budget: Budget,
         rate: float, seed: int, folder: Path,
     ) -> BudgetTrainer:  # fmt: skip
-        """Train `drafter`, from the last checkpoint in `folder / TRAINING` where an interruption left one."""
+        """Train `drafter`, from the last checkpoint in `folder / TRAINING` where an interruption left one.
+
+        A checkpoint that was trained otherwise, by another version or in another number format, is dropped.
+        """
         trainer = make_trainer(
             drafter, self.target, data, settings, budget, rate, seed, folder / TRAINING, self.max_length,
             int(self.config.keep_gib * 2**30),
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=True)
+        try:
+            trainer.train(resume_from_checkpoint=True)
+        except ValueError as error:
+            if not str(error).startswith("resume_from_checkpoint: "):
+                raise
+            print(f"{folder.name}: begun anew, since its checkpoint cannot be gone on with ({error})", flush=True)
+            shutil.rmtree(folder / TRAINING)
+            trainer.train()
         return trainer
 
     # -- runs
@@ -297,7 +308,7 @@ class Comparison:
         }  # fmt: skip
         drafter.save_pretrained(folder)
         line = self._evaluate_once(drafter, facts, SPLITS[0], training=training)
-        shutil.rmtree(folder / TRAINING)
+        shutil.rmtree(folder / TRAINING, ignore_errors=True)
         return line
 
     def _test(self, line: dict[str, Any]) -> None:

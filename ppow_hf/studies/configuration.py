@@ -151,13 +151,14 @@ def run_arguments(
         "muon": 0.0,
         "logging_steps": 5,
         "report_to": [],
-        "save_strategy": "steps",  # at the points of the budget, long before so many steps
-        "save_steps": 10_000_000,
-        "save_total_limit": 1,
         "disable_tqdm": True,
         **of_run,
         **{name: value for name, value in settings.items() if name != "later"},
         "max_steps": 10_000_000,
+        "save_strategy": "steps",  # at the points of the budget, long before so many steps
+        "save_steps": 10_000_000,
+        "save_total_limit": 1,
+        "save_only_model": False,
         "learning_rate": learning_rate,
         "seed": of_run.get("seed", 0),
     }

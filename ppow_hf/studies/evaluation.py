@@ -71,13 +71,16 @@ def write_texts(target: Any, prompts: list[list[int]], max_new_tokens: int, seed
             batch = prompts[start : start + TEXTS_AT_ONCE]
             drawn = _seed(seed, start, "text")
             sampled += complete_batch(target, batch, max_new_tokens, 1.0, drawn, ends, 0)
+    greedy = greedy_texts(target, prompts, max_new_tokens)
+    drawn_texts = [
+        SampledText(prompt + text, len(prompt), _verdicts(seed, place, len(prompt + text)))
+        for place, (prompt, text) in enumerate(zip(prompts, sampled, strict=True))
+    ]
+    kept = [place for place, text in enumerate(greedy) if text]  # of some rounding may leave nothing
     return EvaluationTexts(
-        prompts,
-        greedy_texts(target, prompts, max_new_tokens),
-        [
-            SampledText(prompt + text, len(prompt), _verdicts(seed, place, len(prompt + text)))
-            for place, (prompt, text) in enumerate(zip(prompts, sampled, strict=True))
-        ],
+        [prompts[place] for place in kept],
+        [greedy[place] for place in kept],
+        [drawn_texts[place] for place in kept],
         max_new_tokens,
     )
 
@@ -223,7 +226,7 @@ def _by_position(traces: Sequence[GenerationTrace], window: int) -> list[float]:
 
 def _log_loss(fit: dict[str, Any], traces: Sequence[GenerationTrace]) -> float:
     """Mean -log of the probability that the acceptance estimate gave to what came out, over reached tokens."""
-    estimator = AcceptanceEstimator(**fit["weights"])
+    estimator = AcceptanceEstimator.from_weights(fit["weights"])
     losses = []
     for trace in traces:
         for r in trace.rounds:

@@ -91,7 +91,7 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
 
 
 def check_supported(options: dict[str, Any]) -> None:
-    """Raise `ValueError` for an option of Trainer that this trainer would take and not heed."""
+    """Raise `ValueError` for an option of Trainer that this trainer would take and ignore."""
     for name, reason in UNSUPPORTED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}: {reason} Leave it out.")

@@ -158,6 +158,8 @@ def divergence_of_prefixes(batch: Batch, features: torch.Tensor, wanted: torch.T
     flat, sources, size = features[wanted], batch.encoding.sources[wanted], batch.args.chunk_size
     parts = [features.new_zeros(0, dtype=torch.float32)]
     for own, target_sources in zip(flat.split(size), sources.split(size), strict=True):
+        if not len(own):  # of no rows split makes one chunk
+            break
         draft, target_logits = batch.logits(own, target_sources)
         parts.append(divergence_priority(target_logits.log_softmax(-1), draft.log_softmax(-1)))
     found = torch.cat(parts).nan_to_num(MAX_KL, MAX_KL, 0.0).clamp(0.0, MAX_KL)
