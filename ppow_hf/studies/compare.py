@@ -299,6 +299,7 @@ class Comparison:
             temperature = settings["regenerate_temperature"]
             data = training_text(self.config, self.folder, self.target, self.tokenizer, temperature=temperature)
         counter = Budget(budget["kind"], budget["amount"], self.config.curve_points, lambda: self._point(drafter))
+        interrupted = (folder / TRAINING).is_dir()
         trainer = self._train(drafter, data, self.config.recipe_settings(recipe), counter, rate, seed, folder)
         names = ("step", "loss", "kl", "text_kl", "reward/mean", "accepted_length", "entropy", "adaw")
         log = [{n: row[n] for n in names if n in row} for row in trainer.state.log_history if "loss" in row]
@@ -306,6 +307,8 @@ class Comparison:
             "target_forward_tokens": counter.tokens, "seconds": round(counter.seconds, 2),
             "steps": trainer.state.global_step, "curve": curve_of(trainer.state), "log": log, "settings": settings,
         }  # fmt: skip
+        if interrupted:  # of seconds it had fewer: the target read texts again that it had kept in memory
+            training["interrupted"] = True
         drafter.save_pretrained(folder)
         line = self._evaluate_once(drafter, facts, SPLITS[0], training=training)
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
