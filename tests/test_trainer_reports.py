@@ -62,9 +62,9 @@ def used_rollouts(trainer, monkeypatch) -> list[tuple[int, list[int], int]]:
     made: dict[int, tuple] = {}
     next_rollout = trainer._next_rollout
 
-    def noted(model, inputs, *rest):
-        rollout = next_rollout(model, inputs, *rest)
-        step, rows = trainer.state.global_step, inputs["index"].tolist()
+    def noted(model, batch, *rest):
+        rollout = next_rollout(model, batch, *rest)
+        step, rows = trainer.state.global_step, batch.inputs["index"].tolist()
         _, of_step, of_rows = made.setdefault(id(rollout), (rollout, step, rows))  # kept, so that ids stay apart
         assert of_rows == rows
         used.append((step, rows, of_step))
