@@ -17,6 +17,7 @@ from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.draft_table import draft_table
 from ppow_hf.measure.evaluation import decode
 from ppow_hf.measure.provenance import shortened
+from ppow_hf.studies import compare
 from ppow_hf.studies.compare import Comparison, curve_of, make_trainer, plateau_gain
 from ppow_hf.studies.configuration import load_config, read_results, target_recipe
 from ppow_hf.studies.evaluation import (
@@ -462,6 +463,24 @@ def test_a_comparison_that_was_interrupted_in_its_start_goes_on_there(cell, tmp_
     ]
     assert curve[-1][1] == pytest.approx(0.8, abs=0.4)
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_a_start_whose_checkpoint_is_of_another_number_format_is_begun_anew(
+    cell, tmp_path, target, monkeypatch, capsys
+):
+    """What a machine computes faster is measured anew by each process."""
+    config = load_config(cell / "compare.yaml")
+    config.budgets, config.seeds, config.recipes = {"tokens": 100}, [0], {"cst": config.recipes["cst"]}
+    config.learning_rates, config.groups, config.tree_nodes = [1e-3], [], []
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(cell / "target")
+    formats = iter([False])
+    monkeypatch.setattr(compare, "bfloat16_pays", lambda device: next(formats, True))
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(config, tmp_path, target, tokenizer).run()
+    Comparison(config, tmp_path, target, tokenizer).run()
+    printed = capsys.readouterr().out
+    assert "start: begun anew" in printed and "bf16 was False and is True" in printed
+    assert len(json.loads((tmp_path / "start.json").read_text())["curve"]) == 5
 
 
 def test_another_configuration_is_refused_in_the_same_folder_and_more_recipes_are_not(compared, cell, target):

@@ -124,9 +124,8 @@ def rehearse(
         for place, settings in runs.items():
             with named(place):
                 budget = Budget("tokens", 1)
-                make_trainer(
-                    drafter, target, data, settings, budget, 1e-3, 0, Path(folder), max_length
-                ).create_optimizer()
+                trainer = make_trainer(drafter, target, data, settings, budget, 1e-3, 0, Path(folder), max_length)
+                trainer.create_optimizer()
 
 
 # -- the comparison
@@ -277,7 +276,8 @@ class Comparison:
             if not str(error).startswith("resume_from_checkpoint: "):
                 raise
             print(f"{folder.name}: begun anew, since its checkpoint cannot be gone on with ({error})", flush=True)
-            shutil.rmtree(folder / TRAINING)
+            for checkpoint in (folder / TRAINING).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
             trainer.train()
         return trainer
 
