@@ -309,9 +309,9 @@ def _text_sequences(
 def _completion_sequences(rows: list[dict], tokenizer: PreTrainedTokenizerBase, argument: str) -> tuple[list, list]:
     eos = tokenizer.eos_token_id
     prompts, completions = (strings(rows, name, argument) for name in ("prompt", "completion"))
-    befores, afters = zip(*tokenize_pairs(prompts, completions, tokenizer), strict=True)
+    pairs = list(tokenize_pairs(prompts, completions, tokenizer))
     token_ids, loss_masks = [], []
-    for before, completion in zip(opened(befores, tokenizer), afters, strict=True):
+    for before, (_, completion) in zip(opened((ids for ids, _ in pairs), tokenizer), pairs, strict=True):
         if not completion:
             continue
         if eos is not None and completion[-1] != eos:
