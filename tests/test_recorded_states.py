@@ -350,15 +350,14 @@ def test_the_commands_record_and_train(tmp_path, target, tokenizer, capsys):
 def test_completions_of_the_data_are_recorded_where_that_is_asked_for(tmp_path, target, tokenizer, capsys, given):
     target.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
-    words = list(tokenizer.get_vocab())[5:13]
-    row = {"prompt": " ".join(words[:4]), "completion": " " + " ".join(words[4:])}
+    row = {"prompt": "def read(self):", "completion": " return self.file"}
     (tmp_path / "texts.jsonl").write_text(json.dumps(row) + "\n")
     command = ["record", "--target", str(tmp_path / "target"), "--data", str(tmp_path / "texts.jsonl")]
     assert cli.main([*command, "--output-dir", str(tmp_path / "record"), "--device", "cpu", *given]) == 0
     kept = StateRecord(str(tmp_path / "record")).sequences[0]
     keeps = given == ["--regenerate", "false"]
-    theirs = tokenizer.decode(kept["input_ids"], skip_special_tokens=True).split()
-    assert (theirs == words) == keeps
+    theirs = tokenizer.decode(kept["input_ids"], skip_special_tokens=True)
+    assert (theirs == row["prompt"] + row["completion"]) == keeps
     assert bool(kept["target_written"].any()) == (not keeps)
     assert ("Pass --regenerate false to train on them" in capsys.readouterr().err) == (not keeps)
 
