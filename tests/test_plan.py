@@ -70,6 +70,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr("ppow_hf.runtime.draft_models.BLOCK_SCORES", 2**15)
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_no_part_is_negative_where_the_gradients_are_the_largest(mixed):
+    plan = make_plan(SMALL, Shape("eagle", 16, mixed=mixed), MACHINE)
+    assert plan.activations >= 0 and plan.logits_chunk >= 0
+
+
 def test_memory_of_a_step_grows_with_the_length_and_the_chunk_only_with_its_size(small_blocks):
     shape = Shape("eagle", 128, draft_vocab_size=500, chunk_size=64)
     plans = [make_plan(SMALL, replace(shape, length=length), MACHINE) for length in (256, 512, 1024)]

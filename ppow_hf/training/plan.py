@@ -240,14 +240,12 @@ def counted_plan(target_config: Any, shape: Shape, machine: Machine) -> Plan:
         drafter = meta_drafter(target, shape)
     target.requires_grad_(False).eval()
     drafter.attach_target(target)
-    trained = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trained)
+    count = sum(parameter.numel() for parameter in drafter.parameters() if parameter.requires_grad)
     states, forward = target_pass(target, drafter, shape, machine)
     chunk, step = drafter_pass(target, drafter, shape, machine)
     optimizer, optimizer_step = optimizer_pass(drafter, shape, machine)
-    of_gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    weights = 4 * count
-    beyond = step.peak - of_gradients  # the loss comes before the gradients
+    weights = gradients = 4 * count
+    beyond = max(0, step.peak - gradients)  # the loss comes before the gradients
     of_chunk = min(chunk.peak, beyond)
     casts = 2 * count if shape.mixed else 0  # of the weights, which autocast keeps until the step ends
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in states)
@@ -262,7 +260,7 @@ def counted_plan(target_config: Any, shape: Shape, machine: Machine) -> Plan:
         head=sum(p.numel() * p.element_size() for p in {id(row): row for row in rows}.values()),
         target_forward=forward.peak,
         weights=weights,
-        gradients=4 * count,
+        gradients=gradients,
         optimizer=optimizer,
         states=state_bytes,
         activations=beyond - of_chunk + casts,
@@ -370,9 +368,10 @@ def optimizer_pass(drafter: PPOWDrafter, shape: Shape, machine: Machine) -> tupl
 
 
 def measure_machine(device: torch.device, mixed: bool) -> Machine:
-    """Operations and bytes that `device` does in a second: a product of 2,048 by 2,048 matrices, a copy of 256 MB."""
-    dtype = torch.bfloat16 if mixed else torch.float32
-    matrix = torch.randn(2048, 2048, device=device).to(dtype)
+    """Operations and bytes that `device` does in a second.
+
+    Measured are a copy of 256 MB and a product of matrices that grow, up to 4,096 by 4,096, until one takes 20 ms.
+    """
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
 
@@ -386,6 +385,10 @@ def measure_machine(device: torch.device, mixed: bool) -> Machine:
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    products = fastest(lambda: matrix @ matrix)
     copying = fastest(lambda: copy.copy_(source))
-    return Machine(2 * 2048**3 / products, 2 * source.nbytes / copying)
+    for width in (256, 512, 1024, 2048, 4096):
+        matrix = torch.randn(width, width, device=device).to(torch.bfloat16 if mixed else torch.float32)
+        product = fastest(lambda: matrix @ matrix)  # noqa: B023 (called at once)
+        if product > 0.02:
+            break
+    return Machine(2 * width**3 / product, 2 * source.nbytes / copying)
