@@ -26,10 +26,10 @@ def config_for(
     config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
     settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
     draft_config = draft_config_for(architecture, text, vocab_size, overrides)
-    if architecture in ("eagle", "block"):
+    if architecture in ("eagle", "block") and "shares_target_embeddings" not in settings:
         source = embedding_matrix(target)
         same = source is not None and tuple(source.shape) == (vocab_size, draft_config.hidden_size)
-        settings.setdefault("shares_target_embeddings", same)
+        settings["shares_target_embeddings"] = same
     if architecture == "block":
         set_block_defaults(settings, target, draft_vocab_size, draft_config.hidden_size)
     longest = {"medusa": "medusa_heads", "block": "block_size"}.get(architecture)

@@ -21,10 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
-from ..runtime.compatibility import num_layers
-from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
-from ..runtime.new_drafter import draft_config_for, target_layers_for
+from ..runtime.new_drafter import config_for
 from .arguments import default_anchors
 from .chunks import sum_over_chunks
 from .losses import text_terms
@@ -274,18 +272,8 @@ def counted_plan(target_config: Any, shape: Shape, machine: Machine) -> Plan:
 
 def meta_drafter(target: Any, shape: Shape) -> PPOWDrafter:
     """The drafter as `from_target` makes it, without numbers."""
-    text = target.config.get_text_config()
-    width = target.get_output_embeddings().out_features
-    draft_config = draft_config_for(shape.architecture, text, width, {})
-    config = PPOWDrafterConfig(
-        architecture=shape.architecture,
-        draft_config=draft_config,
-        vocab_size=width,
-        draft_vocab_size=shape.draft_vocab_size,
-        target_hidden_size=text.hidden_size,
-        target_layer_ids=target_layers_for(shape.architecture, None, num_layers(text)),
-        shares_target_embeddings=shape.architecture == "eagle",
-    )
+    known = {"shares_target_embeddings": True} if shape.architecture == "eagle" else {}
+    config = config_for(target, shape.architecture, shape.draft_vocab_size, known)
     return PPOWDrafter(config).to(torch.bfloat16 if shape.mixed else torch.float32).train()
 
 
