@@ -180,6 +180,15 @@ class PPOWDrafter(PreTrainedModel):
         else:
             raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """Refused: the rows may be the target's own, and the head's number would no longer be its vocabulary."""
+        if new_num_tokens is None:
+            return self.get_input_embeddings()  # as in transformers, nothing is resized
+        raise ValueError(
+            f"new_num_tokens: {new_num_tokens} given, but a drafter's vocabulary is its target's. Resize the target; a "
+            "drafter of before serves one with up to 1% more tokens, for others make a new one with from_target."
+        )
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Until its end the drafter is in eval mode; then in the mode that it was in."""
@@ -220,7 +229,7 @@ class PPOWDrafter(PreTrainedModel):
             raise ValueError(
                 f"target: this drafter shares its target's output head, {self.config.vocab_size} tokens from "
                 f"{own_hidden} numbers, and this target's has {target_width(target)} from {hidden}. Use "
-                f"{self.config.target_name_or_path or 'the target it was made for'}."
+                f"{self.config.target_name_or_path or 'the target it was made for'}, not resized, or make a new drafter."
             )
         self.draft_model.target_head.module = head
 

@@ -31,7 +31,8 @@ LOCK = ".training.lock"
 # Of the Trainer's own arguments those that decide what is learned; how long it goes on may change.
 LEARNING = (
     "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "bf16", "train_sampling_strategy",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "bf16", "train_sampling_strategy", "lr_scheduler_kwargs",
+    "optim_args", "optim_target_modules", "neftune_noise_alpha",
 )  # fmt: skip
 # Of PPOWTrainingArguments those that do not: they hold memory, measure, or are measured.
 FREE = (
