@@ -91,17 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--fast: there is no embedded drafter for {arguments.target!r}. Leave one of both out.")
     folder = ensure_writable(arguments.output_dir, "--output-dir")
     started = time.perf_counter()
-    from ..tiny.corpus import standard_library
+    from ..tiny.corpus import held_in_and_out, standard_library
 
     files, tokenizer = standard_library(), load_tokenizer(arguments.target)
-    held_out = [file for file in files if file.held_out]
+    held_in, held_out = held_in_and_out(files)
     rows = function_rows(held_out, arguments.prompts, tokenizer, arguments.seed, "--prompts")
     target = _load(arguments.target)
     prompts = _encode(rows, target, tokenizer, arguments)
     print(
         f"Target: {'the embedded ' if embedded else ''}{target.config.model_type} of {target.num_parameters():,} "
         f"parameters, {str(target.dtype).removeprefix('torch.')}. Modules of the standard library: "
-        f"{len(files) - len(held_out)} held in, {len(held_out)} held out.",
+        f"{len(held_in)} held in, {len(held_out)} held out.",
         flush=True,
     )
     if arguments.fast:
@@ -174,11 +174,12 @@ def _embedded_phases(
 ) -> tuple["PPOWDrafter", list[Phase], "SequenceDataset"]:
     """A new drafter of the embedded target, what it is trained with, and held-out data: the target wrote all of it."""
     from ..runtime.modeling_ppow import PPOWDrafter
+    from ..tiny.corpus import held_in_and_out
     from ..tiny.drafters import default_stages, target_text
 
     print("Data: the target completes excerpts of held-in modules (its own text is what a drafter must learn) ...")
     seed, cache = arguments.seed, folder / "data"
-    held_in, held_out = ([file for file in files if file.held_out is side] for side in (False, True))
+    held_in, held_out = held_in_and_out(files)
     train_data = target_text(target, tokenizer, held_in, TRAINING_TEXTS, seed, cache)
     eval_data = target_text(target, tokenizer, held_out, HELD_OUT_TEXTS, seed + 1, cache)
     drafter = PPOWDrafter.from_target(target, arguments.architecture, target_name_or_path="tiny")
@@ -197,11 +198,11 @@ def _named_phases(
     from ..data.sequences import all_positions, prepare_prompts, prepare_sequences
     from ..runtime.modeling_ppow import PPOWDrafter
     from ..runtime.target_weights import target_width
-    from ..tiny.corpus import excerpts
+    from ..tiny.corpus import excerpts, held_in_and_out
     from ..tiny.drafters import Stage, text_temperatures
 
     seed, architecture = arguments.seed, arguments.architecture
-    held_in, held_out = ([file for file in files if file.held_out is side] for side in (False, True))
+    held_in, held_out = held_in_and_out(files)
     print("Data: excerpts of held-in modules, and the target's answers to the beginnings of their functions ...")
     people = prepare_sequences(excerpts(held_in, tokenizer, EXCERPTS, EXCERPT_TOKENS, seed), tokenizer, EXCERPT_TOKENS)
     longest = CHAT_TOKENS + EXCERPT_TOKENS // 2

@@ -187,14 +187,14 @@ def read_prompts(source: str, count: int, argument: str = "--num-prompts") -> Pr
     (`"stdlib"`), before anything is loaded; `argument` is what the count was given as."""
     check_prompts(source)
     if source == "stdlib":
-        from ..tiny.corpus import function_prompts, standard_library
+        from ..tiny.corpus import function_prompts, held_in_and_out, standard_library
 
-        held_out = [file for file in standard_library() if file.held_out]
+        _, held_out = held_in_and_out(standard_library())
         texts = function_prompts(held_out, count, argument=argument)
         return Prompts([{"prompt": text} for text in texts], STDLIB_PROMPT_TOKENS)
     from .writing import read_prompt_rows
 
-    return Prompts(read_prompt_rows(source, "--prompts"))
+    return Prompts(read_prompt_rows(source))
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:

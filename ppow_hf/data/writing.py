@@ -196,7 +196,7 @@ def read_conversations(
 
     Raises `ValueError` for rows without a prompt.
     """
-    rows = read_prompt_rows(source, "--prompts")[:count]
+    rows = read_prompt_rows(source)[:count]
     conversations: dict[str, Conversation] = {}
     for number, row in enumerate(rows):
         text, pending = _prompt_of(row, number, chat)
@@ -213,20 +213,20 @@ def read_conversations(
     return list(conversations.values()), len(rows) - len(conversations)
 
 
-def read_prompt_rows(source: str, argument: str) -> list[dict]:
+def read_prompt_rows(source: str) -> list[dict]:
     """The rows that [`read_rows`] reads, but of a `.txt` file a prompt for each line that is not blank."""
     place = parse_source(source)
     if place.is_dataset or not place.path.endswith(".txt"):
-        return read_rows(source, argument)
+        return read_rows(source, "--prompts")
     if place.column is not None:
         raise ValueError(
-            f"{argument}: {source!r} given, and each line of a .txt file is a prompt: it has no columns. Leave "
+            f"--prompts: {source!r} given, and each line of a .txt file is a prompt: it has no columns. Leave "
             f"{':' + place.column!r} out."
         )
-    (whole,) = read_rows(source, argument)
+    (whole,) = read_rows(source, "--prompts")
     rows = [{"prompt": line} for line in whole["text"].splitlines() if line.strip()]
     if not rows:
-        raise ValueError(f"{argument}: {source!r} has no prompt: every line is blank. Give at least one.")
+        raise ValueError(f"--prompts: {source!r} has no prompt: every line is blank. Give at least one.")
     return rows
 
 

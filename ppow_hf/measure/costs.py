@@ -60,9 +60,9 @@ def faster_dtype(device: str) -> str | None:
     return "bfloat16" if device == "cpu" and bfloat16_pays("cpu") else None
 
 
-def _product_seconds(left: torch.Tensor, right: torch.Tensor, repeats: int = 7) -> float:
+def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     timings = []
-    for _ in range(repeats):
+    for _ in range(7):
         started = time.perf_counter()
         left @ right
         timings.append(time.perf_counter() - started)

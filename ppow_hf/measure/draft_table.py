@@ -20,6 +20,7 @@ from ..runtime.target_weights import input_device
 
 DEPTH = 16
 PREFIXES_AT_ONCE = 256
+TEXTS_AT_ONCE = 16
 # How far, in nats, a token that generate wrote may be behind another in a forward over the whole text.
 NEAR_TIE, NEAR_TIE_IN_HALF_PRECISION = 1e-3, 0.3
 
@@ -196,9 +197,7 @@ def draft_tables(
 
 
 @torch.inference_mode()
-def greedy_texts(
-    target: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
-) -> list[list[int]]:
+def greedy_texts(target: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """The target's greedy continuation of each prompt, up to and with the token that ends it.
 
     Prompts are continued in batches, padded on the left; a text in which padding tipped a near-tie is written again,
@@ -208,8 +207,8 @@ def greedy_texts(
     texts: list[list[int]] = []
     ends = sorted(eos_of(target))
     with plain_distribution(target):
-        for start in range(0, len(prompts), batch_size):
-            batch = [list(prompt) for prompt in prompts[start : start + batch_size]]
+        for start in range(0, len(prompts), TEXTS_AT_ONCE):
+            batch = [list(prompt) for prompt in prompts[start : start + TEXTS_AT_ONCE]]
             written = complete_batch(target, batch, max_new_tokens, 0.0, 0, ends, 0)
             for prompt, text in zip(batch, written, strict=True):
                 if _place_of_other(target, prompt, text) is not None:

@@ -4,7 +4,6 @@ Written beside every trained drafter and measurement, and pushed with them: so i
 holds no secret.
 """
 
-import json
 import math
 import os
 import platform
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 
-from ..data.files import write_whole
 from ..version import __version__
 from .redaction import redact_command, redact_record, redact_text
 
@@ -39,12 +37,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_revision(folder: Path | None = None) -> str | None:
+def git_revision() -> str | None:
     """The commit of the checkout that this package runs from, `-modified` after it if tracked files were changed.
 
     `None` where the package is installed as a copy: a repository that merely lies around its folder says nothing.
     """
-    folder = folder or Path(__file__).parents[2]
+    folder = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
@@ -76,13 +74,6 @@ def describe(device: Any, command: str | None = None, **facts: Any) -> dict[str,
         "machine": describe_machine(device),
         **redact_record(facts),
     }
-
-
-def write_provenance(folder: Path | str, device: Any, command: str | None = None, **facts: Any) -> Path:
-    """Write [`describe`] to the folder's `provenance.json`, which the card shows and a push takes along."""
-    return write_whole(
-        Path(folder) / "provenance.json", json.dumps(describe(device, command, **facts), indent=1) + "\n"
-    )
 
 
 def public_name(name: str | None) -> str | None:

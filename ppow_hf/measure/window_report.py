@@ -236,7 +236,7 @@ class _WatchedWindow(KLAdaptiveWindow):
         return 1.0, 0.0
 
 
-def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable], bins: int = 10) -> dict[str, Any]:
+def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable]) -> dict[str, Any]:
     """Predicted against measured acceptance of reached draft tokens, by position and by predicted probability.
 
     The estimates are those that the rule would have had in decoding, its shift included, in windows of full depth.
@@ -259,7 +259,7 @@ def calibration_curve(calibration: dict[str, Any], tables: Sequence[DraftTable],
         }
 
     by_position = [[pair for pair in pairs if pair[0] == position] for position in range(DEPTH)]
-    by_estimate = [[pair for pair in pairs if int(min(pair[1], 0.999999) * bins) == place] for place in range(bins)]
+    by_estimate = [[pair for pair in pairs if int(min(pair[1], 0.999999) * 10) == place] for place in range(10)]
     return {
         "by_position": [{"position": place, **means(group)} for place, group in enumerate(by_position) if group],
         "by_estimate": [means(group) for group in by_estimate if group],

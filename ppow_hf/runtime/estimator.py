@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_KL = 20.0  # nats; a saturated softmax, or a target with all its mass outside the draft vocabulary, gives more
+KL_DECAY = 0.7  # of the running divergence, at each verified position
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def _finite(value: float, otherwise: float) -> float:
     return otherwise if math.isnan(value) else min(max(value, -1e30), 1e30)
 
 
-def decayed_kl(running: float, kl: Sequence[float], decay: float = 0.7) -> float:
+def decayed_kl(running: float, kl: Sequence[float]) -> float:
     """Exponentially weighted mean of divergences, each brought into [0, MAX_KL] (NaN counts as MAX_KL)."""
     for value in kl:
         bounded = min(max(_finite(value, MAX_KL), 0.0), MAX_KL)
-        running = decay * running + (1 - decay) * bounded
+        running = KL_DECAY * running + (1 - KL_DECAY) * bounded
     return running

@@ -577,10 +577,10 @@ class PPOWDrafter(PreTrainedModel):
         return drafter
 
 
-def shortened_list(names: list[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def shortened_list(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def loading_problems(found: dict[str, Any]) -> list[str]:

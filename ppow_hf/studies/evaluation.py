@@ -20,7 +20,7 @@ import torch
 
 from ..data.targets import complete_batch, eos_of, plain_distribution
 from ..measure.calibration import fit_estimator
-from ..measure.draft_table import DraftTable, draft_table, greedy_texts
+from ..measure.draft_table import TEXTS_AT_ONCE, DraftTable, draft_table, greedy_texts
 from ..measure.evaluation import decode, repeated_ngrams
 from ..measure.replay import replay
 from ..runtime.acceptance import entropy, sample_from_uniform
@@ -32,7 +32,6 @@ from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import FixedWindow, make_window_rule
 
 Pairs = list[tuple[float, float]]
-TEXTS_AT_ONCE = 16
 LONGEST_WINDOW = 10
 
 

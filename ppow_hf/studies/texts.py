@@ -13,7 +13,7 @@ from ..data.files import write_whole
 from ..data.regeneration import regenerate
 from ..data.rows import read_rows
 from ..data.sequences import SequenceDataset, all_positions, extract_prompts
-from ..tiny.corpus import excerpts, standard_library
+from ..tiny.corpus import excerpts, held_in_and_out, standard_library
 from .configuration import CompareConfig
 from .evaluation import EvaluationTexts, SampledText, write_texts
 
@@ -71,10 +71,8 @@ def workload_rows(config: CompareConfig, tokenizer: Any) -> tuple[list[dict], di
     data, workload = config.data, config.workload
     wanted = {split: data[f"{split}_prompts"] for split in SPLITS}
     if workload.get("name") == "stdlib" and "train" not in workload:
-        files = standard_library()
-        held_out = [file for file in files if file.held_out]
+        held_in, held_out = held_in_and_out(standard_library())
         sides = {split: [f for f in held_out if _side(f.name) == split] for split in SPLITS}
-        held_in = [file for file in files if not file.held_out]
         count = data["train_sequences"] if config.target_states is None else 0
         train = excerpts(held_in, tokenizer, count, data["prompt_tokens"], seed=0)
         return train, {

@@ -39,18 +39,16 @@ def is_held_out(dotted_name: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
 
 
-def standard_library(root: str | Path | None = None, include_tests: bool = True) -> list[SourceFile]:
-    """All modules under `root` (by default the running Python's standard library), in order of their names.
+def standard_library() -> list[SourceFile]:
+    """All modules of the running Python's standard library, in order of their names.
 
-    Raises `FileNotFoundError` when `root` holds no Python source, as in a Python that ships only bytecode.
+    Raises `FileNotFoundError` where it has no source, as in a Python that ships only bytecode.
     """
-    root = Path(root or sysconfig.get_paths()["stdlib"])
+    root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if EXCLUDED_PARTS.intersection(parts) or any(part.startswith(EXCLUDED_PREFIXES) for part in parts):
-            continue
-        if not include_tests and any(part in ("test", "tests", "idle_test") for part in parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -61,10 +59,14 @@ def standard_library(root: str | Path | None = None, include_tests: bool = True)
             files.append(SourceFile(name, text, is_held_out(name)))
     if not files:
         raise FileNotFoundError(
-            f"root: no Python source found under {str(root)!r}. Install a Python that ships its standard library as "
-            "source, or pass the folder that holds it."
+            f"no Python source found under {str(root)!r}. Install a Python that ships its standard library as source."
         )
     return files
+
+
+def held_in_and_out(files: list[SourceFile]) -> tuple[list[SourceFile], list[SourceFile]]:
+    """Both sides of the split: files to train on, and files to evaluate on."""
+    return [file for file in files if not file.held_out], [file for file in files if file.held_out]
 
 
 def texts_of_rows(rows: list[dict], columns: list[str], source: str) -> list[SourceFile]:

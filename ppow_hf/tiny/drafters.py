@@ -22,7 +22,7 @@ from ..runtime.modeling_ppow import PPOWDrafter
 from ..training import PPOWTrainingArguments
 from ..training.budget import Budget, BudgetTrainer
 from ..training.objective import parse_objective
-from .corpus import SourceFile, excerpts, standard_library
+from .corpus import SourceFile, excerpts, held_in_and_out, standard_library
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 96
 EVALUATIONS = 4  # of a stage, in equal shares of its time, beside the one before it
@@ -156,7 +156,6 @@ def make_drafter(
     sequences: int = 4000,
     eval_prompts: int = 48,
     seed: int = 0,
-    cache_dir: str | Path | None = None,
     target_name: str | None = "tiny",
     start: str | Path | None = None,
     command: str | None = None,
@@ -170,11 +169,10 @@ def make_drafter(
     prompts are always the same. `settings` are PPOWTrainingArguments of all stages.
     """
     output_dir = Path(output_dir)
-    files = standard_library()
-    held_in, held_out = ([file for file in files if file.held_out is side] for side in (False, True))
+    held_in, held_out = held_in_and_out(standard_library())
     temperatures = text_temperatures(architecture)
-    train_data = target_text(target, tokenizer, held_in, sequences, seed, cache_dir, temperatures)
-    eval_data = target_text(target, tokenizer, held_out, eval_prompts, 0, cache_dir)
+    train_data = target_text(target, tokenizer, held_in, sequences, seed, temperature=temperatures)
+    eval_data = target_text(target, tokenizer, held_out, eval_prompts, 0)
     log: list[dict] = []
     if start is None:
         drafter = PPOWDrafter.from_target(

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..measure.costs import bfloat16_pays
 from ..training.optimizers import Muon, muon_groups
 from .cards import write_target_card
-from .corpus import SourceFile, corpus_fingerprint, function_prompts, openings, standard_library
+from .corpus import SourceFile, corpus_fingerprint, function_prompts, held_in_and_out, openings, standard_library
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 4096
@@ -262,8 +262,7 @@ def make_target(
     output_dir.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     files = standard_library() if texts is None else texts
-    held_in = [file for file in files if not file.held_out]
-    held_out = [file for file in files if file.held_out]
+    held_in, held_out = held_in_and_out(files)
     tokenizer = tokenizer or train_tokenizer(files)
     tokenizer.save_pretrained(output_dir)
 

@@ -99,12 +99,12 @@ class Muon(torch.optim.AdamW):
                 parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrices; `[count, rows, columns]` in and out."""
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices, by five Newton-Schulz steps; `[count, rows, columns]` in and out."""
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.mT if transposed else x

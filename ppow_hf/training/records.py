@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import write_whole
-from ..measure.provenance import public_name, write_provenance
+from ..measure.provenance import describe, public_name
 from ..measure.redaction import redact_record
 
 PICKLED_ARGUMENTS = "training_args.bin"
@@ -19,8 +19,7 @@ def write_records(trainer: Any, folder: str | Path) -> None:
     folder, args = Path(folder), trainer.args
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    write_provenance(
-        folder,
+    provenance = describe(
         args.device,
         seeds={"seed": args.seed, "data_seed": args.data_seed},
         data_fingerprint=trainer.train_dataset.fingerprint if trainer.train_dataset is not None else None,
@@ -33,6 +32,7 @@ def write_records(trainer: Any, folder: str | Path) -> None:
     for name, content in (
         ("training_arguments.json", arguments_as_json(args)),
         ("training_log.json", log),
+        ("provenance.json", provenance),
     ):
         write_whole(folder / name, json.dumps(content, indent=1) + "\n")
 
