@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from own_loop import generate_by_loop
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, MistralConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -60,7 +61,7 @@ def alone(target, prompts, **options) -> list[list[int]]:
 
 def together(target, drafter, ids, mask, **options) -> list[list[int]]:
     options = {"do_sample": False, "max_new_tokens": 40} | options
-    output = loop.generate(target, drafter, ids, attention_mask=mask, **options)
+    output = generate_by_loop(target, drafter, ids, attention_mask=mask, **options)
     return output[:, ids.shape[1] :].tolist()
 
 
@@ -204,7 +205,7 @@ def test_scores_are_those_of_plain_generate(make_target):
     options = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True}
     options |= {"output_logits": True, "attention_mask": mask, "repetition_penalty": 1.2}
     plain = target.generate(ids, **options)
-    ours = loop.generate(target, drafter, ids, window="fixed", max_window=4, **options)
+    ours = generate_by_loop(target, drafter, ids, window="fixed", max_window=4, **options)
     assert ours.sequences.tolist() == plain.sequences.tolist()
     assert len(ours.scores) == len(plain.scores) == len(ours.logits) == 20
     for name in ("scores", "logits"):
@@ -227,7 +228,7 @@ def test_a_streamer_hears_the_prompt_and_every_token(make_target):
     drafter = make_drafter(target, "standalone")
     prompts, ids, mask = ragged([5])
     listener = Listener()
-    output = loop.generate(target, drafter, ids, attention_mask=mask, streamer=listener, max_new_tokens=25, **COSTS)
+    output = generate_by_loop(target, drafter, ids, attention_mask=mask, streamer=listener, max_new_tokens=25, **COSTS)
     assert listener.ended and listener.pieces[0] == ids[0].tolist()
     assert list(itertools.chain(*listener.pieces)) == output[0].tolist()
     assert max(map(len, listener.pieces[1:])) > 1
@@ -239,7 +240,7 @@ def test_a_cache_is_gone_on_from(make_target):
         drafter = make_drafter(target, architecture)
         prompts, ids, mask = ragged([9])
         cache = target(ids[:, :6], use_cache=True).past_key_values
-        given = loop.generate(
+        given = generate_by_loop(
             target,
             drafter,
             ids,
@@ -270,7 +271,7 @@ def test_what_cannot_be_done_is_said(make_target, arguments, message):
     drafter = make_drafter(target, "standalone")
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with pytest.raises(ValueError, match=message):
-        loop.generate(
+        generate_by_loop(
             target, drafter, ids, **({"attention_mask": torch.ones_like(ids), "max_new_tokens": 4} | arguments)
         )
 
@@ -296,7 +297,7 @@ def sampled_rows_fit(target, drafter, copies: int = 750, calls: int = 4, **setti
     counts: list[dict] = [{}, {}]
     torch.manual_seed(5)
     for _ in range(calls):
-        output = loop.generate(
+        output = generate_by_loop(
             target, drafter, ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
             max_new_tokens=length + 3, **settings,
         )  # fmt: skip

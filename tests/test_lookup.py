@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
+from own_loop import generate_by_loop
 from test_batches import alone, assert_rows, make_drafter, noisy_copy, ragged, together
 from test_sampling import chi_square_p_value
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.runtime import acceptance, draft_window
-from ppow_hf.runtime import generation as loop
 from ppow_hf.runtime.cost_model import OnlineCosts
 from ppow_hf.runtime.draft_session import DraftSession
 from ppow_hf.runtime.estimator import AcceptanceEstimator
@@ -298,7 +298,7 @@ def test_text_ends_where_it_should_inside_tokens_from_the_text(stop):
     assert expected.shape[1] == prompt.shape[1] + written.index(inside[0]) + 1
     assert torch.equal(target.generate(prompt, assistant_model=view, **options, **end), expected)
     assert looked_up([view.last_trace])[0]
-    assert torch.equal(loop.generate(target, drafter, prompt, lookup=True, **COSTS, **options, **end), expected)
+    assert torch.equal(generate_by_loop(target, drafter, prompt, lookup=True, **COSTS, **options, **end), expected)
     assert looked_up([drafter.last_trace])[0]
 
 

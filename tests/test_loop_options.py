@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from own_loop import generate_by_loop
 from test_batches import ARCHITECTURES, COSTS, alone, assert_rows, make_drafter, noisy_copy, ragged, together
 from test_generation import CHARACTERS, character_tokenizer
 from transformers import (
@@ -22,7 +23,6 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ppow_hf import PPOWDrafter
-from ppow_hf.runtime import generation as loop
 
 WAYS = [{}, {"tree_nodes": 10, "tree_branches": 3}]  # chains, trees
 ways = pytest.mark.parametrize("way", WAYS, ids=["chains", "trees"])
@@ -68,7 +68,7 @@ def test_scores_of_a_batch_are_those_of_each_prompt_alone(make_target, way):
     prompts, ids, mask = ragged([7, 2, 12])
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 20}
     options |= {"do_sample": False, "repetition_penalty": 1.3, "eos_token_id": list(range(1, 6)), "pad_token_id": 0}
-    ours = loop.generate(target, drafter, ids, attention_mask=mask, window="fixed", max_window=4, **way, **options)
+    ours = generate_by_loop(target, drafter, ids, attention_mask=mask, window="fixed", max_window=4, **way, **options)
     assert isinstance(ours, GenerateDecoderOnlyOutput)
     for i, prompt in enumerate(prompts):
         plain = target.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
@@ -89,7 +89,7 @@ def test_a_returned_cache_is_gone_on_from(make_target, architecture, way):
     everything = alone(target, prompts, max_new_tokens=30)[0]
     for end in sorted(set(everything))[::3]:
         options = {"return_dict_in_generate": True, "eos_token_id": end, "pad_token_id": 0, "do_sample": False}
-        ours = loop.generate(
+        ours = generate_by_loop(
             target,
             drafter,
             ids,
@@ -116,7 +116,7 @@ def test_a_generation_config_is_obeyed(make_target, way):
     drafter = make_drafter(target, "standalone")
     prompts, ids, mask = ragged([7, 4])
     config = GenerationConfig(max_new_tokens=13, repetition_penalty=1.4, do_sample=False, pad_token_id=0)
-    output = loop.generate(target, drafter, ids, attention_mask=mask, generation_config=config, **way)
+    output = generate_by_loop(target, drafter, ids, attention_mask=mask, generation_config=config, **way)
     expected = [
         target.generate(p, attention_mask=torch.ones_like(p), generation_config=config)[0, p.shape[1] :].tolist()
         for p in prompts
@@ -161,7 +161,7 @@ def test_a_criterion_that_reads_scores(make_target, way):
     options = {"stopping_criteria": StoppingCriteriaList([Unlikely()]), "return_dict_in_generate": True}
     options |= {"output_scores": True, "do_sample": False, "max_new_tokens": 30, "attention_mask": mask}
     plain = target.generate(ids, **options)
-    ours = loop.generate(target, drafter, ids, window="fixed", max_window=4, **way, **options)
+    ours = generate_by_loop(target, drafter, ids, window="fixed", max_window=4, **way, **options)
     assert ours.sequences.tolist() == plain.sequences.tolist() and plain.sequences.shape[1] < ids.shape[1] + 30
 
 
@@ -194,7 +194,7 @@ def test_several_sequences_of_each_prompt(make_target):
     drafter = make_drafter(target, "standalone")
     prompts, ids, mask = ragged([7, 4])
     torch.manual_seed(0)
-    output = loop.generate(
+    output = generate_by_loop(
         target, drafter, ids, attention_mask=mask, num_return_sequences=3, do_sample=True, max_new_tokens=12, **COSTS
     )
     assert output.shape == (6, ids.shape[1] + 12)
@@ -219,7 +219,7 @@ def test_what_this_loop_does_not_return_is_said(make_target, name):
     target = make_target("llama")
     drafter = make_drafter(target, "standalone")
     with pytest.raises(ValueError, match=f"{name}: this loop returns"):
-        loop.generate(
+        generate_by_loop(
             target, drafter, torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2, dtype=torch.long),
             max_new_tokens=2, return_dict_in_generate=True, **{name: True},
         )  # fmt: skip
@@ -271,7 +271,7 @@ def test_recurrent_targets_are_refused(make_target, name, options):
     with pytest.raises(ValueError, match="recurrent state"):
         small_llama(target)
     with pytest.raises(ValueError, match="recurrent state.*Generate without a drafter"):
-        loop.generate(target, drafter, ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
+        generate_by_loop(target, drafter, ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
 
 
 def test_a_target_without_positions_verifies_chains_and_no_trees():

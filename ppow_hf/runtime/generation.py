@@ -22,7 +22,7 @@ from .compatibility import (
     common_context_length,
     target_width,
 )
-from .configuration_ppow import CALL_SETTINGS, call_settings, check_settings, warn_of_other_target
+from .configuration_ppow import call_settings, check_settings, warn_of_other_target
 from .cost_model import make_costs
 from .draft_session import UnreadTokens, now, to_device
 from .draft_window import (
@@ -610,18 +610,4 @@ def divergences(target_scores: torch.Tensor, draft_scores: torch.Tensor) -> tupl
     return found[0], found[1]
 
 
-def generate(
-    target: Any, drafter: Any, input_ids: torch.Tensor, streamer=None, tokenizer=None, stop_strings=None, **kwargs
-):
-    """`target.generate(input_ids, custom_generate=drafter.generate_with(...), **kwargs)` as a function.
-
-    `kwargs` are those of `generate`, and the settings of a call: `window`, `max_window`, `cost_ratio`,
-    `verification_cost`, `lookup`, `tree_nodes`, `tree_branches`.
-    """
-    settings = {name: kwargs.pop(name) for name in CALL_SETTINGS if name in kwargs}
-    options = {"streamer": streamer, "tokenizer": tokenizer, "stop_strings": stop_strings}
-    decoding = drafter.generate_with(**options, **settings)
-    return target.generate(input_ids, custom_generate=decoding, **kwargs)
-
-
-__all__ = ["SpeculativeDecoding", "generate"]
+__all__ = ["SpeculativeDecoding"]

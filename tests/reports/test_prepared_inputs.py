@@ -9,12 +9,12 @@ import peft
 import pytest
 import torch
 import transformers
+from own_loop import generate_by_loop
 from test_batches import COSTS, alone, assert_rows, make_drafter, noisy_copy, ragged, together
 from test_loop_options import small_llama, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppow_hf import PPOWDrafter, PPOWTrainer, PPOWTrainingArguments
-from ppow_hf.runtime import generation as loop
 
 IMAGE, FIXED = 60, {"window": "fixed", "max_window": 4}
 SETTINGS = [FIXED, {"lookup": True, **COSTS}]  # drafts that are mostly rejected, and some that are accepted
@@ -135,7 +135,7 @@ def test_an_image_with_positions_along_three_axes(family, settings):
         assert output[0, 3:].tolist() == expected[0].tolist()
         assert output[1].tolist() == other[0].tolist()
     if settings is FIXED:  # trees take their places after the image too
-        output = loop.generate(
+        output = generate_by_loop(
             target, drafter, **first, do_sample=False, max_new_tokens=24, tree_nodes=6, tree_branches=2, **COSTS
         )
         assert torch.equal(output, expected)
@@ -203,7 +203,7 @@ def test_an_image_that_is_seen_both_ways():
     for output in both_paths(target, drafter, inputs, FIXED):
         assert torch.equal(output, expected)
     with pytest.raises(ValueError, match="token_type_ids: .*attention masks.*assistant_model=drafter"):
-        loop.generate(target, drafter, **inputs, max_new_tokens=4, tree_nodes=4)
+        generate_by_loop(target, drafter, **inputs, max_new_tokens=4, tree_nodes=4)
     prompts, texts, mask = ragged([5, 12], vocab_size=50)
     assert_rows(
         together(target, drafter, texts, mask, max_new_tokens=24, **FIXED), alone(target, prompts, max_new_tokens=24)

@@ -8,12 +8,12 @@ import inspect
 
 import pytest
 import torch
+from own_loop import generate_by_loop
 from test_batches import COSTS, alone, assert_rows, make_drafter, ragged, together
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import logits_process
 
 from ppow_hf.runtime import compatibility, rows
-from ppow_hf.runtime import generation as loop
 
 WAYS = [{"window": "fixed", "max_window": 4}, {"tree_nodes": 10, "tree_branches": 3, **COSTS}]
 ways = pytest.mark.parametrize("way", WAYS, ids=["chains", "trees"])
@@ -34,7 +34,7 @@ def test_allowed_tokens_of_each_row(make_target, way):
     options = {"prefix_allowed_tokens_fn": allowed, "do_sample": False, "max_new_tokens": 24}
     expected = target.generate(ids, attention_mask=mask, **options)
     numbers.clear()
-    given = loop.generate(target, drafter, ids, attention_mask=mask, **options, **way)
+    given = generate_by_loop(target, drafter, ids, attention_mask=mask, **options, **way)
     assert torch.equal(given, expected)
     assert set(numbers) == {0, 1, 2}
     given = target.generate(ids, attention_mask=mask, assistant_model=drafter.with_settings(**way), **options)
@@ -55,7 +55,7 @@ def test_allowed_tokens_of_several_sequences(make_target):
     options = {"do_sample": True, "num_return_sequences": 3, "prefix_allowed_tokens_fn": allowed, "max_new_tokens": 8}
     target.generate(ids, attention_mask=mask, **options)
     sequences = 6 // len(set(numbers))  # of a number: 3, and 1 in older versions
-    output = loop.generate(target, drafter, ids, attention_mask=mask, **options, **COSTS)
+    output = generate_by_loop(target, drafter, ids, attention_mask=mask, **options, **COSTS)
     for row, tokens in enumerate(output[:, ids.shape[1] :].tolist()):
         assert set(tokens) <= {row // sequences, row // sequences + 10}
 
@@ -89,7 +89,7 @@ def test_texts_of_the_callers_own(make_target):
     for processor in made:
         options = {"do_sample": False, "max_new_tokens": 16, "logits_processor": LogitsProcessorList([processor])}
         expected = target.generate(ids, attention_mask=mask, **options)
-        given = loop.generate(target, drafter, ids, attention_mask=mask, **options, **WAYS[0])
+        given = generate_by_loop(target, drafter, ids, attention_mask=mask, **options, **WAYS[0])
         assert torch.equal(given, expected)
 
 
@@ -117,10 +117,10 @@ def test_what_answers_for_a_whole_batch_is_refused(make_target):
     prompts, ids, mask = ragged([5, 5])
     with pytest.raises(ValueError, match="logits_processor: RowBias was shown"):
         bias = LogitsProcessorList([RowBias(torch.randn(2, 64))])
-        loop.generate(target, drafter, ids, attention_mask=mask, max_new_tokens=4, logits_processor=bias)
+        generate_by_loop(target, drafter, ids, attention_mask=mask, max_new_tokens=4, logits_processor=bias)
     with pytest.raises(ValueError, match="stopping_criteria: EndOfRow was shown"):
         ends = StoppingCriteriaList([EndOfRow()])
-        loop.generate(target, drafter, ids, attention_mask=mask, max_new_tokens=4, stopping_criteria=ends)
+        generate_by_loop(target, drafter, ids, attention_mask=mask, max_new_tokens=4, stopping_criteria=ends)
 
 
 class OnlyAfterSeven(logits_process.TemperatureLogitsWarper):
