@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ppow_hf import PPOWDrafter, cli, tiny
 from ppow_hf.data import models as loading
+from ppow_hf.data.files import ensure_writable
 from ppow_hf.runtime.configuration_ppow import vocabulary_fingerprint
 
 TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n"
@@ -304,7 +305,7 @@ def test_unwritable_folders_are_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for command in ("quickstart", "tiny-target"):
         assert "--output-dir: cannot write to" in fails(capsys, command, "--output-dir", tmp_path / "file" / "below")
-    assert loading.ensure_writable(tmp_path / "a" / "b", "--output-dir").is_dir()
+    assert ensure_writable(tmp_path / "a" / "b", "--output-dir").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 

@@ -8,23 +8,11 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.models import (
-    MODEL_HELP,
-    STDLIB_PROMPT_TOKENS,
-    add_chat,
-    add_models,
-    check_needs,
-    check_not_negative,
-    check_options,
-    check_tokenizer,
-    ensure_file_writable,
-    load_drafter,
-    load_pair,
-    load_prompts,
-    read_prompts,
-)
+from ..data.files import ensure_file_writable
+from ..data.models import STDLIB_PROMPT_TOKENS, check_tokenizer, load_drafter, load_prompts, read_prompts
 from ..data.sources import DATA_HELP
 from ..serving import engine_bench
+from .options import MODEL_HELP, add_chat, add_models, check_needs, check_not_negative, check_options, load_pair
 
 if TYPE_CHECKING:
     from ..runtime.trace import GenerationTrace

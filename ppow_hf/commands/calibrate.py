@@ -9,17 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import write_whole
-from ..data.models import (
-    add_chat,
-    add_models,
-    check_drafts,
-    check_options,
-    ensure_writable,
-    load_drafter,
-    load_pair,
-    resolve,
-)
+from ..data.files import ensure_writable, write_whole
+from ..data.models import load_drafter, resolve
+from .options import add_models, add_prompts, check_drafts, check_options, load_pair
 from .windows import read_prompts_to_fit, workload_prompts
 
 if TYPE_CHECKING:
@@ -39,13 +31,7 @@ def register(subparsers: Any) -> None:
     )
     add_models(parser)
     parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="where to write the drafter")
-    parser.add_argument(
-        "--prompts",
-        default="stdlib",
-        metavar="DATA",
-        help="prompts as for `ppow bench`, that the drafter was not trained on (default: %(default)s)",
-    )
-    add_chat(parser)
+    add_prompts(parser, ", that the drafter was not trained on")
     parser.add_argument("--fit-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
     parser.add_argument(
         "--num-prompts", type=int, default=8, help="prompts after them to compare on (default: %(default)s)"

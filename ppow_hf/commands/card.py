@@ -6,7 +6,8 @@ Knows arguments and files; the text is in publish/model_card.py.
 import argparse
 from typing import Any
 
-from ..data.models import ensure_file_writable, resolve
+from ..data.files import ensure_file_writable
+from ..data.models import resolve
 from ..tiny import is_embedded
 
 

@@ -7,8 +7,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import write_whole
-from ..data.models import check_tokenizer, ensure_writable, load_drafter, load_target, load_tokenizer
+from ..data.files import ensure_writable, write_whole
+from ..data.models import check_tokenizer, load_drafter, load_target, load_tokenizer
+from .options import add_device
 
 if TYPE_CHECKING:
     from ..studies.configuration import CompareConfig
@@ -47,7 +48,7 @@ def register(subparsers: Any) -> None:
         help="only write mean.md: mean gains over these comparisons that are done, with commas between",
     )
     parser.add_argument("--report-only", action="store_true", help="only write the report from what is there")
-    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
+    add_device(parser, "the models")
     parser.set_defaults(run=run)
 
 

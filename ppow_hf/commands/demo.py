@@ -8,7 +8,7 @@ import os
 import socket
 from typing import Any
 
-from ..data.models import MODEL_HELP
+from .options import MODEL_HELP, NUMBER_FORMATS, add_device
 
 LAST_PORT = 65535
 
@@ -34,8 +34,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--compare", metavar="MODEL", help="a second drafter of the same target, such as the supervised one"
     )
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="number format")
-    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=NUMBER_FORMATS, help="number format")
+    add_device(parser, "the models")
     parser.add_argument("--host", help="address to serve on (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860)")
     parser.set_defaults(run=run)

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..data.models import add_models, check_fits, check_not_negative, check_options, check_seed, load_pair
+from .options import add_models, check_fits, check_not_negative, check_options, check_seed, load_pair
 
 if TYPE_CHECKING:
     from ..runtime.trace import GenerationTrace

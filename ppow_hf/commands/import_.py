@@ -7,7 +7,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..data.models import MODEL_HELP, ensure_writable, load_tokenizer, resolve
+from ..data.files import ensure_writable
+from ..data.models import load_tokenizer, resolve
+from .options import MODEL_HELP
 
 
 def register(subparsers: Any) -> None:

@@ -7,21 +7,10 @@ import argparse
 import json
 from typing import Any
 
-from ..data.models import (
-    STDLIB_PROMPT_TOKENS,
-    add_chat,
-    add_models,
-    check_drafts,
-    check_not_negative,
-    check_options,
-    ensure_file_writable,
-    load_drafter,
-    load_pair,
-    load_prompts,
-    load_target,
-    read_workloads,
-)
+from ..data.files import ensure_file_writable
+from ..data.models import STDLIB_PROMPT_TOKENS, load_drafter, load_prompts, load_target, read_workloads
 from ..data.sources import DATA_HELP
+from .options import add_chat, add_models, check_drafts, check_not_negative, check_options, load_pair
 
 PRINTED = ("workload", "temperature", "window", "acceptance_length", "acceptance_length_interval")
 

@@ -7,17 +7,9 @@ import argparse
 import json
 from typing import Any
 
-from ..data.files import write_whole
-from ..data.models import (
-    add_chat,
-    add_models,
-    check_fits,
-    check_options,
-    ensure_file_writable,
-    load_pair,
-    load_prompts,
-    read_prompts,
-)
+from ..data.files import ensure_file_writable, write_whole
+from ..data.models import load_prompts, read_prompts
+from .options import add_models, add_prompts, check_fits, check_options, load_pair
 
 UNTIMED = 3  # tokens beside a timed round's drafts: one of each round that reads the prompt, and its own last
 
@@ -31,13 +23,7 @@ def register(subparsers: Any) -> None:
         "draft steps and target forwards that such a round is made of; print the ratio.",
     )
     add_models(parser)
-    parser.add_argument(
-        "--prompts",
-        default="stdlib",
-        metavar="DATA",
-        help="prompts as for `ppow bench` (default: %(default)s)",
-    )
-    add_chat(parser)
+    add_prompts(parser)
     parser.add_argument("--num-prompts", type=int, default=4, help="prompts taken (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, help="tokens generated from each (default: %(default)s)"

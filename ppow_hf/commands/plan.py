@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from ..data.models import TARGET_HELP, check_options, load_config
+from ..data.models import default_device, load_config
+from .options import add_max_length, add_target, check_options
 
 MILLION = 10**6
 
@@ -16,16 +17,14 @@ def register(commands: Any) -> None:
         description="Compute parameters, peak memory of a training step, disk of recorded states and tokens per "
         "second from the target's configuration. No weights are read.",
     )
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
+    add_target(parser)
     parser.add_argument(
         "--architecture",
         choices=["eagle", "standalone"],
         default="eagle",
         help="of the drafter (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-length", "--max_length", type=int, default=256, help="tokens of a sequence (default: %(default)s)"
-    )
+    add_max_length(parser)
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that train together (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step on each (default: %(default)s)")
     parser.add_argument("--draft-vocab-size", type=int, help="reduced vocabulary of an eagle drafter")
@@ -81,7 +80,7 @@ def machine_of(arguments: argparse.Namespace, mixed: bool) -> Any:
     machine = Machine((arguments.teraflops or 0) * 1e12, (arguments.bandwidth or 0) * 1e9)
     if machine.flops and machine.bandwidth:
         return machine
-    measured = measure_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), mixed)
+    measured = measure_machine(torch.device(default_device()), mixed)
     return Machine(machine.flops or measured.flops, machine.bandwidth or measured.bandwidth)
 
 

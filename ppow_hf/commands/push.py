@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..data.models import ensure_writable, resolve
+from ..data.files import ensure_writable
+from ..data.models import resolve
 from .card import add_facts, facts
 
 

@@ -9,17 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data.models import (
-    TARGET_HELP,
-    check_options,
-    check_seed,
-    ensure_writable,
-    load_drafter,
-    load_target,
-    load_tokenizer,
-    prompt_room,
-)
+from ..data.files import ensure_writable
+from ..data.models import default_device, load_drafter, load_target, load_tokenizer, prompt_room
 from ..tiny import is_embedded
+from .options import TARGET_HELP, check_options, check_seed
 
 if TYPE_CHECKING:
     import torch
@@ -124,13 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(name: str) -> Any:
     """The target: the embedded one in float32, another in bfloat16 where this machine computes it faster."""
-    import torch
-
     from ..measure.costs import faster_dtype
 
     if is_embedded(name):
         return load_target(name, dtype="float32")
-    return load_target(name, dtype=faster_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+    return load_target(name, dtype=faster_dtype(default_device()))
 
 
 def _train(

@@ -8,18 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..data.models import (
-    TARGET_HELP,
-    check_needs,
-    check_options,
-    ensure_writable,
-    load_target,
-    load_tokenizer,
-    resolve,
-)
+from ..data.files import ensure_writable
+from ..data.models import default_device, load_target, load_tokenizer, resolve
 from ..data.sources import DATA_HELP, check_source
 from ..runtime.compatibility import num_layers
-from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
+from ..serving.vllm_runner import vllm_python
+from .options import (
+    add_device,
+    add_engine_python,
+    add_max_length,
+    add_target,
+    add_target_dtype,
+    check_needs,
+    check_options,
+)
 
 
 def register(commands: Any) -> None:
@@ -32,12 +34,10 @@ def register(commands: Any) -> None:
         "`ppow train --target_states FOLDER`; more texts are recorded into a folder of their own, and trained on with "
         "`--target_states FOLDER FOLDER2`.",
     )
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
+    add_target(parser)
     parser.add_argument("--data", required=True, metavar="DATA", help=f"training data as of ppow train: {DATA_HELP}")
     parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="folder to record into or to go on with")
-    parser.add_argument(
-        "--max-length", "--max_length", type=int, default=256, help="tokens of a sequence (default: %(default)s)"
-    )
+    add_max_length(parser)
     parser.add_argument(
         "--regenerate",
         choices=["true", "false"],
@@ -71,12 +71,7 @@ def register(commands: Any) -> None:
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     """The arguments that say by what, and on what, the target reads."""
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="number format of the target (default: on a CPU bfloat16 where this machine computes it faster, else "
-        "float32; on a GPU the model's own)",
-    )
+    add_target_dtype(parser)
     parser.add_argument(
         "--device-map",
         choices=["auto", "balanced", "sequential"],
@@ -87,17 +82,13 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         choices=["auto"],
         help="split the target over processes (tensor parallel): torchrun --nproc_per_node 8 -m ppow_hf.cli record",
     )
-    parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
+    add_device(parser, "the target")
     parser.add_argument(
         "--engine",
         choices=["vllm"],
         help="read the texts with this engine, in an environment of its own; the target is loaded on the CPU",
     )
-    parser.add_argument(
-        "--engine-python",
-        metavar="FILE",
-        help=f"the interpreter of the engine's own environment (default: ${PYTHON_VARIABLE})",
-    )
+    add_engine_python(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.engine:
         vllm_python(arguments.engine_python)
-    device = arguments.device or ("cpu" if arguments.engine else "cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or ("cpu" if arguments.engine else default_device())
     placement = chosen_placement(arguments)
     regenerate = None if arguments.regenerate is None else arguments.regenerate == "true"
     settings = PPOWTrainingArguments(

@@ -7,8 +7,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..data.models import MODEL_HELP, check_options, ensure_writable, load_target, load_tokenizer
+from ..data.files import ensure_writable
+from ..data.models import load_target, load_tokenizer
 from ..tiny import is_embedded
+from .options import MODEL_HELP, check_options
 
 
 def register(subparsers: Any) -> None:

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..data.models import check_options, ensure_writable
+from ..data.files import ensure_writable
 from ..tiny import EMBEDDED_DRAFTERS, drafter_path
 from . import bench, card, measure, windows
+from .options import check_options
 from .parsing import parse
 
 

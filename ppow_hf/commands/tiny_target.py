@@ -6,8 +6,10 @@ Knows arguments and files; the recipe is in tiny/recipe.py.
 import argparse
 from typing import Any
 
-from ..data.models import check_options, ensure_writable, load_tokenizer
+from ..data.files import ensure_writable
+from ..data.models import load_tokenizer
 from ..data.sources import split_column
+from .options import check_options
 
 
 def register(subparsers: Any) -> None:

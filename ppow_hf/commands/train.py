@@ -9,16 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.models import (
-    MODEL_HELP,
-    TARGET_HELP,
-    check_tokenizer,
-    ensure_writable,
-    load_drafter,
-    load_target,
-    load_tokenizer,
-)
+from ..data.files import ensure_writable
+from ..data.models import check_tokenizer, load_drafter, load_target, load_tokenizer
 from ..data.sources import check_source
+from .options import MODEL_HELP, TARGET_HELP
 
 if TYPE_CHECKING:
     from ..runtime.modeling_ppow import PPOWDrafter

@@ -8,17 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.models import (
-    add_chat,
-    add_models,
-    check_drafts,
-    check_not_negative,
-    check_options,
-    ensure_writable,
-    load_pair,
-    load_prompts,
-    read_workloads,
-)
+from ..data.files import ensure_writable
+from ..data.models import load_prompts, read_workloads
+from .options import add_chat, add_models, check_drafts, check_not_negative, check_options, load_pair
 
 if TYPE_CHECKING:
     import torch

@@ -6,21 +6,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..data.models import (
-    TARGET_HELP,
+from ..data.files import ensure_file_writable
+from ..data.models import check_device, default_device, load_config, load_target, load_tokenizer, resolve
+from ..data.sources import DATA_HELP, check_source
+from ..serving.vllm_runner import vllm_python
+from .options import (
     add_chat,
-    check_device,
+    add_device,
+    add_engine_python,
+    add_target,
+    add_target_dtype,
     check_needs,
     check_not_negative,
     check_options,
-    ensure_file_writable,
-    load_config,
-    load_target,
-    load_tokenizer,
-    resolve,
 )
-from ..data.sources import DATA_HELP, check_source
-from ..serving.vllm_runner import PYTHON_VARIABLE, vllm_python
 
 
 def register(commands: Any) -> None:
@@ -31,7 +30,7 @@ def register(commands: Any) -> None:
         description="The target completes prompts, or answers chats turn by turn; the rows are training data as they "
         "are. Run again with the same file, it goes on where it was.",
     )
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
+    add_target(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompts",
@@ -58,23 +57,14 @@ def register(commands: Any) -> None:
         "--batch-size", type=int, default=8, help="prompts of a batch, or requests to a server at once (default: 8)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="number format of the target (default: on a CPU bfloat16 where this machine computes it faster, else "
-        "float32; on a GPU the model's own)",
-    )
-    parser.add_argument("--device", help="device of the target (default: cuda where there is one, else cpu)")
+    add_target_dtype(parser)
+    add_device(parser, "the target")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--engine", choices=["vllm"], help="write with this engine, in an environment of its own")
     where.add_argument(
         "--server", metavar="URL", help="write with an OpenAI-compatible server; its key is read from OPENAI_API_KEY"
     )
-    parser.add_argument(
-        "--engine-python",
-        metavar="FILE",
-        help=f"the interpreter of the engine's own environment (default: ${PYTHON_VARIABLE})",
-    )
+    add_engine_python(parser)
     parser.set_defaults(run=run)
 
 
@@ -149,7 +139,7 @@ def _open_file(arguments: argparse.Namespace) -> Any:
         "seed": arguments.seed,
         "writer": "server" if arguments.server else arguments.engine or "transformers",
     }
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(arguments.device or default_device())
     return TextFile(Path(arguments.output), settings, describe(device, arguments.command))
 
 
@@ -161,14 +151,12 @@ def _show(bar: Any, count: int, of: int) -> None:
 
 def _writer(arguments: argparse.Namespace, tokenizer: Any, done: int, bar: Any) -> Any:
     """A context manager of what writes; vLLM's answers show on `bar` before their chunk is done."""
-    import torch
-
     from ..data.targets import end_token_ids
     from ..measure.costs import faster_dtype
     from ..serving import text_writers
 
     if arguments.engine is None and arguments.server is None:
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = arguments.device or default_device()
         target = load_target(arguments.target, "--target", arguments.dtype or faster_dtype(device), device)
         return nullcontext(
             text_writers.TransformersWriter(target, tokenizer, arguments.max_new_tokens, arguments.batch_size)

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and whether a folder can be written to."""
 
 import os
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -16,3 +17,30 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def ensure_writable(folder: str | Path, argument: str) -> Path:
+    """Make `folder` if need be and try to write in it, before any work is done.
+
+    Raises `ValueError` naming `argument` if that is not possible.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: cannot write to {str(folder)!r} ({error.strerror or error}). Pass a folder that can be "
+            "written to."
+        ) from error
+    return folder
+
+
+def ensure_file_writable(path: str, argument: str, ending: str = "") -> None:
+    """[`ensure_writable`] of the file's folder; `ValueError` if `path` is a folder itself, or has another ending."""
+    if Path(path).is_dir():
+        raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
+    if not path.endswith(ending):
+        raise ValueError(f"{argument}: {path!r} given; the name of a {ending} file is needed.")
+    ensure_writable(Path(path).parent, argument)

@@ -1,14 +1,11 @@
-"""What the command line is given as text, turned into models, tokenizers, prompts and folders, or into a clear error.
+"""Models, tokenizers and prompts by the names that a user types, or a clear error.
 
 Knows names, files and the embedded models; heavy libraries are imported inside the functions, so that help is quick.
 """
 
-import argparse
 import difflib
 import importlib.util
 import os
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,22 +19,6 @@ if TYPE_CHECKING:
     from ..runtime.modeling_ppow import PPOWDrafter
 
 STDLIB_PROMPT_TOKENS = 128
-LARGEST_SEED = 2**32 - 1  # numpy's, which `set_seed` sets too
-FEWEST_DRAFTED = 3  # new tokens: the first comes with the prompt, and a round's last is no draft
-MODEL_HELP = f"a folder, a name on the Hub, or an embedded model ({', '.join(EMBEDDED_NAMES)})"
-TARGET_HELP = f"{MODEL_HELP}, or a .gguf file (on the Hub: REPOSITORY:FILE.gguf)"
-
-
-def add_models(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name a target and a drafter."""
-    parser.add_argument("--target", required=True, metavar="MODEL", help=f"the target: {TARGET_HELP}")
-    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the drafter: {MODEL_HELP}")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="number format of the models (default: float32 on a CPU, the model's own on a GPU)",
-    )
-    parser.add_argument("--device", help="device of the models (default: cuda where there is one, else cpu)")
 
 
 def resolve(name: str) -> str:
@@ -197,11 +178,6 @@ def read_prompts(source: str, count: int, argument: str = "--num-prompts") -> Pr
     return Prompts(read_prompt_rows(source))
 
 
-def add_chat(parser: argparse.ArgumentParser) -> None:
-    """The argument by which [`load_prompts`] asks prompts as turns of a chat."""
-    parser.add_argument("--chat", action="store_true", help="ask each prompt as a user's turn of a chat")
-
-
 def load_prompts(
     prompts: str | Prompts, count: int, tokenizer: Any, target: Any, max_new_tokens: int, chat: bool = False
 ) -> list["torch.Tensor"]:
@@ -235,50 +211,6 @@ def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
     return row if "messages" in row or not text else {"messages": [{"role": "user", "content": text}]}
 
 
-def ensure_writable(folder: str | Path, argument: str) -> Path:
-    """Make `folder` if need be and try to write in it, before any work is done.
-
-    Raises `ValueError` naming `argument` if that is not possible.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{argument}: cannot write to {str(folder)!r} ({error.strerror or error}). Pass a folder that can be "
-            "written to."
-        ) from error
-    return folder
-
-
-def ensure_file_writable(path: str, argument: str, ending: str = "") -> None:
-    """[`ensure_writable`] of the file's folder; `ValueError` if `path` is a folder itself, or has another ending."""
-    if Path(path).is_dir():
-        raise ValueError(f"{argument}: {path!r} is a folder; pass the name of a file.")
-    if not path.endswith(ending):
-        raise ValueError(f"{argument}: {path!r} given; the name of a {ending} file is needed.")
-    ensure_writable(Path(path).parent, argument)
-
-
-def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any, "PPOWDrafter"]:
-    """Target, its tokenizer and the drafter that the arguments of [`add_models`] name."""
-    from ..runtime.target_weights import target_width
-
-    target = load_target(arguments.target, "--target", arguments.dtype, arguments.device)
-    tokenizer = load_tokenizer(arguments.target, "--target")
-    drafter = load_drafter(arguments.drafter, "--drafter", arguments.dtype, arguments.device)
-    check_tokenizer(drafter, tokenizer)
-    width = target_width(target)
-    if len(tokenizer) > width:
-        raise ValueError(
-            f"--target: its tokenizer has {len(tokenizer)} tokens and its logits only {width}. Use the tokenizer that "
-            "belongs to it."
-        )
-    return target, tokenizer, drafter
-
-
 def _load(
     auto_class: Any,
     name: str,
@@ -287,12 +219,11 @@ def _load(
     device: str | None,
     placement: dict[str, str] | None = None,
 ) -> Any:
-    import torch
 
     from ..runtime.modeling_ppow import loading_problems
 
     path, gguf = _existing(name, argument)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if not placement:
         check_device(device)
     if dtype is None:
@@ -357,6 +288,13 @@ def _dequantized(gguf: dict[str, str]) -> dict[str, Any]:
     return {"quantization_config": config(dequantize=True)} if gguf and config is not None else {}
 
 
+def default_device() -> str:
+    """Where models are loaded unless something else is asked for."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(device: str) -> None:
     """Raise `ValueError` for a device that torch does not know, or that this machine lacks."""
     import torch
@@ -367,57 +305,3 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {device!r} cannot be used: {brief(error)}") from error
-
-
-def check_positive(argument: str, value: float) -> None:
-    """Raise `ValueError` unless `value` is finite and above 0."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{argument}: {value} given; a finite number above 0 is needed.")
-
-
-def check_options(arguments: argparse.Namespace, *names: str) -> None:
-    """[`check_positive`] of the options with these names, of a list each value; one that was not given is left out."""
-    for name in names:
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [] if given is None else [given]:
-            check_positive(f"--{name.replace('_', '-')}", value)
-
-
-def check_not_negative(argument: str, values: Iterable[float]) -> None:
-    """Raise `ValueError` unless all `values` are finite and 0 or more."""
-    for value in values:
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{argument}: {value} given; 0 or a finite number above it is needed.")
-
-
-def check_seed(seed: int) -> None:
-    """Raise `ValueError` for a seed that the random generators do not take."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"--seed: {seed} given; a number from 0 to {LARGEST_SEED} is needed.")
-
-
-def check_drafts(max_new_tokens: int) -> None:
-    """Raise `ValueError` for so few tokens that nothing is drafted."""
-    if max_new_tokens < FEWEST_DRAFTED:
-        raise ValueError(
-            f"--max-new-tokens: {max_new_tokens} given, which leaves nothing to draft. Pass {FEWEST_DRAFTED} or more."
-        )
-
-
-def check_needs(arguments: argparse.Namespace, name: str, needed: str) -> None:
-    """Raise `ValueError` for an option that was given without the one that it goes with."""
-    if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
-        option, other = (f"--{one.replace('_', '-')}" for one in (name, needed))
-        raise ValueError(f"{option}: {getattr(arguments, name)!r} given without {other}. Give both, or neither.")
-
-
-def check_fits(argument: str, prompt_length: int, max_new_tokens: int, target: Any) -> None:
-    """Raise `ValueError` for an empty prompt, or one that leaves no room for `max_new_tokens` in the context."""
-    if prompt_length < 1:
-        raise ValueError(f"{argument}: it is empty; at least one token is needed to continue.")
-    context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt_length + max_new_tokens > context:
-        raise ValueError(
-            f"{argument}: {prompt_length} tokens and --max-new-tokens {max_new_tokens} are more than the target's "
-            f"context of {context}. Shorten the prompt, or generate fewer tokens."
-        )

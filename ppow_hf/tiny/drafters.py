@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..data.models import default_device
 from ..data.regeneration import regenerate
 from ..data.sequences import SequenceDataset, all_positions
 from ..measure import provenance
@@ -104,7 +105,7 @@ def train_stage(
         save_strategy="no",
         report_to=[],
         seed=seed,
-        bf16=bfloat16_pays("cuda" if torch.cuda.is_available() else "cpu"),
+        bf16=bfloat16_pays(default_device()),
         use_cpu=not torch.cuda.is_available(),
         chunk_size=512,  # at this vocabulary the fastest on a processor: a chunk stays in its cache
         **settings,

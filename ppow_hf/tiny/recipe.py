@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.models import default_device
 from ..measure.costs import bfloat16_pays
 from ..training.optimizers import Muon, muon_groups
 from .cards import write_target_card
@@ -260,7 +261,7 @@ def make_target(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     files = standard_library() if texts is None else texts
     held_in, held_out = held_in_and_out(files)
     tokenizer = tokenizer or train_tokenizer(files)
