@@ -22,11 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ppow_hf import PPOWDrafter
+from ppow_hf.data.files import ensure_writable
 from ppow_hf.data.sequences import SequenceDataset
 from ppow_hf.measure.evaluation import EVALUATION_METRICS
 from ppow_hf.training import PPOWTrainer, PPOWTrainingArguments, preparation
 from ppow_hf.training.batch_order import GroupedByLength, RepeatedBlocks
-from ppow_hf.training.checkpoints import check_complete, check_writable, last_complete_checkpoint
+from ppow_hf.training.checkpoints import check_complete, last_complete_checkpoint
 
 OBJECTIVES = ["supervised", "ppow"]
 EVERY_KIND = [(kind, objective) for kind in [*ARCHITECTURES, "confident"] for objective in OBJECTIVES]
@@ -764,7 +765,7 @@ def test_processes_that_check_one_output_directory_at_once_do_not_disturb_each_o
     def check():
         try:
             for _ in range(50):
-                check_writable(tmp_path)
+                ensure_writable(tmp_path, "output_dir")
         except ValueError as error:
             failures.append(error)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..data.models import resolve
-from ..data.weights import brief, file_damage, folder_damage
+from ..data.weights import brief, error_chain, file_damage, folder_damage
 from .typed import Typed, named_words
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,17 +99,10 @@ def _module(error: BaseException) -> str:
     return "safetensors" if kind.__name__ == "SafetensorError" else name.removeprefix("_")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        yield error
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-
-
 def _is_full(error: BaseException) -> bool:
     return any(
-        getattr(one, "errno", None) in FULL or any(text in str(one) for text in FULL_TEXTS) for one in _chain(error)
+        getattr(one, "errno", None) in FULL or any(text in str(one) for text in FULL_TEXTS)
+        for one in error_chain(error)
     )
 
 

@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and whether a folder can be written to."""
 
+import json
 import os
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: str | Path, content: str | bytes) -> Path:
@@ -17,6 +19,16 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file of a drafter's folder; raises `ValueError` naming it where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"folder: {path.name} in {str(path.parent)!r} is no JSON ({error}). Write it again, or remove it."
+        ) from error
 
 
 def ensure_writable(folder: str | Path, argument: str) -> Path:

@@ -1,4 +1,5 @@
-"""What lies in files of models, read without the weights: the header of safetensors, and what is damaged."""
+"""What lies in files of models, read without the weights: the header of safetensors, and what is damaged; and errors
+of other libraries, in short."""
 
 import json
 import re
@@ -66,6 +67,15 @@ def _json_damage(path: Path) -> str | None:
         return f"{path.name} is no JSON ({error}); write it again"
     wrong = path.name == "config.json" and not isinstance(content, dict)
     return f"config.json holds a {type(content).__name__}, not an object; write it again" if wrong else None
+
+
+def error_chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those that it came from, the first cause last."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def brief(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.weights import brief, safetensors_header
+from ..data.files import read_json
+from ..data.weights import brief, error_chain, safetensors_header
 from ..measure.provenance import public_name
 from ..measure.redaction import redact_record, redact_text
 from ..runtime.modeling_ppow import PPOWDrafter
@@ -351,16 +352,8 @@ def _made_all_the_same(
 # -- what went wrong
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
-
-
 def _response(error: BaseException) -> Any:
-    return next((r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None)
+    return next((r for e in error_chain(error) if (r := getattr(e, "response", None)) is not None), None)
 
 
 def _status(error: BaseException) -> int | None:
@@ -376,7 +369,7 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def _reason(error: BaseException) -> str:
-    deepest = next((e for e in _chain(error) if getattr(e, "response", None) is not None), _chain(error)[-1])
+    deepest = next((e for e in error_chain(error) if getattr(e, "response", None) is not None), error_chain(error)[-1])
     lines = [line.strip() for line in str(deepest).splitlines() if line.strip()]
     text = " ".join(lines[:3]) or type(deepest).__name__
     return text if text.endswith(".") else text + "."
@@ -385,7 +378,7 @@ def _reason(error: BaseException) -> str:
 def _remedy(error: BaseException, name: str) -> str:
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    status, numbers = _status(error), [getattr(e, "errno", None) for e in _chain(error)]
+    status, numbers = _status(error), [getattr(e, "errno", None) for e in error_chain(error)]
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
         return "The Hub does not accept the token: log in with `hf auth login`, or pass token=."
     if status == 403:
@@ -432,7 +425,7 @@ def _check_links(folder: Path) -> None:
 def _without_secrets(path: Path) -> bytes | Path:
     """The file, or its content without the secrets; weights, pictures and vocabularies are taken as they are."""
     if _matches(path.name, RECORDS):
-        record = _read_json(path)
+        record = read_json(path)
         redacted = redact_record(record)
         return path if redacted == record else _json(redacted)
     if path.name in TEXTS:
@@ -442,20 +435,11 @@ def _without_secrets(path: Path) -> bytes | Path:
     return path
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"folder: {path.name} in {str(path.parent)!r} is no JSON ({error}). Write it again, or remove it."
-        ) from error
-
-
 def _drafter_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"folder: {str(folder)!r} has no config.json. Pass one that save_pretrained wrote.")
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"folder: config.json in {str(folder)!r} holds a {type(config).__name__}, not an object.")
     if config.get("model_type") != "ppow_drafter":
@@ -490,7 +474,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _weight_files(index: Path) -> set[str]:
-    found = _read_json(index)
+    found = read_json(index)
     named = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"folder: {index.name} in {str(index.parent)!r} names no files. Save the drafter again.")

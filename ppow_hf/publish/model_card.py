@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import write_whole
+from ..data.files import read_json, write_whole
 from ..data.weights import safetensors_header
 from ..measure.provenance import is_hub_name, public_name
 from ..measure.redaction import redact_record
@@ -530,12 +530,7 @@ def _as_list(result: Any) -> list[dict[str, Any]]:
 def _read(path: Path, default: Any = None) -> Any:
     if default is not None and not path.is_file():
         return default
-    try:
-        record = redact_record(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"folder: {path.name} in {str(path.parent)!r} is no JSON ({error}). Write it again, or remove it."
-        ) from error
+    record = redact_record(read_json(path))
     if default is not None and not isinstance(record, type(default)):
         raise ValueError(
             f"folder: {path.name} in {str(path.parent)!r} holds a {type(record).__name__}, not a "

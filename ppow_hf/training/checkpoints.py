@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,19 +16,6 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "complete.json"
 STATE = "ppow_state.json"
-
-
-def check_writable(output_dir: str | Path) -> None:
-    """Raise `ValueError` when nothing can be written to `output_dir`, before any work is lost."""
-    path = Path(output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable"):  # several processes check at once
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: cannot write to {str(path)!r} ({error.strerror}). Name a folder that can be written."
-        ) from error
 
 
 def seal_checkpoint(staged: Path, final: Path) -> None:

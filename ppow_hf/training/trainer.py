@@ -32,6 +32,7 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
+from ..data.files import ensure_writable
 from ..data.sequences import SequenceDataset, collate_sequences, padded_to
 from ..data.targets import is_split
 from ..measure.calibration import calibrate
@@ -47,7 +48,6 @@ from .checkpoints import (
     STATE,
     check_complete,
     check_resumable,
-    check_writable,
     last_complete_checkpoint,
     seal_checkpoint,
 )
@@ -157,7 +157,7 @@ class PPOWTrainer(Trainer):
         check_supported(kwargs)
         check_evaluation(args, eval_dataset)
         check_libraries(args, model)
-        check_writable(args.output_dir)
+        ensure_writable(args.output_dir, "output_dir")
         check_hub_strategy(args)
         use_one_device(args)
         self.target_model: Any = target_model
