@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from .block_formats import DFLASH, DSPARK, SPECULATORS_DSPARK, block_shapes
-from .checkpoint import read_config, read_tensors, tensor_problems, vocabulary_problems
+from .checkpoint import Checkpoint, check_fields, named_target, read_config, read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -38,39 +37,19 @@ BLOCK_ARCHITECTURES = (DFLASH, DSPARK, SPECULATORS_DSPARK)
 
 
 @dataclass
-class BlockCheckpoint:
-    """What [`read_block`] found.
+class BlockCheckpoint(Checkpoint):
+    """What [`read_block`] found; `fields` are those of Qwen3.
 
     Args:
-        config (`dict`): config.json as it stands.
-        fields (`dict`): its Qwen3 fields.
-        tensors (`dict[str, torch.Tensor]`): all tensors by the names in the files.
-        speculators (`bool`): whether it is in speculators' format.
-        layer_ids (`list[int]`, *optional*): the target's states read, counted as transformers' `hidden_states`.
         mask_token_id, block_size, markov_rank, confidence_head, sample_from_anchor:
             As [`PPOWDrafterConfig`] means them, but for `block_size`, the published one.
-        target_name (`str`, *optional*): the target it names.
     """
 
-    config: dict[str, Any]
-    fields: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    speculators: bool
-    layer_ids: list[int] | None
     mask_token_id: int | None
     block_size: int | None
     markov_rank: int
     confidence_head: bool
     sample_from_anchor: bool
-    target_name: str | None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.fields["vocab_size"]
-
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.config.get("draft_vocab_size") or self.vocab_size
 
     @property
     def drafted(self) -> int:
@@ -81,9 +60,7 @@ class BlockCheckpoint:
         """Each way in which this is not a checkpoint that engines serve as it was trained; empty if none."""
         expected = block_shapes(self.fields, self.draft_vocab_size, self.markov_rank, self.confidence_head)
         optional = OPTIONAL_TENSORS if self.draft_vocab_size == self.vocab_size else ("embed_tokens.weight", "t2d")
-        whole = self.draft_vocab_size == self.vocab_size
-        found = tensor_problems(self.tensors, expected, optional, "DFlash or DSpark", whole)
-        return [*self._config_problems(), *found, *vocabulary_problems(self.tensors, self.vocab_size)]
+        return [*self._config_problems(), *self.tensor_problems(expected, optional, "DFlash or DSpark")]
 
     def _config_problems(self) -> list[str]:
         found = []
@@ -103,9 +80,6 @@ class BlockCheckpoint:
         ids = self.layer_ids
         if not ids or list(ids) != sorted(set(ids)) or min(ids) < 1:
             found.append(f"target_layer_ids: {ids} as hidden_states, where ascending ids from 1 on are needed")
-        states = self.tensors.get("fc.weight")
-        if ids and states is not None and states.shape[-1] % len(ids):
-            found.append(f"fc.weight: {states.shape[-1]} columns for the states of {len(ids)} layers")
         return found
 
 
@@ -138,19 +112,14 @@ def read_block(folder: str | Path, argument: str = "checkpoint") -> BlockCheckpo
     speculators = "speculators_model_type" in config
     fields = (config.get("transformer_layer_config") or {}) if speculators else config
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    missing = [name for name in needed if not isinstance(fields.get(name), int)]
-    if missing:
-        raise ValueError(f"{argument}: config.json of {str(folder)!r} lacks {', '.join(missing)}.")
+    check_fields(folder, fields, needed, argument)
     if speculators:
         is_dspark = config["speculators_model_type"] == "dspark"
-    else:
-        is_dspark = DFLASH not in config["architectures"]
-    if speculators:
         ids = config.get("aux_hidden_state_layer_ids")
     else:
+        is_dspark = DFLASH not in config["architectures"]
         ids = _looked_up(config, fields, "target_layer_ids")
         ids = None if ids is None else [layer + 1 for layer in ids]
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     from_anchor = _looked_up(config, fields, "sample_from_anchor")
     if from_anchor is None and is_dspark:
         logger.warning(
@@ -162,12 +131,11 @@ def read_block(folder: str | Path, argument: str = "checkpoint") -> BlockCheckpo
         config=config,
         fields=fields,
         tensors=read_tensors(folder, argument),
-        speculators=speculators,
         layer_ids=None if ids is None else [int(layer) for layer in ids],
         mask_token_id=_looked_up(config, fields, "mask_token_id"),
         block_size=_looked_up(config, fields, "block_size"),
         markov_rank=int(_looked_up(config, fields, "markov_rank") or 0) if is_dspark else 0,
         confidence_head=bool(_looked_up(config, fields, "enable_confidence_head")) and is_dspark,
         sample_from_anchor=is_dspark if from_anchor is None else bool(from_anchor),
-        target_name=verifier.get("name_or_path"),
+        target_name=named_target(config),
     )

@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 
-from .formats import SPECULATORS_VERSION, named_tensors, portable_rope
+from .formats import SPECULATORS_VERSION, layer_config, named_tensors, proposal_config
 
 DFLASH, DSPARK = "DFlashDraftModel", "Qwen3DSparkModel"
 SPECULATORS_DSPARK = "DSparkDraftModel"  # speculators calls its DFlash class as its authors do
-LAYER_FIELDS = (
-    *("attention_bias", "attention_dropout", "head_dim", "hidden_act", "hidden_size", "initializer_range"),
-    *("intermediate_size", "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
-    *("num_key_value_heads", "rms_norm_eps", "sliding_window", "use_sliding_window"),
-)
+QWEN3_FIELDS = ("attention_dropout", "layer_types", "sliding_window", "use_sliding_window")
 
 
 def is_dspark(drafter: Any) -> bool:
@@ -85,22 +81,6 @@ def block_tensors(drafter: Any, embeddings: bool = True) -> dict[str, torch.Tens
     return tensors
 
 
-def qwen3_fields(drafter: Any) -> dict[str, Any]:
-    """config.json's fields of the drafter's layers."""
-    config, draft = drafter.config, drafter.config.draft_config
-    fields = {name: getattr(draft, name) for name in LAYER_FIELDS}
-    fields |= {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    fields |= {
-        "model_type": "qwen3",
-        "rope_parameters": dict(draft.rope_parameters),
-        "tie_word_embeddings": False,
-        "torch_dtype": str(drafter.dtype).removeprefix("torch."),
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
-    }
-    return portable_rope(fields)
-
-
 def dspark_fields(drafter: Any) -> dict[str, Any]:
     """The fields of DSpark's heads, as both formats hold them."""
     config = drafter.config
@@ -118,7 +98,7 @@ def native_config(drafter: Any, target_config: Any = None) -> dict[str, Any]:
     config = drafter.config
     block = {"mask_token_id": config.mask_token_id, "target_layer_ids": [i - 1 for i in config.target_layer_ids]}
     fields = {
-        **qwen3_fields(drafter),
+        **layer_config(drafter, QWEN3_FIELDS),
         "architectures": [DSPARK if is_dspark(drafter) else DFLASH],
         "block_size": published_block_size(drafter),
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
@@ -135,7 +115,6 @@ def speculators_block_config(
     """config.json of speculators; the verifier is the target, found by its name or folder."""
     config = drafter.config
     hidden, algorithm = config.target_hidden_size, "dspark" if is_dspark(drafter) else "dflash"
-    proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
     return {
         "architectures": [SPECULATORS_DSPARK if is_dspark(drafter) else DFLASH],
         "speculators_model_type": algorithm,
@@ -149,12 +128,7 @@ def speculators_block_config(
         "sliding_window_non_causal": True,  # vLLM 0.32 makes every layer causal otherwise
         "target_hidden_size": None if hidden in (None, config.draft_config.hidden_size) else hidden,
         "tie_word_embeddings": False,
-        "transformer_layer_config": qwen3_fields(drafter),
+        "transformer_layer_config": layer_config(drafter, QWEN3_FIELDS),
         **(dspark_fields(drafter) if is_dspark(drafter) else {}),
-        "speculators_config": {
-            "algorithm": algorithm,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": target_name, "architectures": target_architectures},
-        },
+        "speculators_config": proposal_config(algorithm, target_name, target_architectures, speculative_tokens),
     }

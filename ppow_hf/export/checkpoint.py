@@ -1,4 +1,4 @@
-"""An EAGLE-3 checkpoint on disk, of either format, and everything that can be wrong with it.
+"""A published checkpoint on disk, an EAGLE-3 one of either format, and everything that can be wrong with it.
 
 The one reader behind both the export, which checks what it wrote, and the import of what others published. Knows
 files and formats; knows nothing about drafters.
@@ -6,6 +6,7 @@ files and formats; knows nothing about drafters.
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,17 @@ UNKNOWN_VARIANTS = ("fc_norm", "attention_bias", "mlp_bias")
 
 
 @dataclass
-class Eagle3Checkpoint:
-    """What [`read_eagle3`] found.
+class Checkpoint:
+    """What published checkpoints have in common.
 
     Args:
-        format (`str`): `"eagle3"` (format A) or `"speculators"` (format B).
         config (`dict`): config.json as it stands.
-        fields (`dict`): its part about the one layer.
+        fields (`dict`): its part about the layers.
         tensors (`dict[str, torch.Tensor]`): all tensors by the names in the files.
         layer_ids (`list[int]`, *optional*): the target's states read, counted as transformers' `hidden_states`.
         target_name (`str`, *optional*): the target it names.
     """
 
-    format: str
     config: dict[str, Any]
     fields: dict[str, Any]
     tensors: dict[str, torch.Tensor]
@@ -49,6 +48,24 @@ class Eagle3Checkpoint:
     def draft_vocab_size(self) -> int:
         return self.config.get("draft_vocab_size") or self.vocab_size
 
+    def tensor_problems(
+        self, expected: dict[str, tuple[int | None, ...]], optional: tuple[str, ...], kind: str
+    ) -> list[str]:
+        """What is wrong with the tensors, of which the `expected` names and shapes are needed but for `optional`."""
+        whole = self.draft_vocab_size == self.vocab_size
+        found = tensor_problems(self.tensors, expected, optional, kind, whole)
+        states = self.tensors.get("fc.weight")
+        if self.layer_ids and states is not None and states.shape[-1] % len(self.layer_ids):
+            found.append(f"fc.weight: {states.shape[-1]} columns for the states of {len(self.layer_ids)} layers")
+        return found + vocabulary_problems(self.tensors, self.vocab_size)
+
+
+@dataclass
+class Eagle3Checkpoint(Checkpoint):
+    """What [`read_eagle3`] found: `format` is `"eagle3"` (format A) or `"speculators"` (format B)."""
+
+    format: str
+
     @property
     def norms(self) -> dict[str, bool]:
         """Which of speculators' norms it has."""
@@ -57,7 +74,9 @@ class Eagle3Checkpoint:
 
     def problems(self) -> list[str]:
         """Each way in which this is not an EAGLE-3 checkpoint that engines serve as it was trained; empty if none."""
-        return [*self._config_problems(), *self._tensor_problems(), *self._vocabulary_problems()]
+        layer = LAYER_NAMES[self.format]
+        expected = eagle3_shapes(self.fields, self.draft_vocab_size, layer, self.norms["norm_before_fc"])
+        return [*self._config_problems(), *self.tensor_problems(expected, OPTIONAL_TENSORS, "EAGLE-3")]
 
     def _config_problems(self) -> list[str]:
         found = []
@@ -77,19 +96,6 @@ class Eagle3Checkpoint:
             if inner is not None and outer is not None and list(inner) != [layer - 1 for layer in outer]:
                 found.append(f"eagle_config: its layer ids {inner} are not the outer ones {outer} less one")
         return found
-
-    def _tensor_problems(self) -> list[str]:
-        layer = LAYER_NAMES[self.format]
-        expected = eagle3_shapes(self.fields, self.draft_vocab_size, layer, self.norms["norm_before_fc"])
-        whole = self.draft_vocab_size == self.vocab_size
-        found = tensor_problems(self.tensors, expected, OPTIONAL_TENSORS, "EAGLE-3", whole)
-        states = self.tensors.get("fc.weight")
-        if self.layer_ids and states is not None and states.shape[-1] % len(self.layer_ids):
-            found.append(f"fc.weight: {states.shape[-1]} columns for the states of {len(self.layer_ids)} layers")
-        return found
-
-    def _vocabulary_problems(self) -> list[str]:
-        return vocabulary_problems(self.tensors, self.vocab_size)
 
 
 def tensor_problems(
@@ -157,6 +163,18 @@ def read_config(folder: Path, argument: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def check_fields(folder: Path, fields: dict[str, Any], needed: Sequence[str], argument: str) -> None:
+    """Raise `ValueError` naming `argument` where one of the `needed` numbers is not in config.json."""
+    missing = [name for name in needed if not isinstance(fields.get(name), int)]
+    if missing:
+        raise ValueError(f"{argument}: config.json of {str(folder)!r} lacks {', '.join(missing)}.")
+
+
+def named_target(config: dict[str, Any]) -> str | None:
+    """The target that a config.json of speculators names."""
+    return ((config.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
+
+
 def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Checkpoint:
     """Read config.json and all tensors of an EAGLE-3 checkpoint of either format.
 
@@ -175,21 +193,18 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
             f"Accepted are {EAGLE3_ARCHITECTURE} (as its authors publish) and speculators' {SPECULATORS_ARCHITECTURE}."
         )
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [name for name in needed if not isinstance(fields.get(name), int)]
-    if missing:
-        raise ValueError(f"{argument}: config.json of {str(folder)!r} lacks {', '.join(missing)}.")
+    check_fields(folder, fields, needed, argument)
     ids = config.get("eagle_aux_hidden_state_layer_ids")
     inner = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if ids is None and inner is not None:  # SGLang's way to count: the layer after whose output a state is taken
         ids = [layer + 1 for layer in inner]
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     return Eagle3Checkpoint(
         format=kind,
         config=config,
         fields=fields,
         tensors=read_tensors(folder, argument),
         layer_ids=None if ids is None else [int(layer) for layer in ids],
-        target_name=verifier.get("name_or_path"),
+        target_name=named_target(config),
     )
 
 

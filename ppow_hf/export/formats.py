@@ -8,6 +8,7 @@ read by vLLM and SGLang; *format B* is speculators' (`Eagle3DraftModel`, layer c
 """
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from ..runtime.draft_models import scaled_states
 EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 SPECULATORS_ARCHITECTURE = "Eagle3DraftModel"
 SPECULATORS_VERSION = "0.9.0"  # the version whose classes and converter load what is written here
+LAYER_FIELDS = (
+    *("attention_bias", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
+    *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"),
+)
 LAYER_NAMES = {"eagle3": "midlayer.", "speculators": "layers.0."}
 
 
@@ -119,27 +124,13 @@ def portable_rope(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "rope_theta": parameters["rope_theta"]} | ({"rope_scaling": scaling} if scaled else {})
 
 
-def layer_config(drafter: Any) -> dict[str, Any]:
-    """config.json's fields of an eagle drafter's one Llama layer, as both EAGLE-3 formats hold them."""
+def layer_config(drafter: Any, own_names: Sequence[str]) -> dict[str, Any]:
+    """config.json's fields of a drafter's layers, `own_names` being those of their family alone."""
     config, draft = drafter.config, drafter.config.draft_config
-    names = (
-        "attention_bias",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
-        "max_position_embeddings",
-        "mlp_bias",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rms_norm_eps",
-    )
-    fields = {name: getattr(draft, name) for name in names}
+    fields = {name: getattr(draft, name) for name in (*LAYER_FIELDS, *own_names)}
     fields |= {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     fields |= {
-        "model_type": "llama",
-        "num_hidden_layers": 1,
+        "model_type": draft.model_type,
         "rope_parameters": dict(draft.rope_parameters),
         "tie_word_embeddings": False,
         "torch_dtype": str(drafter.dtype).removeprefix("torch."),
@@ -159,7 +150,7 @@ def eagle3_config(drafter: Any) -> dict[str, Any]:
     ids = list(config.target_layer_ids)
     return {
         "architectures": [EAGLE3_ARCHITECTURE],
-        **layer_config(drafter),
+        **layer_config(drafter, ["mlp_bias"]),
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "target_hidden_size": config.target_hidden_size or config.draft_config.hidden_size,
         "norm_before_residual": False,
@@ -184,20 +175,21 @@ def speculators_config(
         "target_hidden_size": None if hidden == config.draft_config.hidden_size else hidden,
         **{name: getattr(config, name) for name in EAGLE_NORMS},
         "eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids),
-        "transformer_layer_config": layer_config(drafter),
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": speculative_tokens,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "verifier": {"name_or_path": target_name, "architectures": target_architectures},
-        },
+        "transformer_layer_config": layer_config(drafter, ["mlp_bias"]),
+        "speculators_config": proposal_config("eagle3", target_name, target_architectures, speculative_tokens),
+    }
+
+
+def proposal_config(
+    algorithm: str, target_name: str, target_architectures: list[str], speculative_tokens: int
+) -> dict[str, Any]:
+    """How speculators' drafter is used, and of which target."""
+    proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
+    return {
+        "algorithm": algorithm,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
+        "verifier": {"name_or_path": target_name, "architectures": target_architectures},
     }
 
 

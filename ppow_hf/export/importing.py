@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..data.models import resolve
 from ..data.weights import brief
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter
-from ..tiny import embedded_path, is_embedded
 from .block_checkpoint import BlockCheckpoint, is_block_config, read_block
 from .checkpoint import Eagle3Checkpoint, read_config, read_eagle3
 from .formats import drafter_state
@@ -126,8 +126,7 @@ def _target_config(target: Any) -> Any:
     if target is None:
         return None
     if isinstance(target, str | Path):
-        name = str(target)
-        return AutoConfig.from_pretrained(embedded_path(name) if is_embedded(name) else name).get_text_config()
+        return AutoConfig.from_pretrained(resolve(str(target))).get_text_config()
     return target.config.get_text_config()
 
 
@@ -159,9 +158,8 @@ def _target_embeddings(target: Any, found: Eagle3Checkpoint) -> torch.Tensor:
         from transformers import AutoModelForCausalLM
 
         name = str(target)
-        path = embedded_path(name) if is_embedded(name) else name
         try:
-            target = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            target = AutoModelForCausalLM.from_pretrained(resolve(name), dtype="auto")
         except ValueError as error:
             raise ValueError(
                 f"target: {name!r} is not loaded as a causal language model ({brief(error)}). Load it with a class of "

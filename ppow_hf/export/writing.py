@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..data.models import resolve
 from ..measure.provenance import public_name
 from ..runtime.configuration_ppow import EAGLE_NORMS
 from ..runtime.modeling_ppow import PPOWDrafter
-from ..tiny import is_embedded, target_path
+from ..tiny import is_embedded
 from .block_checkpoint import read_block
 from .block_formats import block_tensors, is_dspark, native_config, speculators_block_config
 from .checkpoint import read_eagle3
@@ -246,7 +247,7 @@ def _target_config(target: Any, name: str | None) -> Any:
         return target.config
     if name is None:
         return None
-    folder = Path(target_path(name) if is_embedded(name) else name).expanduser()
+    folder = Path(resolve(name))
     if not (folder / "config.json").is_file():
         return None  # a name on the Hub: nothing is fetched for a check
     from transformers import AutoConfig
@@ -358,27 +359,14 @@ def _write_eagle3(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[s
     problems = found.problems()
     if found.layer_ids is None:
         problems.append("eagle_aux_hidden_state_layer_ids: missing")
-    if found.tensors.keys() != tensors.keys():
-        problems.append(f"tensors: {sorted(found.tensors.keys() ^ tensors.keys())} differ from what was written")
-    problems += [
-        f"{name}: reads back as other numbers"
-        for name in found.tensors.keys() & tensors.keys()
-        if not torch.equal(found.tensors[name], tensors[name])
-    ]
-    _raise_problems(problems)
+    _raise_problems(problems + _differences(found.tensors, tensors))
 
 
 def _write_block(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any], drafter: PPOWDrafter) -> None:
     _save(folder, tensors, fields)
     found = read_block(folder, "output_dir")
-    problems, config = found.problems(), drafter.config
-    if found.tensors.keys() != tensors.keys():
-        problems.append(f"tensors: {sorted(found.tensors.keys() ^ tensors.keys())} differ from what was written")
-    problems += [
-        f"{name}: reads back as other numbers"
-        for name in found.tensors.keys() & tensors.keys()
-        if not torch.equal(found.tensors[name], tensors[name])
-    ]
+    config = drafter.config
+    problems = found.problems() + _differences(found.tensors, tensors)
     wanted = {
         "target_layer_ids": (found.layer_ids, config.target_layer_ids),
         "block_size": (found.drafted, config.longest_window),
@@ -452,6 +440,16 @@ def _write_gguf(
     if drafter.config.architecture == "standalone":
         return write_causal_lm(path, drafter.draft_model.model, tokenizer, gguf_dtype)
     return write_eagle3(path, drafter, tokenizer, gguf_dtype, embeddings)
+
+
+def _differences(found: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> list[str]:
+    """In what tensors that were read back are not those that were written."""
+    names = [f"tensors: {sorted(found.keys() ^ written.keys())} differ from what was written"]
+    return (names if found.keys() != written.keys() else []) + [
+        f"{name}: reads back as other numbers"
+        for name in found.keys() & written.keys()
+        if not torch.equal(found[name], written[name])
+    ]
 
 
 def _raise_problems(problems: list[str]) -> None:
