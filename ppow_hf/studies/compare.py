@@ -37,10 +37,11 @@ from .configuration import (
     read_results,
     run_arguments,
 )
-from .evaluation import EvaluationTexts, chain_names, evaluate_drafter, longest_window, mean_gain, target_entropy
+from .evaluation import EvaluationTexts, chain_names, evaluate_drafter, gain_over_start, longest_window, target_entropy
 from .report import write_report
 from .texts import SPLITS, evaluation_texts, training_text
 
+START_FACTS: dict[str, Any] = {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}
 TRAINING = "training"  # in the folder of the start or of a run, until it is done
 
 # -- one run
@@ -196,7 +197,7 @@ class Comparison:
             self.data = training_text(self.config, self.folder, self.target, self.tokenizer)
         self.texts = evaluation_texts(self.config, self.folder, self.target, self.tokenizer)
         start = self._start()
-        self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[0])
+        self._evaluate_once(start, START_FACTS, SPLITS[0])
         chosen: list[dict[str, Any]] = []
         for kind, amount in self.config.budgets.items():
             budget = {"kind": kind, "amount": amount}
@@ -211,7 +212,7 @@ class Comparison:
                 ]
                 self._forget([line for line in tried if line is not best])
         # The test split is read here for the first time, when nothing is left to choose.
-        self._evaluate_once(start, {"recipe": "start", "seed": None, "budget": None, "learning_rate": None}, SPLITS[1])
+        self._evaluate_once(start, START_FACTS, SPLITS[1])
         for line in chosen:
             self._test(line)
         write_report(self.folder)
@@ -293,7 +294,7 @@ class Comparison:
             return done
         folder = self._run_folder(facts)
         drafter = PPOWDrafter.from_pretrained(self.folder / "start", dtype=torch.float32).to(self.target.device)
-        settings = {k: v for k, v in self.config.recipes[recipe].items() if k != "learning_rates"}
+        settings = self.config.own_settings(recipe)
         data = self.data
         if "regenerate_temperature" in settings:
             temperature = settings["regenerate_temperature"]
@@ -318,17 +319,16 @@ class Comparison:
         facts = {name: line[name] for name in ("recipe", "seed", "budget", "learning_rate")}
         if self._line(facts, SPLITS[1]) is None:
             drafter = PPOWDrafter.from_pretrained(self._run_folder(facts), dtype=torch.float32)
-            self._evaluate_once(drafter.to(self.target.device), facts, SPLITS[1], fit=line["fit"])
+            self._evaluate_once(drafter.to(self.target.device), facts, SPLITS[1])
 
     def _evaluate_once(
-        self, drafter: PPOWDrafter, facts: dict[str, Any], split: str, training: dict | None = None, fit: Any = None
+        self, drafter: PPOWDrafter, facts: dict[str, Any], split: str, training: dict | None = None
     ) -> dict[str, Any]:
         done = self._line(facts, split)
         if done is not None:
             return done
-        if fit is None and split == SPLITS[1]:
-            validation = self._line(facts, SPLITS[0])
-            fit = None if validation is None else validation["fit"]
+        validation = self._line(facts, SPLITS[0])  # whose fit the test split takes
+        fit = None if validation is None else validation["fit"]
         groups, ratios, trees = self.config.groups, self.config.cost_ratios, self.config.tree_nodes
         if split == SPLITS[0]:  # what chooses, and the group that stands in the first table
             names, middle = self.config.select_by, groups[len(groups) // 2 : len(groups) // 2 + 1]
@@ -362,7 +362,7 @@ class Comparison:
     def _gain(self, line: dict[str, Any]) -> float:
         start = self._line({"recipe": "start"}, SPLITS[0])
         assert start is not None
-        return mean_gain(line, start, self.config.select_by)
+        return gain_over_start(line, start, self.config.select_by)
 
     def _run_folder(self, facts: dict[str, Any]) -> Path:
         return self.folder / "runs" / _label(facts)

@@ -125,8 +125,11 @@ class CompareConfig:
 
     def recipe_settings(self, name: str) -> dict[str, Any]:
         """Training arguments of a recipe, with `later`."""
-        own = {key: value for key, value in self.recipes[name].items() if key != "learning_rates"}
-        return {**self.training, **own}
+        return {**self.training, **self.own_settings(name)}
+
+    def own_settings(self, name: str) -> dict[str, Any]:
+        """Those that are the recipe's alone."""
+        return {key: value for key, value in self.recipes[name].items() if key != "learning_rates"}
 
     def learning_rates_of(self, name: str) -> list[float]:
         """The learning rates among which a recipe's is chosen."""

@@ -198,7 +198,7 @@ def chain_names(window: int) -> list[str]:
     return [f"chain_t{t}_k{length}" for t in (0, 1) for length in chain_lengths(window)] + [f"greedy_t1_k{window}"]
 
 
-def mean_gain(line: Mapping[str, Any], start: Mapping[str, Any], names: Sequence[str]) -> float:
+def gain_over_start(line: Mapping[str, Any], start: Mapping[str, Any], names: Sequence[str]) -> float:
     """Mean over the metrics `names` of a line's value over the start's: by this a learning rate is chosen."""
     return sum(line["metrics"][name] / start["metrics"][name] for name in names) / len(names)
 

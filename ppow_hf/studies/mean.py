@@ -12,16 +12,13 @@ from .configuration import BUDGET_UNITS
 from .report import RESAMPLES, WANTED, Report, gain_samples, markdown, metric_title, value, values_of
 
 
-def mean_gain(
-    pairs: Sequence[numpy.ndarray], against: Sequence[numpy.ndarray], resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
+def mean_gain(pairs: Sequence[numpy.ndarray], against: Sequence[numpy.ndarray]) -> tuple[float, float, float]:
     """Mean over comparisons of the relative gain of `pairs` over `against`, and its 95% interval.
 
-    Each comparison weighs the same; its prompts and seeds are drawn by themselves, see
-    [`paired_gain`].
+    Each comparison weighs the same; its prompts and seeds are drawn by themselves, see [`paired_gain`].
     """
     both = list(zip(pairs, against, strict=True))
-    drawn = [gain_samples(*part, resamples, seed + number) for number, part in enumerate(both)]
+    drawn = [gain_samples(*part, RESAMPLES, number) for number, part in enumerate(both)]
     low, high = numpy.percentile(numpy.mean(drawn, axis=0), [2.5, 97.5])
     return float(numpy.mean([value(own) / value(other) - 1 for own, other in both])), float(low), float(high)
 

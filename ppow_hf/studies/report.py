@@ -13,7 +13,7 @@ import numpy
 
 from ..measure.plots import plot_curves
 from .configuration import BUDGET_UNITS, RESULTS, START, START_UNITS, read_results
-from .evaluation import mean_gain
+from .evaluation import gain_over_start
 
 LOOPING = 0.2  # share of repeated 8-grams from which on a text counts as looping
 RESAMPLES = 2000
@@ -107,9 +107,8 @@ class Report:
         another one before more rates were tried.
         """
         of_recipe: dict[str, list[Line]] = {}
-        for line in self.lines:
-            if line["budget"] is not None and line["budget"]["kind"] == budget:
-                of_recipe.setdefault(line["recipe"], []).append(line)
+        for line in self._under(budget):
+            of_recipe.setdefault(line["recipe"], []).append(line)
         found = {}
         for recipe, lines in of_recipe.items():
             ours = [line for line in lines if line["split"] == self.split]
@@ -123,19 +122,23 @@ class Report:
                 found[recipe] = ours
         return found
 
+    def _under(self, budget: str, split: str | None = None) -> list[Line]:
+        """The lines of runs under one budget, those of one split where it is given."""
+        runs = [line for line in self.lines if line["budget"] is not None and line["budget"]["kind"] == budget]
+        return [line for line in runs if split in (None, line["split"])]
+
     def _gain(self, line: Line) -> float:
         start = next(x for x in self.lines if x["recipe"] == "start" and x["split"] == "validation")
-        return mean_gain(line, start, self.config["select_by"])
+        return gain_over_start(line, start, self.config["select_by"])
 
     def best_baseline(self, budget: str, metric: str) -> str | None:
         """The baseline that was best on validation; the test split has no part in the choice."""
         rates = {recipe: lines[0]["learning_rate"] for recipe, lines in self.runs(budget).items()}
         scores: dict[str, list[float]] = {}
-        for line in self.lines:
-            if line["split"] == "validation" and line["budget"] is not None and line["budget"]["kind"] == budget:
-                recipe = line["recipe"]
-                if recipe in self.config["baselines"] and line["learning_rate"] == rates.get(recipe):
-                    scores.setdefault(recipe, []).append(line["metrics"][metric])
+        for line in self._under(budget, "validation"):
+            recipe = line["recipe"]
+            if recipe in self.config["baselines"] and line["learning_rate"] == rates.get(recipe):
+                scores.setdefault(recipe, []).append(line["metrics"][metric])
         return max(scores, key=lambda recipe: numpy.mean(scores[recipe]), default=None)
 
     # -- tables
@@ -172,8 +175,8 @@ class Report:
         header = ["recipe", "target-forward tokens", "seconds", "steps", "drafter's entropy", "KL", "calibration"]
         rows = []
         training = {}
-        for line in self.lines:
-            if "training" in line and line["budget"]["kind"] == budget:
+        for line in self._under(budget):
+            if "training" in line:
                 training[line["recipe"], line["learning_rate"], line["seed"]] = line["training"]
         for recipe, lines in {"start": self.begin, **self.runs(budget)}.items():
             spent = [training[recipe, x["learning_rate"], x["seed"]] for x in lines if x["budget"] is not None]
@@ -209,14 +212,11 @@ class Report:
         others = [recipe for recipe in runs if recipe not in (*self.config["baselines"], self.config["reference"])]
         if not others:
             return []
-        validation = [
-            line for line in self.lines
-            if line["split"] == "validation" and line["budget"] is not None and line["budget"]["kind"] == budget
-        ]  # fmt: skip
 
         def score(recipe: str) -> float:
             rate = runs[recipe][0]["learning_rate"]
-            own = [line for line in validation if line["recipe"] == recipe and line["learning_rate"] == rate]
+            lines = self._under(budget, "validation")
+            own = [line for line in lines if line["recipe"] == recipe and line["learning_rate"] == rate]
             return float(numpy.mean([self._gain(line) for line in own]))
 
         winner = max(others, key=score)
@@ -307,8 +307,8 @@ class Report:
             plot_curves({"start": points}, self.folder / "start.png", title="supervised start", x_label=unit)
         for budget in self.config["budgets"]:
             trained = [
-                line for line in self.lines
-                if "training" in line and line["budget"]["kind"] == budget and line["seed"] == self.config["seeds"][0]
+                line for line in self._under(budget)
+                if "training" in line and line["seed"] == self.config["seeds"][0]
                 and line["learning_rate"] == self.runs(budget).get(line["recipe"], [line])[0]["learning_rate"]
             ]  # fmt: skip
             place, begin = (0 if budget == "tokens" else 1), self.start["curve"][-1:]
