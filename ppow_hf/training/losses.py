@@ -61,23 +61,13 @@ def text_objective(model: Any, batch: Batch, weights: Mapping[str, float], steps
         window_inputs = {"prefixes": windows.prefixes, "draft_ids": text_windows(input_ids, windows.prefixes, steps)}
         if windows.visited is not None and "expected_length" not in weights:  # which is of whole windows
             window_inputs["goes_on"] = goes_on_within(windows.visited)
-    metrics: dict[str, float] = {}
 
-    def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
+    def loss_of(output: PPOWDrafterOutput) -> Loss:
         along = slice(first, first + windows.prefixes.shape[1])
         features = output.window_features if window_inputs else output.features[:, along, None]  # type: ignore[index]
-        loss, text_metrics = text_loss(batch, weights, features, windows)
-        metrics.update(text_metrics)
-        return loss
+        return text_loss(batch, weights, features, windows)
 
-    output = model(
-        input_ids=input_ids,
-        target_states=batch.encoding.states,
-        attention_mask=batch.inputs["attention_mask"],
-        loss_function=loss_function,
-        **window_inputs,
-    )
-    return output.loss, metrics
+    return inside_forward(model, batch, loss_of, **window_inputs)
 
 
 def goes_on_within(reached: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -394,13 +384,11 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
         else:
             prefixes, paths = torch.cat([prefixes, chosen], dim=1), torch.cat([paths, texts], dim=1)
             reached = torch.cat([reached, whole], dim=1)
-    metrics: dict[str, float] = {}
 
-    def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
+    def loss_of(output: PPOWDrafterOutput) -> Loss:
         features = output.window_features
         assert features is not None
-        loss, window_metrics = window_loss(batch, weights, features[:, :count], rollout)
-        metrics.update(window_metrics)
+        loss, metrics = window_loss(batch, weights, features[:, :count], rollout)
         if text_weights:
             learned = rollout.has_prefix[:, None, None].expand(*chosen.shape, args.max_window)
             along_text, text_metrics = text_loss(
@@ -408,18 +396,9 @@ def window_objective(model: Any, batch: Batch, weights: Mapping[str, float], rol
             )
             metrics.update({f"text_{name}": text_metrics[name] for name in text_weights})
             loss = loss + along_text / learned[0].numel()
-        return loss
+        return loss, metrics
 
-    output = model(
-        input_ids=input_ids,
-        target_states=batch.encoding.states,
-        attention_mask=batch.inputs["attention_mask"],
-        prefixes=prefixes,
-        draft_ids=paths,
-        loss_function=loss_function,
-        goes_on=goes_on_within(reached),
-    )
-    return output.loss, metrics
+    return inside_forward(model, batch, loss_of, prefixes=prefixes, draft_ids=paths, goes_on=goes_on_within(reached))
 
 
 def window_loss(batch: Batch, weights: Mapping[str, float], features: torch.Tensor, rollout: Rollout) -> Loss:
@@ -487,6 +466,25 @@ def token_advantages(name: str, rollout: Rollout, num_rollouts: int) -> torch.Te
 
 
 # -- what both share
+
+
+def inside_forward(model: Any, batch: Batch, loss_of: Callable[[PPOWDrafterOutput], Loss], **windows: Any) -> Loss:
+    """`loss_of` the drafter's output for a batch, evaluated inside its forward; `windows` as of that."""
+    metrics: dict[str, float] = {}
+
+    def loss_function(_, output: PPOWDrafterOutput) -> torch.Tensor:
+        loss, found = loss_of(output)
+        metrics.update(found)
+        return loss
+
+    output = model(
+        input_ids=batch.inputs["input_ids"],
+        target_states=batch.encoding.states,
+        attention_mask=batch.inputs["attention_mask"],
+        loss_function=loss_function,
+        **windows,
+    )
+    return output.loss, metrics
 
 
 def learned_windows(inputs: Mapping[str, torch.Tensor], prefixes: torch.Tensor, steps: int) -> torch.Tensor:
