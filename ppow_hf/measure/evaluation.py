@@ -96,21 +96,19 @@ def decode(
 
 def report(outputs: Sequence[Sequence[int]], traces: Sequence[GenerationTrace]) -> AcceptanceReport:
     """Add up traces; the first round of each is the target's forward over the prompt and drafts nothing."""
-    rounds = [r for trace in traces for r in trace.rounds[1:]]
-    drafting = [r for r in rounds if r.window > 0]
-    drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
-    kls = [value for r in rounds for value in r.kl]
-    outside = [mass for r in rounds for mass in r.outside]
+    together = GenerationTrace([r for trace in traces for r in trace.rounds[1:]])
+    kls = [value for r in together.rounds for value in r.kl]
+    outside = [mass for r in together.rounds for mass in r.outside]
     return AcceptanceReport(
-        acceptance_length=sum(r.accepted + 1 for r in drafting) / len(drafting) if drafting else 1.0,
-        tokens_per_target_forward=(accepted + len(rounds)) / len(rounds) if rounds else 1.0,
-        wasted=(drafted - accepted) / drafted if drafted else 0.0,
+        acceptance_length=together.acceptance_length,
+        tokens_per_target_forward=together.tokens_per_target_forward if together.rounds else 1.0,
+        wasted=together.wasted,
         kl=sum(kls) / len(kls) if kls else 0.0,
         outside=sum(outside) / len(outside) if outside else 0.0,
         repeated_8grams=repeated_ngrams(outputs, 8),
-        drafted=drafted,
-        accepted=accepted,
-        rounds=len(rounds),
+        drafted=together.drafted,
+        accepted=together.accepted,
+        rounds=len(together.rounds),
         tokens=sum(map(len, outputs)),
     )
 

@@ -31,17 +31,17 @@ Tables = Mapping[str, Sequence[DraftTable]]
 
 def speed(traces: Sequence[GenerationTrace], costs: CostModel) -> dict[str, float]:
     """Tokens per one-token target forward, and what was drafted for them; the prompts' forwards are not counted."""
-    rounds = [one_round for trace in traces for one_round in trace.rounds[1:]]
-    drafted, accepted = sum(r.window for r in rounds), sum(r.accepted for r in rounds)
-    cost = sum(costs.round_cost(r.window, r.draft_steps) for r in rounds)
+    together = GenerationTrace([one_round for trace in traces for one_round in trace.rounds[1:]])
+    rounds, count = together.rounds, len(together.rounds)
     return {
-        "tokens_per_cost": (accepted + len(rounds)) / cost,
-        "wasted": (drafted - accepted) / drafted if drafted else 0.0,
-        "mean_window": drafted / len(rounds),
-        "rounds": len(rounds),
-        "drafted": drafted,
+        "tokens_per_cost": (together.accepted + count)
+        / sum(costs.round_cost(r.window, r.draft_steps) for r in rounds),
+        "wasted": together.wasted,
+        "mean_window": together.drafted / count,
+        "rounds": count,
+        "drafted": together.drafted,
         "draft_steps": sum(r.draft_steps for r in rounds),
-        "accepted": accepted,
+        "accepted": together.accepted,
     }
 
 

@@ -86,7 +86,7 @@ class GenerationTrace:
 
     @property
     def tokens_per_target_forward(self) -> float:
-        """Committed tokens over target forwards, the prompt's included."""
+        """Committed tokens over target forwards, a round each: that over the prompt is the first of a call's."""
         return sum(r.accepted + 1 for r in self.rounds) / len(self.rounds) if self.rounds else 0.0
 
     @property
