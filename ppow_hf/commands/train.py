@@ -21,25 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class ScriptArguments:
-    """What `ppow train` is given beside the training arguments.
-
-    Args:
-        target (`str`, *optional*): the target model: a folder, a name on the Hub, or an embedded model.
-        train_data (`str`, *optional*): training data: a JSON Lines or text file, or a dataset as
-            `NAME[/CONFIG][@SPLIT]`.
-        target_states (`list[str]`, *optional*): folders of `ppow record`, in place of both; with a target too, which
-            then evaluates only.
-        eval_data (`list[str]`, *optional*): held-out data of the same kind; several as `NAME=SOURCE`.
-        drafter (`str`, *optional*): drafter to train on; `None` makes a new one from the target.
-        architecture (`str`, *optional*, defaults to `"eagle"`): architecture of a new drafter.
-        draft_vocab_size (`int`, *optional*): reduced vocabulary of a new eagle or block drafter.
-        num_hidden_layers (`int`, *optional*): layers of a new standalone or block drafter, by default 1 and 2.
-        markov_rank (`int`, *optional*): rank of a new block drafter's Markov head; 0, the default, makes none.
-        confidence_head (`bool`, *optional*): whether a new block drafter has a confidence head.
-        init_layers (`list[int]`, *optional*): the target's layers that a new drafter's begin with.
-        target_dtype (`str`, *optional*, defaults to `"auto"`): number format the target is loaded in.
-        resume (`bool`, *optional*, defaults to `False`): whether to go on from the last complete checkpoint.
-    """
+    """What `ppow train` is given beside the training arguments; each field's help says what it is."""
 
     target: str | None = dataclasses.field(default=None, metadata={"help": f"The target model: {TARGET_HELP}."})
     train_data: str | None = dataclasses.field(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import write_whole
 from . import llamacpp_runner, sglang_runner, vllm_runner
-from .engine_process import EngineRun
+from .engine_process import EngineRun, Speculation
 from .llamacpp_runner import llamacpp_python, run_llamacpp
 from .sglang_runner import chains, run_sglang, sglang_python
 from .vllm_runner import run_vllm, vllm_python
@@ -35,7 +35,7 @@ NGRAM = 3  # tokens that must have occurred before, in the engines' own lookup
 
 
 @dataclass
-class EngineRow:
+class EngineRow(Speculation):
     """One line of the comparison.
 
     Args:
@@ -56,15 +56,6 @@ class EngineRow:
     accepted: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
     different_prompts: int = 0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Mean of accepted + 1 over verified windows: the target's own token is counted."""
-        return 1 + self.accepted / self.drafts if self.drafts else 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,26 @@ from typing import Any
 ERROR_LINES = 15
 
 
+class Speculation:
+    """What follows from the counts of a run: its verified windows, and the tokens that were kept and written."""
+
+    tokens: int
+    seconds: float
+    drafts: int
+    accepted: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean of accepted + 1 over verified windows (the target's own token counted); 1 without any."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
 @dataclass
-class EngineRun:
+class EngineRun(Speculation):
     """What an engine did with the prompts.
 
     Args:
@@ -40,15 +58,6 @@ class EngineRun:
     accepted_per_position: list[int] = field(default_factory=list)
     version: str = ""
     cpu_seconds: float = 0.0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Mean of accepted + 1 over verified windows (the target's own token counted); 1 without any."""
-        return 1 + self.accepted / self.drafts if self.drafts else 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
 
 
 def engine_python(engine: str, variable: str, how: str, python: str | None = None) -> str:

@@ -31,22 +31,14 @@ def run_llamacpp(
     threads: int = 1,
     timeout_seconds: float = 900,
 ) -> EngineRun:
-    """Generate greedily from token ids with llama.cpp's server, one prompt after the other.
+    """Generate greedily from token ids with llama.cpp's server, one prompt after the other; see [`run_vllm`].
 
     Args:
         model (`str` or `Path`): the target's GGUF file.
-        prompts (`Sequence[Sequence[int]]`): token ids of each prompt.
-        max_tokens (`int`, *optional*, defaults to `64`): new tokens of each.
         kind (`str`, *optional*): `"draft_model"`, `"eagle3"` or `"ngram"`; by default no speculation.
         draft (`str` or `Path`, *optional*): the drafter's GGUF file.
         window (`int`, *optional*, defaults to `5`): most draft tokens a round.
-        python (`str`, *optional*): see [`llamacpp_python`].
-        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on after an end-of-sequence token.
-        warm_up (`bool`, *optional*, defaults to `False`): whether to run a prompt before the clock starts.
         threads (`int`, *optional*, defaults to `1`): of the CPU.
-
-    Raises:
-        `RuntimeError`: with the last lines that llama.cpp printed, if it fails.
     """
     job = {
         "model": str(model),

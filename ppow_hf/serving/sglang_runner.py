@@ -53,22 +53,12 @@ def run_sglang(
     timeout_seconds: float = 1800,
     **engine: Any,
 ) -> EngineRun:
-    """Generate greedily from token ids with SGLang.
+    """Generate greedily from token ids with SGLang; see [`run_vllm`].
 
     Args:
-        model (`str` or `Path`): the target's folder or name.
-        prompts (`Sequence[Sequence[int]]`): token ids of each prompt.
-        max_tokens (`int`, *optional*, defaults to `64`): new tokens of each.
         speculative (`dict`, *optional*): arguments of `sglang.Engine` that speculate, as of [`chains`].
-        python (`str`, *optional*): interpreter of SGLang's environment, see [`sglang_python`].
         at_a_time (`int`, *optional*, defaults to `1`): prompts that run together.
-        ignore_eos (`bool`, *optional*, defaults to `True`): whether to go on after an end-of-sequence token.
-        warm_up (`bool`, *optional*, defaults to `False`): whether to run a prompt before the clock starts.
-        environment (`dict`, *optional*): further environment variables.
         engine: further arguments of `sglang.Engine`.
-
-    Raises:
-        `RuntimeError`: with the last lines that SGLang printed, if it fails.
     """
     job = {
         "engine": {
