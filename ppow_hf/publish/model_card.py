@@ -365,12 +365,19 @@ def _benchmark_part(result: dict[str, Any], target: str | None) -> dict[str, Any
 
 
 def _usage(name: str, folder: Path, repository: str | None, target: str | None, config: dict[str, Any]) -> str:
+    """How to use the drafter: in transformers, and in the engines that serve its export."""
     embedded = repository is not None and is_embedded(repository)
     target = None if target is None else _plain(target)
     shown = name if repository is not None else _plain(folder.name)
+    return _use_in_transformers(shown, target, embedded) + _use_in_engines(shown, target, config)
+
+
+def _use_in_transformers(shown: str, target: str | None, embedded: bool) -> str:
     target_text = f"tiny.target_path({target!r})" if target and is_embedded(target) else repr(target or "TARGET")
-    drafter_text = f"tiny.drafter_path({shown!r})" if embedded else repr(shown)
-    imports = "from ppow_hf import PPOWDrafter, tiny" if embedded else "from ppow_hf import PPOWDrafter"
+    generate = (
+        "output = target.generate(**inputs, assistant_model=drafter)\n"
+        "print(drafter.last_trace.acceptance_length)\n```\n"
+    )
     load = (
         ("from ppow_hf import tiny\n" if target and is_embedded(target) and not embedded else "")
         + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -378,23 +385,21 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
         f"target = AutoModelForCausalLM.from_pretrained({target_text})\n"
         'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)\n'
     ).replace("'", '"')
-    without = (
-        "With transformers alone, the repository brings its own code:\n\n"
+    if embedded:
+        drafter = f'drafter = PPOWDrafter.from_pretrained(tiny.drafter_path("{shown}"))'
+        return f"### transformers\n\n```python\nfrom ppow_hf import PPOWDrafter, tiny\n{load}{drafter}\n{generate}"
+    return (
+        "### transformers\n\nWith transformers alone, the repository brings its own code:\n\n"
         f"```python\n{load}"
         f'output = target.generate(**inputs, custom_generate="{shown}", trust_remote_code=True)\n```\n\n'
         'The code that was pushed with this repository\'s `generate.py` is run, or none. `revision="COMMIT"` beside '
         "`custom_generate` pins all of it, the weights too.\n\n"
         "With ppow_hf installed:\n\n"
-        f'```python\n{imports}\n\ndrafter = PPOWDrafter.from_pretrained("{shown}")\n'
-        "output = target.generate(**inputs, assistant_model=drafter)\n"
-        "print(drafter.last_trace.acceptance_length)\n```\n"
+        f'```python\nfrom ppow_hf import PPOWDrafter\n\ndrafter = PPOWDrafter.from_pretrained("{shown}")\n{generate}'
     )
-    embedded_use = (
-        f"```python\n{imports}\n{load}drafter = PPOWDrafter.from_pretrained({drafter_text})\n".replace("'", '"')
-        + "output = target.generate(**inputs, assistant_model=drafter)\n"
-        "print(drafter.last_trace.acceptance_length)\n```\n"
-    )
-    text = f"### transformers\n\n{embedded_use if embedded else without}"
+
+
+def _use_in_engines(shown: str, target: str | None, config: dict[str, Any]) -> str:
     architecture, tokens = config["architecture"], 5
     if architecture == "block":
         architecture, tokens = "dspark" if config.get("markov_rank") else "dflash", config["block_size"]
@@ -405,7 +410,7 @@ def _usage(name: str, folder: Path, repository: str | None, target: str | None, 
         served = f'"$(python -c \'from ppow_hf import tiny; print(tiny.target_path("{served}"))\')"'
     exported = shlex.quote(shown)
     speculative = json.dumps({"method": method, "model": "exported", "num_speculative_tokens": tokens})
-    text += (
+    text = (
         "\n### vLLM\n\n"
         f"```bash\nppow export {exported} --format vllm --output-dir exported\n"
         f"vllm serve {served} --speculative-config '{speculative}'\n```\n"
