@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from .configuration_ppow import PPOWDrafterConfig
-from .draft_models import DraftNorm, GrowingKeys, TargetEmbeddings, rotated
+from .draft_models import DraftAttention, DraftNorm, GrowingKeys, TargetEmbeddings, rotated
 from .draft_session import DraftSession, KeysValues, additive_mask, still_drafted
 
 Context = list[KeysValues] | list[GrowingKeys]  # keys and values of the text's states, of each layer
@@ -38,21 +37,11 @@ def blocks_allowed(to_text: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([text, own.expand(len(text), 1, -1, -1)], dim=-1)
 
 
-class BlockAttention(nn.Module):
+class BlockAttention(DraftAttention):
     """Qwen3's attention without causality, over keys and values of the target's states and of the block itself."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        super().__init__(config, config.hidden_size, config.attention_bias)
         self.q_norm = DraftNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = DraftNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -73,9 +62,7 @@ class BlockAttention(nn.Module):
             context.length -= x.shape[1]  # the block is not committed; what comes next is written over it
         else:
             keys, values = (torch.cat([text, block], dim=2) for text, block in zip(context, own, strict=True))
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
-        return self.o_proj(output.flatten(2))
+        return self.attend(queries, keys, values, mask)
 
 
 class BlockLayer(GradientCheckpointingLayer):

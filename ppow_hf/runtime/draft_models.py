@@ -166,20 +166,34 @@ def rows_at(whole: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return whole[torch.arange(len(places), device=places.device)[:, None], places]
 
 
-class EagleAttention(nn.Module):
-    """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
+class DraftAttention(nn.Module):
+    """The projections of grouped-query attention from `width` numbers, and the attention that the config names."""
 
-    def __init__(self, config):
+    def __init__(self, config, width: int, bias: bool):
         super().__init__()
         self.config = config
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # unless there is neither a mask nor anything before
-        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.is_causal = False  # unless a call says so
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def attend(self, queries, keys, values, mask, is_causal: bool = False) -> torch.Tensor:
+        """Heads `[B, H, L, d]` -> `[B, L, h]`."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        options = {"dropout": 0.0, "scaling": self.scaling, "is_causal": is_causal}
+        output, _ = attention(self, queries, keys, values, mask, **options)
+        return self.o_proj(output.flatten(2))
+
+
+class EagleAttention(DraftAttention):
+    """Llama attention over [embedding, state], twice as wide at its input, with keys and values handed in and out."""
+
+    def __init__(self, config):
+        super().__init__(config, 2 * config.hidden_size, bias=False)
 
     def heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """`[B, heads, L, d]` from `x` `[B, L, 2*h]`."""
@@ -190,7 +204,6 @@ class EagleAttention(nn.Module):
         return rotated(self.heads(self.k_proj, x), angles), self.heads(self.v_proj, x)
 
     def forward(self, x, angles, mask, past: EagleCache):
-        batch, length = x.shape[:2]
         queries, keys, values = (self.heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         turned = rotated(torch.cat([queries, keys], dim=1), angles)
         queries, keys = turned.split([queries.shape[1], keys.shape[1]], dim=1)
@@ -201,10 +214,7 @@ class EagleAttention(nn.Module):
             keys, values = past.extended(keys, values)
         elif past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        causal = mask is None and past is None
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(self, queries, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=causal)
-        output = self.o_proj(output.reshape(batch, length, -1))
+        output = self.attend(queries, keys, values, mask, is_causal=mask is None and past is None)
         return output, past if isinstance(past, GrowingKeys) else (keys, values)
 
 
