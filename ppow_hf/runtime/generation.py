@@ -40,7 +40,7 @@ from .rows import Endings, Row, ScoreProcessing, visible_tokens
 from .target_session import COMPACT_AT, TargetSession
 from .trace import GenerationTrace, RoundTrace
 from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, greedy_path, grow_trees, lay_out, sampled_paths
-from .windowing import KLAdaptiveWindow, WindowRule, make_adaptive_rule, make_window_rule, start_windows, text_limit
+from .windowing import KLAdaptiveWindow, WindowRule, make_window_rule, start_windows, text_limit
 
 TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
 
@@ -284,10 +284,10 @@ class SpeculativeCall:
     def _tree_rule(self, rule: WindowRule) -> TreeRule:
         nodes = self.view.settings["tree_nodes"]
         branches = self.view.settings.get("tree_branches", TREE_BRANCHES)
-        if isinstance(rule, KLAdaptiveWindow):
-            estimates = rule
-        else:
-            estimates = make_adaptive_rule(
+        estimates: Any = rule
+        if not isinstance(rule, KLAdaptiveWindow):
+            estimates = make_window_rule(
+                "kl",
                 rule.max_window,
                 self.costs,
                 self.config.calibration,

@@ -399,26 +399,14 @@ def make_window_rule(
     lookup: bool = False,
     confidence_head: bool = False,
 ) -> WindowRule:
-    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`; `lookup` and `confidence_head` (whether the
-    drafter has one) are for the first."""
+    """The rule that the settings name: `"kl"`, `"fixed"` or `"heuristic"`. The others are for `"kl"`: its estimator is
+    as calibrated, and `confidence_head` says whether the drafter has one."""
     if window == "fixed":
         return FixedWindow(max_window, costs)
     if window == "heuristic":
         return HeuristicWindow(max_window, costs)
     if window != "kl":
         raise ValueError(f"window: {window!r} is not one of ['kl', 'fixed', 'heuristic'].")
-    return make_adaptive_rule(max_window, costs, calibration, sampling, lookup, confidence_head)
-
-
-def make_adaptive_rule(
-    max_window: int,
-    costs: OnlineCosts,
-    calibration: dict | None = None,
-    sampling: bool = False,
-    lookup: bool = False,
-    confidence_head: bool = False,
-) -> KLAdaptiveWindow:
-    """`window="kl"`, its estimator as calibrated."""
     stored = (calibration or {}).get("sampling" if sampling else "greedy") or {}
     weights = stored.get("weights", {})
     known = {"foretold", *(one.name for one in fields(AcceptanceEstimator))}
