@@ -29,7 +29,7 @@ from .runtime.modeling_ppow import PPOWDrafter, collect_target_states
 from .runtime.rows import MEMORYLESS, StopConditions, append_drafts
 from .runtime.target_session import unread_prompt
 from .runtime.trace import GenerationTrace, RoundTrace
-from .runtime.windowing import make_window_rule
+from .runtime.windowing import rule_of_call
 
 
 class KLAdaptiveCandidateGenerator(CandidateGenerator):
@@ -68,15 +68,7 @@ class KLAdaptiveCandidateGenerator(CandidateGenerator):
         self.target_kwargs = {"output_hidden_states": True} if config.target_layer_ids else {}
         self.model_kwargs_overrides: dict[str, Any] = self.target_kwargs  # what the loop adds to each target forward
         costs = make_costs(settings["cost_ratio"], settings["verification_cost"], config.calibration, config.one_step)
-        self.rule = make_window_rule(
-            settings["window"],
-            settings["max_window"],
-            costs,
-            config.calibration,
-            self.do_sample,
-            settings["lookup"],
-            config.confidence_head,
-        )
+        self.rule = rule_of_call(config, settings, costs, self.do_sample)
         self.trace = GenerationTrace(window_rule=settings["window"])
         for holder in (drafter, self.model):
             holder.last_trace, holder.last_traces = self.trace, [self.trace]

@@ -40,7 +40,7 @@ from .rows import Endings, Row, ScoreProcessing, visible_tokens
 from .target_session import COMPACT_AT, TargetSession
 from .trace import GenerationTrace, RoundTrace
 from .trees import CONTEXT, DraftTree, GrownTrees, TreeRule, greedy_path, grow_trees, lay_out, sampled_paths
-from .windowing import KLAdaptiveWindow, WindowRule, make_window_rule, start_windows, text_limit
+from .windowing import KLAdaptiveWindow, WindowRule, make_window_rule, rule_of_call, start_windows, text_limit
 
 TREE_BRANCHES = 4  # a node's children, and the nodes expanded in a level, where the call does not say
 
@@ -265,20 +265,11 @@ class SpeculativeCall:
         )
 
     def _make_rows(self, settings: dict[str, Any]) -> list[Row]:
-        window, calibration = settings["window"], self.config.calibration
         rows = []
         paddings = (~self.target.visible).sum(1).tolist()
         for place, (ids, padding) in enumerate(zip(self.input_ids.tolist(), paddings, strict=True)):
-            rule = make_window_rule(
-                window,
-                settings["max_window"],
-                self.costs,
-                calibration,
-                self.do_sample,
-                self.lookup,
-                self.config.confidence_head,
-            )
-            rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=window)))
+            rule = rule_of_call(self.config, settings, self.costs, self.do_sample)
+            rows.append(Row(place, padding, ids[padding:], rule, GenerationTrace(window_rule=settings["window"])))
         return rows
 
     def _tree_rule(self, rule: WindowRule) -> TreeRule:

@@ -390,6 +390,12 @@ def window_gain(reached: float, acceptance: float, price: float, longest: int) -
     return gain
 
 
+def rule_of_call(config: Any, settings: dict[str, Any], costs: OnlineCosts, sampling: bool) -> WindowRule:
+    """The rule of a call with a drafter of this `config`; `settings` are those of [`call_settings`]."""
+    window, longest, lookup = settings["window"], settings["max_window"], settings["lookup"]
+    return make_window_rule(window, longest, costs, config.calibration, sampling, lookup, config.confidence_head)
+
+
 def make_window_rule(
     window: str,
     max_window: int,
