@@ -3,6 +3,7 @@
 Each metric is a folder that loads from anywhere and imports nothing of this package.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,45 +47,15 @@ def measure_acceptance(
     """
     import evaluate
 
-    from ..measure.evaluation import decode, repeated_ngrams
-    from ..measure.intervals import ratio_interval
     from ..measure.provenance import describe, public_name
-    from ..measure.window_report import check_rounds
 
     metric = evaluate.load(path("acceptance_length"))
     longest = drafter.config.max_window if max_window is None else max_window
-    rows = []
-    for workload, prompts in workloads.items():
-        for temperature in temperatures:
-            for window in windows:
-                outputs, traces = decode(
-                    target, drafter, prompts, max_new_tokens, temperature, seed, window=window, max_window=longest,
-                    progress=f"{workload}, T = {temperature:g}, {window}",
-                )  # fmt: skip
-                by_prompt = [trace.rounds[1:] for trace in traces]  # the first round reads the prompt
-                rounds = [r for rounds in by_prompt for r in rounds]
-                check_rounds(workload, len(rounds))
-                drafting = [[r for r in rounds if r.window > 0] for rounds in by_prompt]
-                kept = [sum(r.accepted + 1 for r in rounds) for rounds in drafting]
-                costs = traces[0]
-                row = metric.compute(
-                    drafted=[r.window for r in rounds],
-                    accepted=[r.accepted for r in rounds],
-                    cost_ratio=costs.cost_ratio,
-                    verification_cost=costs.verification_cost,
-                )
-                rows.append(
-                    {
-                        "workload": workload,
-                        "temperature": temperature,
-                        "window": window,
-                        "max_window": longest,
-                        "prompts": len(prompts),
-                        "repeated_8grams": repeated_ngrams(outputs, 8),
-                        **row,
-                        "acceptance_length_interval": ratio_interval((kept, list(map(len, drafting)))),
-                    }
-                )
+    rows = [
+        _measured_row(metric, target, drafter, workload, prompts, temperature, window, longest, max_new_tokens, seed)
+        for workload, prompts in workloads.items()
+        for temperature, window in itertools.product(temperatures, windows)
+    ]
     facts = {
         "target": public_name(target_name or target.config._name_or_path),
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -93,3 +64,39 @@ def measure_acceptance(
         "rows": rows,
     }
     return describe(target.device, command, **facts)
+
+
+def _measured_row(
+    metric, target, drafter, workload, prompts, temperature, window, max_window, max_new_tokens, seed
+) -> dict[str, Any]:
+    """One workload at one temperature with one window rule."""
+    from ..measure.evaluation import decode, repeated_ngrams
+    from ..measure.intervals import ratio_interval
+    from ..measure.window_report import check_rounds
+
+    outputs, traces = decode(
+        target, drafter, prompts, max_new_tokens, temperature, seed, window=window, max_window=max_window,
+        progress=f"{workload}, T = {temperature:g}, {window}",
+    )  # fmt: skip
+    by_prompt = [trace.rounds[1:] for trace in traces]  # the first round reads the prompt
+    rounds = [r for rounds in by_prompt for r in rounds]
+    check_rounds(workload, len(rounds))
+    drafting = [[r for r in rounds if r.window > 0] for rounds in by_prompt]
+    kept = [sum(r.accepted + 1 for r in rounds) for rounds in drafting]
+    costs = traces[0]
+    row = metric.compute(
+        drafted=[r.window for r in rounds],
+        accepted=[r.accepted for r in rounds],
+        cost_ratio=costs.cost_ratio,
+        verification_cost=costs.verification_cost,
+    )
+    return {
+        "workload": workload,
+        "temperature": temperature,
+        "window": window,
+        "max_window": max_window,
+        "prompts": len(prompts),
+        "repeated_8grams": repeated_ngrams(outputs, 8),
+        **row,
+        "acceptance_length_interval": ratio_interval((kept, list(map(len, drafting)))),
+    }
