@@ -107,20 +107,16 @@ def _train_target(config: "CompareConfig", folder: Path, device: str | None, pla
 
     `models` are the record and the start of [`rehearse`].
     """
-    from ..data.rows import read_rows
-    from ..data.sources import split_column
     from ..studies.compare import claim_folder, rehearse
     from ..studies.configuration import named, target_recipe
-    from ..tiny.corpus import texts_of_rows
-    from ..tiny.recipe import build_target, make_target
+    from ..tiny.recipe import build_target, make_target, texts_of_file
 
     assert isinstance(config.target, dict)
     recipe, texts, trained = target_recipe(config.target), None, folder / str(config.target_name)
     is_trained = (trained / "recipe.json").is_file()  # written when the weights are
     with named(place):
         if "texts" in config.target:
-            file, columns = split_column(config.target["texts"])
-            texts = texts_of_rows(read_rows(file, "target: texts"), (columns or "text").split(","), "target: texts")
+            texts = texts_of_file(config.target["texts"], "target: texts")
         if not is_trained:
             rehearse(config, build_target(recipe, 0, 1), *models)
     claim_folder(config, folder)  # refuses other settings before anything is trained

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..data.files import ensure_writable
 from ..data.models import load_tokenizer
-from ..data.sources import split_column
 from .options import check_options
 
 
@@ -47,9 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_options(arguments, "max_steps", "layers")
     ensure_writable(arguments.output_dir, "--output-dir")
     tokenizer = load_tokenizer(arguments.tokenizer, "--tokenizer") if arguments.tokenizer else None
-    from ..data.rows import read_rows
-    from ..tiny.corpus import texts_of_rows
-    from ..tiny.recipe import make_target, recipe_of
+    from ..tiny.recipe import make_target, recipe_of, texts_of_file
 
     recipe = recipe_of(
         arguments.family,
@@ -57,9 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
         hidden_size=arguments.hidden_size,
         num_layers=arguments.layers,
     )
-    texts = None
-    if arguments.texts is not None:
-        file, columns = split_column(arguments.texts)
-        texts = texts_of_rows(read_rows(file, "--texts"), (columns or "text").split(","), "--texts")
+    texts = None if arguments.texts is None else texts_of_file(arguments.texts, "--texts")
     make_target(arguments.output_dir, recipe, tokenizer=tokenizer, texts=texts)
     return 0

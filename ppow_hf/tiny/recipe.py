@@ -26,10 +26,20 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.models import default_device
+from ..data.rows import read_rows
+from ..data.sources import split_column
 from ..measure.costs import bfloat16_pays
 from ..training.optimizers import Muon, muon_groups
 from .cards import write_target_card
-from .corpus import SourceFile, corpus_fingerprint, function_prompts, held_in_and_out, openings, standard_library
+from .corpus import (
+    SourceFile,
+    corpus_fingerprint,
+    function_prompts,
+    held_in_and_out,
+    openings,
+    standard_library,
+    texts_of_rows,
+)
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 4096
@@ -248,6 +258,12 @@ def bits_per_byte(model, tokenizer, files: list[SourceFile], max_chunks: int | N
         nats += loss.item() * row.shape[0] * (CONTEXT_LENGTH - 1)
         byte_count += sum(len(tokenizer.decode(r[1:]).encode()) for r in row)
     return nats / math.log(2) / byte_count
+
+
+def texts_of_file(source: str, argument: str) -> list[SourceFile]:
+    """The texts of `FILE:COLUMN,COLUMN`, by default of the column `text`; `argument` names it in errors."""
+    file, columns = split_column(source)
+    return texts_of_rows(read_rows(file, argument), (columns or "text").split(","), argument)
 
 
 def make_target(
