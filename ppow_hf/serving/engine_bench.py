@@ -36,17 +36,8 @@ NGRAM = 3  # tokens that must have occurred before, in the engines' own lookup
 
 @dataclass
 class EngineRow(Speculation):
-    """One line of the comparison.
-
-    Args:
-        name (`str`): who generated, and how.
-        tokens (`int`): new tokens of all prompts.
-        seconds (`float`): their time.
-        drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
-        accepted_per_position (`list[int]`):
-            Windows that kept the draft token at each position; empty where the engine does not say.
-        different_prompts (`int`): prompts whose text differs from what the same side says without a drafter.
-    """
+    """One line of the comparison: `name` says who generated, and how; `different_prompts` in how many prompts the text
+    differs from what the same side says without a drafter."""
 
     name: str
     tokens: int

@@ -15,7 +15,15 @@ ERROR_LINES = 15
 
 
 class Speculation:
-    """What follows from the counts of a run: its verified windows, and the tokens that were kept and written."""
+    """What the counts of a run say.
+
+    Args:
+        tokens (`int`): new tokens in all.
+        seconds (`float`): their time, starting the engine not counted.
+        drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
+        accepted_per_position (`list[int]`):
+            Windows whose draft tokens up to each position were kept; empty where the engine does not say.
+    """
 
     tokens: int
     seconds: float
@@ -38,11 +46,6 @@ class EngineRun(Speculation):
 
     Args:
         outputs (`list[list[int]]`): new token ids of each prompt.
-        seconds (`float`): time of all of them, starting the engine not counted.
-        tokens (`int`): new tokens in all.
-        drafts, drafted, accepted (`int`): verified windows, draft tokens in them, and those kept.
-        accepted_per_position (`list[int]`):
-            Windows whose draft tokens up to each position were kept; empty where the engine does not say.
         version (`str`): the engine's.
         cpu_seconds (`float`):
             Time that its process computed; on a CPU that others use too, what compares runs. 0 where the engine
