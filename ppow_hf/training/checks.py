@@ -128,6 +128,16 @@ def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:
         )
 
 
+def check_noise(drafter: PPOWDrafter, target: Any, args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` for noise on embeddings where the drafter has none, or reads its target's."""
+    own = drafter.get_input_embeddings()
+    if args.neftune_noise_alpha is not None and own in (None, target.get_input_embeddings()):
+        raise ValueError(
+            f"neftune_noise_alpha: {args.neftune_noise_alpha} given, but this drafter has no token embeddings of its "
+            "own to add noise to. Leave it out, or pass train_embeddings=True with an eagle or block drafter."
+        )
+
+
 def check_token_ids(sequences: SequenceDataset, width: int) -> None:
     """Raise `ValueError` for token ids that the target does not have."""
     if sequences.largest_token_id >= width:

@@ -58,6 +58,7 @@ from .checks import (
     check_lengths,
     check_libraries,
     check_masks,
+    check_noise,
     check_pair,
     check_prefixes,
     check_reach,
@@ -94,15 +95,6 @@ CALIBRATION_PROMPTS = 8  # held out, of several datasets in turn
 def by_name(data: Any) -> dict[str, SequenceDataset]:
     """Evaluation data by name; a single dataset has none."""
     return data if isinstance(data, dict) else {"": data}
-
-
-def check_noise(model: PPOWDrafter, target: PreTrainedModel, args: PPOWTrainingArguments) -> None:
-    """Raise `ValueError` for noise on embeddings where the drafter has none, or reads its target's."""
-    if args.neftune_noise_alpha is not None and model.get_input_embeddings() in (None, target.get_input_embeddings()):
-        raise ValueError(
-            f"neftune_noise_alpha: {args.neftune_noise_alpha} given, but this drafter has no token embeddings of its "
-            "own to add noise to. Leave it out, or pass train_embeddings=True with an eagle or block drafter."
-        )
 
 
 class PPOWTrainer(Trainer):
