@@ -83,6 +83,15 @@ class DraftTable:
 # -- the table
 
 
+def read_with_states(target: Any, drafter: Any, ids: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """The target's logits `[B, S, V]` along `ids` `[B, S]`, and the states that the drafter reads, on its device."""
+    drafter.attach_target(target)
+    layers = drafter.config.target_layer_ids
+    outputs = target(ids, output_hidden_states=bool(layers), **inputs)
+    states = collect_target_states(outputs.hidden_states, layers)
+    return outputs.logits, None if states is None else states.to(drafter.device)
+
+
 @torch.inference_mode()
 def draft_table(
     target: Any, drafter: Any, prompt: torch.Tensor, text: Sequence[int], max_new_tokens: int, depth: int = DEPTH
@@ -93,15 +102,12 @@ def draft_table(
     """
     if len(text) < 1:
         raise ValueError("text: it is empty; at least the target's first token is needed.")
-    drafter.attach_target(target)
     ids = torch.cat([prompt, torch.tensor([list(text)])], dim=1).to(input_device(target))
-    layers = drafter.config.target_layer_ids
-    outputs = target(ids, output_hidden_states=bool(layers))
-    target_logits = outputs.logits[0].float()
+    logits, states = read_with_states(target, drafter, ids)
+    target_logits = logits[0].float()
     place = _first_other(target_logits, ids, prompt.shape[1], target.dtype)
     if place is not None:
         raise ValueError(f"text: its token {place} is not the target's choice there; pass the target's greedy text.")
-    states = collect_target_states(outputs.hidden_states, layers)
     columns = _draft_everywhere(drafter, ids, states, target_logits, prompt.shape[1], depth)
     continuation = numpy.asarray(text)
     padded = numpy.concatenate([continuation, numpy.full(depth, -1)])
@@ -150,7 +156,6 @@ def _draft_everywhere(
     and what a confidence head says.
     """
     length, width = ids.shape[1], target_logits.shape[-1]
-    states = None if states is None else states.to(drafter.device)
     features, cache = drafter.prefix_features(ids.to(drafter.device), states)
     kept = drafter.kept_tokens
     if kept is not None:  # a reduced vocabulary is looked at alone: the same numbers, and a fraction of the work

@@ -20,13 +20,13 @@ import torch
 
 from ..data.targets import complete_batch, eos_of, plain_distribution
 from ..measure.calibration import fit_estimator
-from ..measure.draft_table import TEXTS_AT_ONCE, DraftTable, draft_table, greedy_texts
+from ..measure.draft_table import TEXTS_AT_ONCE, DraftTable, draft_table, greedy_texts, read_with_states
 from ..measure.evaluation import decode, repeated_ngrams
 from ..measure.replay import replay
 from ..runtime.acceptance import entropy, sample_from_uniform
 from ..runtime.cost_model import CostModel, OnlineCosts
 from ..runtime.estimator import AcceptanceEstimator
-from ..runtime.modeling_ppow import PPOWDrafter, collect_target_states
+from ..runtime.modeling_ppow import PPOWDrafter
 from ..runtime.target_weights import input_device
 from ..runtime.trace import GenerationTrace
 from ..runtime.windowing import FixedWindow, make_window_rule
@@ -266,12 +266,9 @@ def sampled_chains(target: Any, drafter: PPOWDrafter, texts: Sequence[SampledTex
                 pairs.setdefault(name, []).append((0.0, 0.0))
             continue
         ids = torch.tensor([text.ids], device=input_device(target))
-        drafter.attach_target(target)
-        outputs = target(ids, output_hidden_states=bool(drafter.config.target_layer_ids))
-        states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
-        states = None if states is None else states.to(drafter.device)
+        logits, states = read_with_states(target, drafter, ids)
         ids, length = ids.to(drafter.device), ids.shape[1]
-        target_probs = outputs.logits[0].float().softmax(-1).to(drafter.device)
+        target_probs = logits[0].float().softmax(-1).to(drafter.device)
         prefixes = torch.arange(text.start, length - 1, device=drafter.device)
         places = (prefixes[:, None] + 1 + torch.arange(window, device=drafter.device)).clamp_max(length - 1)
         tokens = ids[0, places]  # [M, K]
@@ -320,15 +317,11 @@ def _group_chains(target, drafter, tables, number, count, window, seed) -> Pairs
     ids = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s))) for s in sequences]).to(device)
     lengths = torch.tensor([len(s) for s in sequences], device=device)
     mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-    drafter.attach_target(target)
-    outputs = target(
-        ids.to(input_device(target)), attention_mask=mask.to(input_device(target)),
-        output_hidden_states=bool(drafter.config.target_layer_ids),
-    )  # fmt: skip
-    states = collect_target_states(outputs.hidden_states, drafter.config.target_layer_ids)
-    width, drawn = outputs.logits.shape[-1], count - 1
+    place = input_device(target)
+    logits, states = read_with_states(target, drafter, ids.to(place), attention_mask=mask.to(place))
+    width, drawn = logits.shape[-1], count - 1
     kept_tokens = drafter.kept_tokens
-    features, cache = drafter.prefix_features(ids, None if states is None else states.to(device))
+    features, cache = drafter.prefix_features(ids, states)
     committed = longest - drafter.draft_model.first_prefix
     uniforms = torch.stack([_group_uniforms(seed, number + row, longest, drawn, window) for row in range(len(tables))])
     uniforms = uniforms.to(device)
