@@ -12,7 +12,16 @@ from ..data.files import ensure_file_writable
 from ..data.models import STDLIB_PROMPT_TOKENS, check_tokenizer, load_drafter, load_prompts, read_prompts
 from ..data.sources import DATA_HELP
 from ..serving import engine_bench
-from .options import MODEL_HELP, add_chat, add_models, check_needs, check_not_negative, check_options, load_pair
+from .options import (
+    MODEL_HELP,
+    add_chat,
+    add_models,
+    add_number,
+    check_needs,
+    check_not_negative,
+    check_options,
+    load_pair,
+)
 
 if TYPE_CHECKING:
     from ..runtime.trace import GenerationTrace
@@ -36,15 +45,9 @@ def register(subparsers: Any) -> None:
         f"to their last {STDLIB_PROMPT_TOKENS} tokens (default: %(default)s)",
     )
     add_chat(parser)
-    parser.add_argument(
-        "--num-prompts", type=int, default=20, help="prompts taken, from the first on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=1, help="times everything is run; speeds are medians (default: %(default)s)"
-    )
+    add_number(parser, "--num-prompts", 20, "prompts taken, from the first on")
+    add_number(parser, "--max-new-tokens", 64, "tokens generated from each prompt")
+    add_number(parser, "--repeats", 1, "times everything is run; speeds are medians")
     parser.add_argument(
         "--thorough",
         action="store_true",

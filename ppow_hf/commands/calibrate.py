@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import ensure_writable, write_whole
 from ..data.models import load_drafter, resolve
-from .options import add_models, add_prompts, check_drafts, check_options, load_pair
+from .options import add_models, add_number, add_prompts, check_drafts, check_options, load_pair
 from .windows import read_prompts_to_fit, workload_prompts
 
 if TYPE_CHECKING:
@@ -32,14 +32,10 @@ def register(subparsers: Any) -> None:
     add_models(parser)
     parser.add_argument("--output-dir", required=True, metavar="FOLDER", help="where to write the drafter")
     add_prompts(parser, ", that the drafter was not trained on")
-    parser.add_argument("--fit-prompts", type=int, default=16, help="prompts to fit on (default: %(default)s)")
-    parser.add_argument(
-        "--num-prompts", type=int, default=8, help="prompts after them to compare on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="tokens written after each (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the drafts at T = 1 (default: %(default)s)")
+    add_number(parser, "--fit-prompts", 16, "prompts to fit on")
+    add_number(parser, "--num-prompts", 8, "prompts after them to compare on")
+    add_number(parser, "--max-new-tokens", 128, "tokens written after each")
+    add_number(parser, "--seed", 0, "of the drafts at T = 1")
     parser.set_defaults(run=run)
 
 

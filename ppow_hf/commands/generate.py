@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .options import add_models, check_fits, check_not_negative, check_options, check_seed, load_pair
+from .options import add_models, add_number, check_fits, check_not_negative, check_options, check_seed, load_pair
 
 if TYPE_CHECKING:
     from ..runtime.trace import GenerationTrace
@@ -25,16 +25,14 @@ def register(subparsers: Any) -> None:
     )
     add_models(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue, or - to read it from stdin")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="most tokens to generate (default: %(default)s)"
-    )
+    add_number(parser, "--max-new-tokens", 128, "most tokens to generate")
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         help="0 takes the likeliest token each time; above, sample (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add_number(parser, "--seed", 0, "seed of the sampling")
     parser.add_argument(
         "--window", choices=["kl", "fixed", "heuristic"], help="rule for the window (default: the drafter's own)"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.files import ensure_file_writable
 from ..data.models import STDLIB_PROMPT_TOKENS, load_drafter, load_prompts, load_target, read_workloads
 from ..data.sources import DATA_HELP
-from .options import add_chat, add_models, check_drafts, check_not_negative, check_options, load_pair
+from .options import add_chat, add_models, add_number, check_drafts, check_not_negative, check_options, load_pair
 
 PRINTED = ("workload", "temperature", "window", "acceptance_length", "acceptance_length_interval")
 
@@ -32,14 +32,14 @@ def register(subparsers: Any) -> None:
         f"standard library, cut to their last {STDLIB_PROMPT_TOKENS} tokens (default: stdlib)",
     )
     add_chat(parser)
-    parser.add_argument("--num-prompts", type=int, default=20, help="prompts of each (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens after each (default: %(default)s)")
+    add_number(parser, "--num-prompts", 20, "prompts of each")
+    add_number(parser, "--max-new-tokens", 64, "tokens after each")
     parser.add_argument("--temperature", default="0", help="temperatures, with commas between (default: %(default)s)")
     parser.add_argument(
         "--window", default="fixed,kl", help="window rules, with commas between (default: %(default)s)"
     )
     parser.add_argument("--max-window", type=int, metavar="N", help="longest window (default: the drafter's own)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add_number(parser, "--seed", 0, "seed of the sampling")
     parser.add_argument(
         "--half-precision",
         choices=["bfloat16", "float16"],

@@ -54,6 +54,11 @@ def add_target_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_number(parser: argparse.ArgumentParser, option: str, default: float, meaning: str) -> None:
+    """A number of the default's type."""
+    parser.add_argument(option, type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+
+
 def add_max_length(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", "--max_length", type=int, default=256, help="tokens of a sequence (default: %(default)s)"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.files import ensure_file_writable, write_whole
 from ..data.models import load_prompts, read_prompts
-from .options import add_models, add_prompts, check_fits, check_options, load_pair
+from .options import add_models, add_number, add_prompts, check_fits, check_options, load_pair
 
 UNTIMED = 3  # tokens beside a timed round's drafts: one of each round that reads the prompt, and its own last
 
@@ -24,11 +24,9 @@ def register(subparsers: Any) -> None:
     )
     add_models(parser)
     add_prompts(parser)
-    parser.add_argument("--num-prompts", type=int, default=4, help="prompts taken (default: %(default)s)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="tokens generated from each (default: %(default)s)"
-    )
-    parser.add_argument("--window", type=int, default=5, help="draft tokens a round (default: %(default)s)")
+    add_number(parser, "--num-prompts", 4, "prompts taken")
+    add_number(parser, "--max-new-tokens", 64, "tokens generated from each")
+    add_number(parser, "--window", 5, "draft tokens a round")
     parser.add_argument("--record", action="store_true", help="with divergences and features in the trace")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
     parser.set_defaults(run=run)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..data.models import default_device, load_config
-from .options import add_max_length, add_target, check_options
+from .options import add_max_length, add_number, add_target, check_options
 
 MILLION = 10**6
 
@@ -25,8 +25,8 @@ def register(commands: Any) -> None:
         help="of the drafter (default: %(default)s)",
     )
     add_max_length(parser)
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs that train together (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step on each (default: %(default)s)")
+    add_number(parser, "--gpus", 1, "GPUs that train together")
+    add_number(parser, "--batch-size", 1, "sequences of a step on each")
     parser.add_argument("--draft-vocab-size", type=int, help="reduced vocabulary of an eagle drafter")
     parser.add_argument(
         "--dtype",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..data.files import ensure_writable
 from ..data.models import default_device, load_drafter, load_target, load_tokenizer, prompt_room
 from ..tiny import is_embedded
-from .options import TARGET_HELP, check_options, check_seed
+from .options import TARGET_HELP, add_number, check_options, check_seed
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +56,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--prompts", type=int, help="held-out prompts to compare on (default: 20; 8 for a named target)"
     )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="tokens generated from each prompt (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=3.2, help="time given to training, about (default: %(default)s)"
-    )
+    add_number(parser, "--max-new-tokens", 64, "tokens generated from each prompt")
+    add_number(parser, "--seed", 0, "seed of data and training")
+    add_number(parser, "--minutes", 3.2, "time given to training, about")
     parser.add_argument(
         "--architecture",
         choices=["eagle", "standalone"],

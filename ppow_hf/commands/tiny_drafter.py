@@ -10,7 +10,7 @@ from typing import Any
 from ..data.files import ensure_writable
 from ..data.models import load_target, load_tokenizer
 from ..tiny import is_embedded
-from .options import MODEL_HELP, check_options
+from .options import MODEL_HELP, add_number, check_options
 
 
 def register(subparsers: Any) -> None:
@@ -26,16 +26,12 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--architecture", choices=["eagle", "standalone"], default="eagle", help="architecture (default: %(default)s)"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="time for all training stages together (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequences", type=int, default=4000, help="texts that the target writes first (default: %(default)s)"
-    )
+    add_number(parser, "--minutes", 60.0, "time for all training stages together")
+    add_number(parser, "--sequences", 4000, "texts that the target writes first")
     parser.add_argument(
         "--start", metavar="FOLDER", help="go on with a drafter that this command made (its supervised stage, if kept)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    add_number(parser, "--seed", 0, "seed of data and training")
     parser.set_defaults(run=run)
 
 

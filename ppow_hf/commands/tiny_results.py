@@ -11,7 +11,7 @@ from typing import Any
 from ..data.files import ensure_writable
 from ..tiny import EMBEDDED_DRAFTERS, drafter_path
 from . import bench, card, measure, windows
-from .options import check_options
+from .options import add_number, check_options
 from .parsing import parse
 
 
@@ -36,12 +36,8 @@ def register(subparsers: Any) -> None:
         metavar="NAME=DATA",
         help="workloads of the window study beside stdlib; without any the study is left as it is",
     )
-    parser.add_argument(
-        "--num-prompts", type=int, default=50, help="prompts that acceptance is measured on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--bench-prompts", type=int, default=20, help="prompts that speed is measured on (default: %(default)s)"
-    )
+    add_number(parser, "--num-prompts", 50, "prompts that acceptance is measured on")
+    add_number(parser, "--bench-prompts", 20, "prompts that speed is measured on")
     parser.set_defaults(run=run)
 
 

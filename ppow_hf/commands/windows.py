@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import ensure_writable
 from ..data.models import load_prompts, read_workloads
-from .options import add_chat, add_models, check_drafts, check_not_negative, check_options, load_pair
+from .options import add_chat, add_models, add_number, check_drafts, check_not_negative, check_options, load_pair
 
 if TYPE_CHECKING:
     import torch
@@ -42,15 +42,9 @@ def register(subparsers: Any) -> None:
         help="workloads, each data as for `ppow bench` (default: stdlib)",
     )
     add_chat(parser)
-    parser.add_argument(
-        "--num-prompts", type=int, default=20, help="prompts of each workload to compare on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--fit-prompts", type=int, default=10, help="prompts of each workload to fit on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="tokens written after each prompt (default: %(default)s)"
-    )
+    add_number(parser, "--num-prompts", 20, "prompts of each workload to compare on")
+    add_number(parser, "--fit-prompts", 10, "prompts of each workload to fit on")
+    add_number(parser, "--max-new-tokens", 128, "tokens written after each prompt")
     parser.add_argument(
         "--cost-ratios",
         type=float,
@@ -65,9 +59,7 @@ def register(subparsers: Any) -> None:
         default=256,
         help="tokens after which the mixed stream changes workload (default: %(default)s)",
     )
-    parser.add_argument(
-        "--live", type=int, default=3, help="prompts of each workload decoded as a check (default: %(default)s)"
-    )
+    add_number(parser, "--live", 3, "prompts of each workload decoded as a check")
     parser.add_argument("--output-dir", metavar="FOLDER", help="folder for windows.json and the plots")
     parser.set_defaults(run=run)
 

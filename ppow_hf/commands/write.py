@@ -14,6 +14,7 @@ from .options import (
     add_chat,
     add_device,
     add_engine_python,
+    add_number,
     add_target,
     add_target_dtype,
     check_needs,
@@ -50,13 +51,11 @@ def register(commands: Any) -> None:
         default=[0.0],
         help="0 takes the likeliest token, above it samples; of several, prompts take them in turn (default: 0)",
     )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=512, help="tokens of the longest answer (default: %(default)s)"
-    )
+    add_number(parser, "--max-new-tokens", 512, "tokens of the longest answer")
     parser.add_argument(
         "--batch-size", type=int, default=8, help="prompts of a batch, or requests to a server at once (default: 8)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    add_number(parser, "--seed", 0, "seed of the samples")
     add_target_dtype(parser)
     add_device(parser, "the target")
     where = parser.add_mutually_exclusive_group()
