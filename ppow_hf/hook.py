@@ -93,6 +93,11 @@ def _assisted_decoding(original, self, *args, **kwargs):
 
 def _validate_generation_mode(original, self, generation_mode, generation_config, generation_mode_kwargs):
     drafter = generation_mode_kwargs.get("assistant_model")
+    if isinstance(getattr(drafter, "_orig_mod", None), OURS):
+        raise ValueError(
+            "assistant_model: a compiled drafter given; windows change shape in every round, so that compiling takes "
+            "longer than it saves. Pass the drafter itself."
+        )
     if not isinstance(drafter, OURS):
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
     check_call(self, drafter, generation_config, generation_mode_kwargs.get("tokenizer"))

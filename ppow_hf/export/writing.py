@@ -107,6 +107,10 @@ def export_drafter(
         another one, or what was written does not read back as it should.
         `ImportError`: for `"gguf"` without the package of that name.
     """
+    if not isinstance(drafter, PPOWDrafter):
+        raise ValueError(
+            f"drafter: a {type(drafter).__name__} given. Load it first: PPOWDrafter.from_pretrained(...)."
+        )
     layout = _layout(drafter, format)
     if problems := drafter.weight_problems():
         raise ValueError(f"drafter: it cannot be exported: {'; '.join(problems)}. Train or load it again.")
@@ -337,7 +341,10 @@ def _save(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = folder / "config.json"
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # safetensors writes for its user alone; an engine may run as another.
+    (folder / "model.safetensors").chmod(config.stat().st_mode & 0o777)
 
 
 def _write_medusa(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:

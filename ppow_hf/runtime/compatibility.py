@@ -51,9 +51,13 @@ def check_width(draft_width: int, target_width: int) -> None:
 
 def check_inputs(input_ids: torch.Tensor, embeddings: torch.Tensor | None) -> None:
     """Raise `ValueError` for a prompt that is not given as tokens."""
-    if embeddings is not None or input_ids.shape[1] == 0:
+    if embeddings is not None:
         raise ValueError(
             "inputs_embeds: a drafter reads tokens, so pass the prompt as input_ids, or generate without a drafter."
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids: an empty prompt given; pass at least one token, such as the one that begins texts."
         )
 
 
@@ -246,6 +250,12 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(
             "assistant_ensemble_weight: it changes the target's output, which a PPOWDrafter never does. Leave it out."
+        )
+    attention = target.config._attn_implementation
+    if generation_config.output_attentions and generation_config.return_dict_in_generate and attention != "eager":
+        raise ValueError(
+            f"output_attentions: the target's attention ({attention}) returns none. Load the target with "
+            'attn_implementation="eager", or leave it out.'
         )
     check_width(config.vocab_size, target_width(target))
     if config.target_layer_ids and config.target_hidden_size != text.hidden_size:

@@ -185,8 +185,8 @@ class PPOWDrafter(PreTrainedModel):
         if new_num_tokens is None:
             return self.get_input_embeddings()  # as in transformers, nothing is resized
         raise ValueError(
-            f"new_num_tokens: {new_num_tokens} given, but a drafter's vocabulary is its target's. Resize the target; a "
-            "drafter of before serves one with up to 1% more tokens, for others make a new one with from_target."
+            f"new_num_tokens: {new_num_tokens} given, but a drafter's vocabulary is its target's. Resize the target; "
+            "with up to 1% more tokens its drafter still serves it, for others make a new one with from_target."
         )
 
     @contextmanager
@@ -229,7 +229,7 @@ class PPOWDrafter(PreTrainedModel):
             raise ValueError(
                 f"target: this drafter shares its target's output head, {self.config.vocab_size} tokens from "
                 f"{own_hidden} numbers, and this target's has {target_width(target)} from {hidden}. Use "
-                f"{self.config.target_name_or_path or 'the target it was made for'}, not resized, or make a new drafter."
+                f"{self.config.target_name_or_path or 'the target it was made for'} as it was then, or make another."
             )
         self.draft_model.target_head.module = head
 

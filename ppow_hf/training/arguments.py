@@ -23,7 +23,11 @@ EVAL_SHARE = 0.1  # of the time between evaluations, which they take by default
 ANCHOR_TOKENS = 10  # of a sequence, for each window that is learned by default
 FIRST_UNROLL_STEPS = 3  # the default of `unroll_steps` in a phase that another one follows
 
-ACCEPTED = {"verify_with": ("auto", "target"), "text_weighting": (None, "decay", "visited")}
+ACCEPTED = {
+    "verify_with": ("auto", "target"),
+    "text_weighting": (None, "decay", "visited"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+}
 AT_LEAST = {
     "max_window": (1, "draft tokens (K)"),
     "num_rollouts": (1, "windows of a group (G)"),
@@ -63,6 +67,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "fp16_full_eval": (False, "evaluation decodes in the number format of the models"),
     "average_tokens_across_devices": (True, "the loss is always divided by the tokens of all processes"),
     "label_names": (None, "batches have the columns of `collate_sequences`"),
+    "use_liger_kernel": (False, "Liger has no kernels for a drafter's layers"),
+    "debug": ("", "its hooks read numbers alone, and masks pass between a drafter's layers"),
 }
 
 
@@ -329,7 +335,11 @@ class PPOWTrainingArguments(TrainingArguments):
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False
         self._check_supported()
-        self._choose_best_metric()
+        by_metric = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        if self.metric_for_best_model is not None or (
+            self.load_best_model_at_end or by_metric or self.save_strategy == SaveStrategy.BEST
+        ):
+            self.choose_best_metric()
         check_launch(self.fp16)
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 where there is no accelerator
@@ -348,12 +358,12 @@ class PPOWTrainingArguments(TrainingArguments):
         wanted = default_anchors(counts) if self.num_anchors is None else counts.clamp_max(self.num_anchors)
         return wanted.clamp_min(1)
 
-    def _choose_best_metric(self) -> None:
-        """Acceptance length, where a metric is needed and none was given; there is no evaluation loss."""
+    def choose_best_metric(self) -> None:
+        """Take acceptance length where no `metric_for_best_model` was given; there is no evaluation loss.
+
+        Raises `ValueError` for a metric that evaluation does not give.
+        """
         if self.metric_for_best_model is None:
-            by_metric = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-            if not (self.load_best_model_at_end or by_metric or self.save_strategy == SaveStrategy.BEST):
-                return
             self.metric_for_best_model = "eval_acceptance_length"
         given = f"_{self.metric_for_best_model}"  # "eval_kl", "kl", and of evaluation data with names "code_kl"
         names = [name for name in EVALUATION_METRICS if given.endswith(f"_{name}")]

@@ -1,11 +1,13 @@
 """Whether a drafter, a target, a tokenizer and data belong together: clear errors before anything is computed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import ProcessorMixin, Trainer
+from torch.optim import SGD
+from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -113,10 +115,31 @@ def check_evaluation(args: PPOWTrainingArguments, eval_dataset: Any) -> None:
 
 def check_libraries(args: PPOWTrainingArguments, drafter: PPOWDrafter) -> None:
     """Raise as transformers does, but before texts are written, for a library of `report_to` or `optim` that is
-    missing."""
+    missing, and for a learning rate's schedule that cannot be made."""
     for callback in get_reporting_integration_callbacks(args.report_to):
         callback()
     Trainer.get_optimizer_cls_and_kwargs(args, drafter)
+    given = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)]), 0, 2, scheduler_specific_kwargs=dict(given or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs: {given} given for the schedule {str(args.lr_scheduler_type.value)!r}: {error}."
+        ) from error
+
+
+def check_callbacks(args: PPOWTrainingArguments, callbacks: Iterable[Any]) -> None:
+    """Raise `ValueError` for what is no callback, and for early stopping without evaluations; it stops by acceptance
+    length where `metric_for_best_model` was not given."""
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ValueError(f"callbacks: {callback!r} is no TrainerCallback. Pass objects or classes of that.")
+        if not issubclass(kind, EarlyStoppingCallback):
+            continue
+        if args.eval_strategy == IntervalStrategy.NO:
+            raise ValueError("callbacks: an EarlyStoppingCallback given without evaluations. Set eval_strategy.")
+        args.choose_best_metric()
 
 
 def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:

@@ -53,6 +53,7 @@ from .checkpoints import (
 )
 from .checks import (
     check_batch,
+    check_callbacks,
     check_confidence,
     check_evaluation,
     check_lengths,
@@ -149,6 +150,7 @@ class PPOWTrainer(Trainer):
         check_supported(kwargs)
         check_evaluation(args, eval_dataset)
         check_libraries(args, model)
+        check_callbacks(args, callbacks or ())
         ensure_writable(args.output_dir, "output_dir")
         check_hub_strategy(args)
         use_one_device(args)
@@ -166,18 +168,18 @@ class PPOWTrainer(Trainer):
         model.train_embeddings(args.train_embeddings)
         check_noise(model, self._read_by_drafter, args)
         pad = 0 if processing_class is None else (processing_class.pad_token_id or 0)
-        held_out = self._evaluation_sequences(eval_dataset, processing_class, args)  # before the target writes texts
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._training_sequences(record, train_dataset, model, processing_class, args),
-            eval_dataset=held_out,
+            eval_dataset=self._evaluation_sequences(eval_dataset, processing_class, args),
             processing_class=processing_class,
             data_collator=partial(collate_sequences, pad_token_id=pad),
             callbacks=callbacks,
             optimizers=optimizers,
             **kwargs,
         )
+        # The last of all that can fail, because the target may write texts for hours.
+        self.train_dataset = self._training_sequences(record, train_dataset, model, processing_class, args)
         if self.is_fsdp_enabled:  # one unit: how often a layer is called differs from process to process
             model._no_split_modules = []
         # The loss is divided by what the whole global batch holds, here, not by Trainer.
