@@ -52,6 +52,17 @@ def rewritten(folder, tensors=None, **fields):
 # -- what is written
 
 
+def test_weights_can_be_read_by_whoever_reads_the_configuration(tmp_path, target, drafter):
+    export_drafter(drafter, tmp_path, target=target)
+    modes = {(tmp_path / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
+def test_the_name_of_a_drafter_in_its_place_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^drafter: a str given. Load it first"):
+        export_drafter("tiny-eagle", tmp_path)
+
+
 def eagle3_logits(config, weights, tokens, states):
     """EAGLE-3's first draft step, written from its paper and checkpoints: `[S]`, `[S, 3h]` -> logits `[S, V]`."""
     hidden, heads, size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]

@@ -681,6 +681,27 @@ def test_embeddings_in_place_of_tokens_are_refused(target, architecture):
 
 
 @both_architectures
+def test_an_empty_prompt_is_said_to_be_one(target, architecture):
+    drafter, nothing = drafter_for(target, architecture), torch.zeros(1, 0, dtype=torch.long)
+    for how in ({"assistant_model": drafter}, {"custom_generate": drafter.generate_with()}):
+        with pytest.raises(ValueError, match="^input_ids: an empty prompt"):
+            target.generate(nothing, max_new_tokens=4, **how)
+
+
+def test_a_compiled_drafter_and_attentions_that_are_not_there_are_refused(make_target):
+    target = make_target("llama")
+    drafter = drafter_for(target, "eagle")
+    with pytest.raises(ValueError, match="^assistant_model: a compiled drafter"):
+        generate(target, prompt(0), torch.compile(drafter), max_new_tokens=4)
+    options = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="^output_attentions: the target's attention .sdpa. returns none"):
+        generate(target, prompt(0), drafter, **options)
+    target.set_attn_implementation("eager")
+    found = generate(target, prompt(0), drafter, **options)
+    assert torch.equal(found.sequences, generate(target, prompt(0), max_new_tokens=4))
+
+
+@both_architectures
 @pytest.mark.parametrize("loop", ["assistant_model", "custom_generate"])
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -183,6 +183,16 @@ def test_exports_hold_the_targets_embeddings_or_leave_them_out(target, tmp_path,
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa", "block"])
+def test_resizing_a_drafter_is_refused_and_changes_no_target(target, architecture):
+    drafter = PPOWDrafter.from_target(target, architecture)
+    drafter.attach_target(target)
+    rows = len(target.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match=f"^new_num_tokens: {rows + 4} given"):
+        drafter.resize_token_embeddings(rows + 4)
+    assert len(target.get_input_embeddings().weight) == rows
+
+
 def test_a_peft_wrapped_target_is_attached_as_any_other(target):
     peft = pytest.importorskip("peft")
     sharing, own = pair_of_drafters(target)

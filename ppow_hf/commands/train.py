@@ -214,6 +214,7 @@ def drafter_for_data(
     from ..runtime.target_weights import target_width
     from ..training.checks import check_evaluation, check_libraries
     from ..training.preparation import evaluation_sequences, training_sequences
+    from ..training.records import check_push
 
     if script.draft_vocab_size is None:
         return new_drafter(script, training, target, tokenizer), script.train_data
@@ -221,6 +222,7 @@ def drafter_for_data(
     any_tokens = new_drafter(script, training, target, tokenizer, torch.ones(target_width(target)))
     check_evaluation(training, eval_sources)
     check_libraries(training, any_tokens)
+    check_push(training)
     evaluation_sequences(eval_sources, tokenizer, training)
     sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")
     counts = sequences.count_tokens(target_width(target))

@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+from slow_training import random_dataset
+from transformers import EarlyStoppingCallback
 
 from ppow_hf.training import PPOWTrainingArguments
 from ppow_hf.training.launch import check_launch
@@ -14,6 +16,7 @@ from ppow_hf.training.launch import check_launch
         ("label_smoothing_factor", 0.1), ("torch_compile", True), ("torch_compile_backend", "eager"),
         ("prediction_loss_only", True), ("include_for_metrics", ["loss"]), ("batch_eval_metrics", True),
         ("eval_accumulation_steps", 2), ("bf16_full_eval", True), ("label_names", ["labels"]),
+        ("use_liger_kernel", True), ("debug", "underflow_overflow"),
     ],
 )  # fmt: skip
 def test_an_argument_without_effect_is_refused(tmp_path, name, value):
@@ -34,6 +37,27 @@ def test_a_function_that_would_never_be_called_is_refused(make_trainer, name):
     """TRL: metrics of one's own."""
     with pytest.raises(ValueError, match=f"^{name}: .*Leave it out"):
         make_trainer(trainer_options={name: lambda *_: {}})
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [("early", "'early' is no TrainerCallback"), (EarlyStoppingCallback, "an EarlyStoppingCallback given without")],
+)
+def test_callbacks_that_cannot_work_are_refused_at_once(make_trainer, callback, message):
+    """Axolotl: an early stop without a metric or evaluations, noticed when training begins."""
+    with pytest.raises(ValueError, match=f"^callbacks: {message}"):
+        make_trainer(trainer_options={"callbacks": [callback]})
+
+
+def test_an_early_stop_is_by_acceptance_length_where_no_metric_was_given(make_trainer):
+    options = {"callbacks": [EarlyStoppingCallback(early_stopping_patience=1)]}
+    trainer = make_trainer(
+        evaluate=random_dataset([9, 12], seed=4), trainer_options=options, eval_strategy="steps", eval_steps=1,
+        max_steps=9, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.args.metric_for_best_model == "eval_acceptance_length" and trainer.args.greater_is_better
+    assert trainer.state.global_step == 2  # nothing is learned, so that the second evaluation is no better
 
 
 @pytest.mark.parametrize("started", [None, "2"])
