@@ -52,8 +52,9 @@ def rewritten(folder, tensors=None, **fields):
 # -- what is written
 
 
-def test_weights_can_be_read_by_whoever_reads_the_configuration(tmp_path, target, drafter):
-    export_drafter(drafter, tmp_path, target=target)
+@pytest.mark.parametrize("architecture", ["eagle", "standalone", "medusa", "block"])
+def test_weights_can_be_read_by_whoever_reads_the_configuration(tmp_path, target, architecture):
+    export_drafter(PPOWDrafter.from_target(target, architecture), tmp_path, target=target)
     modes = {(tmp_path / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
     assert len(modes) == 1
 

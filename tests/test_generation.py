@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import nn
 from transformers import (
+    AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
@@ -31,6 +32,7 @@ from transformers import (
 from transformers import pipeline as make_pipeline
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ppow_hf import PPOWDrafter
 from ppow_hf.runtime.modeling_ppow import collect_target_states
@@ -694,8 +696,11 @@ def test_a_compiled_drafter_and_attentions_that_are_not_there_are_refused(make_t
     with pytest.raises(ValueError, match="^assistant_model: a compiled drafter"):
         generate(target, prompt(0), torch.compile(drafter), max_new_tokens=4)
     options = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="^output_attentions: the target's attention .sdpa. returns none"):
+    with pytest.raises(ValueError, match="^output_attentions: .* its attention .sdpa. returns none"):
         generate(target, prompt(0), drafter, **options)
+    AttentionInterface.register("own", eager_attention_forward)
+    target.set_attn_implementation("own")
+    assert len(generate(target, prompt(0), drafter, **options).attentions)
     target.set_attn_implementation("eager")
     found = generate(target, prompt(0), drafter, **options)
     assert torch.equal(found.sequences, generate(target, prompt(0), max_new_tokens=4))

@@ -22,7 +22,7 @@ from ppow_hf import PPOWDrafter, PPOWDrafterConfig
 from ppow_hf.publish.hub import GENERATE, repository_files, runtime_modules, write_repository
 from ppow_hf.runtime.configuration_ppow import vocabulary_fingerprint
 from ppow_hf.training import PPOWTrainingArguments
-from ppow_hf.training.records import check_push
+from ppow_hf.training.records import check_hub_strategy
 
 TESTS = str(Path(__file__).parent)
 PROMPT = [5, 9, 17, 3]
@@ -433,7 +433,7 @@ def test_a_push_during_training_that_fails_does_not_end_it(pushed, server):
 def test_checkpoints_whose_optimizer_is_a_pickle_are_not_pushed(tmp_path):
     args = PPOWTrainingArguments(output_dir=str(tmp_path), push_to_hub=True, hub_strategy="checkpoint", report_to=[])
     with pytest.raises(ValueError, match="hub_strategy: 'checkpoint' uploads checkpoints"):
-        check_push(args)
+        check_hub_strategy(args)
 
 
 # -- what goes wrong while pushing

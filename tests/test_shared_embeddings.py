@@ -190,6 +190,7 @@ def test_resizing_a_drafter_is_refused_and_changes_no_target(target, architectur
     rows = len(target.get_input_embeddings().weight)
     with pytest.raises(ValueError, match=f"^new_num_tokens: {rows + 4} given"):
         drafter.resize_token_embeddings(rows + 4)
+    assert drafter.resize_token_embeddings(rows) is drafter.get_input_embeddings()
     assert len(target.get_input_embeddings().weight) == rows
 
 

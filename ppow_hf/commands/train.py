@@ -214,7 +214,7 @@ def drafter_for_data(
     from ..runtime.target_weights import target_width
     from ..training.checks import check_evaluation, check_libraries
     from ..training.preparation import evaluation_sequences, training_sequences
-    from ..training.records import check_push
+    from ..training.records import make_repository
 
     if script.draft_vocab_size is None:
         return new_drafter(script, training, target, tokenizer), script.train_data
@@ -222,8 +222,8 @@ def drafter_for_data(
     any_tokens = new_drafter(script, training, target, tokenizer, torch.ones(target_width(target)))
     check_evaluation(training, eval_sources)
     check_libraries(training, any_tokens)
-    check_push(training)
     evaluation_sequences(eval_sources, tokenizer, training)
+    make_repository(training)
     sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")
     counts = sequences.count_tokens(target_width(target))
     return new_drafter(script, training, target, tokenizer, counts), sequences

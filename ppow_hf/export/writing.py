@@ -7,6 +7,7 @@ tested against the engines themselves (tests/engines).
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -341,10 +342,15 @@ def _save(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = folder / "config.json"
-    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    # safetensors writes for its user alone; an engine may run as another.
-    (folder / "model.safetensors").chmod(config.stat().st_mode & 0o777)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    let_others_read(folder)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give weights the configuration's mode: safetensors writes for its user alone, and an engine may be another."""
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError):  # a file system that knows no modes
+            path.chmod((folder / "config.json").stat().st_mode & 0o777)
 
 
 def _write_medusa(folder: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
@@ -415,6 +421,7 @@ def _write_standalone(drafter: PPOWDrafter, folder: Path, tokenizer: Any) -> dic
             f"{drafter.config.vocab_size}; engines need both of one size."
         )
     model.save_pretrained(folder)
+    let_others_read(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     path = folder / "config.json"

@@ -36,6 +36,7 @@ STOCK_SETTINGS = {
     "assistant_confidence_threshold": "window",
     "prompt_lookup_num_tokens": "lookup",
 }
+WITHOUT_WEIGHTS = ("sdpa", "flex_attention")  # and flash attention: kernels that return no attention weights
 MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 
 
@@ -251,11 +252,11 @@ def check_call(target: Any, drafter: Any, generation_config: GenerationConfig, t
         raise ValueError(
             "assistant_ensemble_weight: it changes the target's output, which a PPOWDrafter never does. Leave it out."
         )
-    attention = target.config._attn_implementation
-    if generation_config.output_attentions and generation_config.return_dict_in_generate and attention != "eager":
+    attention, asked = str(text._attn_implementation), generation_config.return_dict_in_generate
+    if asked and generation_config.output_attentions and ("flash" in attention or attention in WITHOUT_WEIGHTS):
         raise ValueError(
-            f"output_attentions: the target's attention ({attention}) returns none. Load the target with "
-            'attn_implementation="eager", or leave it out.'
+            "output_attentions: True given, perhaps by the target's generation_config.json, and its attention "
+            f'({attention}) returns none. Load the target with attn_implementation="eager", or set it to False.'
         )
     check_width(config.vocab_size, target_width(target))
     if config.target_layer_ids and config.target_hidden_size != text.hidden_size:

@@ -180,13 +180,15 @@ class PPOWDrafter(PreTrainedModel):
         else:
             raise ValueError("value: a medusa drafter has no token embeddings; it reads the target's states.")
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
-        """Refused: the rows may be the target's own, and the head's number would no longer be its vocabulary."""
-        if new_num_tokens is None:
-            return self.get_input_embeddings()  # as in transformers, nothing is resized
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
+    ):
+        """The embeddings as they are; another number is refused: the rows may be the target's own."""
+        if pad_to_multiple_of is None and new_num_tokens in (None, self.config.vocab_size):
+            return self.get_input_embeddings()
         raise ValueError(
-            f"new_num_tokens: {new_num_tokens} given, but a drafter's vocabulary is its target's. Resize the target; "
-            "with up to 1% more tokens its drafter still serves it, for others make a new one with from_target."
+            f"new_num_tokens: {new_num_tokens} given, but a drafter's vocabulary is its target's. Resize the target, "
+            "and make a new drafter with from_target where generate then refuses this one."
         )
 
     @contextmanager

@@ -378,7 +378,7 @@ class PPOWTrainingArguments(TrainingArguments):
     def _check_supported(self) -> None:
         """Raise `ValueError` for arguments without effect."""
         for name, (unset, reason) in UNSUPPORTED.items():
-            if getattr(self, name, unset) not in (unset, None):
+            if getattr(self, name, unset) not in (unset, None, []):
                 raise ValueError(f"{name}: {getattr(self, name)!r} given, but {reason}. Leave it out.")
 
     def _check_ranges(self) -> None:
@@ -420,12 +420,17 @@ class PPOWTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
             )
-        repeated = self.uses_rollouts and self.num_iterations > 1 and self.save_strategy == SaveStrategy.STEPS
+        repeated = self.uses_rollouts and self.num_iterations > 1
+        if repeated and self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                f"train_sampling_strategy: 'batch_rebalance' gives each step sequences of its own, and with "
+                f"num_iterations={self.num_iterations} steps share theirs. Leave out one of them."
+            )
         steps, given = self.save_steps, f"{self.save_steps}"
         if steps < 1:  # a share of the steps, which epochs do not tell yet
             steps = math.ceil(max(self.max_steps, 0) * steps)
             given = f"{self.save_steps} ({steps} of {self.max_steps} steps)"
-        if repeated and steps % self.num_iterations:
+        if repeated and self.save_strategy == SaveStrategy.STEPS and steps % self.num_iterations:
             raise ValueError(
                 f"save_steps: {given} is no multiple of num_iterations={self.num_iterations}; a checkpoint "
                 "between two gradient steps on the same rollouts could not be resumed exactly. Pass a multiple."

@@ -119,9 +119,13 @@ def check_libraries(args: PPOWTrainingArguments, drafter: PPOWDrafter) -> None:
     for callback in get_reporting_integration_callbacks(args.report_to):
         callback()
     Trainer.get_optimizer_cls_and_kwargs(args, drafter)
-    given = args.lr_scheduler_kwargs
+    if not isinstance(args.lr_scheduler_kwargs, dict | None):
+        raise ValueError(
+            f"lr_scheduler_kwargs: {args.lr_scheduler_kwargs!r} given; pass a dictionary, or JSON of one."
+        )
+    given, optimizer = args.lr_scheduler_kwargs, SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
-        get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)]), 0, 2, scheduler_specific_kwargs=dict(given or {}))
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, scheduler_specific_kwargs=dict(given or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_kwargs: {given} given for the schedule {str(args.lr_scheduler_type.value)!r}: {error}."

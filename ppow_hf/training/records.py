@@ -53,18 +53,17 @@ def _without_paths(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) and value else value
 
 
-def check_push(args: Any) -> None:
-    """Make the repository that a training pushes to, so that a Hub which cannot be reached is noticed at once.
-
-    Raises `ValueError` for a strategy that uploads checkpoints, whose optimizer states are pickles.
-    """
-    if not args.push_to_hub:
-        return
-    if args.hub_strategy in ("checkpoint", "all_checkpoints"):
+def check_hub_strategy(args: Any) -> None:
+    """Raise `ValueError` for a strategy that uploads checkpoints, whose optimizer states are pickles."""
+    if args.push_to_hub and args.hub_strategy in ("checkpoint", "all_checkpoints"):
         raise ValueError(
             f"hub_strategy: {str(args.hub_strategy.value)!r} uploads checkpoints, and their optimizer's state is a "
             "pickle, which is never pushed. Pass 'every_save' (the drafter at every save) or 'end'."
         )
-    if args.process_index == 0:
+
+
+def make_repository(args: Any) -> None:
+    """Make the repository that a training pushes to, as Trainer does, which begins when the texts are written."""
+    if args.push_to_hub and args.process_index == 0:
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)

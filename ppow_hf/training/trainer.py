@@ -75,7 +75,7 @@ from .objective import WINDOW_TERMS
 from .optimizers import make_optimizer
 from .preparation import evaluation_sequences, held_out_prompts, training_sequences
 from .recorded_states import RecordedTarget, StateRecord, open_record
-from .records import check_push, write_records
+from .records import check_hub_strategy, write_records
 from .rollout import Rollout, collect_rollout, text_can_verify
 from .run_folder import (
     best_checkpoint,
@@ -152,7 +152,7 @@ class PPOWTrainer(Trainer):
         check_libraries(args, model)
         check_callbacks(args, callbacks or ())
         ensure_writable(args.output_dir, "output_dir")
-        check_push(args)
+        check_hub_strategy(args)
         use_one_device(args)
         self.target_model: Any = target_model
         if target_model is not None and not is_placed(target_model):

@@ -1,5 +1,6 @@
 """Options of transformers' Trainer that drafters' training would take and ignore: refused by name."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -23,6 +24,18 @@ def test_an_argument_without_effect_is_refused(tmp_path, name, value):
     """transformers: a trainer of its own loss and evaluation passes these by."""
     with pytest.raises(ValueError, match=f"^{name}: .*Leave it out"):
         PPOWTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_arguments_are_made_again_from_others(tmp_path):
+    """transformers: what `dataclasses.replace` and a saved record of arguments do."""
+    args = PPOWTrainingArguments(str(tmp_path), use_cpu=True, objective="tv")
+    assert dataclasses.replace(args, learning_rate=1e-4).objective == "tv"
+
+
+def test_a_sampler_of_whole_steps_beside_steps_that_share_sequences_is_refused(tmp_path):
+    options = {"objective": "ppow", "num_iterations": 2, "train_sampling_strategy": "batch_rebalance"}
+    with pytest.raises(ValueError, match="^train_sampling_strategy: 'batch_rebalance' gives each step"):
+        PPOWTrainingArguments(str(tmp_path), use_cpu=True, **options)
 
 
 def test_compilation_by_the_launcher_is_refused(tmp_path, monkeypatch):
