@@ -217,6 +217,7 @@ def test_a_seed_reproduces_sampled_batches(make_target, way):
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 def test_what_this_loop_does_not_return_is_said(make_target, name):
     target = make_target("llama")
+    target.set_attn_implementation("eager")  # which has attentions to return
     drafter = make_drafter(target, "standalone")
     with pytest.raises(ValueError, match=f"{name}: this loop returns"):
         generate_by_loop(
