@@ -691,7 +691,7 @@ def test_an_empty_prompt_is_said_to_be_one(target, architecture):
 
 
 def test_a_compiled_drafter_and_attentions_that_are_not_there_are_refused(make_target):
-    target = make_target("llama")
+    target = copy.deepcopy(make_target("llama"))  # its attention is changed
     drafter = drafter_for(target, "eagle")
     with pytest.raises(ValueError, match="^assistant_model: a compiled drafter"):
         generate(target, prompt(0), torch.compile(drafter), max_new_tokens=4)

@@ -3,6 +3,7 @@
 The reference is plain `generate`, prompt by prompt.
 """
 
+import copy
 import json
 
 import pytest
@@ -216,8 +217,8 @@ def test_a_seed_reproduces_sampled_batches(make_target, way):
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 def test_what_this_loop_does_not_return_is_said(make_target, name):
-    target = make_target("llama")
-    target.set_attn_implementation("eager")  # which has attentions to return
+    target = copy.deepcopy(make_target("llama"))  # its attention is changed
+    target.set_attn_implementation("eager")
     drafter = make_drafter(target, "standalone")
     with pytest.raises(ValueError, match=f"{name}: this loop returns"):
         generate_by_loop(
