@@ -212,7 +212,7 @@ def drafter_for_data(
     import torch
 
     from ..runtime.target_weights import target_width
-    from ..training.checks import check_evaluation, check_libraries
+    from ..training.checks import check_evaluation, check_libraries, check_schedule
     from ..training.preparation import evaluation_sequences, training_sequences
     from ..training.records import make_repository
 
@@ -222,6 +222,7 @@ def drafter_for_data(
     any_tokens = new_drafter(script, training, target, tokenizer, torch.ones(target_width(target)))
     check_evaluation(training, eval_sources)
     check_libraries(training, any_tokens)
+    check_schedule(training)
     evaluation_sequences(eval_sources, tokenizer, training)
     make_repository(training)
     sequences = training_sequences(script.train_data, target, tokenizer, training, "--train_data")

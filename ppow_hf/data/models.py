@@ -219,7 +219,6 @@ def _load(
     device: str | None,
     placement: dict[str, str] | None = None,
 ) -> Any:
-
     from ..runtime.modeling_ppow import loading_problems
 
     path, gguf = _existing(name, argument)

@@ -336,9 +336,8 @@ class PPOWTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
         self._check_supported()
         by_metric = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-        if self.metric_for_best_model is not None or (
-            self.load_best_model_at_end or by_metric or self.save_strategy == SaveStrategy.BEST
-        ):
+        wanted = self.load_best_model_at_end or by_metric or self.save_strategy == SaveStrategy.BEST
+        if wanted or self.metric_for_best_model is not None:
             self.choose_best_metric()
         check_launch(self.fp16)
         if self.bf16 and not torch.accelerator.is_available():

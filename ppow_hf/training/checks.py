@@ -115,10 +115,14 @@ def check_evaluation(args: PPOWTrainingArguments, eval_dataset: Any) -> None:
 
 def check_libraries(args: PPOWTrainingArguments, drafter: PPOWDrafter) -> None:
     """Raise as transformers does, but before texts are written, for a library of `report_to` or `optim` that is
-    missing, and for a learning rate's schedule that cannot be made."""
+    missing."""
     for callback in get_reporting_integration_callbacks(args.report_to):
         callback()
     Trainer.get_optimizer_cls_and_kwargs(args, drafter)
+
+
+def check_schedule(args: PPOWTrainingArguments) -> None:
+    """Raise `ValueError` for a schedule of the learning rate that transformers cannot make as it is asked for."""
     if not isinstance(args.lr_scheduler_kwargs, dict | None):
         raise ValueError(
             f"lr_scheduler_kwargs: {args.lr_scheduler_kwargs!r} given; pass a dictionary, or JSON of one."
@@ -128,7 +132,8 @@ def check_libraries(args: PPOWTrainingArguments, drafter: PPOWDrafter) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, scheduler_specific_kwargs=dict(given or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_kwargs: {given} given for the schedule {str(args.lr_scheduler_type.value)!r}: {error}."
+            f"lr_scheduler_kwargs: {given} given for the schedule {str(args.lr_scheduler_type.value)!r}: {error}. "
+            "Pass what that schedule takes."
         ) from error
 
 

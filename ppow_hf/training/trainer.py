@@ -64,6 +64,7 @@ from .checks import (
     check_prefixes,
     check_reach,
     check_recorded,
+    check_schedule,
     check_supported,
     check_token_ids,
     is_placed,
@@ -150,6 +151,7 @@ class PPOWTrainer(Trainer):
         check_supported(kwargs)
         check_evaluation(args, eval_dataset)
         check_libraries(args, model)
+        check_schedule(args)
         check_callbacks(args, callbacks or ())
         ensure_writable(args.output_dir, "output_dir")
         check_hub_strategy(args)
