@@ -396,6 +396,7 @@ def test_embedded_names_resolve_to_folders_that_are_complete(tmp_path, monkeypat
             function(name)
 
 
+@pytest.mark.slow
 def test_what_quotes_the_embedded_drafters_is_made_again_by_one_command(tmp_path, monkeypatch, capsys):
     for folder in ("llama", "standalone"):
         shutil.copytree(tiny.target_path().parent / folder, tmp_path / "tiny" / folder)

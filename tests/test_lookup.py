@@ -306,7 +306,7 @@ def test_text_ends_where_it_should_inside_tokens_from_the_text(stop):
 
 PROMPT = torch.tensor([[1, 4, 2, 5, 1, 4, 2, 5, 1, 4]])
 LENGTH, NEW_TOKENS, EOS = 4, 5, 3
-RUNS, ALPHA = {True: 3000, False: 1000}, 1e-4  # in our own loop, and with `assistant_model`
+RUNS, ALPHA = {True: 3000, False: 600}, 1e-4  # in our own loop, and with `assistant_model`
 SAMPLED = {"lookup": True, "max_window": 3, "cost_ratio": 0.05, "verification_cost": 0.01}
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW_TOKENS}
 

@@ -21,7 +21,7 @@ NEW_TOKENS = 5  # so that a window of 3 fits after the first one, which is never
 TEMPERATURE, TOP_K, TOP_P = 0.6, 5, 0.95
 PROMPT = torch.tensor([[1, 4, 2, 5]])
 ALPHA = 1e-4
-RUNS = 600  # of each case that is not marked slow
+RUNS = 500  # of each case that is not marked slow
 COSTS = {"cost_ratio": 0.02, "verification_cost": 0.01}
 
 both_architectures = pytest.mark.parametrize("architecture", ["eagle", "standalone"])

@@ -107,6 +107,7 @@ def test_a_drafter_changes_no_token_of_a_target_of_another_family(architecture, 
     assert torch.equal(target.generate(ids, assistant_model=drafter, **settings), target.generate(ids, **settings))
 
 
+@pytest.mark.slow
 def test_reported_bits_per_byte_are_those_of_the_shipped_weights(pair, files):
     target, tokenizer = pair
     report = json.loads((target_path() / "recipe.json").read_text())

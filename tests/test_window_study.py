@@ -399,6 +399,7 @@ def test_command_explains_its_mistakes(tmp_path, capsys):
     assert parse_workload(f"a={file}:q") == ("a", f"{file}:q") and parse_workload(str(file))[0] == "p"
 
 
+@pytest.mark.slow
 def test_bench_hands_its_options_to_the_study(capsys):
     argv = ["bench", "--windows", "--target", "tiny", "--drafter", "tiny-standalone", "--num-prompts", "1"]
     assert main([*argv, "--fit-prompts", "1", "--live", "1", "--max-new-tokens", "6"]) == 0
