@@ -172,6 +172,37 @@ def test_what_would_compute_something_else_is_refused(tmp_path, target, fields, 
         import_drafter(rewritten(tmp_path, **fields), target)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": "4"}, "says block_size: '4', where a whole number is needed"),
+        ({"mask_token_id": "7"}, "says mask_token_id: '7', where a whole number is needed"),
+        ({"markov_rank": "x"}, "says markov_rank: 'x', where a whole number is needed"),
+        ({"target_layer_ids": "x"}, "says target_layer_ids: 'x', where a list of whole numbers is needed"),
+        ({"target_layer_ids": [1.5]}, r"says target_layer_ids: \[1.5\], where a list of whole numbers is needed"),
+        ({"speculators_config": {"verifier": "x"}}, "says verifier: 'x', where an object is needed"),
+        ({"dflash_config": [1]}, r"says dflash_config: \[1\], where an object is needed"),
+        ({"dflash_config": {"block_size": "x"}}, "says block_size: 'x', where a whole number is needed"),
+        (
+            {"architectures": None},
+            "by the architectures in config.json. Accepted are LlamaForCausalLMEagle3, .*DFlash",
+        ),
+    ],
+)
+def test_fields_of_another_kind_are_named(tmp_path, target, fields, message):
+    export_drafter(make_drafter(target, "dspark"), tmp_path, target=target)
+    with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
+        import_drafter(rewritten(tmp_path, **fields), target)
+
+
+def test_settings_and_targets_that_are_not_there_are_named(tmp_path, target):
+    export_drafter(make_drafter(target), tmp_path, target=target)
+    with pytest.raises(ValueError, match="foo: not a field of PPOWDrafterConfig"):
+        import_drafter(tmp_path, target, foo=3)
+    with pytest.raises(FileNotFoundError, match="target: there is no folder '/nonexistent'"):
+        import_drafter(tmp_path, "/nonexistent")
+
+
 @pytest.mark.parametrize("name", ["norm.weight", "d2t", "lm_head.weight", "layers.1.self_attn.k_norm.weight"])
 def test_a_missing_tensor_is_refused(tmp_path, target, name):
     export_drafter(reduced(target), tmp_path, target=target)

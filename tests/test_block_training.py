@@ -1,6 +1,7 @@
 """Training block drafters: losses, confidence and groups of windows, against windows computed one by one."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from slow_training import (
 from test_data import build_tokenizer
 from test_losses import written_dataset
 
-from ppow_hf import PPOWDrafter, cli
+from ppow_hf import PPOWDrafter, PPOWTrainer, PPOWTrainingArguments, cli
 from ppow_hf.training.batch import keyed_uniforms
 from ppow_hf.training.losses import chosen_windows
 from ppow_hf.training.terms import acceptance
@@ -242,6 +243,41 @@ def test_the_commands_record_and_train_block_drafters(tmp_path, make_target):
     ids = random_dataset(vocab_size=30)[0]["input_ids"][None, :6]
     output = target.generate(ids, assistant_model=drafter, max_new_tokens=8, do_sample=False)
     assert torch.equal(output, target.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_the_window_is_the_block_where_none_is_given(make_target, tmp_path):
+    target, data = make_target("llama", initializer_range=0.3), random_dataset([19, 15])
+    for architecture, options, expected in (
+        ("block", {"block_size": 4}, 4), ("block", {"block_size": 16}, 16), ("medusa", {"max_window": 3}, 3),
+        ("eagle", {"max_window": 5}, 10),
+    ):  # fmt: skip
+        args = PPOWTrainingArguments(
+            str(tmp_path), max_length=32, max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+            save_strategy="no",
+        )  # fmt: skip
+        drafter = PPOWDrafter.from_target(target, architecture, **options)
+        PPOWTrainer(drafter, target, args, train_dataset=data).train()
+        assert args.max_window == drafter.config.max_window == expected
+
+
+@pytest.mark.parametrize(("options", "warned"), [({}, True), ({"markov_rank": 3}, False)])
+def test_a_confidence_head_that_no_engine_takes_is_warned_of(make_trainer, monkeypatch, caplog, options, warned):
+    monkeypatch.setattr(logging.getLogger("ppow_hf.training.checks"), "handlers", [caplog.handler])
+    make_trainer("block", "supervised", overrides={"confidence_head": True} | options)
+    assert ("no engine serves one without a Markov head" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("architecture", ["dspark", "eagle"])
+@pytest.mark.parametrize("objective", ["supervised", "ppow"])
+def test_a_batch_without_a_learned_token_changes_nothing(make_trainer, architecture, objective):
+    masks = [[row == 0] * length for row, length in enumerate((19, 11, 15, 30, 6, 4))]
+    trainer = make_trainer(
+        architecture, objective, dataset=random_dataset([19, 11, 15, 30, 6, 4], loss_masks=masks), muon=0.0,
+        max_steps=4, train_sampling_strategy="sequential", logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] != 0 and losses[1] == 0
 
 
 def test_embeddings_are_trained_only_on_request(make_target):

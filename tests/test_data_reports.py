@@ -105,6 +105,8 @@ def test_lengths_are_checked_without_reading_the_sequences(monkeypatch, tmp_path
     check_lengths(data, args, 20)
     with pytest.raises(ValueError, match="^max_length: 20 given and a sequence of 20 tokens found"):
         check_lengths(data, args, 19)
+    with pytest.raises(ValueError, match="train_dataset: sequence 1 has 1 tokens, so that none follows another"):
+        check_lengths(random_dataset([5, 1]), args, 20)
 
 
 def test_a_resume_with_other_masks_is_refused(tmp_path, make_target):

@@ -526,6 +526,7 @@ def test_wrong_arguments_of_a_training_are_one_line_with_the_option_as_typed(sav
         (["--eval_prompts", 0], "--eval_prompts: 0 given"),
         (["--seed", -1], "--seed: -1 given"),
         (["--drafter", "tiny-eagle", "--markov_rank", 3], "given, which is of a new drafter, and --drafter names one"),
+        (["--drafter", "tiny-eagle", "--architecture", "eagle"], "--architecture: eagle given, which"),
     ],
 )  # fmt: skip
 def test_a_training_is_refused_before_the_target_writes_its_texts(

@@ -46,10 +46,11 @@ class ScriptArguments:
             "help": f"The drafter to go on training: {MODEL_HELP}. Without it a new one is made from the target."
         },
     )
-    architecture: str = dataclasses.field(
-        default="eagle",
+    architecture: str | None = dataclasses.field(
+        default=None,
         metadata={
-            "help": "Architecture of a new drafter. A block drafter's block is of --max_window tokens.",
+            "help": "Architecture of a new drafter; by default eagle. A block drafter's block is of --max_window "
+            "tokens.",
             "choices": ["eagle", "standalone", "medusa", "block"],
         },
     )
@@ -239,7 +240,7 @@ def drafter_for_record(
     named = dataclasses.replace(script, target=script.target or record.manifest["target"])
     counts = record.sequences.count_tokens(target_width(record.target))
     layers: dict[str, Any] = {}
-    if script.architecture == "eagle":
+    if script.architecture in (None, "eagle"):
         layers = {"target_layer_ids": record.layer_ids}
         if record.layer_ids:
             layers["state_scales"] = record.state_scales()
@@ -272,14 +273,14 @@ def new_drafter(
     from ..runtime.configuration_ppow import vocabulary_fingerprint
     from ..runtime.modeling_ppow import PPOWDrafter
 
-    if script.architecture in ("block", "medusa"):  # their longest window
+    if script.architecture in ("block", "medusa") and training.max_window is not None:  # their longest window
         overrides["max_window"] = training.max_window
     for name in ("num_hidden_layers", "markov_rank", "confidence_head"):
         if getattr(script, name) is not None:
             overrides[name] = getattr(script, name)
     drafter = PPOWDrafter.from_target(
         target,
-        script.architecture,
+        script.architecture or "eagle",
         draft_vocab_size=script.draft_vocab_size,
         token_counts=token_counts,
         init_layers=script.init_layers,

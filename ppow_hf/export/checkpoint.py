@@ -15,11 +15,24 @@ import torch
 
 from ..data.weights import folder_damage
 from ..runtime.configuration_ppow import EAGLE_NORMS
+from .block_formats import DFLASH, DSPARK, SPECULATORS_DSPARK
 from .formats import EAGLE3_ARCHITECTURE, LAYER_NAMES, SPECULATORS_ARCHITECTURE, eagle3_shapes
 
 OPTIONAL_TENSORS = ("embed_tokens.weight", "t2d")  # absent: the target's embeddings; t2d follows from d2t
 # Variants that compute something else than EAGLE-3 does, by the config field that turns them on.
 UNKNOWN_VARIANTS = ("fc_norm", "attention_bias", "mlp_bias")
+ACCEPTED = (EAGLE3_ARCHITECTURE, SPECULATORS_ARCHITECTURE, DFLASH, DSPARK, SPECULATORS_DSPARK)
+# What stands in the fields of a config.json, wherever they are.
+KINDS = {
+    "a whole number": ("block_size", "mask_token_id", "markov_rank", "draft_vocab_size"),
+    "a list of whole numbers": (
+        "target_layer_ids",
+        "aux_hidden_state_layer_ids",
+        "eagle_aux_hidden_state_layer_ids",
+    ),
+    "an object": ("dflash_config", "eagle_config", "transformer_layer_config", "speculators_config", "verifier"),
+    "a list": ("architectures", "layer_types"),
+}
 
 
 @dataclass
@@ -160,7 +173,36 @@ def read_config(folder: Path, argument: str) -> dict[str, Any]:
     damage = folder_damage(folder)
     if damage is not None:
         raise ValueError(f"{argument}: {str(folder)!r} cannot be read: {damage}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{argument}: config.json of {str(folder)!r} holds no object. Download it again.")
+    check_kinds(config, str(folder), argument)
+    return config
+
+
+def check_kinds(fields: dict[str, Any], folder: str, argument: str) -> None:
+    """Raise `ValueError` naming `argument` for fields of a config.json that hold something else than they should."""
+    for kind, names in KINDS.items():
+        for name in names:
+            value = fields.get(name)
+            if value is None:
+                continue
+            if not _is_of_kind(value, kind):
+                raise ValueError(
+                    f"{argument}: config.json of {folder!r} says {name}: {value!r}, where {kind} is needed. Download "
+                    "it again, or mend it."
+                )
+            if kind == "an object":
+                check_kinds(value, folder, argument)
+
+
+def _is_of_kind(value: Any, kind: str) -> bool:
+    if kind == "an object":
+        return isinstance(value, dict)
+    if kind == "a whole number":
+        return isinstance(value, int) and not isinstance(value, bool)
+    whole = kind == "a list" or isinstance(value, list) and all(_is_of_kind(item, "a whole number") for item in value)
+    return isinstance(value, list) and whole
 
 
 def check_fields(folder: Path, fields: dict[str, Any], needed: Sequence[str], argument: str) -> None:
@@ -189,8 +231,8 @@ def read_eagle3(folder: str | Path, argument: str = "checkpoint") -> Eagle3Check
         kind, fields = "speculators", config.get("transformer_layer_config") or {}
     else:
         raise ValueError(
-            f"{argument}: {str(folder)!r} is a {architectures or config.get('model_type')}, not an EAGLE-3 drafter. "
-            f"Accepted are {EAGLE3_ARCHITECTURE} (as its authors publish) and speculators' {SPECULATORS_ARCHITECTURE}."
+            f"{argument}: {str(folder)!r} is a {architectures or config.get('model_type')}, not an EAGLE-3, DFlash or "
+            f"DSpark drafter, by the architectures in config.json. Accepted are {', '.join(ACCEPTED)}."
         )
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     check_fields(folder, fields, needed, argument)

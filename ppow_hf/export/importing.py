@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig, Qwen3Config
+from transformers import AutoModel, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..data.models import resolve
+from ..data.models import load_config, resolve
 from ..data.weights import brief
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter
@@ -49,6 +49,10 @@ def import_drafter(
         `ValueError`: if the checkpoint computes something else, lacks a tensor, or does not fit the target, with
             everything that is wrong; `FileNotFoundError` if it is not there.
     """
+    known = PPOWDrafterConfig().to_dict()
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{name}: not a field of PPOWDrafterConfig. Leave it out.")
     folder = _local(checkpoint, revision)
     if not is_block_config(read_config(folder, "checkpoint")):
         return _import_eagle3(folder, target, target_layer_ids, settings)
@@ -126,7 +130,7 @@ def _target_config(target: Any) -> Any:
     if target is None:
         return None
     if isinstance(target, str | Path):
-        return AutoConfig.from_pretrained(resolve(str(target))).get_text_config()
+        return load_config(str(target), "target")[0].get_text_config()
     return target.config.get_text_config()
 
 

@@ -238,7 +238,10 @@ def _check_block(drafter: PPOWDrafter, format: str, target_config: Any) -> None:
     elif config.confidence_head and not is_dspark(drafter):
         problem = "a confidence head goes with a Markov head in the engines (markov_rank above 0)"
     elif format == "sglang" and not (config.shares_target_head and config.shares_target_embeddings):
-        problem = 'SGLang reads neither a head nor embeddings of its own, by its source; use format="vllm"'
+        raise ValueError(
+            "format: 'sglang' given, and SGLang reads neither a head nor embeddings of a block drafter's own, by its "
+            "source. Take 'vllm'."
+        )
     if problem is not None:
         raise ValueError(f"drafter: it cannot be exported: {problem}. Train another one.")
 

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 ARCHITECTURES = ("eagle", "standalone", "medusa", "block")
 WINDOWS = ("kl", "fixed", "heuristic")
 EAGLE_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
 MAX_APPENDED = 64  # tokens that may stand after a known vocabulary; each takes one more fingerprint to find out
 
 
@@ -249,9 +253,10 @@ class PPOWDrafterConfig(PreTrainedConfig):
                 "shares_target_embeddings: only an eagle or block drafter can share them, not a "
                 f"{self.architecture} one. Leave it out."
             )
+        self.check_sizes()
         check_settings(**{name: getattr(self, name) for name in CALL_SETTINGS if hasattr(self, name)})
         call_settings(self, {"lookup": self.lookup})
-        self.check_sizes()
+        self.check_transformer()
         self.check_window(self.max_window)
         self.check_layers()
         self.check_switches()
@@ -268,7 +273,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
 
     def check_sizes(self) -> None:
         """Raise `ValueError` for sizes that are no positive whole numbers, and for fields of another kind."""
-        _check_whole("vocab_size", self.vocab_size)
+        check_whole("vocab_size", self.vocab_size)
         sizes = (
             "draft_vocab_size",
             "target_hidden_size",
@@ -279,7 +284,17 @@ class PPOWDrafterConfig(PreTrainedConfig):
         )
         for name in sizes:
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), least=2 if name == "draft_vocab_size" else 1)
+                check_whole(name, getattr(self, name), least=2 if name == "draft_vocab_size" else 1)
+        for name, owner in {"medusa_heads": "medusa", "block_size": "block"}.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.architecture != owner:
+                raise ValueError(
+                    f"{name}: only a {owner} drafter has it. Leave it out, or take architecture={owner!r}."
+                )
+            if value > LONGEST["max_window"]:
+                raise ValueError(f"{name}: {value} given; at most {LONGEST['max_window']} are drafted in a round.")
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size: {self.draft_vocab_size} given, and the target has {self.vocab_size} tokens only. "
@@ -288,6 +303,25 @@ class PPOWDrafterConfig(PreTrainedConfig):
         fitted = self.calibration
         if fitted is not None and not (isinstance(fitted, dict) and all(isinstance(v, dict) for v in fitted.values())):
             raise ValueError("calibration: it is not what training fits. Remove it, or calibrate again.")
+
+    def check_transformer(self) -> None:
+        """Raise `ValueError` for a shape that the layers of an eagle or block drafter cannot have."""
+        if self.architecture not in ("eagle", "block"):
+            return
+        draft = self.draft_config
+        for name in SHAPE:
+            check_whole(name, getattr(draft, name, None))
+        if draft.num_attention_heads % draft.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {draft.num_key_value_heads} given; num_attention_heads, "
+                f"{draft.num_attention_heads}, must be a multiple of it."
+            )
+        if draft.head_dim % 2:
+            raise ValueError(f"head_dim: {draft.head_dim} given; rotary positions need an even number.")
+        if draft.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act: {draft.hidden_act!r} given, which transformers does not know; 'silu' is usual."
+            )
 
     def check_layers(self) -> None:
         """Raise `ValueError` for layer ids that no target can have, or not as many as the architecture reads."""
@@ -334,7 +368,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         """Raise `ValueError` for fields of a block drafter that are out of range, or given to another one."""
         block = self.architecture == "block"
         rank, mask = self.markov_rank, self.mask_token_id
-        _check_whole("markov_rank", rank, least=0, meaning=" (0: no Markov head)")
+        check_whole("markov_rank", rank, least=0, meaning=" (0: no Markov head)")
         if rank and not block:
             raise ValueError(f"markov_rank: only a block drafter has it, not a {self.architecture} one. Leave it out.")
         if not _is_whole(mask) or not 0 <= mask < self.vocab_size:
@@ -393,7 +427,7 @@ def check_settings(**settings: Any) -> None:
             if value not in accepted:
                 raise ValueError(f"{name}: {value!r} is not one of {list(accepted)}.")
         elif name == "max_window":
-            _check_whole(name, value, meaning=" draft token")
+            check_whole(name, value, meaning=" draft token")
         elif name in ("cost_ratio", "verification_cost"):
             number = isinstance(value, float) or _is_whole(value)
             if value is not None and not (number and 0 <= value < float("inf")):
@@ -402,9 +436,9 @@ def check_settings(**settings: Any) -> None:
             _check_flag(name, value)
         elif name == "tree_nodes":
             if value is not None:
-                _check_whole(name, value, meaning=" node (or None: chains)")
+                check_whole(name, value, meaning=" node (or None: chains)")
         elif name == "tree_branches":
-            _check_whole(name, value, meaning=" branch")
+            check_whole(name, value, meaning=" branch")
         else:
             raise ValueError(f"{name}: not a setting of a call; accepted are {', '.join(CALL_SETTINGS)}.")
 
@@ -413,7 +447,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_whole(name: str, value: Any, least: int = 1, meaning: str = "") -> None:
+def check_whole(name: str, value: Any, least: int = 1, meaning: str = "") -> None:
     if not _is_whole(value) or value < least:
         raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}{meaning}.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from .compatibility import check_width, depth_field, num_layers
-from .configuration_ppow import PPOWDrafterConfig, default_block_layers, default_target_layers
+from .configuration_ppow import SHAPE, PPOWDrafterConfig, check_whole, default_block_layers, default_target_layers
 from .target_weights import embedding_matrix, target_width
 
 
@@ -61,6 +61,9 @@ def draft_config_for(architecture: str, text_config, vocab_size: int, overrides:
 
     A standalone drafter's is the target's with one layer, or the `draft_config` among the overrides.
     """
+    for name in SHAPE:
+        if overrides.get(name) is not None:
+            check_whole(name, overrides[name])
     if architecture == "standalone":
         given = overrides.pop("draft_config", None)
         draft_config = copy.deepcopy(given if given is not None else text_config)
@@ -107,6 +110,9 @@ def target_layers_for(architecture: str, given: list[int] | None, depth: int) ->
     """The target's states that a new drafter reads, of a target with `depth` layers."""
     if architecture == "standalone":
         return None
+    whole = isinstance(given, list | tuple) and all(isinstance(layer, int) for layer in given)
+    if given is not None and not (whole and given):
+        raise ValueError(f"target_layer_ids: {given!r} given; pass a list of layers' numbers, or leave it out.")
     if architecture == "medusa":
         if given not in (None, [depth]):
             raise ValueError(
@@ -116,7 +122,7 @@ def target_layers_for(architecture: str, given: list[int] | None, depth: int) ->
         return [depth]
     if architecture == "block":
         layers = given or default_block_layers(depth)
-        if max(layers) >= depth:
+        if not 0 <= min(layers) <= max(layers) < depth:
             raise ValueError(
                 f"target_layer_ids: {layers} must be ids from 0 to {depth - 1}, the states after so many of the "
                 "target's layers. The last layer cannot be read: engines return its state before the final norm, "
@@ -144,6 +150,12 @@ def check_layer_options(architecture: str, options: dict[str, Any]) -> None:
                     f"{name}: {options[name]!r} given, but every layer of a block drafter sees all of the text and "
                     f"the block ({name}={value}). Leave it out."
                 )
+        kinds = options.get("layer_types")
+        if kinds is not None and set(kinds) != {"full_attention"}:
+            raise ValueError(
+                f"layer_types: {kinds!r} given, but every layer of a block drafter sees all of the text and the "
+                "block. Leave it out."
+            )
         return
     fixed = {"num_hidden_layers": 1, "attention_bias": False, "attention_dropout": 0.0}
     for name, value in fixed.items():

@@ -11,13 +11,14 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..measure.evaluation import EVALUATION_METRICS
-from ..runtime.configuration_ppow import check_settings
+from ..runtime.configuration_ppow import PPOWDrafterConfig, check_settings
 from .launch import check_launch, is_sharded_by_launcher, take_zero_3_as_2
 from .objective import GROUP_TERMS, TEXT_TERMS, WINDOW_TERMS, Phase, objective_text, parse_objective
 
 logger = logging.get_logger(__name__)
 
 MUON = 2.0  # the default of `muon` where Muon can be used
+MAX_WINDOW = 10  # the default of `max_window` for drafters of any window
 EVAL_PROMPTS = 16  # the most that are decoded by default
 EVAL_SHARE = 0.1  # of the time between evaluations, which they take by default
 ANCHOR_TOKENS = 10  # of a sequence, for each window that is learned by default
@@ -162,8 +163,9 @@ class PPOWTrainingArguments(TrainingArguments):
 
         > Parameters that control the terms along drafted windows
 
-        max_window (`int`, *optional*, defaults to `10`):
-            Number of tokens in a window, K [paper].
+        max_window (`int`, *optional*):
+            Number of tokens in a window, K [paper]. Defaults to 10, and for a drafter with a longest window (block,
+            medusa) to that.
         num_rollouts (`int`, *optional*, defaults to `8`):
             Number of windows drafted from each chosen prefix, G [paper].
         num_prefixes (`int`, *optional*, defaults to `8`):
@@ -284,7 +286,12 @@ class PPOWTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Windows learned along a sequence; by default one for every ten of its tokens."},
     )
-    max_window: int = field(default=10, metadata={"help": "Tokens in a window, K [paper]."})
+    max_window: int = field(
+        default=None,  # type: ignore[assignment]  # chosen with the drafter, see `choose_window`
+        metadata={
+            "help": "Tokens in a window, K [paper]; by default 10, or all that the drafter has heads or a block for."
+        },
+    )
     num_rollouts: int = field(default=8, metadata={"help": "Windows from each chosen prefix, G [paper]."})
     num_prefixes: int = field(default=8, metadata={"help": "Prefixes chosen from each sequence, N."})
     rollout_temperature: float = field(default=0.3, metadata={"help": "Temperature of drafting; literal: 1.0."})
@@ -357,6 +364,13 @@ class PPOWTrainingArguments(TrainingArguments):
         wanted = default_anchors(counts) if self.num_anchors is None else counts.clamp_max(self.num_anchors)
         return wanted.clamp_min(1)
 
+    def choose_window(self, config: PPOWDrafterConfig) -> None:
+        """Take the drafter's longest window where no `max_window` was given, or 10 where it has none."""
+        if self.max_window is None:
+            self.max_window = config.longest_window or MAX_WINDOW
+            self._check_windows()
+        config.check_window(self.max_window)
+
     def choose_best_metric(self) -> None:
         """Take acceptance length where no `metric_for_best_model` was given; there is no evaluation loss.
 
@@ -404,7 +418,8 @@ class PPOWTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"regenerate_temperature: {self.regenerate_temperature} given; pass finite numbers of at least 0."
             )
-        check_settings(max_window=self.max_window)
+        if self.max_window is not None:
+            check_settings(max_window=self.max_window)
         if self.cost_ratio is not None and not 0 <= self.cost_ratio < float("inf"):
             raise ValueError(f"cost_ratio: {self.cost_ratio} given; pass a finite number of at least 0, or None.")
 
@@ -415,7 +430,7 @@ class PPOWTrainingArguments(TrainingArguments):
                 f"num_rollouts: {self.num_rollouts} given; {self.objective!r} compares the windows of a group (G). "
                 "Pass at least 2."
             )
-        if self.uses_rollouts and self.max_length <= self.max_window:
+        if self.max_window is not None and self.uses_rollouts and self.max_length <= self.max_window:
             raise ValueError(
                 f"max_length: {self.max_length} tokens hold no window of max_window={self.max_window}; raise it."
             )

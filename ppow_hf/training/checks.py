@@ -152,7 +152,12 @@ def check_callbacks(args: PPOWTrainingArguments, callbacks: Iterable[Any]) -> No
 
 
 def check_confidence(drafter: PPOWDrafter, args: PPOWTrainingArguments) -> None:
-    """Raise `ValueError` when a confidence head is to be trained that is not there."""
+    """Raise `ValueError` when a confidence head is to be trained that is not there; warn of one for no engine."""
+    if drafter.config.confidence_head and not drafter.config.markov_rank:
+        logger.warning(
+            "confidence_head: no engine serves one without a Markov head, so that this drafter cannot be exported. "
+            "Give markov_rank too, or leave it out."
+        )
     if not drafter.config.confidence_head and any("confidence" in phase.weights for phase in args.phases):
         raise ValueError(
             f"objective: {args.objective!r} trains a confidence head, and this {drafter.config.architecture} drafter "
@@ -180,7 +185,14 @@ def check_token_ids(sequences: SequenceDataset, width: int) -> None:
 
 
 def check_lengths(sequences: SequenceDataset, args: PPOWTrainingArguments, context_length: int | None) -> None:
-    """Raise `ValueError` when a training sequence is longer than `max_length` or than the models' context."""
+    """Raise `ValueError` when a training sequence is longer than `max_length` or than the models' context, or holds no
+    token after another."""
+    shortest = int(sequences.lengths.argmin())
+    if sequences.lengths[shortest] < 2:
+        raise ValueError(
+            f"train_dataset: sequence {shortest} has {int(sequences.lengths[shortest])} tokens, so that none "
+            "follows another. Leave out sequences of fewer than 2."
+        )
     longest = int(sequences.lengths.max())
     if longest > args.max_length:
         raise ValueError(

@@ -144,6 +144,8 @@ class PPOWTrainer(Trainer):
         **kwargs,
     ):
         record = open_record(target_states)
+        if isinstance(model, PPOWDrafter) and isinstance(args, PPOWTrainingArguments):
+            args.choose_window(model.config)
         for target in [target_model] if record is None else [record.target, target_model]:
             if record is None or target is not None:
                 check_pair(model, target, processing_class, args)
@@ -160,7 +162,6 @@ class PPOWTrainer(Trainer):
         if target_model is not None and not is_placed(target_model):
             target_model.to(args.device)
         self._target_is_split = target_model is not None and args.world_size > 1 and is_split(target_model)
-        model.config.check_window(args.max_window)
         check_confidence(model, args)
         self.target = self._choose_target(record, model, args, train_dataset)
         if processing_class is not None:
@@ -407,7 +408,7 @@ class PPOWTrainer(Trainer):
             windows = args.text_windows_at(self.progress, drafter.config.architecture)
             loss, metrics = text_objective(model, batch, weights, *windows)
             learned = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = loss / learned
+            loss = loss / torch.as_tensor(learned).clamp_min(1)  # a batch may have nothing to learn
         self._note(metrics)
         return loss * args.world_size
 
