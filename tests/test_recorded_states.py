@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import shutil
 import threading
@@ -271,6 +272,15 @@ def test_texts_that_do_not_verify_windows_are_refused(make_record, losses, monke
     monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30))
     with pytest.raises(ValueError, match="objective: opd with no sequence that holds a window"):
         losses("eagle", make_record(), objective="opd")
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "14.3% of the sequences hold one"), (3, None)])
+def test_few_texts_of_greedy_decoding_are_warned_of(make_record, losses, monkeypatch, caplog, count, said):
+    written = [row if place < count else [False] * len(row) for place, row in enumerate(WRITTEN)]
+    monkeypatch.setattr("test_recorded_states.DATA", random_dataset(LENGTHS, vocab_size=30, written=written))
+    monkeypatch.setattr(logging.getLogger("ppow_hf.training.checks"), "handlers", [caplog.handler])
+    losses("eagle", make_record(), objective="ppow", max_steps=1)
+    assert said in caplog.text if said else "of the sequences hold one" not in caplog.text
 
 
 @pytest.mark.parametrize("objective", ["ppow", "opd", "ppow + tv"])
