@@ -379,7 +379,7 @@ def test_checkpoints_of_other_targets_and_kinds_are_refused(tmp_path, make_targe
     with pytest.raises(ValueError, match="vocab_size: 64, and the target's is 32"):
         import_drafter(tmp_path / "a", make_target("llama", vocab_size=32))
     copy.deepcopy(target).save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match="not an EAGLE-3 drafter"):
+    with pytest.raises(ValueError, match="not an EAGLE-3, DFlash or DSpark drafter"):
         import_drafter(tmp_path / "b")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         import_drafter(tmp_path / "nowhere")

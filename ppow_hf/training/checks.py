@@ -40,7 +40,8 @@ UNSUPPORTED = {
 
 
 def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
-    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or `args` is of another class."""
+    """Raise `ValueError` when drafter, target and tokenizer do not belong together, or `args` is of another class; the
+    drafter's window is taken where `args` have none."""
     if not isinstance(drafter, PPOWDrafter):
         raise ValueError(
             f"model: a {type(drafter).__name__} given; PPOWTrainer trains a PPOWDrafter. Make one with "
@@ -48,6 +49,7 @@ def check_pair(drafter: Any, target: Any, tokenizer: Any, args: Any) -> None:
         )
     if not isinstance(args, PPOWTrainingArguments):
         raise ValueError(f"args: a {type(args).__name__} given; PPOWTrainer needs PPOWTrainingArguments.")
+    args.choose_window(drafter.config)
     if isinstance(target, PPOWDrafter) or not isinstance(target, nn.Module):
         raise ValueError(
             f"target_model: a {type(target).__name__} given, not a target. Pass the causal language model that the "

@@ -144,8 +144,6 @@ class PPOWTrainer(Trainer):
         **kwargs,
     ):
         record = open_record(target_states)
-        if isinstance(model, PPOWDrafter) and isinstance(args, PPOWTrainingArguments):
-            args.choose_window(model.config)
         for target in [target_model] if record is None else [record.target, target_model]:
             if record is None or target is not None:
                 check_pair(model, target, processing_class, args)
