@@ -247,14 +247,14 @@ def test_the_commands_record_and_train_block_drafters(tmp_path, make_target):
 
 def test_the_window_is_the_block_where_none_is_given(make_target, tmp_path):
     target, data = make_target("llama", initializer_range=0.3), random_dataset([19, 15])
+    args = PPOWTrainingArguments(
+        str(tmp_path), max_length=32, max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        save_strategy="no",
+    )  # fmt: skip
     for architecture, options, expected in (
         ("block", {"block_size": 4}, 4), ("block", {"block_size": 16}, 16), ("medusa", {"max_window": 3}, 3),
         ("eagle", {"max_window": 5}, 10),
     ):  # fmt: skip
-        args = PPOWTrainingArguments(
-            str(tmp_path), max_length=32, max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-            save_strategy="no",
-        )  # fmt: skip
         drafter = PPOWDrafter.from_target(target, architecture, **options)
         PPOWTrainer(drafter, target, args, train_dataset=data).train()
         assert args.max_window == drafter.config.max_window == expected

@@ -335,6 +335,8 @@ class PPOWTrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=None, metadata={"help": "Follows metric_for_best_model."})
 
+    _chosen_window = None  # the last drafter's, where no `max_window` was given
+
     def __post_init__(self):
         # What the trainer's own data path needs; a drafter's forward takes none of the data's columns by name.
         self.remove_unused_columns = False
@@ -365,9 +367,10 @@ class PPOWTrainingArguments(TrainingArguments):
         return wanted.clamp_min(1)
 
     def choose_window(self, config: PPOWDrafterConfig) -> None:
-        """Take the drafter's longest window where no `max_window` was given, or 10 where it has none."""
-        if self.max_window is None:
-            self.max_window = config.longest_window or MAX_WINDOW
+        """Take the drafter's longest window where no `max_window` was given, or 10 where it has none; of the next
+        drafter again."""
+        if self.max_window in (None, self._chosen_window):
+            self.max_window = self._chosen_window = config.longest_window or MAX_WINDOW
             self._check_windows()
         config.check_window(self.max_window)
 
