@@ -197,8 +197,9 @@ def test_fields_of_another_kind_are_named(tmp_path, target, fields, message):
 
 def test_settings_and_targets_that_are_not_there_are_named(tmp_path, target):
     export_drafter(make_drafter(target), tmp_path, target=target)
-    with pytest.raises(ValueError, match="foo: not a field of PPOWDrafterConfig"):
-        import_drafter(tmp_path, target, foo=3)
+    for name in ("foo", "architecture"):
+        with pytest.raises(ValueError, match=f"{name}: not a field of PPOWDrafterConfig that an import can set"):
+            import_drafter(tmp_path, target, **{name: "eagle"})
     with pytest.raises(FileNotFoundError, match="target: there is no folder '/nonexistent'"):
         import_drafter(tmp_path, "/nonexistent")
 

@@ -209,12 +209,12 @@ def test_a_tensor_parallel_target_trains_evaluates_and_records_as_a_whole_one(ma
         settings = EVALUATION | {"calibrate_at_end": True, "per_device_train_batch_size": 4 // processes}
         runs = [
             COMMON | settings | run | {"output_dir": str(folder / name), "proximity_weight": 0.5}
-            for name, run in RUNS.items() if name in ("supervised", "ppow")
+            for name, run in RUNS.items() if name != "block"
         ]  # fmt: skip
         variables = {"TARGET": str(tmp_path / "target"), "PLACED": json.dumps(placed)}
         done = launch(folder, code, processes, json.dumps(runs), **variables)
         assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("supervised", "ppow"):
+    for name in ("supervised", "tv", "ppow"):
         expected, found = (json.loads((tmp_path / f"{n}/{name}/state_0.json").read_text())["log"] for n in "12")
         for metric in ("loss", "grad_norm", "accepted_length", "eval_acceptance_length"):
             values = [[row[metric] for row in rows if metric in row] for rows in (found, expected)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..data.weights import folder_damage
-from ..runtime.configuration_ppow import EAGLE_NORMS
+from ..runtime.configuration_ppow import EAGLE_NORMS, is_whole
 from .block_formats import DFLASH, DSPARK, SPECULATORS_DSPARK
 from .formats import EAGLE3_ARCHITECTURE, LAYER_NAMES, SPECULATORS_ARCHITECTURE, eagle3_shapes
 
@@ -200,9 +200,8 @@ def _is_of_kind(value: Any, kind: str) -> bool:
     if kind == "an object":
         return isinstance(value, dict)
     if kind == "a whole number":
-        return isinstance(value, int) and not isinstance(value, bool)
-    whole = kind == "a list" or isinstance(value, list) and all(_is_of_kind(item, "a whole number") for item in value)
-    return isinstance(value, list) and whole
+        return is_whole(value)
+    return isinstance(value, list) and (kind == "a list" or all(map(is_whole, value)))
 
 
 def check_fields(folder: Path, fields: dict[str, Any], needed: Sequence[str], argument: str) -> None:

@@ -14,6 +14,7 @@ from ..data.models import load_config, resolve
 from ..data.weights import brief
 from ..runtime.configuration_ppow import PPOWDrafterConfig
 from ..runtime.modeling_ppow import PPOWDrafter
+from ..runtime.new_drafter import settable_fields
 from .block_checkpoint import BlockCheckpoint, is_block_config, read_block
 from .checkpoint import Eagle3Checkpoint, read_config, read_eagle3
 from .formats import drafter_state
@@ -49,10 +50,8 @@ def import_drafter(
         `ValueError`: if the checkpoint computes something else, lacks a tensor, or does not fit the target, with
             everything that is wrong; `FileNotFoundError` if it is not there.
     """
-    known = PPOWDrafterConfig().to_dict()
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"{name}: not a field of PPOWDrafterConfig. Leave it out.")
+    for name in sorted(set(settings) - settable_fields()):
+        raise ValueError(f"{name}: not a field of PPOWDrafterConfig that an import can set. Leave it out.")
     folder = _local(checkpoint, revision)
     if not is_block_config(read_config(folder, "checkpoint")):
         return _import_eagle3(folder, target, target_layer_ids, settings)

@@ -328,7 +328,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         ids = self.target_layer_ids
         if ids is None:
             return
-        whole = isinstance(ids, list | tuple) and all(map(_is_whole, ids))
+        whole = isinstance(ids, list | tuple) and all(map(is_whole, ids))
         if self.architecture == "block":
             if not whole or not ids or min(ids) < 0 or list(ids) != sorted(set(ids)):
                 raise ValueError(
@@ -360,7 +360,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         if self.architecture != "eagle" or self.norm_before_fc:
             other = "norm_before_fc" if self.norm_before_fc else f"a {self.architecture} drafter"
             raise ValueError(f"state_scales: only an eagle drafter without norm_before_fc has them, not {other}.")
-        numbers = isinstance(scales, list | tuple) and all(isinstance(s, float) or _is_whole(s) for s in scales)
+        numbers = isinstance(scales, list | tuple) and all(isinstance(s, float) or is_whole(s) for s in scales)
         if not numbers or len(scales) != 3 or not all(0 < scale < float("inf") for scale in scales):
             raise ValueError(f"state_scales: {scales!r} given; pass a positive number for each of the three states.")
 
@@ -371,7 +371,7 @@ class PPOWDrafterConfig(PreTrainedConfig):
         check_whole("markov_rank", rank, least=0, meaning=" (0: no Markov head)")
         if rank and not block:
             raise ValueError(f"markov_rank: only a block drafter has it, not a {self.architecture} one. Leave it out.")
-        if not _is_whole(mask) or not 0 <= mask < self.vocab_size:
+        if not is_whole(mask) or not 0 <= mask < self.vocab_size:
             raise ValueError(
                 f"mask_token_id: {mask!r} given; it is one of the target's {self.vocab_size} tokens, counted from 0."
             )
@@ -429,7 +429,7 @@ def check_settings(**settings: Any) -> None:
         elif name == "max_window":
             check_whole(name, value, meaning=" draft token")
         elif name in ("cost_ratio", "verification_cost"):
-            number = isinstance(value, float) or _is_whole(value)
+            number = isinstance(value, float) or is_whole(value)
             if value is not None and not (number and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: {value!r} is not a finite number of at least 0 (or None: measured).")
         elif name == "lookup":
@@ -443,12 +443,12 @@ def check_settings(**settings: Any) -> None:
             raise ValueError(f"{name}: not a setting of a call; accepted are {', '.join(CALL_SETTINGS)}.")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: Any, least: int = 1, meaning: str = "") -> None:
-    if not _is_whole(value) or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}{meaning}.")
 
 

@@ -9,8 +9,20 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from .compatibility import check_width, depth_field, num_layers
-from .configuration_ppow import SHAPE, PPOWDrafterConfig, check_whole, default_block_layers, default_target_layers
+from .configuration_ppow import (
+    SHAPE,
+    PPOWDrafterConfig,
+    check_whole,
+    default_block_layers,
+    default_target_layers,
+    is_whole,
+)
 from .target_weights import embedding_matrix, target_width
+
+
+def settable_fields() -> set[str]:
+    """The fields of [`PPOWDrafterConfig`] that say what a drafter is or does, but for its kind and transformer."""
+    return set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
 
 
 def config_for(
@@ -23,7 +35,7 @@ def config_for(
             f"target: each layer of {type(target).__name__} has several states side by side (AltUp), which no "
             f'{architecture} drafter reads. Use architecture="standalone".'
         )
-    config_fields = set(PPOWDrafterConfig().to_dict()) - {"draft_config", "architecture", "tie_word_embeddings"}
+    config_fields = settable_fields()
     settings = {name: overrides.pop(name) for name in list(overrides) if name in config_fields}
     draft_config = draft_config_for(architecture, text, vocab_size, overrides)
     if architecture in ("eagle", "block") and "shares_target_embeddings" not in settings:
@@ -110,7 +122,7 @@ def target_layers_for(architecture: str, given: list[int] | None, depth: int) ->
     """The target's states that a new drafter reads, of a target with `depth` layers."""
     if architecture == "standalone":
         return None
-    whole = isinstance(given, list | tuple) and all(isinstance(layer, int) for layer in given)
+    whole = isinstance(given, list | tuple) and all(map(is_whole, given))
     if given is not None and not (whole and given):
         raise ValueError(f"target_layer_ids: {given!r} given; pass a list of layers' numbers, or leave it out.")
     if architecture == "medusa":
